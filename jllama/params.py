@@ -1,0 +1,149 @@
+"""The weights: frozen pytrees of arrays, ``[out, in]`` as checkpoints store them, so nothing is transposed at load.
+
+Products that share an input are one weight: ``wqkv`` is the rows of wq, wk and wv, ``w_gate_up`` those of w_gate
+and w_up. One read of a long weight runs nearer to the memory's speed than three short ones.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from jllama.config import LlamaConfig
+from pallas_kernels import QuantizedTensor, Weight, group_size, quantize
+
+QUANT_BITS = {"int8": 8, "int4": 4}
+
+
+@struct.dataclass
+class Layer:
+    """One block of the model. Stacked (see `Params`), every field has a leading layer axis."""
+
+    attn_norm: jax.Array  # [dim]
+    wqkv: Weight  # [(n_heads + 2 * n_kv_heads) * head_dim, dim]
+    wo: Weight  # [dim, n_heads * head_dim]
+    ffn_norm: jax.Array  # [dim]
+    w_gate_up: Weight  # [2 * hidden_dim, dim]
+    w_down: Weight  # [dim, hidden_dim]
+
+
+@struct.dataclass
+class Params:
+    """A whole model. ``layers`` is a tuple for XLA, which copies every slice of a stacked weight, or one `Layer` with
+    a leading axis for kernels that index it themselves. ``config`` is static: it is part of the tree's structure."""
+
+    embed: jax.Array  # [vocab_size, dim]
+    layers: tuple[Layer, ...] | Layer
+    norm: jax.Array  # [dim]
+    lm_head: Weight | None  # [vocab_size, dim]; None: tied to embed
+    config: LlamaConfig = struct.field(pytree_node=False)
+
+    def layer(self, index: int) -> Layer:
+        """Layer ``index``, whichever way the layers are held."""
+        if isinstance(self.layers, tuple):
+            return self.layers[index]
+        return jax.tree.map(lambda a: a[index], self.layers)
+
+    @property
+    def head(self) -> Weight:
+        """The weight that makes logits."""
+        return self.embed if self.lm_head is None else self.lm_head
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype of activations, cache and unquantised weights."""
+        return self.embed.dtype
+
+
+def stack(params: Params) -> Params:
+    """The same model with its layers on a leading axis. Holds both copies while it runs."""
+    if not isinstance(params.layers, tuple):
+        return params
+    return params.replace(layers=jax.tree.map(lambda *a: jnp.stack(a), *params.layers))
+
+
+def unstack(params: Params) -> Params:
+    """The same model with a tuple of layers."""
+    return params.replace(layers=tuple(params.layer(i) for i in range(params.config.n_layers)))
+
+
+def weight_bytes(params: Params, *, per_token: bool = False) -> int:
+    """Bytes of all weights; ``per_token``: those that one decode step reads (of an untied embedding, only a row)."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, QuantizedTensor))
+    total = sum(leaf.nbytes for leaf in leaves)
+    return total - params.embed.nbytes if per_token and params.lm_head is not None else total
+
+
+def quantizer(quant: str, group: int | None = None) -> Callable[[jax.Array], Weight]:
+    """What turns a float weight into the asked form: ``none``, ``int8`` (per channel) or ``int4`` (groups of 128)."""
+    if quant == "none":
+        return lambda w: w
+    bits = QUANT_BITS[quant]
+    wanted = group if group is not None else {8: None, 4: 128}[bits]
+
+    def apply(w: jax.Array) -> QuantizedTensor:
+        size = None if wanted is None else group_size(w.shape[-1], wanted)
+        return _quantize(w, bits, size)
+
+    return apply
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _quantize(w: jax.Array, bits: int, group: int | None) -> QuantizedTensor:
+    return quantize(w, bits=bits, group=group)
+
+
+def layer_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every field of a `Layer`."""
+    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    return {
+        "attn_norm": (config.dim,),
+        "wqkv": (q + 2 * kv, config.dim),
+        "wo": (config.dim, q),
+        "ffn_norm": (config.dim,),
+        "w_gate_up": (2 * config.hidden_dim, config.dim),
+        "w_down": (config.dim, config.hidden_dim),
+    }
+
+
+def init(
+    config: LlamaConfig,
+    key: jax.Array,
+    *,
+    dtype: jnp.dtype | type = jnp.float32,
+    quant: str = "none",
+    group: int | None = None,
+) -> Params:
+    """Random weights, scaled so that a deep model starts stable: for training, tests and benchmarks."""
+    to_weight = quantizer(quant, group)
+
+    def normal(key: jax.Array, shape: tuple[int, ...], scale: float = 1.0) -> jax.Array:
+        return _normal(key, shape, scale * 0.02, jnp.dtype(dtype))
+
+    def one_layer(key: jax.Array) -> Layer:
+        fields: dict[str, Weight] = {}
+        for i, (name, shape) in enumerate(layer_shapes(config).items()):
+            if name.endswith("norm"):
+                fields[name] = jnp.ones(shape, dtype)
+            else:
+                # What writes to the residual stream is scaled down, or its variance grows with every layer.
+                scale = (2 * config.n_layers) ** -0.5 if name in ("wo", "w_down") else 1.0
+                fields[name] = to_weight(normal(jax.random.fold_in(key, i), shape, scale))
+        return Layer(**fields)
+
+    embed_key, head_key, layers_key = jax.random.split(key, 3)
+    vocabulary = (config.vocab_size, config.dim)
+    return Params(
+        embed=normal(embed_key, vocabulary),
+        layers=tuple(one_layer(jax.random.fold_in(layers_key, i)) for i in range(config.n_layers)),
+        norm=jnp.ones(config.dim, dtype),
+        lm_head=None if config.tie_embeddings else to_weight(normal(head_key, vocabulary)),
+        config=config,
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _normal(key: jax.Array, shape: tuple[int, ...], scale: float, dtype: jnp.dtype) -> jax.Array:
+    return (jax.random.normal(key, shape, jnp.float32) * scale).astype(dtype)

@@ -1,0 +1,156 @@
+"""The stateful shell around the pure core: prompts go in, tokens come out chunk by chunk while the next chunk runs."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import jax.numpy as jnp
+import numpy as np
+
+from jllama.cache import KVCache, init_cache
+from jllama.decode import NO_TOKEN, Drawn, jit_begin, jit_decode_chunk, jit_prefill, stop_table, tokens_seen
+from jllama.errors import InputError
+from jllama.params import Params
+from jllama.sampling import Sampling, make_sampling
+
+MIN_BUCKET = 16
+PREFILL_PIECE = 1024  # longer prompts go through in pieces: attention's scores stay bounded, and so do compilations
+CHUNK = 16  # tokens a row between two looks at the output
+
+
+def bucket(n: int, low: int = MIN_BUCKET) -> int:
+    """The smallest power of two that holds ``n``: padded shapes are few, so compilations are."""
+    return max(low, 1 << (n - 1).bit_length()) if n > 0 else low
+
+
+@dataclass
+class Timings:
+    """Seconds of the last `Session.run`, and what it produced."""
+
+    prefill: float = 0.0
+    decode: float = 0.0
+    prompt_tokens: int = 0  # fed; those found in the cache do not count
+    new_tokens: int = 0
+    decode_steps: int = 0  # a step gives a token to every row
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What one chunk brought: ``ids[row]`` and ``logprobs[row]``, empty for rows that are done."""
+
+    ids: list[list[int]]
+    logprobs: list[list[float]]
+
+
+@dataclass
+class Session:
+    """A model with a cache that outlives a call: a prompt that begins with what the cache holds is only fed its rest."""
+
+    params: Params
+    max_len: int
+    batch: int = 1
+    backend: str = "auto"
+    chunk: int = CHUNK
+    timings: Timings = field(default_factory=Timings)
+
+    def __post_init__(self) -> None:
+        self._cache: KVCache | None = None
+        self._held: list[list[int]] = [[] for _ in range(self.batch)]  # the tokens in the cache, row by row
+
+    def run(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        sampling: Sampling | None = None,
+        stop_ids: Sequence[int] = (),
+    ) -> Iterator[Tokens]:
+        """Continue the prompts (one a row of the batch). Close the iterator to stop early; the cache stays usable."""
+        self._check(prompts)
+        sampling = make_sampling(self.batch) if sampling is None else sampling
+        self.timings = Timings()
+        clock = time.perf_counter()
+        limit = np.asarray([min(max_new_tokens, self.max_len - len(p)) for p in prompts], np.int32)
+        logits, cache = self._prefill(prompts)
+        self._held = [list(p) for p in prompts]
+        self._cache = None  # donated from here on; it comes back below
+        seen = self._seen(prompts) if sampling.repetition_penalty is not None else None
+        state, drawn = jit_begin(logits, cache, sampling, jnp.asarray(limit), stop_table(self.batch, stop_ids), seen)
+        drawn = Drawn(drawn.tokens[None], drawn.logprobs[None])
+        left = int(limit.max()) - 1
+        try:
+            while True:
+                # The next chunk is under way before this one is looked at: the device never waits for the host.
+                ahead = None
+                if left > 0:
+                    state, ahead = jit_decode_chunk(self.params, state, steps=self.chunk, backend=self.backend)
+                    left -= self.chunk
+                tokens = self._collect(drawn)
+                clock = self._clock(clock, first=self.timings.new_tokens == 0, steps=drawn.tokens.shape[0])
+                self.timings.new_tokens += sum(map(len, tokens.ids))
+                yield tokens
+                if ahead is None or not any(tokens.ids):
+                    break
+                drawn = ahead
+        finally:
+            self._cache = state.cache
+
+    def _clock(self, since: float, *, first: bool, steps: int) -> float:
+        now = time.perf_counter()
+        if first:
+            self.timings.prefill += now - since
+        else:
+            self.timings.decode += now - since
+            self.timings.decode_steps += steps
+        return now
+
+    def _collect(self, drawn: Drawn) -> Tokens:
+        tokens, logprobs = np.asarray(drawn.tokens).T, np.asarray(drawn.logprobs).T  # [B, steps]; blocks
+        if np.isnan(logprobs).any():
+            row = int(np.isnan(logprobs).any(axis=1).argmax())
+            raise InputError(f"model: row {row}: logits are NaN: the weights hold NaN or Inf, or overflow this dtype")
+        ids = [row[row != NO_TOKEN].tolist() for row in tokens]
+        for held, new in zip(self._held, ids, strict=True):
+            held.extend(new)
+        return Tokens(ids, [probs[: len(new)].tolist() for probs, new in zip(logprobs, ids, strict=True)])
+
+    def _check(self, prompts: Sequence[Sequence[int]]) -> None:
+        if len(prompts) != self.batch:
+            raise InputError(f"prompts: expected {self.batch} (the session's batch), found {len(prompts)}")
+        for i, prompt in enumerate(prompts):
+            if not 0 < len(prompt) < self.max_len:
+                expected = f"1 to {self.max_len - 1} tokens (one less than the context)"
+                raise InputError(f"prompt {i}: expected {expected}, found {len(prompt)}")
+            worst = max(prompt, key=lambda t: t if t >= 0 else self.params.config.vocab_size - t)
+            if not 0 <= worst < self.params.config.vocab_size:
+                expected = f"token ids from 0 to {self.params.config.vocab_size - 1}"
+                raise InputError(f"prompt {i}: expected {expected}, found {worst}")
+
+    def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[jnp.ndarray, KVCache]:
+        # The last token drawn is not in the cache, and the last of a prompt must be fed to give logits.
+        kept = [min(_common_prefix(h[:-1], p), len(p) - 1) for h, p in zip(self._held, prompts, strict=True)]
+        cache = self._cache or init_cache(self.params.config, self.batch, self.max_len, self.params.dtype)
+        cache = cache.replace(lengths=jnp.asarray(kept, jnp.int32))
+        logits = jnp.zeros((self.batch, self.params.config.vocab_size), jnp.float32)
+        rest = [list(p[k:]) for p, k in zip(prompts, kept, strict=True)]
+        self.timings.prompt_tokens = sum(map(len, rest))
+        for at in range(0, max(map(len, rest)), PREFILL_PIECE):
+            tokens, lengths = pad([row[at : at + PREFILL_PIECE] for row in rest])
+            logits, cache = jit_prefill(self.params, tokens, lengths, logits, cache, backend=self.backend)
+        return logits, cache
+
+    def _seen(self, prompts: Sequence[Sequence[int]]) -> jnp.ndarray:
+        tokens, lengths = pad(prompts)
+        return tokens_seen(tokens, lengths, self.params.config.vocab_size)
+
+
+def pad(rows: Sequence[Sequence[int]]) -> tuple[jnp.ndarray, jnp.ndarray]:
+    """Rows of different lengths as one [B, bucket] array, and their lengths [B]."""
+    out = np.zeros((len(rows), bucket(max(map(len, rows)))), np.int32)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = row
+    return jnp.asarray(out), jnp.asarray([len(row) for row in rows], jnp.int32)
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    same = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
+    return min(len(a), len(b)) if same is None else same

@@ -1,0 +1,30 @@
+"""Llama's operations: each a `jax.numpy` reference and, where there is one, a Pallas kernel held to it."""
+
+from pallas_kernels.attention import DECODE_QUERIES, attention, decode_attention
+from pallas_kernels.dispatch import BACKENDS, Choice, Op, Unsupported, record
+from pallas_kernels.ffn import ffn
+from pallas_kernels.matmul import Weight, matmul
+from pallas_kernels.quantized import QuantizedTensor, dequantize, group_size, quantize
+from pallas_kernels.rms_norm import rms_norm
+
+OPS: dict[str, Op] = {op.name: op for op in (rms_norm, matmul, attention, decode_attention, ffn)}
+
+__all__ = [
+    "BACKENDS",
+    "DECODE_QUERIES",
+    "OPS",
+    "Choice",
+    "Op",
+    "QuantizedTensor",
+    "Unsupported",
+    "Weight",
+    "attention",
+    "decode_attention",
+    "dequantize",
+    "ffn",
+    "group_size",
+    "matmul",
+    "quantize",
+    "record",
+    "rms_norm",
+]

@@ -1,0 +1,101 @@
+"""The one place where an implementation is chosen.
+
+An `Op` is a reference in plain `jax.numpy` and, where there is one, a kernel that must agree with it.
+`backend` is passed down from the caller and means
+
+* ``"xla"``     the reference;
+* ``"pallas"``  the kernel, or `Unsupported` with the reason: an explicit wish never falls back;
+* ``"auto"``    the kernel where it can run, else the reference. `record` tells which and why.
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+BACKENDS = ("auto", "xla", "pallas")
+
+
+class Unsupported(Exception):
+    """A kernel cannot run these arguments on this device; the message says why."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What ran for one op: ``impl`` is ``"xla"`` or ``"pallas"``, ``why`` explains it."""
+
+    impl: str
+    why: str
+
+
+_recorder: contextvars.ContextVar[dict[str, Choice] | None] = contextvars.ContextVar("choices", default=None)
+
+
+@contextlib.contextmanager
+def record() -> Iterator[dict[str, Choice]]:
+    """Collect the choice made for every op that is traced inside the ``with`` block."""
+    choices: dict[str, Choice] = {}
+    token = _recorder.set(choices)
+    try:
+        yield choices
+    finally:
+        _recorder.reset(token)
+
+
+def require_hopper() -> None:
+    """Raise `Unsupported` unless the device that jax would use is a Hopper GPU."""
+    device = _device()
+    if device.platform != "gpu":
+        raise Unsupported(f"needs an NVIDIA Hopper GPU, found platform {device.platform!r}")
+    capability = getattr(device, "compute_capability", None)
+    if capability != "9.0":
+        raise Unsupported(f"needs compute capability 9.0 (Hopper), found {device.device_kind} with {capability}")
+
+
+def _device() -> jax.Device:
+    default = jax.config.jax_default_device
+    return default if isinstance(default, jax.Device) else jax.devices(default)[0]
+
+
+@dataclass(frozen=True)
+class Op:
+    """A named operation: ``reference`` is its specification, ``kernel`` its fast equal.
+
+    ``check(*args, **kwargs)`` raises `Unsupported`, before anything is launched, where the kernel cannot run.
+    """
+
+    name: str
+    reference: Callable[..., Any]
+    kernel: Callable[..., Any] | None = None
+    check: Callable[..., None] | None = None
+
+    def choose(self, backend: str, *args: Any, **kwargs: Any) -> Choice:
+        """Decide, without running anything, which implementation these arguments get."""
+        if backend not in BACKENDS:
+            raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, found {backend!r}")
+        if backend == "xla":
+            return Choice("xla", "asked for")
+        try:
+            if self.kernel is None:
+                raise Unsupported("no kernel for this op yet")
+            require_hopper()
+            if self.check is not None:
+                self.check(*args, **kwargs)
+        except Unsupported as reason:
+            if backend == "pallas":
+                raise Unsupported(f"{self.name}: {reason}") from None
+            return Choice("xla", str(reason))
+        return Choice("pallas", "asked for" if backend == "pallas" else "kernel runs here")
+
+    def __call__(self, *args: Any, backend: str = "auto", **kwargs: Any) -> Any:
+        choice = self.choose(backend, *args, **kwargs)
+        choices = _recorder.get()
+        if choices is not None:
+            choices[self.name] = choice
+        if choice.impl == "xla":
+            return self.reference(*args, **kwargs)
+        assert self.kernel is not None
+        return self.kernel(*args, **kwargs)
