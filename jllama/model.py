@@ -7,7 +7,14 @@ from jllama.cache import KVCache
 from jllama.config import LlamaConfig
 from jllama.params import Layer, Params
 from jllama.rope import rotate, rotations
-from pallas_kernels import DECODE_QUERIES, attention, decode_attention, ffn, matmul, rms_norm
+from pallas_kernels import (
+    DECODE_QUERIES,
+    attention,
+    decode_attention,
+    ffn,
+    matmul,
+    rms_norm,
+)
 
 
 def forward(
@@ -34,13 +41,24 @@ def forward(
     for i in range(params.config.n_layers):
         layer = params.layer(i)
         x, cache = attend(x, layer, i, cache, start, rotation, params.config, backend)
-        x = ffn(x, layer.ffn_norm, layer.w_gate_up, layer.w_down, eps=params.config.norm_eps, backend=backend)
+        x = ffn(
+            x,
+            layer.ffn_norm,
+            layer.w_gate_up,
+            layer.w_down,
+            eps=params.config.norm_eps,
+            backend=backend,
+        )
 
     if last_only:  # before the head: its product is the widest of all
-        x = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
+        x = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[
+            :, 0
+        ]
     x = rms_norm(x, params.norm, eps=params.config.norm_eps, backend=backend)
     logits = matmul(x, params.head, out_dtype=jnp.float32, backend=backend)
-    return logits, None if cache is None else cache.replace(lengths=cache.lengths + lengths)
+    return logits, None if cache is None else cache.replace(
+        lengths=cache.lengths + lengths
+    )
 
 
 def attend(
@@ -70,10 +88,16 @@ def attend(
     return x + matmul(out.reshape(B, T, -1), layer.wo, backend=backend), cache
 
 
-def split_heads(qkv: jax.Array, config: LlamaConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
+def split_heads(
+    qkv: jax.Array, config: LlamaConfig
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The heads of q, k and v from ``wqkv``'s output [B, T, heads, head_dim]. Counts come from the array, not from the
     config, so that the same code runs on a shard that holds a part of the heads."""
     per_kv_head = config.n_heads // config.n_kv_heads + 2
     kv_heads = qkv.shape[2] // per_kv_head
     q_heads = qkv.shape[2] - 2 * kv_heads
-    return qkv[:, :, :q_heads], qkv[:, :, q_heads : q_heads + kv_heads], qkv[:, :, q_heads + kv_heads :]
+    return (
+        qkv[:, :, :q_heads],
+        qkv[:, :, q_heads : q_heads + kv_heads],
+        qkv[:, :, q_heads + kv_heads :],
+    )

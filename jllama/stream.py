@@ -7,13 +7,22 @@ from dataclasses import dataclass, field
 import jax.numpy as jnp
 import numpy as np
 
-from jllama.cache import KVCache, init_cache
-from jllama.decode import NO_TOKEN, Drawn, jit_begin, jit_decode_chunk, jit_prefill, stop_table, tokens_seen
+from jllama.cache import KVCache, grow, init_cache
+from jllama.decode import (
+    NO_TOKEN,
+    Drawn,
+    jit_begin,
+    jit_decode_chunk,
+    jit_prefill,
+    stop_table,
+    tokens_seen,
+)
 from jllama.errors import InputError
 from jllama.params import Params
 from jllama.sampling import Sampling, make_sampling
 
-MIN_BUCKET = 16
+MIN_BUCKET = 16  # tokens of a prompt
+MIN_CACHE = 128
 PREFILL_PIECE = 1024  # longer prompts go through in pieces: attention's scores stay bounded, and so do compilations
 CHUNK = 16  # tokens a row between two looks at the output
 
@@ -55,7 +64,9 @@ class Session:
 
     def __post_init__(self) -> None:
         self._cache: KVCache | None = None
-        self._held: list[list[int]] = [[] for _ in range(self.batch)]  # the tokens in the cache, row by row
+        self._held: list[list[int]] = [
+            [] for _ in range(self.batch)
+        ]  # the tokens in the cache, row by row
 
     def run(
         self,
@@ -69,12 +80,21 @@ class Session:
         sampling = make_sampling(self.batch) if sampling is None else sampling
         self.timings = Timings()
         clock = time.perf_counter()
-        limit = np.asarray([min(max_new_tokens, self.max_len - len(p)) for p in prompts], np.int32)
-        logits, cache = self._prefill(prompts)
+        limit = np.asarray(
+            [min(max_new_tokens, self.max_len - len(p)) for p in prompts], np.int32
+        )
+        logits, cache = self._prefill(prompts, int(limit.max()))
         self._held = [list(p) for p in prompts]
         self._cache = None  # donated from here on; it comes back below
         seen = self._seen(prompts) if sampling.repetition_penalty is not None else None
-        state, drawn = jit_begin(logits, cache, sampling, jnp.asarray(limit), stop_table(self.batch, stop_ids), seen)
+        state, drawn = jit_begin(
+            logits,
+            cache,
+            sampling,
+            jnp.asarray(limit),
+            stop_table(self.batch, stop_ids),
+            seen,
+        )
         drawn = Drawn(drawn.tokens[None], drawn.logprobs[None])
         left = int(limit.max()) - 1
         try:
@@ -82,10 +102,16 @@ class Session:
                 # The next chunk is under way before this one is looked at: the device never waits for the host.
                 ahead = None
                 if left > 0:
-                    state, ahead = jit_decode_chunk(self.params, state, steps=self.chunk, backend=self.backend)
+                    state, ahead = jit_decode_chunk(
+                        self.params, state, steps=self.chunk, backend=self.backend
+                    )
                     left -= self.chunk
                 tokens = self._collect(drawn)
-                clock = self._clock(clock, first=self.timings.new_tokens == 0, steps=drawn.tokens.shape[0])
+                clock = self._clock(
+                    clock,
+                    first=self.timings.new_tokens == 0,
+                    steps=drawn.tokens.shape[0],
+                )
                 self.timings.new_tokens += sum(map(len, tokens.ids))
                 yield tokens
                 if ahead is None or not any(tokens.ids):
@@ -104,39 +130,72 @@ class Session:
         return now
 
     def _collect(self, drawn: Drawn) -> Tokens:
-        tokens, logprobs = np.asarray(drawn.tokens).T, np.asarray(drawn.logprobs).T  # [B, steps]; blocks
+        tokens, logprobs = (
+            np.asarray(drawn.tokens).T,
+            np.asarray(drawn.logprobs).T,
+        )  # [B, steps]; blocks
         if np.isnan(logprobs).any():
             row = int(np.isnan(logprobs).any(axis=1).argmax())
-            raise InputError(f"model: row {row}: logits are NaN: the weights hold NaN or Inf, or overflow this dtype")
+            raise InputError(
+                f"model: row {row}: logits are NaN: the weights hold NaN or Inf, or overflow this dtype"
+            )
         ids = [row[row != NO_TOKEN].tolist() for row in tokens]
         for held, new in zip(self._held, ids, strict=True):
             held.extend(new)
-        return Tokens(ids, [probs[: len(new)].tolist() for probs, new in zip(logprobs, ids, strict=True)])
+        return Tokens(
+            ids,
+            [
+                probs[: len(new)].tolist()
+                for probs, new in zip(logprobs, ids, strict=True)
+            ],
+        )
 
     def _check(self, prompts: Sequence[Sequence[int]]) -> None:
         if len(prompts) != self.batch:
-            raise InputError(f"prompts: expected {self.batch} (the session's batch), found {len(prompts)}")
+            raise InputError(
+                f"prompts: expected {self.batch} (the session's batch), found {len(prompts)}"
+            )
         for i, prompt in enumerate(prompts):
             if not 0 < len(prompt) < self.max_len:
                 expected = f"1 to {self.max_len - 1} tokens (one less than the context)"
-                raise InputError(f"prompt {i}: expected {expected}, found {len(prompt)}")
-            worst = max(prompt, key=lambda t: t if t >= 0 else self.params.config.vocab_size - t)
+                raise InputError(
+                    f"prompt {i}: expected {expected}, found {len(prompt)}"
+                )
+            worst = max(
+                prompt, key=lambda t: t if t >= 0 else self.params.config.vocab_size - t
+            )
             if not 0 <= worst < self.params.config.vocab_size:
                 expected = f"token ids from 0 to {self.params.config.vocab_size - 1}"
                 raise InputError(f"prompt {i}: expected {expected}, found {worst}")
 
-    def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[jnp.ndarray, KVCache]:
+    def _prefill(
+        self, prompts: Sequence[Sequence[int]], new_tokens: int
+    ) -> tuple[jnp.ndarray, KVCache]:
         # The last token drawn is not in the cache, and the last of a prompt must be fed to give logits.
-        kept = [min(_common_prefix(h[:-1], p), len(p) - 1) for h, p in zip(self._held, prompts, strict=True)]
-        cache = self._cache or init_cache(self.params.config, self.batch, self.max_len, self.params.dtype)
+        kept = [
+            min(_common_prefix(h[:-1], p), len(p) - 1)
+            for h, p in zip(self._held, prompts, strict=True)
+        ]
+        cache = self._cache or init_cache(
+            self.params.config, self.batch, self.max_len, self.params.dtype
+        )
         cache = cache.replace(lengths=jnp.asarray(kept, jnp.int32))
         logits = jnp.zeros((self.batch, self.params.config.vocab_size), jnp.float32)
         rest = [list(p[k:]) for p, k in zip(prompts, kept, strict=True)]
         self.timings.prompt_tokens = sum(map(len, rest))
         for at in range(0, max(map(len, rest)), PREFILL_PIECE):
             tokens, lengths = pad([row[at : at + PREFILL_PIECE] for row in rest])
-            logits, cache = jit_prefill(self.params, tokens, lengths, logits, cache, backend=self.backend)
+            logits, cache = jit_prefill(
+                self.params, tokens, lengths, logits, cache, backend=self.backend
+            )
         return logits, cache
+
+    def _room_for(self, tokens: int) -> KVCache:
+        # No more room than this run can use: attention reads all of it.
+        size = min(bucket(tokens, MIN_CACHE), self.max_len)
+        if self._cache is None:
+            return init_cache(self.params.config, self.batch, size, self.params.dtype)
+        return self._cache if size <= self._cache.max_len else grow(self._cache, size)
 
     def _seen(self, prompts: Sequence[Sequence[int]]) -> jnp.ndarray:
         tokens, lengths = pad(prompts)

@@ -31,7 +31,9 @@ class Choice:
     why: str
 
 
-_recorder: contextvars.ContextVar[dict[str, Choice] | None] = contextvars.ContextVar("choices", default=None)
+_recorder: contextvars.ContextVar[dict[str, Choice] | None] = contextvars.ContextVar(
+    "choices", default=None
+)
 
 
 @contextlib.contextmanager
@@ -49,10 +51,14 @@ def require_hopper() -> None:
     """Raise `Unsupported` unless the device that jax would use is a Hopper GPU."""
     device = _device()
     if device.platform != "gpu":
-        raise Unsupported(f"needs an NVIDIA Hopper GPU, found platform {device.platform!r}")
+        raise Unsupported(
+            f"needs an NVIDIA Hopper GPU, found platform {device.platform!r}"
+        )
     capability = getattr(device, "compute_capability", None)
     if capability != "9.0":
-        raise Unsupported(f"needs compute capability 9.0 (Hopper), found {device.device_kind} with {capability}")
+        raise Unsupported(
+            f"needs compute capability 9.0 (Hopper), found {device.device_kind} with {capability}"
+        )
 
 
 def _device() -> jax.Device:
@@ -75,7 +81,9 @@ class Op:
     def choose(self, backend: str, *args: Any, **kwargs: Any) -> Choice:
         """Decide, without running anything, which implementation these arguments get."""
         if backend not in BACKENDS:
-            raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, found {backend!r}")
+            raise ValueError(
+                f"backend: expected one of {', '.join(BACKENDS)}, found {backend!r}"
+            )
         if backend == "xla":
             return Choice("xla", "asked for")
         try:
@@ -88,7 +96,9 @@ class Op:
             if backend == "pallas":
                 raise Unsupported(f"{self.name}: {reason}") from None
             return Choice("xla", str(reason))
-        return Choice("pallas", "asked for" if backend == "pallas" else "kernel runs here")
+        return Choice(
+            "pallas", "asked for" if backend == "pallas" else "kernel runs here"
+        )
 
     def __call__(self, *args: Any, backend: str = "auto", **kwargs: Any) -> Any:
         choice = self.choose(backend, *args, **kwargs)

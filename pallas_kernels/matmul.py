@@ -13,11 +13,15 @@ from pallas_kernels.quantized import QuantizedTensor, dequantize
 Weight = jax.Array | QuantizedTensor
 
 
-def reference(x: jax.Array, w: Weight, *, out_dtype: jnp.dtype | type | None = None) -> jax.Array:
+def matmul_reference(
+    x: jax.Array, w: Weight, *, out_dtype: jnp.dtype | type | None = None
+) -> jax.Array:
     """x [..., in] · w [out, in] -> [..., out] in ``out_dtype`` (default: x's)."""
     out_dtype = out_dtype or x.dtype
     if isinstance(w, QuantizedTensor):
-        if w.scale.shape[-1] == 1:  # one scale a row: it commutes with the sum, so the integers go in as they are
+        if (
+            w.scale.shape[-1] == 1
+        ):  # one scale a row: it commutes with the sum, so the integers go in as they are
             return (_dot(x, w.data.astype(x.dtype)) * w.scale[..., 0]).astype(out_dtype)
         w = dequantize(w, x.dtype)
     return _dot(x, w.astype(x.dtype)).astype(out_dtype)
@@ -28,10 +32,12 @@ def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
     # slower for one row. HIGHEST keeps float32 products out of TF32 on GPUs; it changes nothing for 16-bit inputs.
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     contract_last = (((x.ndim - 1,), (1,)), ((), ()))
-    return lax.dot_general(x, w, contract_last, precision=precision, preferred_element_type=jnp.float32)
+    return lax.dot_general(
+        x, w, contract_last, precision=precision, preferred_element_type=jnp.float32
+    )
 
 
-matmul = Op("matmul", reference)
+matmul = Op("matmul", matmul_reference)
 
 CASES = {
     "7b-qkv": dict(out=12288, inner=4096),

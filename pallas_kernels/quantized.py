@@ -54,7 +54,9 @@ class QuantizedTensor:
 
 def group_size(in_features: int, wanted: int) -> int:
     """The largest supported group, no larger than ``wanted``, that divides a row; the whole row where none does."""
-    return next((g for g in GROUPS if g <= wanted and in_features % g == 0), in_features)
+    return next(
+        (g for g in GROUPS if g <= wanted and in_features % g == 0), in_features
+    )
 
 
 def quantize(w: jax.Array, *, bits: int, group: int | None = None) -> QuantizedTensor:
@@ -63,7 +65,9 @@ def quantize(w: jax.Array, *, bits: int, group: int | None = None) -> QuantizedT
     limit = 2 ** (bits - 1) - 1
     blocks = w.astype(jnp.float32).reshape(*w.shape[:-1], -1, group)
     scale = jnp.max(jnp.abs(blocks), axis=-1) / limit
-    scale = jnp.where(scale == 0, 1, scale).astype(jnp.float32 if group == w.shape[-1] else jnp.float16)
+    scale = jnp.where(scale == 0, 1, scale).astype(
+        jnp.float32 if group == w.shape[-1] else jnp.float16
+    )
     q = jnp.round(blocks / scale.astype(jnp.float32)[..., None])
     data = jnp.clip(q, -limit, limit).astype(jnp.int8).reshape(w.shape)
     return QuantizedTensor(data if bits == 8 else data.astype(jnp.int4), scale)
@@ -71,5 +75,8 @@ def quantize(w: jax.Array, *, bits: int, group: int | None = None) -> QuantizedT
 
 def dequantize(w: QuantizedTensor, dtype: jnp.dtype | type = jnp.float32) -> jax.Array:
     """The weight that a `QuantizedTensor` stands for."""
-    blocks = w.data.astype(jnp.float32).reshape(*w.scale.shape, -1) * w.scale.astype(jnp.float32)[..., None]
+    blocks = (
+        w.data.astype(jnp.float32).reshape(*w.scale.shape, -1)
+        * w.scale.astype(jnp.float32)[..., None]
+    )
     return blocks.reshape(w.shape).astype(dtype)

@@ -7,14 +7,14 @@ from jax import lax
 from pallas_kernels.dispatch import Op
 
 
-def reference(x: jax.Array, weight: jax.Array, *, eps: float) -> jax.Array:
+def rms_norm_reference(x: jax.Array, weight: jax.Array, *, eps: float) -> jax.Array:
     """x [..., dim], weight [dim] -> [..., dim] in x's dtype."""
     x32 = x.astype(jnp.float32)
     inv_rms = lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
     return (x32 * inv_rms * weight.astype(jnp.float32)).astype(x.dtype)
 
 
-rms_norm = Op("rms_norm", reference)
+rms_norm = Op("rms_norm", rms_norm_reference)
 
 CASES = {
     "7b-decode": dict(rows=1, dim=4096),
