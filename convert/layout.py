@@ -1,0 +1,69 @@
+"""The names and shapes of a Llama's tensors: one table, read in both directions."""
+
+from jllama.config import LlamaConfig
+
+# Our name of a layer's tensor, and Hugging Face's.
+LAYER = {
+    "attn_norm": "input_layernorm",
+    "wq": "self_attn.q_proj",
+    "wk": "self_attn.k_proj",
+    "wv": "self_attn.v_proj",
+    "wo": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "w_gate": "mlp.gate_proj",
+    "w_up": "mlp.up_proj",
+    "w_down": "mlp.down_proj",
+}
+MODEL = {"embed": "model.embed_tokens", "norm": "model.norm", "lm_head": "lm_head"}
+
+# What `jllama.params.Layer` holds as one weight: rows of the first, then of the second, then of the third.
+FUSED = {
+    "attn_norm": ("attn_norm",),
+    "wqkv": ("wq", "wk", "wv"),
+    "wo": ("wo",),
+    "ffn_norm": ("ffn_norm",),
+    "w_gate_up": ("w_gate", "w_up"),
+    "w_down": ("w_down",),
+}
+
+
+def hf_names(config: LlamaConfig) -> dict[str, str]:
+    """Our name of every tensor -> Hugging Face's."""
+    names = {ours: f"{theirs}.weight" for ours, theirs in MODEL.items()}
+    if config.tie_embeddings:
+        del names["lm_head"]
+    for i in range(config.n_layers):
+        names |= {
+            f"layers.{i}.{ours}": f"model.layers.{i}.{theirs}.weight"
+            for ours, theirs in LAYER.items()
+        }
+    return names
+
+
+def layer_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of a layer, unfused."""
+    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    return {
+        "attn_norm": (config.dim,),
+        "wq": (q, config.dim),
+        "wk": (kv, config.dim),
+        "wv": (kv, config.dim),
+        "wo": (config.dim, q),
+        "ffn_norm": (config.dim,),
+        "w_gate": (config.hidden_dim, config.dim),
+        "w_up": (config.hidden_dim, config.dim),
+        "w_down": (config.dim, config.hidden_dim),
+    }
+
+
+def expected_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Our name of every tensor -> its shape."""
+    vocabulary = (config.vocab_size, config.dim)
+    shapes: dict[str, tuple[int, ...]] = {"embed": vocabulary, "norm": (config.dim,)}
+    if not config.tie_embeddings:
+        shapes["lm_head"] = vocabulary
+    for i in range(config.n_layers):
+        shapes |= {
+            f"layers.{i}.{name}": shape for name, shape in layer_shapes(config).items()
+        }
+    return shapes

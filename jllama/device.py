@@ -1,0 +1,75 @@
+"""What the device offers: free memory, and the bandwidth that its data sheet promises."""
+
+import os
+from pathlib import Path
+
+import jax
+
+# Bytes a second by the vendors' data sheets, for the percentage in the line of figures.
+_BANDWIDTH = {
+    "NVIDIA H200": 4.8e12,
+    "NVIDIA H100 80GB HBM3": 3.35e12,
+    "NVIDIA H100 PCIe": 2.0e12,
+    "NVIDIA A100-SXM4-80GB": 2.039e12,
+    "NVIDIA A100-SXM4-40GB": 1.555e12,
+    "NVIDIA L40S": 0.864e12,
+    "NVIDIA GeForce RTX 4090": 1.008e12,
+    "NVIDIA GeForce RTX 3090": 0.936e12,
+}
+
+
+def default_device() -> jax.Device:
+    """The device that arrays go to."""
+    return jax.devices()[0]
+
+
+def bandwidth(device: jax.Device) -> float | None:
+    """Bytes a second of the device's memory, where known."""
+    return _BANDWIDTH.get(device.device_kind)
+
+
+def free_bytes(device: jax.Device) -> int | None:
+    """Memory that can still be used on the device; None where it cannot be known."""
+    if device.platform != "cpu":
+        stats = device.memory_stats() or {}
+        return (
+            stats["bytes_limit"] - stats["bytes_in_use"]
+            if "bytes_limit" in stats
+            else None
+        )
+    free = _meminfo_available()
+    limit, used = (
+        _integer(Path("/sys/fs/cgroup") / name)
+        for name in ("memory.max", "memory.current")
+    )
+    if limit is not None and used is not None:
+        free = min(limit - used, free if free is not None else limit)
+    return free
+
+
+def _meminfo_available() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        names = ("SC_PAGE_SIZE", "SC_AVPHYS_PAGES")
+        return (
+            os.sysconf(names[0]) * os.sysconf(names[1])
+            if all(n in os.sysconf_names for n in names)
+            else None
+        )
+    return next(
+        (
+            int(line.split()[1]) * 1024
+            for line in lines
+            if line.startswith("MemAvailable:")
+        ),
+        None,
+    )
+
+
+def _integer(path: Path) -> int | None:
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None  # "max": no limit
