@@ -1,0 +1,34 @@
+"""Shared by all tests: where data lies, and which tests this machine can run."""
+
+import os
+from pathlib import Path
+
+import jax
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def _gpu_missing() -> str | None:
+    device = jax.devices()[0]
+    if device.platform != "gpu":
+        return f"needs a Hopper GPU, found platform {device.platform}"
+    if getattr(device, "compute_capability", "") != "9.0":
+        return f"needs a Hopper GPU, found {device.device_kind}"
+    return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    reason = _gpu_missing()
+    for item in items:
+        if reason and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """Real checkpoints and golden outputs, which are not part of the project."""
+    path = Path(os.environ.get("JLLAMA_TEST_DATA", ROOT.parent / "shared" / "data"))
+    if not path.is_dir():
+        pytest.skip(f"no test data at {path} (set JLLAMA_TEST_DATA)")
+    return path
