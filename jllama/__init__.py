@@ -1,0 +1,69 @@
+"""Llama-2 inference inside JAX at the speed of the memory bus.
+
+The library in five names::
+
+    params = jllama.load("path/to/checkpoint")            # weights, as a pytree
+    logits, cache = jllama.forward(params, tokens)         # pure: jit, grad and vmap it
+    out = jllama.generate(params, tokens, max_new_tokens=64)
+    tokenizer = jllama.load_tokenizer("path/tokenizer.model")
+    jllama.backends(params)                                # what runs where, and why
+
+Names are imported when they are first used, so that ``--help`` need not wait for jax.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "DEMO": "jllama.demo_model",
+    "DecodeState": "jllama.decode",
+    "Generated": "jllama.decode",
+    "InputError": "jllama.errors",
+    "KVCache": "jllama.cache",
+    "Layer": "jllama.params",
+    "LlamaConfig": "jllama.config",
+    "Params": "jllama.params",
+    "Sampling": "jllama.sampling",
+    "Session": "jllama.stream",
+    "backends": "jllama.backends",
+    "decode_step": "jllama.decode",
+    "forward": "jllama.model",
+    "generate": "jllama.decode",
+    "init": "jllama.params",
+    "init_cache": "jllama.cache",
+    "load": "jllama.checkpoint",
+    "load_tokenizer": "jllama.tokenizer",
+    "make_sampling": "jllama.sampling",
+    "preset": "jllama.config",
+    "save": "jllama.checkpoint",
+}
+
+__all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
+
+if TYPE_CHECKING:
+    from jllama.backends import backends
+    from jllama.cache import KVCache, init_cache
+    from jllama.checkpoint import load, save
+    from jllama.config import LlamaConfig, preset
+    from jllama.decode import DecodeState, Generated, decode_step, generate
+    from jllama.demo_model import DEMO
+    from jllama.errors import InputError
+    from jllama.model import forward
+    from jllama.params import Layer, Params, init
+    from jllama.sampling import Sampling, make_sampling
+    from jllama.stream import Session
+    from jllama.tokenizer import load_tokenizer
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'jllama' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value  # also where a submodule of that name was imported in the meantime
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

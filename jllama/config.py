@@ -45,14 +45,10 @@ class LlamaConfig:
     def __post_init__(self) -> None:
         if self.head_dim == 0:
             if self.dim % self.n_heads:
-                raise InputError(
-                    f"config: dim {self.dim} is not a multiple of n_heads {self.n_heads}"
-                )
+                raise InputError(f"config: dim {self.dim} is not a multiple of n_heads {self.n_heads}")
             object.__setattr__(self, "head_dim", self.dim // self.n_heads)
         if self.n_heads % self.n_kv_heads:
-            raise InputError(
-                f"config: n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}"
-            )
+            raise InputError(f"config: n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if self.head_dim % 2:
             raise InputError(
                 f"config: head_dim: expected an even number (rotary works on pairs), found {self.head_dim}"
@@ -63,11 +59,7 @@ class LlamaConfig:
         """How many weights a model of this shape has."""
         attention = self.dim * self.head_dim * (2 * self.n_heads + 2 * self.n_kv_heads)
         layer = attention + 3 * self.dim * self.hidden_dim + 2 * self.dim
-        return (
-            self.n_layers * layer
-            + self.dim
-            + self.vocab_size * self.dim * (1 if self.tie_embeddings else 2)
-        )
+        return self.n_layers * layer + self.dim + self.vocab_size * self.dim * (1 if self.tie_embeddings else 2)
 
     def replace(self, **changes: Any) -> "LlamaConfig":
         """A copy with some fields changed."""
@@ -102,21 +94,15 @@ PRESETS: dict[str, LlamaConfig] = {
     "stories110m": _llama2(768, 12, 12, 2048, **_STORIES),
     "stories42m": _llama2(512, 8, 8, 1376, **_STORIES),
     "stories15m": _llama2(288, 6, 6, 768, **_STORIES | {"max_seq_len": 256}),
-    "stories260k": _llama2(
-        64, 5, 8, 172, n_kv_heads=4, vocab_size=512, **_STORIES | {"max_seq_len": 512}
-    ),
-    "demo": _llama2(
-        192, 6, 6, 512, n_kv_heads=3, vocab_size=1024, **_STORIES | {"max_seq_len": 512}
-    ),
+    "stories260k": _llama2(64, 5, 8, 172, n_kv_heads=4, vocab_size=512, **_STORIES | {"max_seq_len": 512}),
+    "demo": _llama2(192, 6, 3, 448, n_kv_heads=1, vocab_size=1024, **_STORIES | {"max_seq_len": 512}),
 }
 
 
 def preset(name: str) -> LlamaConfig:
     """The configuration of that name."""
     if name not in PRESETS:
-        raise InputError(
-            f"preset: expected one of {', '.join(PRESETS)}, found {name!r}"
-        )
+        raise InputError(f"preset: expected one of {', '.join(PRESETS)}, found {name!r}")
     return PRESETS[name]
 
 
@@ -124,18 +110,14 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of bounded size."""
     try:
         if (size := path.stat().st_size) > _MAX_JSON_BYTES:
-            raise InputError(
-                f"{path}: expected at most {_MAX_JSON_BYTES} bytes of JSON, found {size}"
-            )
+            raise InputError(f"{path}: expected at most {_MAX_JSON_BYTES} bytes of JSON, found {size}")
         value = json.loads(path.read_bytes())
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(value, dict):
-        raise InputError(
-            f"{path}: expected a JSON object, found {type(value).__name__}"
-        )
+        raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
 
 
@@ -145,18 +127,10 @@ class _Fields:
     def __init__(self, where: str, values: dict[str, Any]) -> None:
         self.where, self.values = where, values
 
-    def integer(
-        self, name: str, default: int | None = None, low: int = 1, high: int = 1 << 24
-    ) -> int:
+    def integer(self, name: str, default: int | None = None, low: int = 1, high: int = 1 << 24) -> int:
         value = self._get(name, default)
-        if (
-            not isinstance(value, int)
-            or isinstance(value, bool)
-            or not low <= value <= high
-        ):
-            raise InputError(
-                f"{self.where}: {name}: expected an integer from {low} to {high}, found {_short(value)}"
-            )
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise InputError(f"{self.where}: {name}: expected an integer from {low} to {high}, found {_short(value)}")
         return value
 
     def number(
@@ -167,11 +141,7 @@ class _Fields:
         high: float = 1e12,
     ) -> float:
         value = self._get(name, default)
-        if (
-            not isinstance(value, int | float)
-            or isinstance(value, bool)
-            or not low < value <= high
-        ):
+        if not isinstance(value, int | float) or isinstance(value, bool) or not low < value <= high:
             raise InputError(
                 f"{self.where}: {name}: expected a number above {low:g} up to {high:g}, found {_short(value)}"
             )
@@ -180,23 +150,16 @@ class _Fields:
     def flag(self, name: str, default: bool) -> bool:
         value = self._get(name, default)
         if not isinstance(value, bool):
-            raise InputError(
-                f"{self.where}: {name}: expected true or false, found {_short(value)}"
-            )
+            raise InputError(f"{self.where}: {name}: expected true or false, found {_short(value)}")
         return value
 
-    def ids(
-        self, name: str, default: tuple[int, ...], vocab_size: int
-    ) -> tuple[int, ...]:
+    def ids(self, name: str, default: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:
         value = self._get(name, default)
         ids = tuple(value) if isinstance(value, list | tuple) else (value,)
         if len(ids) > 64 or not all(
-            isinstance(i, int) and not isinstance(i, bool) and 0 <= i < vocab_size
-            for i in ids
+            isinstance(i, int) and not isinstance(i, bool) and 0 <= i < vocab_size for i in ids
         ):
-            raise InputError(
-                f"{self.where}: {name}: expected token ids below {vocab_size}, found {_short(value)}"
-            )
+            raise InputError(f"{self.where}: {name}: expected token ids below {vocab_size}, found {_short(value)}")
         return ids
 
     def _get(self, name: str, default: Any) -> Any:
@@ -215,18 +178,12 @@ def from_hf(values: dict[str, Any], where: str = "config.json") -> LlamaConfig:
     """Read the ``config.json`` of a Hugging Face checkpoint with ``model_type: llama``."""
     fields = _Fields(where, values)
     if values.get("model_type") != "llama":
-        raise InputError(
-            f"{where}: model_type: expected 'llama', found {_short(values.get('model_type'))}"
-        )
+        raise InputError(f"{where}: model_type: expected 'llama', found {_short(values.get('model_type'))}")
     for name in ("attention_bias", "mlp_bias"):
         if fields.flag(name, False):
-            raise InputError(
-                f"{where}: {name}: expected false (biases are not supported), found true"
-            )
+            raise InputError(f"{where}: {name}: expected false (biases are not supported), found true")
     if (activation := values.get("hidden_act", "silu")) not in ("silu", "swish"):
-        raise InputError(
-            f"{where}: hidden_act: expected 'silu', found {_short(activation)}"
-        )
+        raise InputError(f"{where}: hidden_act: expected 'silu', found {_short(activation)}")
     n_heads = fields.integer("num_attention_heads", high=4096)
     vocab_size = fields.integer("vocab_size")
     rope = _rope_parameters(values, where)
@@ -248,9 +205,7 @@ def from_hf(values: dict[str, Any], where: str = "config.json") -> LlamaConfig:
             eos_ids=fields.ids("eos_token_id", (2,), vocab_size),
         )
     except InputError as error:
-        raise (
-            error if str(error).startswith(where) else InputError(f"{where}: {error}")
-        ) from None
+        raise (error if str(error).startswith(where) else InputError(f"{where}: {error}")) from None
 
 
 def _rope_parameters(values: dict[str, Any], where: str) -> dict[str, Any]:
@@ -259,9 +214,7 @@ def _rope_parameters(values: dict[str, Any], where: str) -> dict[str, Any]:
     for name in ("rope_scaling", "rope_parameters"):
         part = values.get(name) or {}
         if not isinstance(part, dict):
-            raise InputError(
-                f"{where}: {name}: expected an object, found {_short(part)}"
-            )
+            raise InputError(f"{where}: {name}: expected an object, found {_short(part)}")
         rope |= part
     return rope
 
@@ -282,13 +235,9 @@ def _rope_scaling(rope: dict[str, Any], where: str) -> RopeScaling | None:
             fields.integer("original_max_position_embeddings"),
         )
         if scaling.low_freq_factor >= scaling.high_freq_factor:
-            raise InputError(
-                f"{where}: rope_scaling: expected low_freq_factor below high_freq_factor, found {scaling}"
-            )
+            raise InputError(f"{where}: rope_scaling: expected low_freq_factor below high_freq_factor, found {scaling}")
         return scaling
-    raise InputError(
-        f"{where}: rope_scaling: expected type 'default', 'linear' or 'llama3', found {_short(kind)}"
-    )
+    raise InputError(f"{where}: rope_scaling: expected type 'default', 'linear' or 'llama3', found {_short(kind)}")
 
 
 def to_hf(config: LlamaConfig, dtype: str) -> dict[str, Any]:
@@ -311,9 +260,7 @@ def to_hf(config: LlamaConfig, dtype: str) -> dict[str, Any]:
         "mlp_bias": False,
         "tie_word_embeddings": config.tie_embeddings,
         "bos_token_id": config.bos_id,
-        "eos_token_id": config.eos_ids[0]
-        if len(config.eos_ids) == 1
-        else list(config.eos_ids),
+        "eos_token_id": config.eos_ids[0] if len(config.eos_ids) == 1 else list(config.eos_ids),
         "torch_dtype": dtype,
     }
     if config.rope_scaling is not None:
