@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from convert.layout import expected_shapes
+from convert.vocabulary import Vocabulary
 from jllama.config import LlamaConfig
 from jllama.errors import InputError
 
@@ -51,7 +52,7 @@ class Source:
     form: str  # what was recognised: "hf", "native", "llama2c", "gguf", "meta"
     config: LlamaConfig
     tensors: Mapping[str, Tensor]
-    tokenizer: Path | None
+    tokenizer: "Path | Vocabulary | None"
 
     @property
     def dtype(self) -> str:
@@ -69,11 +70,7 @@ def checked(source: Source) -> Source:
     for name, shape in expected_shapes(source.config).items():
         tensor = source.tensors.get(name)
         if tensor is None:
-            raise InputError(
-                f"{source.path}: tensor {name}: missing ({source.config.n_layers} layers expected)"
-            )
+            raise InputError(f"{source.path}: tensor {name}: missing ({source.config.n_layers} layers expected)")
         if tensor.shape != shape:
-            raise InputError(
-                f"{tensor.where}: expected shape {list(shape)}, found {list(tensor.shape)}"
-            )
+            raise InputError(f"{tensor.where}: expected shape {list(shape)}, found {list(tensor.shape)}")
     return source

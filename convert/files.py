@@ -1,0 +1,73 @@
+"""Files of strangers: regular ones only, mapped, every access held against their size."""
+
+import math
+import mmap
+import os
+import stat
+from pathlib import Path
+
+import numpy as np
+
+from jllama.errors import InputError
+
+
+class MappedFile:
+    """A file of which nothing is read before it is used. Views stay valid as long as any of them lives."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            # Not blocking: a pipe that has the name of a checkpoint would be waited for without end.
+            handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+            try:
+                status = os.fstat(handle)
+                if not stat.S_ISREG(status.st_mode):
+                    raise InputError(f"{path}: expected a file, found something else")
+                self.size = status.st_size
+                if self.size == 0:
+                    raise InputError(f"{path}: expected a file with content, found 0 bytes (cut off?)")
+                self._map = mmap.mmap(handle, 0, access=mmap.ACCESS_READ)
+            finally:
+                os.close(handle)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+
+    def bytes(self, begin: int, length: int) -> bytes:
+        """A copy of ``length`` bytes, fewer at the end of the file."""
+        return self._map[begin : begin + length]
+
+    def view(self, dtype: np.dtype, shape: tuple[int, ...], begin: int) -> np.ndarray:
+        """A read-only array over the file."""
+        assert begin + math.prod(shape) * dtype.itemsize <= self.size, self.path
+        return np.frombuffer(self._map, dtype, math.prod(shape), begin).reshape(shape)
+
+
+def inside(directory: Path, name: str, where: Path) -> Path:
+    """The file ``name`` of ``directory``, which a stranger's file mentions: refused if it lies anywhere else."""
+    if "/" in name or "\\" in name or "\0" in name or name in ("", ".", "..") or len(name) > 255:
+        raise InputError(f"{where}: file name: expected one inside the directory, found {name[:80]!r}")
+    path = directory / name
+    if path.is_symlink() and not _stays(path, directory.resolve()):
+        raise InputError(f"{path}: link: expected one inside the directory, found {str(os.readlink(path))[:80]!r}")
+    return path
+
+
+def _stays(link: Path, directory: Path) -> bool:
+    """Whether a link ends in its directory, or where Hugging Face's download cache links to from a snapshot."""
+    try:
+        target = link.resolve()
+    except (OSError, RuntimeError):
+        return False
+    blobs = directory.parent.parent / "blobs"
+    return target.parent == directory or (directory.parent.name == "snapshots" and target.parent == blobs)
+
+
+def first_of(directory: Path, names: tuple[str, ...]) -> Path | None:
+    """The first of ``names`` that the directory holds; a link out of it is refused."""
+    return next((inside(directory, name, directory) for name in names if (directory / name).exists()), None)
+
+
+def label(value: object, limit: int = 80) -> str:
+    """Somebody's value in an error message: short and printable."""
+    text = value if isinstance(value, str) and value.isprintable() else ascii(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
