@@ -1,0 +1,80 @@
+"""The whole model against Hugging Face transformers on small random Llamas of every kind that `config` reads.
+
+Always: against the files that `make_golden.py` wrote. Where torch and transformers import: live, and through a
+checkpoint directory that transformers wrote itself.
+"""
+
+import importlib.util
+from pathlib import Path
+
+import jax.numpy as jnp
+import make_golden
+import numpy as np
+import pytest
+
+from convert.layout import hf_names
+from convert.source import Source, Tensor, checked
+from jllama.checkpoint import load
+from jllama.config import from_hf
+from jllama.decode import generate
+from jllama.model import forward
+from jllama.params import Params
+
+RELATIVE = 1e-4  # of float32 logits, to the largest
+
+missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+live = pytest.mark.skipif(bool(missing), reason=f"needs {' and '.join(missing)} (make peers)")
+
+
+def our_model(case: str) -> Params:
+    """The case's weights, joined and placed by the same loader that reads files."""
+    config = from_hf(make_golden.config(case))
+    arrays = make_golden.weights(case)
+    tensors = {
+        ours: Tensor(arrays[theirs].shape, "float32", theirs, lambda a=arrays[theirs]: a)
+        for ours, theirs in hf_names(config).items()
+    }
+    assert len(tensors) == len(arrays)
+    return load(checked(Source(Path(case), "hf", config, tensors, None)), dtype="float32")
+
+
+def assert_agrees(params: Params, case: str, logits: np.ndarray, ids: np.ndarray) -> None:
+    tokens = jnp.asarray(make_golden.prompts(case))
+    found, _ = forward(params, tokens, backend="xla")
+    error = np.abs(np.asarray(found) - logits).max() / np.abs(logits).max()
+    assert error < RELATIVE, f"relative error {error:.1e}"
+    made = generate(params, tokens, max_new_tokens=make_golden.NEW, stop_ids=(), backend="xla")
+    np.testing.assert_array_equal(made.tokens, ids)
+
+
+@pytest.mark.parametrize("case", make_golden.CASES)
+def test_logits_and_greedy_ids_equal_the_golden_files(case: str) -> None:
+    with np.load(make_golden.GOLDEN / f"{case}.npz") as golden:
+        assert_agrees(our_model(case), case, golden["logits"], golden["ids"])
+
+
+def test_every_golden_file_belongs_to_a_case_and_is_small() -> None:
+    files = list(make_golden.GOLDEN.glob("*"))
+    assert {file.name for file in files} == {f"{case}.npz" for case in make_golden.CASES}
+    assert sum(file.stat().st_size for file in files) < 1e6
+
+
+@pytest.mark.parametrize("case", ["rope-linear", "rope-llama3", "rope-theta"])
+def test_the_comparison_notices_what_a_case_is_about(case: str) -> None:
+    """Without the one field that the case adds, the error is far past the limit."""
+    params = our_model(case)
+    scaled = params.config.rope_scaling is not None
+    plain = params.config.replace(rope_scaling=None) if scaled else params.config.replace(rope_theta=10000.0)
+    with np.load(make_golden.GOLDEN / f"{case}.npz") as golden, pytest.raises(AssertionError, match="relative error"):
+        assert_agrees(params.replace(config=plain), case, golden["logits"], golden["ids"])
+
+
+@pytest.mark.peers
+@live
+@pytest.mark.filterwarnings("default")  # theirs
+@pytest.mark.parametrize("case", make_golden.CASES)
+def test_live_logits_and_greedy_ids_from_a_directory_that_transformers_wrote(case: str, tmp_path: Path) -> None:
+    logits, ids = make_golden.run_hf(make_golden.hf_model(case, tmp_path), make_golden.prompts(case))
+    assert_agrees(load(tmp_path, dtype="float32"), case, logits, ids)
+    with np.load(make_golden.GOLDEN / f"{case}.npz") as golden:  # the files are what this transformers says, too
+        np.testing.assert_allclose(logits, golden["logits"], atol=RELATIVE * np.abs(logits).max())
