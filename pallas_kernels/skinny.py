@@ -1,0 +1,349 @@
+"""Products for few rows (1 to 64): the weight is read once, at the speed of memory, by every multiprocessor.
+
+The weight is cut into *pieces*: a strip of output rows over a range of the inputs. Every block takes the same number of
+pieces, so the 132 blocks of an H200 are busy to 95 % or more whatever the shape, and no block waits for another. Where
+the inputs are cut, the partial sums are added in one fixed order afterwards, in the operation that transposes the
+(small) result, so the same arguments always give the same bits.
+
+Inside a block one warpgroup issues TMA copies into a ring of stages; the others take the stages in turn, each with
+accumulators of its own, and add those up through shared memory when the piece is done.
+"""
+
+import functools
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.dispatch import Unsupported
+from pallas_kernels.tiles import (
+    SHARED_BYTES,
+    WGMMA_ROWS,
+    Format,
+    Weight,
+    check_product,
+    format_of,
+    layer_index,
+    nbytes,
+    scale_column,
+    sm_count,
+    split,
+    swizzled,
+    widen,
+)
+
+MAX_ROWS = 64
+START = 200  # about what starting and finishing a piece costs, in rows of a stage
+
+
+@dataclass(frozen=True)
+class SkinnyTiles:
+    """How the work is cut. ``step``: inputs a stage; ``consumers``: warpgroups that multiply; ``strip``: the most
+    output rows of a piece; ``cuts``: the most ranges of the inputs; ``depth``: the most stages in flight."""
+
+    step: int
+    consumers: int
+    strip: int = 192
+    cuts: int = 4
+    depth: int = 16
+
+
+def tiles_for(fmt: Format, inner: int, rows: int) -> SkinnyTiles:
+    """The measured choice for one H200."""
+    step = 256 if fmt.bits < 16 and inner % 256 == 0 else 128
+    return SkinnyTiles(step=step, consumers=4 if fmt.quantized and rows <= 16 else 2)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`SkinnyTiles` made concrete for one product: ``strips * cuts`` pieces, dealt out to ``blocks``."""
+
+    out: int
+    rows: int
+    steps: int  # stages over all inputs
+    strip: int
+    strips: int
+    cuts: int
+    blocks: int
+    depth: int
+
+    @property
+    def height(self) -> int:
+        """Rows of a tile in shared memory: wgmma takes 64 at a time, the surplus is never loaded nor stored."""
+        return WGMMA_ROWS * math.ceil(self.strip / WGMMA_ROWS)
+
+
+def plan(out: int, inner: int, rows: int, fmt: Format, tiles: SkinnyTiles, sms: int) -> Plan:
+    """The cut that keeps the busiest block least busy."""
+    # Scales of a group are read in whole wgmma tiles; a surplus there could lie beyond the array.
+    grain = WGMMA_ROWS if fmt.grouped else 8
+    steps = inner // tiles.step
+
+    def piece(strip: int, cuts: int) -> Plan:
+        strips = math.ceil(out / strip)
+        height = WGMMA_ROWS * math.ceil(strip / WGMMA_ROWS)
+        stage = nbytes((height, tiles.step), fmt.bits) + nbytes((rows, tiles.step), 16)
+        room = SHARED_BYTES - 4096 - tiles.consumers * nbytes((height, rows), 32)
+        return Plan(out, rows, steps, strip, strips, cuts, min(sms, strips * cuts), min(tiles.depth, room // stage))
+
+    def cost(p: Plan) -> float:
+        """What the busiest block does, in rows of a stage."""
+        turns = math.ceil(p.strips * p.cuts / p.blocks)
+        surplus = (p.height - p.strip) * (0.5 if fmt.quantized else 0.2)  # costs widening and room, no bandwidth
+        return turns * (math.ceil(steps / p.cuts) * (p.strip + surplus) + START)
+
+    strips = range(grain, min(tiles.strip, out) + 1, grain)
+    cuts = range(1, min(tiles.cuts, steps) + 1)
+    candidates = (piece(*c) for c in itertools.product(strips, cuts))
+    return min((p for p in candidates if p.depth >= tiles.consumers), key=cost)
+
+
+def check_skinny(x: jax.Array, w: Weight, *, tiles: SkinnyTiles | None = None) -> None:
+    """Raise `Unsupported` where `skinny` cannot run; ``x`` is [rows, in]."""
+    check_product(x, w)
+    fmt = format_of(w)
+    rows, inner = x.shape
+    out = w.shape[-2]
+    tiles = tiles or tiles_for(fmt, inner, rows)
+    if rows > MAX_ROWS:
+        raise Unsupported(f"at most {MAX_ROWS} rows, found {rows}")
+    if inner % tiles.step:
+        raise Unsupported(f"{inner} inputs: must be a multiple of {tiles.step}")
+    grain = WGMMA_ROWS if fmt.grouped else 8
+    if out % grain:
+        raise Unsupported(f"{out} outputs: must be a multiple of {grain}")
+    if fmt.group is not None and tiles.step % fmt.group:
+        raise Unsupported(f"groups of {fmt.group} inputs: must divide {tiles.step}")
+
+
+def skinny(
+    x: jax.Array,
+    w: Weight,
+    *,
+    layer: jax.Array | int | None = None,
+    out_dtype: Any = None,
+    tiles: SkinnyTiles | None = None,
+    sms: int | None = None,
+    interpret: Any = False,
+) -> jax.Array:
+    """x [rows, in] · w [out, in] -> [rows, out]; with ``layer``, w is stacked [layers, out, in] and read in place."""
+    fmt = format_of(w)
+    rows, inner = x.shape
+    tiles = tiles or tiles_for(fmt, inner, rows)
+    padded = 8 * math.ceil(rows / 8)
+    p = plan(w.shape[-2], inner, padded, fmt, tiles, sms or sm_count())
+    data, scale = split(w)
+    layer = layer_index(layer)
+    arguments = [layer, jnp.pad(x, ((0, padded - rows), (0, 0))), data]
+    if fmt.grouped:
+        arguments.append(scale)
+    y = _kernel(fmt, p, tiles, x.dtype, interpret)(*arguments)
+    y = functools.reduce(jnp.add, [y[i] for i in range(p.cuts)])[:, :rows]  # a fixed order
+    if scale is not None and not fmt.grouped:
+        y = y * scale[layer[0]].astype(jnp.float32)
+    return y.T.astype(out_dtype or x.dtype)
+
+
+def _kernel(fmt: Format, p: Plan, tiles: SkinnyTiles, dtype: Any, interpret: Any) -> Any:
+    """The launch: partial sums, float32 [cuts, out, rows]."""
+    others = tiles.consumers - 1
+    scratch = {
+        "w_ring": swizzled((p.depth, p.height, tiles.step), fmt.dtype),
+        "x_ring": swizzled((p.depth, p.rows, tiles.step), dtype, run=fmt.group),
+        "sums": plgpu.SMEM((tiles.consumers, p.height, p.rows), jnp.float32),
+        "full": plgpu.Barrier(num_arrivals=2, num_barriers=p.depth),
+        "free": plgpu.Barrier(num_arrivals=1, num_barriers=p.depth),
+    }
+    if others:
+        scratch["summed"] = plgpu.Barrier(num_arrivals=others)
+        scratch["stored"] = plgpu.Barrier(num_arrivals=1)
+    if interpret and fmt.quantized:
+        scratch["widened"] = swizzled((tiles.consumers, WGMMA_ROWS, tiles.step), dtype, run=fmt.group)
+    return plgpu.kernel(
+        functools.partial(_body, fmt=fmt, p=p, tiles=tiles, dtype=dtype),
+        out_type=jax.ShapeDtypeStruct((p.cuts, p.out, p.rows), jnp.float32),
+        scratch_types=scratch,
+        grid=(p.blocks,),
+        grid_names=("block",),
+        num_threads=tiles.consumers + 1,
+        thread_name="warpgroup",
+        interpret=interpret,
+        kernel_name="skinny_product",
+    )
+
+
+def _body(*refs: Any, fmt: Format, p: Plan, tiles: SkinnyTiles, dtype: Any, **scratch: Any) -> None:
+    layer_ref, x_ref, w_ref, *scale_ref, out_ref = refs
+    layer = layer_ref[0]
+    block, me = lax.axis_index("block"), lax.axis_index("warpgroup")
+    turns = (p.strips * p.cuts - block + p.blocks - 1) // p.blocks
+
+    def piece(turn: Any) -> tuple[Any, Any, Any, Any]:
+        """First row, cut, first step and end of the piece that this block takes at this turn."""
+        index = turn * p.blocks + block
+        strip, cut = index // p.cuts, lax.rem(index, p.cuts)
+        # The last strip is moved up where it would pass the end: two blocks then write the same values there.
+        row = pl.multiple_of(jnp.minimum(strip * p.strip, p.out - p.strip), 8)
+        return row, cut, cut * p.steps // p.cuts, (cut + 1) * p.steps // p.cuts
+
+    @pl.when(me == tiles.consumers)
+    def _() -> None:
+        _produce(x_ref, w_ref.at[layer], turns, piece, p, tiles.step, **scratch)
+
+    @pl.when(me < tiles.consumers)
+    def _() -> None:
+        scales = scale_ref[0].at[layer] if scale_ref else None
+        _consume(me, scales, out_ref, turns, piece, fmt, p, tiles, dtype, **scratch)
+
+
+def _produce(x_ref: Any, w_ref: Any, turns: Any, piece: Any, p: Plan, step: int, *, w_ring: Any, x_ring: Any,
+             full: Any, free: Any, **_: Any) -> None:  # fmt: skip
+    """Keep the ring full. Copies run ahead of the sums, across pieces too."""
+
+    def turn(t: Any, count: Any) -> Any:
+        row, _, start, end = piece(t)
+
+        def stage(i: Any, count: Any) -> Any:
+            slot = lax.rem(count, p.depth)
+
+            @pl.when(count >= p.depth)
+            def _() -> None:
+                plgpu.barrier_wait(free.at[slot])
+
+            inputs = pl.ds(i * step, step)
+            plgpu.copy_gmem_to_smem(
+                w_ref.at[pl.ds(row, p.strip), inputs], w_ring.at[slot, pl.ds(0, p.strip)], full.at[slot]
+            )
+            plgpu.copy_gmem_to_smem(x_ref.at[:, inputs], x_ring.at[slot], full.at[slot])
+            return count + 1
+
+        return lax.fori_loop(start, end, stage, count)
+
+    count = lax.fori_loop(0, turns, turn, jnp.int32(0))
+
+    def drain(i: Any, _: Any) -> None:  # a barrier's every completion must be awaited before the block ends
+        plgpu.barrier_wait(free.at[lax.rem(i, p.depth)])
+
+    lax.fori_loop(jnp.maximum(count - p.depth, 0), count, drain, None)
+
+
+def _consume(me: Any, scales: Any, out_ref: Any, turns: Any, piece: Any, fmt: Format, p: Plan, tiles: SkinnyTiles,
+             dtype: Any, *, w_ring: Any, x_ring: Any, sums: Any, full: Any, free: Any, summed: Any = None,
+             stored: Any = None, widened: Any = None) -> None:  # fmt: skip
+    """Multiply the stages whose turn it is, then add up what the consumers have."""
+    tiles_of_64 = p.height // WGMMA_ROWS
+    last = tiles.consumers - 1
+    accumulators = [plgpu.ACC((WGMMA_ROWS, p.rows), jnp.float32)] * tiles_of_64
+
+    def operand(slot: Any, tile: int) -> Any:
+        """One 64-row tile of a stage, as wgmma's left operand: where it lies, or widened in registers."""
+        weights = w_ring.at[slot, pl.ds(tile * WGMMA_ROWS, WGMMA_ROWS)]
+        if not fmt.quantized:
+            return weights
+        if widened is None:
+            return widen(weights, fmt)
+        # The interpreter has no wgmma with an operand in registers.
+        widened[me] = weights[...].astype(dtype)
+        plgpu.commit_smem()
+        return widened.at[me]
+
+    def multiply(acc: Any, weights: Any, slot: Any, group: slice = slice(None)) -> None:
+        """acc += a tile of weights, over one group of its inputs."""
+        if fmt.quantized and widened is None:
+            weights = weights[:, group].astype(dtype)
+        else:
+            weights = weights.at[:, group]
+        plgpu.wgmma(acc, weights, x_ring.at[slot, :, group].T)
+        if widened is not None:
+            plgpu.wgmma_wait(0)
+
+    def my_stages(start: Any, end: Any, count: Any, stage: Any, carry: Any) -> Any:
+        """Fold ``stage(step, slot, carry)`` over the stages of a piece that are this consumer's."""
+
+        def body(j: Any, carry: Any) -> Any:
+            offset = me + j * tiles.consumers
+            slot = lax.rem(count + offset, p.depth)
+            plgpu.barrier_wait(full.at[slot])
+            carry = stage(start + offset, slot, carry)
+            plgpu.barrier_arrive(free.at[slot])
+            return carry
+
+        return lax.fori_loop(0, (end - start - me + last) // tiles.consumers, body, carry)
+
+    def one_scale_a_row(start: Any, end: Any, count: Any) -> Any:
+        def scoped(*accs: Any) -> list[jax.Array]:
+            def stage(_: Any, slot: Any, carry: Any) -> Any:
+                for tile, acc in enumerate(accs):
+                    multiply(acc, operand(slot, tile), slot)
+                plgpu.wgmma_wait(0)
+                return carry
+
+            my_stages(start, end, count, stage, None)
+            return [acc[...] for acc in accs]
+
+        return pl.run_scoped(scoped, *accumulators)
+
+    def one_scale_a_group(start: Any, end: Any, count: Any, row: Any) -> Any:
+        groups = tiles.step // fmt.group
+
+        def stage(step: Any, slot: Any, totals: Any) -> Any:
+            totals = list(totals)
+            for tile in range(tiles_of_64):
+                weights = operand(slot, tile)
+                for g in range(groups):
+
+                    def scoped(acc: Any, weights: Any = weights, g: int = g) -> jax.Array:
+                        multiply(acc, weights, slot, slice(g * fmt.group, (g + 1) * fmt.group))
+                        plgpu.wgmma_wait(0)
+                        return acc[...]
+
+                    part = pl.run_scoped(scoped, accumulators[tile])
+                    scale = scale_column(scales, row + tile * WGMMA_ROWS, step * groups + g, part.shape)
+                    totals[tile] = totals[tile] + part * scale
+            return totals
+
+        zero = plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, p.rows), jnp.float32), plgpu.Layout.WGMMA)
+        return my_stages(start, end, count, stage, [zero] * tiles_of_64)
+
+    def turn(t: Any, count: Any) -> Any:
+        row, cut, start, end = piece(t)
+        totals = one_scale_a_group(start, end, count, row) if fmt.grouped else one_scale_a_row(start, end, count)
+
+        def save() -> None:
+            for tile, total in enumerate(totals):
+                sums[me, pl.ds(tile * WGMMA_ROWS, WGMMA_ROWS)] = total
+
+        if not last:
+            save()
+        else:
+
+            @pl.when(me < last)
+            def _() -> None:
+                save()
+                plgpu.barrier_arrive(summed)
+                plgpu.barrier_wait(stored)
+
+        @pl.when(me == last)
+        def _() -> None:
+            if last:
+                plgpu.barrier_wait(summed)
+                for tile, total in enumerate(totals):
+                    part = pl.ds(tile * WGMMA_ROWS, WGMMA_ROWS)
+                    for other in range(last):
+                        total = total + plgpu.load(sums.at[other, part], layout=plgpu.Layout.WGMMA)
+                    sums[last, part] = total
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(sums.at[last, pl.ds(0, p.strip)], out_ref.at[cut, pl.ds(row, p.strip)])
+            plgpu.wait_smem_to_gmem(0)
+            if last:
+                plgpu.barrier_arrive(stored)
+
+        return count + end - start
+
+    lax.fori_loop(0, turns, turn, jnp.int32(0))

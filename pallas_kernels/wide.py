@@ -1,0 +1,322 @@
+"""Products for many rows (prefill): tiles of the result, kept busy by a pipeline of TMA copies and two consumers.
+
+The blocks are persistent: each works through a list of tiles, and the warpgroup that copies runs ahead of the two that
+multiply, across tiles too, so the tensor cores wait only while a finished tile is written. Integer weights are widened
+in registers on their way to wgmma, so prefill needs no float copy of them. With ``swiglu`` the tile holds the rows of
+w_gate and of w_up that belong together, and only their product ever reaches memory.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.dispatch import Unsupported
+from pallas_kernels.tiles import (
+    SHARED_BYTES,
+    WGMMA_ROWS,
+    Format,
+    Weight,
+    check_product,
+    format_of,
+    layer_index,
+    nbytes,
+    scale_column,
+    sm_count,
+    split,
+    swizzled,
+    widen,
+)
+
+CONSUMERS = 2
+
+
+@dataclass(frozen=True)
+class WideTiles:
+    """``out`` x ``rows``: the tile of a block; ``step``: inputs a stage; ``by_rows``: the two consumers halve the rows
+    (else the outputs); ``band``: tiles of rows that are walked through together, so that they share what L2 holds."""
+
+    out: int
+    rows: int
+    step: int = 64
+    by_rows: bool = False
+    band: int = 8
+    chunk: int = 32  # rows that are written at a time
+    depth: int = 8
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One product: its sizes and what is done with the result before it is written."""
+
+    fmt: Format
+    rows: int
+    inner: int
+    out: int  # outputs, after SwiGLU
+    dtype: Any
+    out_dtype: Any
+    swiglu: bool
+    residual: bool
+
+    @property
+    def heads(self) -> int:
+        """Weight tiles that belong to one tile of the result: gate and up, or just one."""
+        return 2 if self.swiglu else 1
+
+
+def tiles_for(fmt: Format, rows: int, out: int, swiglu: bool, sms: int) -> WideTiles:
+    """The measured choice for one H200."""
+    if swiglu and not fmt.quantized:
+        return WideTiles(out=64, rows=256, by_rows=True)
+    if swiglu:
+        return WideTiles(out=128, rows=128)
+    tall = math.ceil(rows / 256) * (out // 128) >= sms
+    return WideTiles(out=128, rows=256 if tall else 128)
+
+
+def check_wide(x: jax.Array, w: Weight, *, swiglu: bool = False, tiles: WideTiles | None = None) -> None:
+    """Raise `Unsupported` where `wide` cannot run; ``x`` is [rows, in]."""
+    check_product(x, w)
+    fmt = format_of(w)
+    out = w.shape[-2] // (2 if swiglu else 1)
+    tiles = tiles or tiles_for(fmt, x.shape[0], out, swiglu, 132)
+    if x.shape[1] % tiles.step:
+        raise Unsupported(f"{x.shape[1]} inputs: must be a multiple of {tiles.step}")
+    if out % tiles.out:
+        raise Unsupported(f"{out} outputs: must be a multiple of {tiles.out}")
+    if fmt.group is not None and fmt.group % tiles.step and tiles.step % fmt.group:
+        raise Unsupported(f"groups of {fmt.group} inputs do not fit steps of {tiles.step}")
+
+
+def wide(
+    x: jax.Array,
+    w: Weight,
+    *,
+    layer: jax.Array | int | None = None,
+    residual: jax.Array | None = None,
+    swiglu: bool = False,
+    out_dtype: Any = None,
+    tiles: WideTiles | None = None,
+    sms: int | None = None,
+    interpret: Any = False,
+) -> jax.Array:
+    """x [rows, in] · w [out, in] -> [rows, out] (+ residual), or silu(gate) * up of w [2 * out, in] with ``swiglu``.
+
+    With ``layer``, w is stacked [layers, out, in] and read in place.
+    """
+    fmt = format_of(w)
+    rows, inner = x.shape
+    out = w.shape[-2] // (2 if swiglu else 1)
+    sms = sms or sm_count()
+    tiles = tiles or tiles_for(fmt, rows, out, swiglu, sms)
+    padding = ((0, -rows % tiles.rows), (0, 0))
+    problem = Problem(
+        fmt, rows + padding[0][1], inner, out, x.dtype, out_dtype or x.dtype, swiglu, residual is not None
+    )
+    data, scale = split(w)
+    arguments = [layer_index(layer), jnp.pad(x, padding), data]
+    if scale is not None:
+        arguments.append(scale)
+    if residual is not None:
+        arguments.append(jnp.pad(residual, padding))
+    return _kernel(problem, tiles, sms, interpret)(*arguments)[:rows]
+
+
+def _kernel(problem: Problem, tiles: WideTiles, sms: int, interpret: Any) -> Any:
+    fmt = problem.fmt
+    count = (problem.rows // tiles.rows) * (problem.out // tiles.out)
+    part = tiles.out if tiles.by_rows else tiles.out // CONSUMERS  # outputs of one consumer
+    finished = (2, CONSUMERS, tiles.chunk, part)
+    stage = nbytes((problem.heads * tiles.out, tiles.step), fmt.bits) + nbytes((tiles.rows, tiles.step), 16)
+    room = SHARED_BYTES - 2048 - nbytes(finished, 8 * jnp.dtype(problem.out_dtype).itemsize)
+    depth = min(tiles.depth, room // stage)
+    scratch = {
+        "w_ring": swizzled((depth, problem.heads * tiles.out, tiles.step), fmt.dtype),
+        "x_ring": swizzled((depth, tiles.rows, tiles.step), problem.dtype, run=fmt.group),
+        "finished": swizzled(finished, problem.out_dtype),
+        "full": plgpu.Barrier(num_arrivals=problem.heads + 1, num_barriers=depth),
+        "free": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=depth),
+    }
+    if problem.residual:
+        scratch["fetched"] = plgpu.Barrier(num_barriers=2 * CONSUMERS)
+    if interpret and fmt.quantized:
+        scratch["widened"] = swizzled((CONSUMERS, problem.heads * part, tiles.step), problem.dtype, run=fmt.group)
+    return plgpu.kernel(
+        functools.partial(
+            _body,
+            problem=problem,
+            tiles=tiles,
+            count=count,
+            blocks=min(sms, count),
+            depth=depth,
+            registers=not interpret,
+        ),  # fmt: skip
+        out_type=jax.ShapeDtypeStruct((problem.rows, problem.out), problem.out_dtype),
+        scratch_types=scratch,
+        grid=(min(sms, count),),
+        grid_names=("block",),
+        num_threads=CONSUMERS + 1,
+        thread_name="warpgroup",
+        interpret=interpret,
+        compiler_params=None if interpret else plgpu.CompilerParams(approx_math=True),
+        kernel_name="wide_product",
+    )
+
+
+def _body(*refs: Any, problem: Problem, tiles: WideTiles, count: int, blocks: int, depth: int, registers: bool,
+          **scratch: Any) -> None:  # fmt: skip
+    layer_ref, x_ref, w_ref, *optional, out_ref = refs
+    layer = layer_ref[0]
+    scale_ref = optional.pop(0).at[layer] if problem.fmt.quantized else None
+    residual_ref = optional.pop(0) if problem.residual else None
+    block, me = lax.axis_index("block"), lax.axis_index("warpgroup")
+    turns = (count - block + blocks - 1) // blocks
+    grid = (problem.rows // tiles.rows, problem.out // tiles.out)
+
+    def tile(turn: Any) -> tuple[Any, Any]:
+        """First row and first output of the tile that this block computes at this turn."""
+        row, out = plgpu.planar_snake(turn * blocks + block, grid, 0, min(tiles.band, grid[0]))
+        return row * tiles.rows, out * tiles.out
+
+    @pl.when(me == CONSUMERS)
+    def _() -> None:
+        if registers:
+            plgpu.set_max_registers(40, action="decrease")
+        _produce(x_ref, w_ref.at[layer], turns, tile, problem, tiles, depth, **scratch)
+
+    @pl.when(me < CONSUMERS)
+    def _() -> None:
+        if registers:
+            plgpu.set_max_registers(232, action="increase")
+        _consume(me, scale_ref, residual_ref, out_ref, turns, tile, problem, tiles, depth, **scratch)
+
+
+def _produce(x_ref: Any, w_ref: Any, turns: Any, tile: Any, problem: Problem, tiles: WideTiles, depth: int, *,
+             w_ring: Any, x_ring: Any, full: Any, free: Any, **_: Any) -> None:  # fmt: skip
+    """Keep the ring full, across tiles."""
+    steps = problem.inner // tiles.step
+
+    def turn(t: Any, _: Any) -> None:
+        row, out = tile(t)
+
+        def stage(k: Any, _: Any) -> None:
+            i = t * steps + k
+            slot = lax.rem(i, depth)
+
+            @pl.when(i >= depth)
+            def _() -> None:
+                plgpu.barrier_wait(free.at[slot])
+
+            inputs = pl.ds(k * tiles.step, tiles.step)
+            plgpu.copy_gmem_to_smem(x_ref.at[pl.ds(row, tiles.rows), inputs], x_ring.at[slot], full.at[slot])
+            for head in range(problem.heads):
+                plgpu.copy_gmem_to_smem(
+                    w_ref.at[pl.ds(head * problem.out + out, tiles.out), inputs],
+                    w_ring.at[slot, pl.ds(head * tiles.out, tiles.out)],
+                    full.at[slot],
+                )
+
+        lax.fori_loop(0, steps, stage, None)
+
+    lax.fori_loop(0, turns, turn, None)
+
+    def drain(i: Any, _: Any) -> None:  # a barrier's every completion must be awaited before the block ends
+        plgpu.barrier_wait(free.at[lax.rem(i, depth)])
+
+    lax.fori_loop(jnp.maximum(turns * steps - depth, 0), turns * steps, drain, None)
+
+
+def _consume(me: Any, scales: Any, residual_ref: Any, out_ref: Any, turns: Any, tile: Any, problem: Problem,
+             tiles: WideTiles, depth: int, *, w_ring: Any, x_ring: Any, finished: Any, full: Any, free: Any,
+             fetched: Any = None, widened: Any = None) -> None:  # fmt: skip
+    """Multiply this consumer's half of every tile, and write it."""
+    fmt, steps = problem.fmt, problem.inner // tiles.step
+    part = tiles.out if tiles.by_rows else tiles.out // CONSUMERS
+    columns = tiles.rows // CONSUMERS if tiles.by_rows else tiles.rows
+    first_out = 0 if tiles.by_rows else me * part
+    my_rows = pl.ds(me * columns, columns) if tiles.by_rows else pl.ds(0, columns)
+    accumulators = [plgpu.ACC((part, columns), jnp.float32)] * problem.heads
+
+    def multiply_dense(accs: Any, slot: Any, _k: Any, _out: Any) -> None:
+        for head, acc in enumerate(accs):
+            weights = w_ring.at[slot, pl.ds(head * tiles.out + first_out, part)]
+            plgpu.wgmma(acc, weights, x_ring.at[slot, my_rows].T)
+
+    def multiply_widened(accs: Any, slot: Any, k: Any, out: Any) -> None:
+        """Integers become floats in registers; scales of a group are applied there, scales of a row at the end."""
+        group = fmt.group if fmt.group is not None and fmt.group < tiles.step else tiles.step
+        for head, acc in enumerate(accs):
+            integers = widen(w_ring.at[slot, pl.ds(head * tiles.out + first_out, part)], fmt)
+            for g in range(tiles.step // group):
+                inputs = slice(g * group, (g + 1) * group)
+                weights = integers[:, inputs].astype(problem.dtype)
+                if fmt.grouped:
+                    column = (k * tiles.step + g * group) // fmt.group
+                    scale = scale_column(scales, head * problem.out + out + first_out, column, weights.shape)
+                    weights = (weights.astype(jnp.float32) * scale).astype(problem.dtype)
+                if widened is not None:  # the interpreter has no wgmma with an operand in registers
+                    place = widened.at[me, pl.ds(head * part, part), inputs]
+                    place[...] = weights
+                    plgpu.commit_smem()
+                    weights = place
+                plgpu.wgmma(acc, weights, x_ring.at[slot, my_rows, inputs].T)
+
+    multiply = multiply_widened if fmt.quantized else multiply_dense
+    # Products of the last stage stay in flight while the next is issued; operands in registers forbid that.
+    lag = 0 if fmt.quantized else 1
+
+    def accumulate(t: Any, out: Any) -> Any:
+        def scoped(*accs: Any) -> list[jax.Array]:
+            def stage(k: Any, _: Any) -> None:
+                i = t * steps + k
+                plgpu.barrier_wait(full.at[lax.rem(i, depth)])
+                multiply(accs, lax.rem(i, depth), k, out)
+                plgpu.wgmma_wait(lag * problem.heads)
+
+                @pl.when(k >= lag)
+                def _() -> None:
+                    plgpu.barrier_arrive(free.at[lax.rem(i - lag, depth)])
+
+            lax.fori_loop(0, steps, stage, None)
+            plgpu.wgmma_wait(0)
+            if lag:
+                plgpu.barrier_arrive(free.at[lax.rem((t + 1) * steps - 1, depth)])
+            return [acc[...] for acc in accs]
+
+        return pl.run_scoped(scoped, *accumulators)
+
+    def turn(t: Any, _: Any) -> None:
+        row, out = tile(t)
+        results = accumulate(t, out)
+        if fmt.quantized and not fmt.grouped:
+            results = [
+                result * scale_column(scales, head * problem.out + out + first_out, 0, result.shape)
+                for head, result in enumerate(results)
+            ]
+        result = results[0]
+        if problem.swiglu:
+            result = result / (1 + jnp.exp(-result)) * results[1]
+        row = row + me * columns if tiles.by_rows else row
+        for i in range(columns // tiles.chunk):
+            place = finished.at[i % 2, me]
+            target = (pl.ds(row + i * tiles.chunk, tiles.chunk), pl.ds(out + first_out, part))
+            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+            values = result[:, i * tiles.chunk : (i + 1) * tiles.chunk]
+            if problem.residual:
+                barrier = fetched.at[me * 2 + i % 2]
+                plgpu.copy_gmem_to_smem(residual_ref.at[target], place, barrier)
+                plgpu.barrier_wait(barrier)
+                before = plgpu.load(place.T, layout=plgpu.Layout.WGMMA_TRANSPOSED)
+                values = values + plgpu.layout_cast(before, plgpu.Layout.WGMMA).astype(jnp.float32)
+            place.T[...] = plgpu.layout_cast(values.astype(problem.out_dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(place, out_ref.at[target])
+
+    lax.fori_loop(0, turns, turn, None)
+    plgpu.wait_smem_to_gmem(0)
