@@ -121,7 +121,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-class _Fields:
+class Fields:
     """Reads fields of a dictionary that a stranger wrote: each checked for type and range, errors name file and field."""
 
     def __init__(self, where: str, values: dict[str, Any]) -> None:
@@ -176,7 +176,7 @@ def _short(value: Any) -> str:
 
 def from_hf(values: dict[str, Any], where: str = "config.json") -> LlamaConfig:
     """Read the ``config.json`` of a Hugging Face checkpoint with ``model_type: llama``."""
-    fields = _Fields(where, values)
+    fields = Fields(where, values)
     if values.get("model_type") != "llama":
         raise InputError(f"{where}: model_type: expected 'llama', found {_short(values.get('model_type'))}")
     for name in ("attention_bias", "mlp_bias"):
@@ -198,7 +198,7 @@ def from_hf(values: dict[str, Any], where: str = "config.json") -> LlamaConfig:
             max_seq_len=fields.integer("max_position_embeddings", 2048),
             head_dim=fields.integer("head_dim", 0, low=0, high=1 << 16),
             norm_eps=fields.number("rms_norm_eps", 1e-6, high=1.0),
-            rope_theta=_Fields(where, rope).number("rope_theta", 10000.0),
+            rope_theta=Fields(where, rope).number("rope_theta", 10000.0),
             rope_scaling=_rope_scaling(rope, where),
             tie_embeddings=fields.flag("tie_word_embeddings", False),
             bos_id=fields.ids("bos_token_id", (1,), vocab_size)[0],
@@ -221,7 +221,7 @@ def _rope_parameters(values: dict[str, Any], where: str) -> dict[str, Any]:
 
 def _rope_scaling(rope: dict[str, Any], where: str) -> RopeScaling | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
-    fields = _Fields(f"{where}: rope_scaling", rope)
+    fields = Fields(f"{where}: rope_scaling", rope)
     if kind == "default":
         return None
     if kind == "linear":
