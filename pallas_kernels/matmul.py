@@ -3,25 +3,25 @@
 The only function that knows how a weight is stored. Accumulation is in float32 whatever the inputs.
 """
 
+import math
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.dispatch import Op
 from pallas_kernels.quantized import QuantizedTensor, dequantize
+from pallas_kernels.skinny import MAX_ROWS, check_skinny, skinny
+from pallas_kernels.tiles import Weight
+from pallas_kernels.wide import check_wide, wide
 
-Weight = jax.Array | QuantizedTensor
 
-
-def matmul_reference(
-    x: jax.Array, w: Weight, *, out_dtype: jnp.dtype | type | None = None
-) -> jax.Array:
+def matmul_reference(x: jax.Array, w: Weight, *, out_dtype: jnp.dtype | type | None = None) -> jax.Array:
     """x [..., in] · w [out, in] -> [..., out] in ``out_dtype`` (default: x's)."""
     out_dtype = out_dtype or x.dtype
     if isinstance(w, QuantizedTensor):
-        if (
-            w.scale.shape[-1] == 1
-        ):  # one scale a row: it commutes with the sum, so the integers go in as they are
+        if w.scale.shape[-1] == 1:  # one scale a row: it commutes with the sum, so the integers go in as they are
             return (_dot(x, w.data.astype(x.dtype)) * w.scale[..., 0]).astype(out_dtype)
         w = dequantize(w, x.dtype)
     return _dot(x, w.astype(x.dtype)).astype(out_dtype)
@@ -32,12 +32,29 @@ def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
     # slower for one row. HIGHEST keeps float32 products out of TF32 on GPUs; it changes nothing for 16-bit inputs.
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     contract_last = (((x.ndim - 1,), (1,)), ((), ()))
-    return lax.dot_general(
-        x, w, contract_last, precision=precision, preferred_element_type=jnp.float32
-    )
+    return lax.dot_general(x, w, contract_last, precision=precision, preferred_element_type=jnp.float32)
 
 
-matmul = Op("matmul", matmul_reference)
+def check_product(x: jax.Array, w: Weight, *, swiglu: bool = False, **_: Any) -> None:
+    """Raise `Unsupported` where `product` cannot run."""
+    x = jax.ShapeDtypeStruct((math.prod(x.shape[:-1]), x.shape[-1]), x.dtype)
+    if x.shape[0] <= MAX_ROWS:
+        check_skinny(x, w)
+    else:
+        check_wide(x, w, swiglu=swiglu)
+
+
+def product(x: jax.Array, w: Weight, *, residual: jax.Array | None = None, **options: Any) -> jax.Array:
+    """`matmul_reference` by the kernel that fits the number of rows; ``options`` are those of `skinny` and `wide`."""
+    lead = x.shape[:-1]
+    x = x.reshape(-1, x.shape[-1])
+    if residual is not None:
+        residual = residual.reshape(-1, residual.shape[-1])
+    kernel = skinny if x.shape[0] <= MAX_ROWS else wide
+    return kernel(x, w, residual=residual, **options).reshape(*lead, -1)
+
+
+matmul = Op("matmul", matmul_reference, kernel=product, check=check_product)
 
 CASES = {
     "7b-qkv": dict(out=12288, inner=4096),

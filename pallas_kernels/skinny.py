@@ -127,12 +127,17 @@ def skinny(
     w: Weight,
     *,
     layer: jax.Array | int | None = None,
+    residual: jax.Array | None = None,
+    swiglu: bool = False,
     out_dtype: Any = None,
     tiles: SkinnyTiles | None = None,
     sms: int | None = None,
     interpret: Any = False,
 ) -> jax.Array:
-    """x [rows, in] · w [out, in] -> [rows, out]; with ``layer``, w is stacked [layers, out, in] and read in place."""
+    """x [rows, in] · w [out, in] -> [rows, out] (+ residual), or silu(gate) * up of w [2 * out, in] with ``swiglu``.
+
+    With ``layer``, w is stacked [layers, out, in] and read in place.
+    """
     fmt = format_of(w)
     rows, inner = x.shape
     tiles = tiles or tiles_for(fmt, inner, rows)
@@ -143,11 +148,16 @@ def skinny(
     arguments = [layer, jnp.pad(x, ((0, padded - rows), (0, 0))), data]
     if fmt.grouped:
         arguments.append(scale)
-    y = _kernel(fmt, p, tiles, x.dtype, interpret)(*arguments)
-    y = functools.reduce(jnp.add, [y[i] for i in range(p.cuts)])[:, :rows]  # a fixed order
+    parts = _kernel(fmt, p, tiles, x.dtype, interpret)(*arguments)
+    # All that follows works on the small sums and is one XLA fusion.
+    y = functools.reduce(jnp.add, [parts[i] for i in range(p.cuts)])[:, :rows]  # a fixed order
     if scale is not None and not fmt.grouped:
         y = y * scale[layer[0]].astype(jnp.float32)
-    return y.T.astype(out_dtype or x.dtype)
+    if swiglu:
+        gate, up = jnp.split(y, 2)
+        y = jax.nn.silu(gate) * up
+    y = y.T if residual is None else y.T + residual.astype(jnp.float32)
+    return y.astype(out_dtype or x.dtype)
 
 
 def _kernel(fmt: Format, p: Plan, tiles: SkinnyTiles, dtype: Any, interpret: Any) -> Any:
@@ -255,10 +265,8 @@ def _consume(me: Any, scales: Any, out_ref: Any, turns: Any, piece: Any, fmt: Fo
 
     def multiply(acc: Any, weights: Any, slot: Any, group: slice = slice(None)) -> None:
         """acc += a tile of weights, over one group of its inputs."""
-        if fmt.quantized and widened is None:
-            weights = weights[:, group].astype(dtype)
-        else:
-            weights = weights.at[:, group]
+        in_registers = fmt.quantized and widened is None
+        weights = weights[:, group].astype(dtype) if in_registers else weights.at[:, group]
         plgpu.wgmma(acc, weights, x_ring.at[slot, :, group].T)
         if widened is not None:
             plgpu.wgmma_wait(0)

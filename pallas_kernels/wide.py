@@ -20,7 +20,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.tiles import (
     SHARED_BYTES,
-    WGMMA_ROWS,
     Format,
     Weight,
     check_product,
@@ -156,7 +155,7 @@ def _kernel(problem: Problem, tiles: WideTiles, sms: int, interpret: Any) -> Any
             blocks=min(sms, count),
             depth=depth,
             registers=not interpret,
-        ),  # fmt: skip
+        ),
         out_type=jax.ShapeDtypeStruct((problem.rows, problem.out), problem.out_dtype),
         scratch_types=scratch,
         grid=(min(sms, count),),
