@@ -9,21 +9,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import flash_attention, flash_decode
 from pallas_kernels.dispatch import Op
 
 
-def attention_reference(
-    q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array
-) -> jax.Array:
+def attention_reference(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array) -> jax.Array:
     """q [B, T, heads, D], k and v [B, kv_heads, S, D], start [B] -> [B, T, heads, D]; softmax in float32."""
     B, T, heads, D = q.shape
     kv_heads, S = k.shape[1:3]
     precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
     # The query heads that share a key head are rows of one product: nothing is repeated in memory.
     rows = (
-        q.reshape(B, T, kv_heads, -1, D)
-        .transpose(0, 2, 3, 1, 4)
-        .reshape(B, kv_heads, -1, D)
+        q.reshape(B, T, kv_heads, -1, D).transpose(0, 2, 3, 1, 4).reshape(B, kv_heads, -1, D)
     )  # [B, kv, group * T, D]
     scores = jnp.einsum(
         "bkrd,bksd->bkrs",
@@ -35,9 +32,7 @@ def attention_reference(
     positions = start[:, None] + jnp.arange(T)  # [B, T]
     seen = jnp.arange(S) <= positions[:, None, None, :, None]  # [B, 1, 1, T, S]
     scores = jnp.where(seen, scores.reshape(B, kv_heads, -1, T, S) * D**-0.5, -jnp.inf)
-    weights = (
-        jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(B, kv_heads, -1, S)
-    )
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(B, kv_heads, -1, S)
     out = jnp.einsum(
         "bkrs,bksd->bkrd",
         weights,
@@ -45,18 +40,15 @@ def attention_reference(
         precision=precision,
         preferred_element_type=jnp.float32,
     )
-    return (
-        out.reshape(B, kv_heads, -1, T, D)
-        .transpose(0, 3, 1, 2, 4)
-        .reshape(B, T, heads, D)
-        .astype(q.dtype)
-    )
+    return out.reshape(B, kv_heads, -1, T, D).transpose(0, 3, 1, 2, 4).reshape(B, T, heads, D).astype(q.dtype)
 
 
 # Two names for one specification: many queries are bound by arithmetic, few by the bytes of the cache,
 # so that each gets a kernel of its own.
-attention = Op("attention", attention_reference)
-decode_attention = Op("decode_attention", attention_reference)
+attention = Op("attention", attention_reference, kernel=flash_attention.flash_attention, check=flash_attention.check)
+decode_attention = Op(
+    "decode_attention", attention_reference, kernel=flash_decode.flash_decode, check=flash_decode.check
+)
 
 DECODE_QUERIES = 8  # up to so many queries a row count as decoding
 

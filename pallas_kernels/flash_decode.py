@@ -1,0 +1,194 @@
+"""Decode attention on Hopper: a few queries a row against a long cache, bound by the cache's bytes.
+
+The queries that share a key head are rows of one product, so that the cache is read once. The keys of a row are split
+over blocks so that every SM reads; each block leaves its part of the answer and the logarithm of its part of the
+softmax's sum, and the parts are joined in the order of the keys, whichever block was done first.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import flash_attention
+from pallas_kernels.dispatch import Unsupported
+
+ROWS = 64  # the rows of a wgmma tile; those without a query are zeros
+LOWEST = -1e30  # a maximum of nothing: finite, so that differences of maxima are numbers
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """What can be tuned: keys per tile, tiles in flight, blocks to spread the work over."""
+
+    keys: int = 64
+    stages: int = 5
+    blocks: int = 132
+
+
+TILES = {64: Tiles(keys=128), 128: Tiles()}  # by head_dim
+
+
+def check(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array) -> None:
+    """Raise `Unsupported` where `flash_decode` cannot run these arguments."""
+    flash_attention.check(q, k, v, start)
+    rows = q.shape[1] * q.shape[2] // k.shape[1]
+    if rows > ROWS:
+        raise Unsupported(f"at most {ROWS} query rows for a key head (queries times heads that share it), found {rows}")
+
+
+def flash_decode(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    start: jax.Array,
+    *,
+    tiles: Tiles | None = None,
+    interpret: plgpu.InterpretGPUParams | None = None,
+) -> jax.Array:
+    """q [B, T, heads, D], k and v [B, kv_heads, S, D], start [B] -> [B, T, heads, D]; see `attention_reference`."""
+    B, T, heads, D = q.shape
+    kv_heads = k.shape[1]
+    group = heads // kv_heads
+    tiles = tiles or TILES[D]
+    rows = q.reshape(B, T, kv_heads, group, D).swapaxes(1, 2).reshape(B, kv_heads, T * group, D)
+    parts, logs = decode_parts(rows, k, v, start, queries=T, tiles=tiles, interpret=interpret)
+    # Weights of the parts: those of an empty part are exp2(-inf) = 0.
+    parts, logs = parts[:, :, :, : T * group], logs[:, :, :, : T * group, None]
+    weights = jnp.exp2(logs - logs.max(axis=2, keepdims=True))
+    out = (parts * weights).sum(axis=2) / weights.sum(axis=2)
+    return out.astype(q.dtype).reshape(B, kv_heads, T, group, D).swapaxes(1, 2).reshape(B, T, heads, D)
+
+
+def decode_parts(
+    q: jax.Array,  # [B, kv_heads, rows, D], rows in order of the query, then of the head
+    k: jax.Array,
+    v: jax.Array,
+    start: jax.Array,
+    *,
+    queries: int,
+    tiles: Tiles,
+    interpret: plgpu.InterpretGPUParams | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention over each part of the keys, [B, kv_heads, splits, rows, D], and log2 of the sum of its weights' terms,
+    [B, kv_heads, splits, ROWS], both in float32."""
+    B, kv_heads, rows, D = q.shape
+    q = q if rows < 8 else flash_attention.pad_rows(q, 2)
+    k, v = flash_attention.pad_rows(k, 2), flash_attention.pad_rows(v, 2)
+    S, group = k.shape[2], rows // queries
+    rows = q.shape[2]
+    splits = max(1, min(tiles.blocks // (B * kv_heads), pl.cdiv(S, tiles.keys)))
+    scale = D**-0.5 * math.log2(math.e)
+
+    def body(start_ref, q_ref, k_ref, v_ref, part_ref, log_ref, q_smem, shared, log_smem, p_smem, barriers):
+        (k_smem, v_smem), out_smem = shared
+        q_full, k_full, v_full = barriers
+        b, head, split = (lax.axis_index(name) for name in ("b", "head", "split"))
+        begin = start_ref[b]
+        # Tiles with a key that some query sees, and this block's share of them; the first `whole` are seen by all.
+        count = lax.div(jnp.minimum(begin + queries, S) - 1, tiles.keys) + 1
+        low, high = lax.div(split * count, splits), lax.div((split + 1) * count, splits)
+        whole = lax.div(jnp.minimum(begin + 1, S), tiles.keys)
+
+        def load(j):
+            slot, keys = lax.rem(j - low, tiles.stages), pl.ds(j * tiles.keys, tiles.keys)
+            plgpu.copy_gmem_to_smem(k_ref.at[b, head, keys], k_smem.at[slot], k_full.at[slot])
+            plgpu.copy_gmem_to_smem(v_ref.at[b, head, keys], v_smem.at[slot], v_full.at[slot])
+
+        plgpu.copy_gmem_to_smem(q_ref.at[b, head, pl.ds(0, ROWS)], q_smem, q_full)
+        lax.fori_loop(low, jnp.minimum(low + tiles.stages, high), lambda j, _: load(j), None)
+        plgpu.barrier_wait(q_full)
+
+        def hide(s, j):
+            shape, layout = (ROWS, tiles.keys), plgpu.Layout.WGMMA
+            row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout)
+            key = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=layout)
+            last = jnp.minimum(begin + lax.div(row, group), S - 1)
+            return jnp.where(key + j * tiles.keys <= last, s, -jnp.inf)
+
+        def step(j, carry, *, masked):
+            acc, m, total = carry
+            slot = lax.rem(j - low, tiles.stages)
+            plgpu.barrier_wait(k_full.at[slot])
+
+            def scores(s_ref):
+                plgpu.wgmma(s_ref, q_smem, k_smem.at[slot].T)
+                return s_ref[...]
+
+            s = pl.run_scoped(scores, plgpu.ACC((ROWS, tiles.keys), jnp.float32))
+            s = hide(s, j) if masked else s
+            m_new = jnp.maximum(m, s.max(axis=1) * scale)
+            alpha = jnp.exp2(m - m_new)
+            p = jnp.exp2(s * scale - lax.broadcast_in_dim(m_new, s.shape, (0,)))
+            total = total * alpha + p.sum(axis=1)
+            acc = acc * lax.broadcast_in_dim(alpha, acc.shape, (0,))
+            p = p.astype(q.dtype)
+            plgpu.barrier_wait(v_full.at[slot])
+            if interpret is None:
+                acc = pl.run_state(lambda ref: plgpu.wgmma(ref, p, v_smem.at[slot]))(plgpu.ACC.init(acc))
+            else:  # the interpreter has no wgmma with A in registers: the weights go through shared memory
+                p_smem[...] = p
+                plgpu.commit_smem()
+
+                def weigh(pv_ref):
+                    plgpu.wgmma(pv_ref, p_smem, v_smem.at[slot])
+                    return pv_ref[...]
+
+                acc = acc + pl.run_scoped(weigh, plgpu.ACC((ROWS, D), jnp.float32))
+
+            @pl.when(j + tiles.stages < high)
+            def _():
+                load(j + tiles.stages)
+
+            return acc, m_new, total
+
+        row = plgpu.Layout.WGMMA.reduce(1)
+        carry = (
+            plgpu.layout_cast(jnp.zeros((ROWS, D), jnp.float32), plgpu.Layout.WGMMA),
+            plgpu.layout_cast(jnp.full((ROWS,), LOWEST, jnp.float32), row),
+            plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), row),
+        )
+        border = jnp.clip(whole, low, high)
+        carry = lax.fori_loop(low, border, lambda j, c: step(j, c, masked=False), carry)
+        acc, m, total = lax.fori_loop(border, high, lambda j, c: step(j, c, masked=True), carry)
+
+        share = 1 / jnp.where(total > 0, total, 1.0)  # a part without keys is zero, not 0 / 0
+        out_smem[...] = acc * lax.broadcast_in_dim(share, acc.shape, (0,))
+        log_smem[...] = m + jnp.log2(total)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(out_smem, part_ref.at[b, head, split, pl.ds(0, ROWS)])
+        plgpu.copy_smem_to_gmem(log_smem, log_ref.at[b, head, split])
+        plgpu.wait_smem_to_gmem(0)
+
+    swizzle = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+
+    def smem(*shape):
+        return plgpu.SMEM(shape, q.dtype, transforms=swizzle)
+
+    ring = plgpu.Barrier(num_barriers=tiles.stages)
+    return plgpu.kernel(
+        body,
+        out_type=(
+            jax.ShapeDtypeStruct((B, kv_heads, splits, rows, D), jnp.float32),
+            jax.ShapeDtypeStruct((B, kv_heads, splits, ROWS), jnp.float32),
+        ),
+        scratch_types=(
+            smem(ROWS, D),
+            plgpu.RefUnion(
+                (smem(tiles.stages, tiles.keys, D), smem(tiles.stages, tiles.keys, D)),
+                plgpu.SMEM((ROWS, D), jnp.float32),  # written when all tiles are used
+            ),
+            plgpu.SMEM((ROWS,), jnp.float32),
+            None if interpret is None else smem(ROWS, tiles.keys),
+            (plgpu.Barrier(), ring, ring),
+        ),
+        grid=(splits, kv_heads, B),
+        grid_names=("split", "head", "b"),
+        interpret=interpret,
+        kernel_name="flash_decode",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )(start, q, k, v)
