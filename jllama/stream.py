@@ -2,12 +2,13 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import jax.numpy as jnp
 import numpy as np
 
 from jllama.cache import KVCache, grow, init_cache
+from jllama.compilation import compile_seconds
 from jllama.decode import (
     NO_TOKEN,
     Drawn,
@@ -34,13 +35,24 @@ def bucket(n: int, low: int = MIN_BUCKET) -> int:
 
 @dataclass
 class Timings:
-    """Seconds of the last `Session.run`, and what it produced."""
+    """Seconds of the last `Session.run`, and what it produced. Where `jllama.compilation.start_clock` was called,
+    compiling is counted apart."""
 
-    prefill: float = 0.0
+    compile: float = 0.0
+    prefill: float = 0.0  # until the first token
     decode: float = 0.0
     prompt_tokens: int = 0  # fed; those found in the cache do not count
     new_tokens: int = 0
     decode_steps: int = 0  # a step gives a token to every row
+    decoded: int = 0  # tokens that those steps brought: all but each row's first
+
+    @property
+    def decode_rate(self) -> float:
+        """Tokens a second while decoding, all rows together."""
+        return self.decoded / self.decode if self.decode > 0 else 0.0
+
+    def __add__(self, other: "Timings") -> "Timings":
+        return Timings(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -63,10 +75,11 @@ class Session:
     timings: Timings = field(default_factory=Timings)
 
     def __post_init__(self) -> None:
+        self._forget()
+
+    def _forget(self) -> None:
         self._cache: KVCache | None = None
-        self._held: list[list[int]] = [
-            [] for _ in range(self.batch)
-        ]  # the tokens in the cache, row by row
+        self._held: list[list[int]] = [[] for _ in range(self.batch)]  # the tokens in the cache, row by row
 
     def run(
         self,
@@ -79,13 +92,9 @@ class Session:
         self._check(prompts)
         sampling = make_sampling(self.batch) if sampling is None else sampling
         self.timings = Timings()
-        clock = time.perf_counter()
-        limit = np.asarray(
-            [min(max_new_tokens, self.max_len - len(p)) for p in prompts], np.int32
-        )
+        clock = _Clock(self.timings)
+        limit = np.asarray([min(max_new_tokens, self.max_len - len(p)) for p in prompts], np.int32)
         logits, cache = self._prefill(prompts, int(limit.max()))
-        self._held = [list(p) for p in prompts]
-        self._cache = None  # donated from here on; it comes back below
         seen = self._seen(prompts) if sampling.repetition_penalty is not None else None
         state, drawn = jit_begin(
             logits,
@@ -98,36 +107,28 @@ class Session:
         drawn = Drawn(drawn.tokens[None], drawn.logprobs[None])
         left = int(limit.max()) - 1
         try:
+            self._held = [list(p) for p in prompts]
             while True:
                 # The next chunk is under way before this one is looked at: the device never waits for the host.
                 ahead = None
                 if left > 0:
-                    state, ahead = jit_decode_chunk(
-                        self.params, state, steps=self.chunk, backend=self.backend
-                    )
+                    state, ahead = jit_decode_chunk(self.params, state, steps=self.chunk, backend=self.backend)
                     left -= self.chunk
                 tokens = self._collect(drawn)
-                clock = self._clock(
-                    clock,
-                    first=self.timings.new_tokens == 0,
-                    steps=drawn.tokens.shape[0],
-                )
-                self.timings.new_tokens += sum(map(len, tokens.ids))
+                clock.tick(tokens, steps=drawn.tokens.shape[0])
                 yield tokens
                 if ahead is None or not any(tokens.ids):
                     break
                 drawn = ahead
+        except InputError:  # NaN: the cache is full of it
+            self._forget()
+            raise
         finally:
-            self._cache = state.cache
-
-    def _clock(self, since: float, *, first: bool, steps: int) -> float:
-        now = time.perf_counter()
-        if first:
-            self.timings.prefill += now - since
-        else:
-            self.timings.decode += now - since
-            self.timings.decode_steps += steps
-        return now
+            # An interrupt can fall between a donation and its result.
+            if not self._held[0] or state.cache.lengths.is_deleted():
+                self._forget()
+            else:
+                self._cache = state.cache
 
     def _collect(self, drawn: Drawn) -> Tokens:
         tokens, logprobs = (
@@ -136,58 +137,38 @@ class Session:
         )  # [B, steps]; blocks
         if np.isnan(logprobs).any():
             row = int(np.isnan(logprobs).any(axis=1).argmax())
-            raise InputError(
-                f"model: row {row}: logits are NaN: the weights hold NaN or Inf, or overflow this dtype"
-            )
+            raise InputError(f"model: row {row}: logits are NaN: the weights hold NaN or Inf, or overflow this dtype")
         ids = [row[row != NO_TOKEN].tolist() for row in tokens]
         for held, new in zip(self._held, ids, strict=True):
             held.extend(new)
         return Tokens(
             ids,
-            [
-                probs[: len(new)].tolist()
-                for probs, new in zip(logprobs, ids, strict=True)
-            ],
+            [probs[: len(new)].tolist() for probs, new in zip(logprobs, ids, strict=True)],
         )
 
     def _check(self, prompts: Sequence[Sequence[int]]) -> None:
         if len(prompts) != self.batch:
-            raise InputError(
-                f"prompts: expected {self.batch} (the session's batch), found {len(prompts)}"
-            )
+            raise InputError(f"prompts: expected {self.batch} (the session's batch), found {len(prompts)}")
         for i, prompt in enumerate(prompts):
             if not 0 < len(prompt) < self.max_len:
                 expected = f"1 to {self.max_len - 1} tokens (one less than the context)"
-                raise InputError(
-                    f"prompt {i}: expected {expected}, found {len(prompt)}"
-                )
-            worst = max(
-                prompt, key=lambda t: t if t >= 0 else self.params.config.vocab_size - t
-            )
+                raise InputError(f"prompt {i}: expected {expected}, found {len(prompt)}")
+            worst = max(prompt, key=lambda t: t if t >= 0 else self.params.config.vocab_size - t)
             if not 0 <= worst < self.params.config.vocab_size:
                 expected = f"token ids from 0 to {self.params.config.vocab_size - 1}"
                 raise InputError(f"prompt {i}: expected {expected}, found {worst}")
 
-    def _prefill(
-        self, prompts: Sequence[Sequence[int]], new_tokens: int
-    ) -> tuple[jnp.ndarray, KVCache]:
+    def _prefill(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> tuple[jnp.ndarray, KVCache]:
         # The last token drawn is not in the cache, and the last of a prompt must be fed to give logits.
-        kept = [
-            min(_common_prefix(h[:-1], p), len(p) - 1)
-            for h, p in zip(self._held, prompts, strict=True)
-        ]
-        cache = self._cache or init_cache(
-            self.params.config, self.batch, self.max_len, self.params.dtype
-        )
-        cache = cache.replace(lengths=jnp.asarray(kept, jnp.int32))
+        kept = [min(_common_prefix(h[:-1], p), len(p) - 1) for h, p in zip(self._held, prompts, strict=True)]
+        cache = self._room_for(max(map(len, prompts)) + new_tokens).replace(lengths=jnp.asarray(kept, jnp.int32))
+        self._forget()  # donated from here on; it comes back once there is text
         logits = jnp.zeros((self.batch, self.params.config.vocab_size), jnp.float32)
         rest = [list(p[k:]) for p, k in zip(prompts, kept, strict=True)]
         self.timings.prompt_tokens = sum(map(len, rest))
         for at in range(0, max(map(len, rest)), PREFILL_PIECE):
             tokens, lengths = pad([row[at : at + PREFILL_PIECE] for row in rest])
-            logits, cache = jit_prefill(
-                self.params, tokens, lengths, logits, cache, backend=self.backend
-            )
+            logits, cache = jit_prefill(self.params, tokens, lengths, logits, cache, backend=self.backend)
         return logits, cache
 
     def _room_for(self, tokens: int) -> KVCache:
@@ -200,6 +181,27 @@ class Session:
     def _seen(self, prompts: Sequence[Sequence[int]]) -> jnp.ndarray:
         tokens, lengths = pad(prompts)
         return tokens_seen(tokens, lengths, self.params.config.vocab_size)
+
+
+class _Clock:
+    """Adds the time between two ticks to where it belongs."""
+
+    def __init__(self, timings: Timings) -> None:
+        self._timings, self._since, self._compiled = timings, time.perf_counter(), compile_seconds()
+
+    def tick(self, tokens: Tokens, steps: int) -> None:
+        now, compiled, timings = time.perf_counter(), compile_seconds(), self._timings
+        compiling = min(compiled - self._compiled, now - self._since)
+        spent, new = now - self._since - compiling, sum(map(len, tokens.ids))
+        timings.compile += compiling
+        if timings.new_tokens == 0:
+            timings.prefill += spent
+        else:
+            timings.decode += spent
+            timings.decode_steps += steps
+            timings.decoded += new
+        timings.new_tokens += new
+        self._since, self._compiled = now, compiled
 
 
 def pad(rows: Sequence[Sequence[int]]) -> tuple[jnp.ndarray, jnp.ndarray]:
