@@ -1,0 +1,272 @@
+"""Decoding: prefill, steps, batches, streams and sessions are all the same computation."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from jllama import stream
+from jllama.cache import init_cache
+from jllama.decode import generate, jit_begin, jit_decode_chunk, jit_prefill, stop_table
+from jllama.errors import InputError
+from jllama.model import forward
+from jllama.params import Params, stack, unstack
+from jllama.sampling import make_sampling
+from jllama.stream import Session, pad
+
+LENGTHS = (3, 17, 9, 1)
+# Of logits, relative to the largest: what summing in another order may change.
+CLOSE = {"float32": 1e-5, "bfloat16": 4e-2}
+
+jit_forward = functools.partial(jax.jit, static_argnames="last_only")(forward)
+jit_generate = functools.partial(jax.jit, static_argnames=("max_new_tokens", "stop_ids"))(generate)
+
+
+def prompts() -> list[list[int]]:
+    return [tiny.prompt(n) for n in LENGTHS]
+
+
+def assert_close(found: jax.Array, expected: jax.Array, dtype: str = "float32") -> None:
+    a, b = (np.asarray(x, np.float64) for x in (found, expected))
+    assert np.abs(a - b).max() <= CLOSE[dtype] * np.abs(b).max()
+
+
+def collect(session: Session, rows: list[list[int]], n: int, **more: object) -> list[list[int]]:
+    out: list[list[int]] = [[] for _ in rows]
+    for chunk in session.run(rows, n, **more):
+        for ids, new in zip(out, chunk.ids, strict=True):
+            ids.extend(new)
+    return out
+
+
+def alone(prompt: list[int], n: int, **settings: float) -> list[int]:
+    """One prompt, a fresh session."""
+    return collect(Session(tiny.model(), max_len=64), [prompt], n, sampling=make_sampling(1, **settings))[0]
+
+
+@pytest.mark.parametrize("dtype", CLOSE)
+def test_prefill_of_n_tokens_equals_n_steps_and_a_forward_without_cache(dtype: str) -> None:
+    params, tokens = tiny.model(dtype), jnp.asarray([tiny.prompt(12), tiny.prompt(12, seed=1)])
+    whole, cache = jit_forward(params, tokens, init_cache(tiny.CONFIG, 2, 16, dtype))
+    bare, none = jit_forward(params, tokens)
+    assert none is None
+    assert_close(bare, whole, dtype)
+    stepped, rows = init_cache(tiny.CONFIG, 2, 16, dtype), []
+    for t in range(12):
+        logits, stepped = jit_forward(params, tokens[:, t : t + 1], stepped)
+        rows.append(logits[:, 0])
+    assert_close(jnp.stack(rows, axis=1), whole, dtype)
+    np.testing.assert_array_equal(stepped.lengths, cache.lengths)
+    for a, b in zip(stepped.k + stepped.v, cache.k + cache.v, strict=True):
+        assert_close(a, b, dtype)
+
+
+@pytest.mark.parametrize("dtype", CLOSE)
+def test_a_ragged_batch_equals_its_rows_alone(dtype: str) -> None:
+    params = tiny.model(dtype)
+    tokens, lengths = pad(prompts())
+    logits, _ = jit_forward(params, tokens, init_cache(tiny.CONFIG, 4, 32, dtype), lengths=lengths, last_only=True)
+    made = jit_generate(params, tokens, lengths=lengths, max_new_tokens=12, stop_ids=())
+    for row, prompt in enumerate(prompts()):
+        single, n = pad([prompt + [0] * (17 - len(prompt))])[0], lengths[row : row + 1]
+        assert_close(logits[row], jit_forward(params, single)[0][0, len(prompt) - 1], dtype)
+        only = jit_generate(params, single, lengths=n, max_new_tokens=12, stop_ids=())
+        np.testing.assert_array_equal(made.tokens[row], only.tokens[0])
+        np.testing.assert_allclose(made.logprobs[row], only.logprobs[0], atol=10 * CLOSE[dtype])
+
+
+def test_padding_and_what_an_older_sequence_left_change_nothing() -> None:
+    params, (tokens, lengths) = tiny.model(), pad(prompts())
+    used = init_cache(tiny.CONFIG, 4, 32, jnp.float32)
+    used = used.replace(k=tuple(a + 50 for a in used.k), v=tuple(a - 50 for a in used.v))
+    junk = jnp.where(jnp.arange(tokens.shape[1]) < lengths[:, None], tokens, 77)
+    results = [
+        jit_forward(params, t, c, lengths=lengths, last_only=True)[0]
+        for t, c in ((tokens, init_cache(tiny.CONFIG, 4, 32, jnp.float32)), (junk, used))
+    ]
+    np.testing.assert_array_equal(*results)
+
+
+def test_stacked_layers_give_the_same_logits() -> None:
+    params, tokens = tiny.model(), jnp.asarray([tiny.prompt(5)])
+    expected = jit_forward(params, tokens)[0]
+    assert not isinstance(stack(params).layers, tuple)
+    assert_close(jit_forward(stack(params), tokens)[0], expected)
+    np.testing.assert_array_equal(jit_forward(unstack(stack(params)), tokens)[0], expected)
+
+
+def test_generate_is_pure_under_jit_and_vmap() -> None:
+    params = tiny.model()
+    tokens = jnp.asarray([[tiny.prompt(6, seed=s)] for s in range(3)])  # three batches of one row
+    run = jax.jit(functools.partial(generate, max_new_tokens=5, stop_ids=()))
+    mapped = jax.vmap(run, in_axes=(None, 0))(params, tokens)
+    assert mapped.tokens.shape == (3, 1, 5)
+    for i in range(3):
+        np.testing.assert_array_equal(mapped.tokens[i], run(params, tokens[i]).tokens)
+    sampling = make_sampling(1, temperature=1.0)
+    warm = jax.vmap(lambda t: run(params, tokens[0], sampling=sampling.replace(temperature=t[None])))(jnp.arange(3.0))
+    np.testing.assert_array_equal(warm.tokens[0], mapped.tokens[0])  # temperature 0
+    assert not np.array_equal(warm.tokens[2], warm.tokens[0])
+
+
+SETTINGS = {
+    "greedy": {},
+    "sampled": dict(temperature=(0.0, 0.8, 1.2, 1.0), top_k=(0, 0, 20, 0), top_p=(1.0, 0.9, 1.0, 0.8), seed=7),
+    "penalty": dict(repetition_penalty=(1.0, 1.5, 1.0, 5.0)),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_session_streams_what_generate_returns(name: str) -> None:
+    params, sampling = tiny.model(), make_sampling(4, **SETTINGS[name])
+    tokens, lengths = pad(prompts())
+    made = jit_generate(params, tokens, lengths=lengths, max_new_tokens=21, sampling=sampling, stop_ids=(5, 6))
+    session = Session(params, max_len=64, batch=4, chunk=4)
+    ids, logprobs = [[] for _ in LENGTHS], [[] for _ in LENGTHS]
+    for chunk in session.run(prompts(), 21, sampling, stop_ids=(5, 6)):
+        for row in range(4):
+            ids[row] += chunk.ids[row]
+            logprobs[row] += chunk.logprobs[row]
+    for row, n in enumerate(made.lengths.tolist()):
+        assert ids[row] == made.tokens[row, :n].tolist()
+        assert (made.tokens[row, n:] == -1).all()
+        np.testing.assert_allclose(logprobs[row], made.logprobs[row, :n], atol=1e-4)
+    assert session.timings.new_tokens == sum(map(len, ids))
+    assert session.timings.prompt_tokens == sum(LENGTHS)
+
+
+def test_a_prompt_that_begins_with_what_the_cache_holds_is_only_fed_its_rest() -> None:
+    session, first = Session(tiny.model(), max_len=64), tiny.prompt(9)
+    answer = collect(session, [first], 8)[0]
+    for rest in (answer + [40, 41], answer[:3] + [50], []):  # a next turn, an edited one, the same prompt again
+        prompt = first + rest
+        assert collect(session, [prompt], 6)[0] == alone(prompt, 6)
+        assert session.timings.prompt_tokens <= max(1, len(rest) + 1) < len(prompt)
+
+
+def test_a_stream_closed_early_leaves_a_session_that_goes_on_rightly() -> None:
+    session, first = Session(tiny.model(), max_len=64, chunk=4), tiny.prompt(9)
+    stream_of = session.run([first], 30)
+    begun = next(stream_of).ids[0] + next(stream_of).ids[0]
+    stream_of.close()
+    prompt = [*first, *begun, 33]
+    assert collect(session, [prompt], 6)[0] == alone(prompt, 6)
+    assert session.timings.prompt_tokens == 2  # 33, and the last one drawn, which was not in the cache
+
+
+def test_the_cache_grows_with_need_and_not_to_the_context_at_once() -> None:
+    session, prompt = Session(tiny.model(), max_len=200), tiny.prompt(9)
+    answer = collect(session, [prompt], 8)[0]
+    assert session._cache.max_len == stream.MIN_CACHE
+    longer = prompt + answer + tiny.prompt(130)
+    assert collect(session, [longer], 4) == collect(Session(tiny.model(), max_len=200), [longer], 4)
+    assert session._cache.max_len == 200
+    assert session.timings.prompt_tokens == 131
+
+
+def test_a_long_prompt_in_pieces_equals_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [tiny.prompt(50), tiny.prompt(7), tiny.prompt(33)]  # the second ends in the first piece
+    whole = collect(Session(tiny.model(), max_len=64, batch=3), rows, 8)
+    calls = []
+    monkeypatch.setattr(stream, "PREFILL_PIECE", 16)
+    monkeypatch.setattr(stream, "jit_prefill", lambda *a, **k: calls.append(a[1].shape) or jit_prefill(*a, **k))
+    assert collect(Session(tiny.model(), max_len=64, batch=3), rows, 8) == whole
+    assert calls == [(3, 16)] * 4
+
+
+def test_what_is_handed_over_is_donated() -> None:
+    params, (tokens, lengths) = tiny.model(), pad(prompts())
+    given = jnp.zeros((4, 96)), init_cache(tiny.CONFIG, 4, 64, jnp.float32)
+    logits, cache = jit_prefill(params, tokens, lengths, *given)
+    limit, stops = jnp.full(4, 9), jnp.asarray(stop_table(4, ()))
+    state, _ = jit_begin(logits, cache, make_sampling(4), limit, stops, jnp.zeros((4, 96), bool))
+    last, _ = jit_decode_chunk(params, state, steps=2)
+    for gone in (given, cache, state):
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(gone))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((params, last)))
+
+
+def test_stops_and_limits_hold_row_by_row() -> None:
+    free = collect(Session(tiny.model(), max_len=64, batch=4), prompts(), 20)
+    stop = free[1][4]
+    stopped = collect(Session(tiny.model(), max_len=64, batch=4), prompts(), 20, stop_ids=(1000, stop))
+    for row, ids in enumerate(free):  # the stop token is the last that comes
+        assert stopped[row] == (ids[: ids.index(stop) + 1] if stop in ids else ids)
+    narrow = collect(Session(tiny.model(), max_len=20, batch=4), prompts(), 20)
+    assert narrow == [ids[: 20 - n] for ids, n in zip(free, LENGTHS, strict=True)]  # the context ends
+    assert collect(Session(tiny.model(), max_len=64, batch=4), prompts(), 0) == [[]] * 4
+
+
+def test_a_rows_text_depends_on_its_seed_and_settings_and_not_on_its_neighbours() -> None:
+    settings = dict(temperature=(1.0, 0.0, 1.3, 0.7), top_p=(0.9, 1.0, 1.0, 1.0), seed=(3, 3, 11, 4))
+    batch = collect(Session(tiny.model(), max_len=64, batch=4), prompts(), 12, sampling=make_sampling(4, **settings))
+    for row, prompt in enumerate(prompts()):
+        own = {name: values[row] for name, values in settings.items()}
+        assert alone(prompt, 12, **own) == batch[row]
+        if own["temperature"]:
+            assert alone(prompt, 12, **own | {"seed": 99}) != batch[row]
+
+
+def test_repetition_penalty_counts_the_prompt_and_what_was_drawn() -> None:
+    params, prompt = tiny.model(), tiny.prompt(9)
+    ids = alone(prompt, 40, repetition_penalty=1e6)
+    assert len(set(prompt + ids)) == len(set(prompt)) + 40  # with such a penalty nothing comes twice
+    mild, context = alone(prompt, 10, repetition_penalty=1.3), list(prompt)
+    for token in mild:  # by hand, from a forward over everything
+        tokens, lengths = pad([context])
+        logits = np.asarray(jit_forward(params, tokens, lengths=lengths, last_only=True)[0][0], np.float64)
+        seen = sorted(set(context))
+        logits[seen] = np.where(logits[seen] > 0, logits[seen] / 1.3, logits[seen] * 1.3)
+        assert token == logits.argmax()
+        context.append(token)
+    assert mild != alone(prompt, 10)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_forward_differentiates_in_every_weight(tied: bool) -> None:
+    params = tiny.model(config=tiny.CONFIG.replace(tie_embeddings=tied))
+    tokens = jnp.asarray([tiny.prompt(12), tiny.prompt(12, seed=1)])
+
+    @jax.jit
+    def loss(params: Params) -> jax.Array:
+        logits = jax.nn.log_softmax(forward(params, tokens[:, :-1])[0])
+        return -jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1).mean()
+
+    grads = jax.grad(loss)(params)
+    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+        used = grad[jnp.unique(tokens[:, :-1])] if path[0].name == "embed" else grad
+        assert jnp.isfinite(grad).all(), path
+        assert (used != 0).mean() > 0.9, path
+    # The slope along the gradient itself, by differences.
+    norm = sum(jnp.vdot(g, g) for g in jax.tree.leaves(grads)) ** 0.5
+    ahead, behind = (loss(jax.tree.map(lambda w, g, s=s: w + s * g / norm, params, grads)) for s in (1e-2, -1e-2))
+    np.testing.assert_allclose((ahead - behind) / 2e-2, norm, rtol=1e-2)
+
+
+def test_nan_weights_are_one_line_and_do_not_stay_in_the_session() -> None:
+    params = tiny.model()
+    session = Session(params.replace(norm=params.norm.at[3].set(jnp.nan)), max_len=64)
+    with pytest.raises(InputError, match="row 0: logits are NaN: the weights hold NaN or Inf") as error:
+        collect(session, [tiny.prompt(5)], 4)
+    assert "\n" not in str(error.value)
+    session.params = params
+    assert collect(session, [tiny.prompt(5)], 4)[0] == alone(tiny.prompt(5), 4)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([], "prompt 0: expected 1 to 63 tokens .*, found 0"),
+        ([5] * 64, "prompt 0: expected 1 to 63 tokens .*, found 64"),
+        ([5, 96], "prompt 0: expected token ids from 0 to 95, found 96"),
+        ([5, -1], "prompt 0: expected token ids from 0 to 95, found -1"),
+    ],
+)
+def test_a_prompt_that_cannot_be_fed_is_one_line(prompt: list[int], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        next(Session(tiny.model(), max_len=64).run([prompt], 4))
+    with pytest.raises(InputError, match=r"prompts: expected 2 .*, found 1"):
+        next(Session(tiny.model(), max_len=64, batch=2).run([[5]], 4))
