@@ -33,10 +33,7 @@ def hf_names(config: LlamaConfig) -> dict[str, str]:
     if config.tie_embeddings:
         del names["lm_head"]
     for i in range(config.n_layers):
-        names |= {
-            f"layers.{i}.{ours}": f"model.layers.{i}.{theirs}.weight"
-            for ours, theirs in LAYER.items()
-        }
+        names |= {f"layers.{i}.{ours}": f"model.layers.{i}.{theirs}.weight" for ours, theirs in LAYER.items()}
     return names
 
 
@@ -63,7 +60,5 @@ def expected_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     if not config.tie_embeddings:
         shapes["lm_head"] = vocabulary
     for i in range(config.n_layers):
-        shapes |= {
-            f"layers.{i}.{name}": shape for name, shape in layer_shapes(config).items()
-        }
+        shapes |= {f"layers.{i}.{name}": shape for name, shape in layer_shapes(config).items()}
     return shapes

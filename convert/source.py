@@ -4,16 +4,25 @@ A `Source` names its tensors as the paper does (``layers.0.wq``, see `convert.la
 of Hugging Face. Reading is lazy: opening a checkpoint maps its files and checks its headers, nothing more.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from convert.layout import expected_shapes
 from convert.vocabulary import Vocabulary
 from jllama.config import LlamaConfig
 from jllama.errors import InputError
+
+DTYPES: dict[str, np.dtype] = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+}
+BLOCK_BYTES = 16 << 20  # what a conversion holds of a tensor at a time
 
 
 @dataclass(frozen=True)
@@ -22,6 +31,12 @@ class Integers:
 
     data: np.ndarray  # [out, in] int8
     scale: np.ndarray  # [out, in / group] float32 or float16
+
+    def floats(self) -> np.ndarray:
+        """The float32 weight that the integers stand for."""
+        blocks = self.data.reshape(*self.scale.shape, -1).astype(np.float32)
+        blocks *= self.scale.astype(np.float32)[..., None]
+        return blocks.reshape(self.data.shape)
 
 
 @dataclass(frozen=True)
@@ -34,14 +49,29 @@ class Quantization:
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of a file. ``read`` gives an array (a view of the mapped file where possible) or, with ``quant``,
-    `Integers`. ``where`` names the file and the tensor for error messages."""
+    """One tensor of a file. ``rows(begin, end)`` gives a part of it along the first axis: an array (a view of the
+    mapped file where possible) or, with ``quant``, `Integers`. ``where`` names file and tensor for error messages."""
 
     shape: tuple[int, ...]
     dtype: str  # of the float values: "float32", "bfloat16" or "float16"; scales' for quantised tensors
     where: str
-    read: Callable[[], np.ndarray | Integers]
+    rows: Callable[[int, int], Any]
     quant: Quantization | None = None
+
+    def read(self) -> Any:
+        """All of it."""
+        return self.rows(0, self.shape[0])
+
+    def floats(self, begin: int, end: int) -> np.ndarray:
+        """Rows as floats, whatever the tensor is stored as."""
+        rows = self.rows(begin, end)
+        return rows.floats() if isinstance(rows, Integers) else rows
+
+    def blocks(self, nbytes: int = BLOCK_BYTES) -> Iterator[tuple[int, int]]:
+        """Where to cut it into pieces that take about ``nbytes`` as float32."""
+        width = 4 * int(np.prod(self.shape[1:], dtype=np.int64))
+        step = max(1, nbytes // width)
+        return ((begin, min(begin + step, self.shape[0])) for begin in range(0, self.shape[0], step))
 
 
 @dataclass(frozen=True)
@@ -52,7 +82,8 @@ class Source:
     form: str  # what was recognised: "hf", "native", "llama2c", "gguf", "meta"
     config: LlamaConfig
     tensors: Mapping[str, Tensor]
-    tokenizer: "Path | Vocabulary | None"
+    tokenizer: Path | Vocabulary | None
+    extras: tuple[Path, ...] = ()  # small files that go along into a directory of the same layout
 
     @property
     def dtype(self) -> str:
@@ -72,5 +103,13 @@ def checked(source: Source) -> Source:
         if tensor is None:
             raise InputError(f"{source.path}: tensor {name}: missing ({source.config.n_layers} layers expected)")
         if tensor.shape != shape:
-            raise InputError(f"{tensor.where}: expected shape {list(shape)}, found {list(tensor.shape)}")
+            raise InputError(f"{tensor.where}: shape: expected {list(shape)}, found {list(tensor.shape)}")
     return source
+
+
+def config_at(where: str, **fields: Any) -> LlamaConfig:
+    """A config whose complaints name the file."""
+    try:
+        return LlamaConfig(**fields)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None

@@ -4,6 +4,7 @@ It goes back and forth between three forms: `Vocabulary`, the protocol buffer of
 sentencepiece library itself tokenises, whatever the vocabulary came from) and the bytes of a ``tokenizer.bin``.
 """
 
+import dataclasses
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -178,3 +179,27 @@ def to_llama2c(vocabulary: Vocabulary) -> bytes:
     out = [struct.pack("<I", max(len(text) for text in texts))]
     out += [struct.pack("<fI", s, len(t)) + t for t, s in zip(texts, vocabulary.scores, strict=True)]
     return b"".join(out)
+
+
+def vocabulary_of(tokenizer: "Path | Vocabulary | None") -> Vocabulary | None:
+    """The vocabulary of a source's tokenizer; None where it has none of this kind (a ``tokenizer.json``)."""
+    if tokenizer is None or isinstance(tokenizer, Vocabulary):
+        return tokenizer
+    if tokenizer.suffix == ".json":
+        return None
+    return from_llama2c(tokenizer) if tokenizer.suffix == ".bin" else from_model(tokenizer)
+
+
+def padded(vocabulary: Vocabulary, size: int) -> Vocabulary:
+    """The vocabulary with a piece for each of the ``size`` rows of an embedding that has some to spare."""
+    spare = range(len(vocabulary.pieces), size)
+    if len(vocabulary.pieces) > size:
+        raise InputError(
+            f"{vocabulary.where}: expected at most vocab_size {size} pieces, found {len(vocabulary.pieces)}"
+        )
+    return dataclasses.replace(
+        vocabulary,
+        pieces=(*vocabulary.pieces, *(f"<unused{i}>" for i in spare)),
+        scores=(*vocabulary.scores, *(-1e9 for _ in spare)),
+        types=(*vocabulary.types, *(UNUSED for _ in spare)),
+    )

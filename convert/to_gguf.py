@@ -1,0 +1,135 @@
+"""GGUF version 3 written: floats only, with config and sentencepiece vocabulary in the metadata."""
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.gguf import ROPE_FACTORS, names_of, rope_factors
+from convert.gguf_file import MAGIC
+from convert.output import OutputFile, Watch
+from convert.save import Export
+from convert.source import DTYPES, Source, Tensor
+from convert.transform import as_dtype, as_floats, to_interleaved
+from convert.vocabulary import Vocabulary, padded, vocabulary_of
+from jllama.errors import InputError
+
+ALIGN = 32
+_KINDS = {"float32": 0, "float16": 1, "bfloat16": 30}  # also llama.cpp's file types, but for bfloat16
+_FILE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 32}
+_LAYOUTS = {"u32": (4, "<I"), "i32": (5, "<i"), "f32": (6, "<f"), "bool": (7, "<?")}
+
+
+def gguf(source: Source) -> Export:
+    """A GGUF file of the source's floats. Norms are float32, as llama.cpp wants them."""
+    source = as_floats(source)
+    names = names_of(source.config)
+    tensors = {
+        theirs: to_interleaved(_kept(source.tensors[ours]), source.config, ours) for ours, theirs in names.items()
+    }
+    if source.config.rope_scaling is not None and source.config.rope_scaling.kind == "llama3":
+        factors = rope_factors(source.config)
+        tensors[ROPE_FACTORS] = Tensor(factors.shape, "float32", ROPE_FACTORS, lambda b, e: factors[b:e])
+    head, places, size = _layout(_fields(source), tensors)
+
+    def write(path: Path, watch: Watch) -> None:
+        with OutputFile(path, watch) as file:
+            file.put(0, head)
+            for name, tensor in tensors.items():
+                file.put_floats(places[name], tensor)
+            if size % ALIGN:  # readers map whole units
+                file.put(size, bytes(-size % ALIGN))
+
+    return Export(size, write)
+
+
+def _kept(tensor: Tensor) -> Tensor:
+    return as_dtype(tensor, "float32") if len(tensor.shape) == 1 else tensor
+
+
+def _layout(fields: list[bytes], tensors: dict[str, Tensor]) -> tuple[bytes, dict[str, int], int]:
+    infos, offset, offsets = [], 0, {}
+    for name, tensor in tensors.items():
+        shape = b"".join(struct.pack("<Q", n) for n in reversed(tensor.shape))
+        infos.append(_text(name) + struct.pack("<I", len(tensor.shape)) + shape)
+        infos.append(struct.pack("<IQ", _KINDS[tensor.dtype], offset))
+        offsets[name] = offset
+        nbytes = int(np.prod(tensor.shape, dtype=np.int64)) * DTYPES[tensor.dtype].itemsize
+        end = offset + nbytes
+        offset = -(-end // ALIGN) * ALIGN
+    head = MAGIC + struct.pack("<IQQ", 3, len(tensors), len(fields)) + b"".join(fields) + b"".join(infos)
+    head += bytes(-len(head) % ALIGN)
+    return head, {name: len(head) + at for name, at in offsets.items()}, len(head) + end
+
+
+def _text(value: str) -> bytes:
+    raw = value.encode()
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def _field(name: str, kind: str, value: Any) -> bytes:
+    if kind == "text":
+        return _text(name) + struct.pack("<I", 8) + _text(value)
+    number, layout = _LAYOUTS[kind]
+    return _text(name) + struct.pack("<I", number) + struct.pack(layout, value)
+
+
+def _array(name: str, kind: str, values: tuple[Any, ...]) -> bytes:
+    if kind == "text":
+        number, body = 8, b"".join(_text(value) for value in values)
+    else:
+        number, layout = _LAYOUTS[kind]
+        body = struct.pack(f"<{len(values)}{layout[1]}", *values)
+    return _text(name) + struct.pack("<IIQ", 9, number, len(values)) + body
+
+
+def _fields(source: Source) -> list[bytes]:
+    config = source.config
+    fields = [
+        _field("general.architecture", "text", "llama"),
+        _field("general.name", "text", source.path.resolve().name),
+        _field("general.file_type", "u32", _FILE_TYPES[source.dtype]),
+        _field("general.alignment", "u32", ALIGN),
+        _field("llama.block_count", "u32", config.n_layers),
+        _field("llama.context_length", "u32", config.max_seq_len),
+        _field("llama.embedding_length", "u32", config.dim),
+        _field("llama.feed_forward_length", "u32", config.hidden_dim),
+        _field("llama.attention.head_count", "u32", config.n_heads),
+        _field("llama.attention.head_count_kv", "u32", config.n_kv_heads),
+        _field("llama.attention.key_length", "u32", config.head_dim),
+        _field("llama.attention.value_length", "u32", config.head_dim),
+        _field("llama.attention.layer_norm_rms_epsilon", "f32", config.norm_eps),
+        _field("llama.rope.dimension_count", "u32", config.head_dim),
+        _field("llama.rope.freq_base", "f32", config.rope_theta),
+        _field("llama.vocab_size", "u32", config.vocab_size),
+    ]
+    if config.rope_scaling is not None and config.rope_scaling.kind == "linear":
+        fields.append(_field("llama.rope.scaling.type", "text", "linear"))
+        fields.append(_field("llama.rope.scaling.factor", "f32", config.rope_scaling.factor))
+    vocabulary = vocabulary_of(source.tokenizer)
+    if vocabulary is not None:
+        return fields + _vocabulary_fields(padded(vocabulary, config.vocab_size))
+    # Ids that the tokenizer, wherever it is, will need.
+    ids = (("bos", config.bos_id), ("eos", config.eos_ids[0]))
+    return fields + [_field(f"tokenizer.ggml.{name}_token_id", "u32", value) for name, value in ids]
+
+
+def _vocabulary_fields(vocabulary: Vocabulary) -> list[bytes]:
+    if min(vocabulary.bos_id, vocabulary.eos_id, vocabulary.unk_id) < 0:
+        raise InputError(
+            f"{vocabulary.where}: expected a vocabulary with bos, eos and unknown pieces, found one without"
+        )
+    return [
+        _field("tokenizer.ggml.model", "text", "llama"),
+        _array("tokenizer.ggml.tokens", "text", vocabulary.pieces),
+        _array("tokenizer.ggml.scores", "f32", vocabulary.scores),
+        _array("tokenizer.ggml.token_type", "i32", vocabulary.types),
+        _field("tokenizer.ggml.bos_token_id", "u32", vocabulary.bos_id),
+        _field("tokenizer.ggml.eos_token_id", "u32", vocabulary.eos_id),
+        _field("tokenizer.ggml.unknown_token_id", "u32", vocabulary.unk_id),
+        _field("tokenizer.ggml.add_bos_token", "bool", True),
+        _field("tokenizer.ggml.add_eos_token", "bool", False),
+        _field("tokenizer.ggml.add_space_prefix", "bool", vocabulary.add_dummy_prefix),
+        _field("tokenizer.ggml.remove_extra_whitespaces", "bool", vocabulary.remove_extra_whitespaces),
+    ]
