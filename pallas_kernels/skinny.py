@@ -39,7 +39,9 @@ from pallas_kernels.tiles import (
 )
 
 MAX_ROWS = 64
-START = 200  # about what starting and finishing a piece costs, in rows of a stage
+PIECE_COST = 20_000  # finishing a piece takes as long as so many bytes of a block's share of the bandwidth
+L2_COST = 0.3  # of a byte that comes from the cache, in bytes that come from memory
+ENOUGH_IN_FLIGHT = 80_000  # bytes that a block must have asked for to keep its share of the memory busy
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class SkinnyTiles:
 
 def tiles_for(fmt: Format, inner: int, rows: int) -> SkinnyTiles:
     """The measured choice for one H200."""
-    step = 256 if fmt.bits < 16 and inner % 256 == 0 else 128
+    step = 256 if fmt.quantized and inner % 256 == 0 and rows <= 16 else 128
     return SkinnyTiles(step=step, consumers=4 if fmt.quantized and rows <= 16 else 2)
 
 
@@ -89,19 +91,24 @@ def plan(out: int, inner: int, rows: int, fmt: Format, tiles: SkinnyTiles, sms: 
         strips = math.ceil(out / strip)
         height = WGMMA_ROWS * math.ceil(strip / WGMMA_ROWS)
         stage = nbytes((height, tiles.step), fmt.bits) + nbytes((rows, tiles.step), 16)
-        room = SHARED_BYTES - 4096 - tiles.consumers * nbytes((height, rows), 32)
-        return Plan(out, rows, steps, strip, strips, cuts, min(sms, strips * cuts), min(tiles.depth, room // stage))
+        room = SHARED_BYTES - 4096 - max(1, tiles.consumers - 1) * nbytes((height, rows), 32)
+        depth = min(tiles.depth, room // stage) // tiles.consumers * tiles.consumers
+        return Plan(out, rows, steps, strip, strips, cuts, min(sms, strips * cuts), depth)
 
     def cost(p: Plan) -> float:
-        """What the busiest block does, in rows of a stage."""
-        turns = math.ceil(p.strips * p.cuts / p.blocks)
-        surplus = (p.height - p.strip) * (0.5 if fmt.quantized else 0.2)  # costs widening and room, no bandwidth
-        return turns * (math.ceil(steps / p.cuts) * (p.strip + surplus) + START)
+        """What the busiest block reads, in bytes, and everything else as so many bytes."""
+        turns, stages = math.ceil(p.strips * p.cuts / p.blocks), math.ceil(steps / p.cuts)
+        surplus = (p.height - p.strip) * (0.4 if fmt.quantized else 0.1)  # costs widening and room, no bandwidth
+        weights = nbytes((math.ceil(p.strip + surplus), tiles.step), fmt.bits)
+        activations = nbytes((rows, tiles.step), 16) * L2_COST
+        in_flight = p.depth * nbytes((p.strip, tiles.step), fmt.bits)
+        reading = turns * stages * (weights + activations) * max(1, ENOUGH_IN_FLIGHT / in_flight)
+        return reading + turns * PIECE_COST + p.cuts * nbytes((out, rows), 2 * 32) / sms
 
     strips = range(grain, min(tiles.strip, out) + 1, grain)
     cuts = range(1, min(tiles.cuts, steps) + 1)
     candidates = (piece(*c) for c in itertools.product(strips, cuts))
-    return min((p for p in candidates if p.depth >= tiles.consumers), key=cost)
+    return min((p for p in candidates if p.depth), key=cost)
 
 
 def check_skinny(x: jax.Array, w: Weight, *, tiles: SkinnyTiles | None = None) -> None:
@@ -166,7 +173,7 @@ def _kernel(fmt: Format, p: Plan, tiles: SkinnyTiles, dtype: Any, interpret: Any
     scratch = {
         "w_ring": swizzled((p.depth, p.height, tiles.step), fmt.dtype),
         "x_ring": swizzled((p.depth, p.rows, tiles.step), dtype, run=fmt.group),
-        "sums": plgpu.SMEM((tiles.consumers, p.height, p.rows), jnp.float32),
+        "sums": plgpu.SMEM((max(1, others), p.height, p.rows), jnp.float32),
         "full": plgpu.Barrier(num_arrivals=2, num_barriers=p.depth),
         "free": plgpu.Barrier(num_arrivals=1, num_barriers=p.depth),
     }
@@ -272,17 +279,21 @@ def _consume(me: Any, scales: Any, out_ref: Any, turns: Any, piece: Any, fmt: Fo
             plgpu.wgmma_wait(0)
 
     def my_stages(start: Any, end: Any, count: Any, stage: Any, carry: Any) -> Any:
-        """Fold ``stage(step, slot, carry)`` over the stages of a piece that are this consumer's."""
+        """Fold ``stage(step, slot, carry)`` over the stages of a piece that are this consumer's.
+
+        A slot of the ring always belongs to the same consumer, across pieces too: a warpgroup keeps count of a
+        barrier's phases by waiting for each of them."""
+        first = lax.rem(me + tiles.consumers - lax.rem(count, tiles.consumers), tiles.consumers)
 
         def body(j: Any, carry: Any) -> Any:
-            offset = me + j * tiles.consumers
+            offset = first + j * tiles.consumers
             slot = lax.rem(count + offset, p.depth)
             plgpu.barrier_wait(full.at[slot])
             carry = stage(start + offset, slot, carry)
             plgpu.barrier_arrive(free.at[slot])
             return carry
 
-        return lax.fori_loop(0, (end - start - me + last) // tiles.consumers, body, carry)
+        return lax.fori_loop(0, (end - start - first + last) // tiles.consumers, body, carry)
 
     def one_scale_a_row(start: Any, end: Any, count: Any) -> Any:
         def scoped(*accs: Any) -> list[jax.Array]:
@@ -345,9 +356,9 @@ def _consume(me: Any, scales: Any, out_ref: Any, turns: Any, piece: Any, fmt: Fo
                     part = pl.ds(tile * WGMMA_ROWS, WGMMA_ROWS)
                     for other in range(last):
                         total = total + plgpu.load(sums.at[other, part], layout=plgpu.Layout.WGMMA)
-                    sums[last, part] = total
+                    sums[0, part] = total  # where each thread has just read
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(sums.at[last, pl.ds(0, p.strip)], out_ref.at[cut, pl.ds(row, p.strip)])
+            plgpu.copy_smem_to_gmem(sums.at[0, pl.ds(0, p.strip)], out_ref.at[cut, pl.ds(row, p.strip)])
             plgpu.wait_smem_to_gmem(0)
             if last:
                 plgpu.barrier_arrive(stored)

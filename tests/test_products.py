@@ -1,0 +1,243 @@
+"""The product and feed-forward kernels against float32 references.
+
+Small shapes run in Pallas's GPU interpreter, with its race detector; the real shapes are lowered for an H200 without
+one, which finds what the interpreter cannot: layouts, tile sizes, shared memory; on a Hopper GPU they run (marker gpu).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import QuantizedTensor, Unsupported, dequantize, ffn, matmul, quantize
+from pallas_kernels.ffn import CASES as FFN_CASES
+from pallas_kernels.ffn import check_ffn, ffn_kernel, ffn_reference
+from pallas_kernels.matmul import CASES, check_product, product
+from pallas_kernels.skinny import SkinnyTiles, check_skinny, plan, skinny
+from pallas_kernels.skinny import tiles_for as skinny_tiles_for
+from pallas_kernels.tiles import format_of
+from pallas_kernels.wide import WideTiles, check_wide, wide
+
+pytestmark = pytest.mark.timeout(120)
+
+FORMATS = {"bf16": {}, "int8": dict(bits=8), "int8-g32": dict(bits=8, group=32), "int4-g128": dict(bits=4, group=128)}
+SMS = 132  # of an H200
+Array = jax.Array
+
+
+def normal(seed: int, *shape: int, dtype: Any = jnp.bfloat16) -> Array:
+    return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+def weight(fmt: str, *shape: int, seed: int = 1) -> Any:
+    w = normal(seed, *shape) * jnp.asarray(shape[-1] ** -0.5, jnp.bfloat16)
+    return quantize(w, **FORMATS[fmt]) if FORMATS[fmt] else w
+
+
+def abstract(fmt: str, *shape: int) -> Any:
+    """A weight of a real shape, without its gigabytes."""
+    if not FORMATS[fmt]:
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    bits, group = FORMATS[fmt]["bits"], FORMATS[fmt].get("group", shape[-1])
+    return QuantizedTensor(
+        jax.ShapeDtypeStruct(shape, jnp.int8 if bits == 8 else jnp.int4),  # type: ignore[arg-type]
+        jax.ShapeDtypeStruct(
+            (*shape[:-1], shape[-1] // group), jnp.float16 if "group" in FORMATS[fmt] else jnp.float32
+        ),  # type: ignore[arg-type]
+    )
+
+
+def exact(x: Array, w: Any, *, swiglu: bool = False, residual: Array | None = None, rounded: bool = False) -> Array:
+    """The product in float32; ``rounded``: of the weights that a group's scale makes once rounded to x's dtype."""
+    if isinstance(w, QuantizedTensor):
+        grouped = w.scale.shape[-1] > 1
+        w = dequantize(w, x.dtype if rounded and grouped else jnp.float32)
+    y = jnp.matmul(x.astype(jnp.float32), w.astype(jnp.float32).T, precision="highest")
+    if swiglu:
+        gate, up = jnp.split(y, 2, axis=-1)
+        y = jax.nn.silu(gate) * up
+    return y if residual is None else y + residual.astype(jnp.float32)
+
+
+def error(y: Array, reference: Array) -> float:
+    y, reference = np.asarray(y, np.float32), np.asarray(reference, np.float32)
+    assert y.shape == reference.shape
+    return float(np.linalg.norm(y - reference) / np.linalg.norm(reference))
+
+
+def interpreter() -> Any:
+    return plgpu.InterpretGPUParams(detect_races=True)
+
+
+def race_free(y: Array) -> Array:
+    """``y``, once it is computed and no two warpgroups are known to have met on the way."""
+    y.block_until_ready()
+    assert not interpret_pallas_call.get_races().races_found
+    return y
+
+
+def lower(f: Callable[..., Any], *args: Any) -> None:
+    """Lower for an H200, on a machine that has none."""
+    h200 = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=SMS)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=h200)):
+        jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",))
+
+
+# The interpreter: small shapes, every path
+
+
+@pytest.mark.parametrize("rows", [1, 33])
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_skinny_interpreted(fmt: str, rows: int) -> None:
+    x, w = normal(0, rows, 512), weight(fmt, 192, 512)
+    tiles = SkinnyTiles(step=128, consumers=2, depth=4)
+    y = race_free(skinny(x, w, out_dtype=jnp.float32, tiles=tiles, sms=3, interpret=interpreter()))
+    assert error(y, exact(x, w)) < 1e-5
+
+
+def test_skinny_interpreted_with_everything_after_it() -> None:
+    """SwiGLU, a layer of a stack, strips that are no multiple of 64, float16, several pieces a block."""
+    x, w = normal(0, 2, 256, dtype=jnp.float16), weight("bf16", 3, 176, 256).astype(jnp.float16)
+    residual = normal(2, 2, 88, dtype=jnp.float16)
+    tiles = SkinnyTiles(step=128, consumers=1, strip=88, cuts=1, depth=2)
+    y = race_free(
+        skinny(
+            x,
+            w,
+            layer=2,
+            swiglu=True,
+            residual=residual,
+            out_dtype=jnp.float32,
+            tiles=tiles,
+            sms=1,
+            interpret=interpreter(),
+        )
+    )
+    assert error(y, exact(x, w[2], swiglu=True, residual=residual)) < 1e-5
+
+
+@pytest.mark.parametrize(("fmt", "by_rows"), [(fmt, False) for fmt in FORMATS] + [("bf16", True)])
+@pytest.mark.parametrize("swiglu", [False, True])
+def test_wide_interpreted(fmt: str, swiglu: bool, by_rows: bool) -> None:
+    x, w = normal(0, 40, 128), weight(fmt, 256 if swiglu else 128, 128)
+    tiles = WideTiles(out=128, rows=32 if not by_rows else 64, by_rows=by_rows, depth=2)
+    y = race_free(wide(x, w, swiglu=swiglu, out_dtype=jnp.float32, tiles=tiles, sms=2, interpret=interpreter()))
+    assert error(y, exact(x, w, swiglu=swiglu, rounded=True)) < 1e-5
+
+
+def test_wide_interpreted_with_residual() -> None:
+    x, w, residual = normal(0, 64, 128), weight("bf16", 2, 128, 128), normal(2, 64, 128)
+    tiles = WideTiles(out=128, rows=64, depth=2)
+    y = race_free(wide(x, w, layer=1, residual=residual, tiles=tiles, sms=1, interpret=interpreter()))
+    assert error(y, exact(x, w[1], residual=residual)) < 3e-3
+
+
+@pytest.mark.parametrize("rows", [2, 65])
+def test_ffn_interpreted(rows: int) -> None:
+    x, norm = normal(0, 1, rows, 256), normal(1, 256)
+    gate_up, down = weight("bf16", 256, 256), weight("bf16", 256, 128)
+    y = ffn_kernel(x, norm, gate_up, down, eps=1e-5, sms=2, interpret=interpreter())
+    reference = ffn_reference(*(a.astype(jnp.float32) for a in (x, norm, gate_up, down)), eps=1e-5)
+    assert error(race_free(y), reference) < 3e-3
+
+
+# Lowered for an H200: the real shapes
+
+
+@pytest.mark.parametrize("rows", [1, 33, 512])
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_real_shapes_lower(fmt: str, rows: int) -> None:
+    for case in (CASES["7b-down"], CASES["70b-gate-up"]):
+        x, w = jax.ShapeDtypeStruct((rows, case["inner"]), jnp.bfloat16), abstract(fmt, case["out"], case["inner"])
+        check_product(x, w)
+        lower(lambda x, w: product(x, w, out_dtype=jnp.float32), x, w)
+
+
+@pytest.mark.parametrize("rows", [1, 512])
+@pytest.mark.parametrize("fmt", ["bf16", "int4-g128"])
+@pytest.mark.parametrize("case", FFN_CASES)
+def test_ffn_lowers(case: str, fmt: str, rows: int) -> None:
+    dim, hidden = FFN_CASES[case]["dim"], FFN_CASES[case]["hidden"]
+    x, norm = jax.ShapeDtypeStruct((1, rows, dim), jnp.bfloat16), jax.ShapeDtypeStruct((dim,), jnp.bfloat16)
+    gate_up, down = abstract(fmt, 2 * hidden, dim), abstract(fmt, dim, hidden)
+    check_ffn(x, norm, gate_up, down)
+    lower(lambda *a: ffn_kernel(*a, eps=1e-5), x, norm, gate_up, down)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("rows", [8, 64])
+def test_plan_keeps_the_gpu_busy(case: str, fmt: str, rows: int) -> None:
+    """The busiest multiprocessor reads little over its share, and has enough copies in flight to wait for none."""
+    out, inner = CASES[case]["out"], CASES[case]["inner"]
+    form = format_of(abstract(fmt, out, inner))
+    p = plan(out, inner, rows, form, skinny_tiles_for(form, inner, rows), SMS)
+    turns = -(-p.strips * p.cuts // p.blocks)
+    assert turns * p.strip * -(-p.steps // p.cuts) < 1.12 * out * p.steps / SMS
+    assert p.depth * p.strip * (inner // p.steps) * form.bits / 8 > 48 * 1024
+
+
+# What kernels refuse, before anything runs
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "rows", "reason"),
+    [
+        ((4096, 4096), jnp.float32, 1, "must be bfloat16 or float16"),
+        ((4096, 4096), jnp.float16, 1, "weight is bfloat16 but activations are float16"),
+        ((4096, 288), jnp.bfloat16, 1, "288 inputs: must be a multiple of 128"),
+        ((4100, 4096), jnp.bfloat16, 1, "4100 outputs: must be a multiple of 8"),
+        ((4096, 288), jnp.bfloat16, 100, "288 inputs: must be a multiple of 64"),
+        ((4000, 4096), jnp.bfloat16, 100, "4000 outputs: must be a multiple of 128"),
+    ],
+)
+def test_refused(shape: tuple[int, int], dtype: Any, rows: int, reason: str) -> None:
+    with pytest.raises(Unsupported, match=reason):
+        check_product(jax.ShapeDtypeStruct((rows, shape[1]), dtype), abstract("bf16", *shape))
+
+
+def test_refused_rows_and_inputs() -> None:
+    w = abstract("bf16", 4096, 4096)
+    with pytest.raises(Unsupported, match="at most 64 rows, found 65"):
+        check_skinny(jax.ShapeDtypeStruct((65, 4096), jnp.bfloat16), w)
+    with pytest.raises(Unsupported, match="activations have 4032 inputs, the weight has 4096"):
+        check_wide(jax.ShapeDtypeStruct((65, 4032), jnp.bfloat16), w)
+    with pytest.raises(Unsupported, match="norm has shape"):
+        check_ffn(jax.ShapeDtypeStruct((1, 4096), jnp.bfloat16), jnp.ones(8), w, w)
+
+
+# Compiled, on a Hopper GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 2, 8, 33, 64, 100, 512])
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("case", ["7b-down", "13b-down", "7b-head", "70b-gate-up"])
+def test_product_on_gpu(case: str, fmt: str, rows: int) -> None:
+    out, inner = CASES[case]["out"], CASES[case]["inner"]
+    x, w = normal(0, rows, inner), jax.jit(lambda: weight(fmt, out, inner))()
+    run = jax.jit(lambda x, w: matmul(x, w, out_dtype=jnp.float32, backend="pallas"))
+    y, reference = run(x, w), exact(x, w, rounded=rows > 64)
+    assert error(y, reference) < 1e-4
+    assert error(matmul(x, w, backend="pallas"), reference) < 3e-3
+    for _ in range(3):
+        np.testing.assert_array_equal(run(x, w), y)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 100])
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("case", FFN_CASES)
+def test_ffn_on_gpu(case: str, fmt: str, rows: int) -> None:
+    dim, hidden = FFN_CASES[case]["dim"], FFN_CASES[case]["hidden"]
+    x, norm = normal(0, 1, rows, dim), normal(1, dim)
+    gate_up, down = jax.jit(lambda: (weight(fmt, 2 * hidden, dim), weight(fmt, dim, hidden, seed=2)))()
+    y = ffn(x, norm, gate_up, down, eps=1e-5, backend="pallas")
+    full = [dequantize(w) if isinstance(w, QuantizedTensor) else w.astype(jnp.float32) for w in (gate_up, down)]
+    reference = ffn_reference(x.astype(jnp.float32), norm.astype(jnp.float32), *full, eps=1e-5)
+    assert error(y, reference) < 5e-3  # three roundings to bf16 on the way: the norm, the hidden layer, the result
