@@ -1,0 +1,169 @@
+"""What XLA makes of decoding: the cache is updated in place, and compilations are few, whatever users ask for."""
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterator
+from math import ceil, log2
+from typing import Any
+
+import jax
+import jax.monitoring
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from jax import lax
+
+from jllama import decode, stream
+from jllama.cache import cache_bytes, init_cache
+from jllama.decode import DecodeState, begin, decode_chunk, decode_step, jit_begin, jit_decode_chunk, prefill
+from jllama.params import Params
+from jllama.sampling import make_sampling
+from jllama.stream import CHUNK, MIN_BUCKET, MIN_CACHE, PREFILL_PIECE, Session
+
+# A cache of 128 MiB, against which weights and activations are nothing. It is compiled for, never allocated.
+LONG = tiny.CONFIG.replace(n_heads=4, n_kv_heads=4, head_dim=32, max_seq_len=65536)
+
+
+def long_state() -> DecodeState:
+    """The shapes of a state with that cache; nothing is allocated."""
+
+    def make() -> DecodeState:
+        cache = init_cache(LONG, 1, LONG.max_seq_len, jnp.float32)
+        stops = jnp.zeros((1, 4), jnp.int32)
+        return begin(jnp.zeros((1, LONG.vocab_size)), cache, make_sampling(1), jnp.full(1, 99), stops, None)[0]
+
+    return jax.eval_shape(make)
+
+
+def assert_in_place(compiled: Any) -> None:
+    """The cache that comes out lies where the one that went in lay, and beside it there is no room for a copy of any
+    of its arrays (a key or value array of one layer)."""
+    memory, cache = compiled.memory_analysis(), cache_bytes(LONG, 1, LONG.max_seq_len, jnp.float32)
+    assert memory.alias_size_in_bytes >= cache, "the cache is not donated"
+    one_array = cache // (2 * LONG.n_layers)
+    assert memory.temp_size_in_bytes < one_array // 2, "a copy of the cache"
+
+
+def test_the_decode_loop_makes_no_copy_of_the_cache() -> None:
+    params = tiny.model(config=LONG)
+    assert_in_place(jit_decode_chunk.lower(params, long_state(), steps=4, backend="xla").compile())
+
+
+def test_the_first_draw_makes_no_copy_of_the_cache() -> None:
+    state = long_state()
+    rest = make_sampling(1), jnp.full(1, 99), jnp.zeros((1, 4), jnp.int32), None
+    assert_in_place(jit_begin.lower(jnp.zeros((1, LONG.vocab_size)), state.cache, *rest).compile())
+
+
+def _freezes_finished_rows(params: Params, state: DecodeState, *, steps: int) -> Any:
+    """A plausible mistake: rows that are done keep the cache they had."""
+
+    def step(s: DecodeState, _: None) -> Any:
+        new, drawn = decode_step(params, s, backend="xla")
+        keep = functools.partial(jnp.where, s.done[:, None, None, None])
+        k = tuple(keep(old, a) for old, a in zip(s.cache.k, new.cache.k, strict=True))
+        return new.replace(cache=new.cache.replace(k=k)), drawn
+
+    return lax.scan(step, state, length=steps)
+
+
+@pytest.mark.parametrize(
+    ("function", "donated", "message"),
+    [(decode_chunk, (), "not donated"), (_freezes_finished_rows, ("state",), "a copy of the cache")],
+)
+def test_the_test_above_notices_a_copy(function: Callable[..., Any], donated: tuple[str, ...], message: str) -> None:
+    jitted = jax.jit(function, static_argnames="steps", donate_argnames=donated)
+    with pytest.raises(AssertionError, match=message):
+        assert_in_place(jitted.lower(tiny.model(config=LONG), long_state(), steps=4).compile())
+
+
+MAX_LEN = 300  # no power of two, like a context that a user types
+SMALL = tiny.CONFIG.replace(n_layers=1)
+# One structure of `Sampling` each: which settings any row uses at all. Values are arrays, and compile nothing.
+STRUCTURES: dict[str, Callable[[float], dict[str, Any]]] = {
+    "greedy": lambda x: {},
+    "warm": lambda x: dict(temperature=0.5 + x),
+    "top-p": lambda x: dict(temperature=0.5 + x, top_p=0.5 + x / 2),
+}
+
+
+def bound_on_prompt_shapes(max_len: int) -> int:
+    """How many lengths prompts are padded to: the powers of two from MIN_BUCKET to a piece, or to what holds the
+    context."""
+    return int(log2(min(stream.bucket(max_len), PREFILL_PIECE) / MIN_BUCKET)) + 1
+
+
+def bound_on_cache_sizes(max_len: int) -> int:
+    """MIN_CACHE, its doublings below the context, and the context itself."""
+    return max(0, ceil(log2(max_len / MIN_CACHE))) + 1
+
+
+@pytest.fixture
+def traces(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each compiled piece is traced, with caches of jit that start empty."""
+    counts: Counter[str] = Counter()
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def trace(*args: Any, **kwargs: Any) -> Any:
+            counts[function.__name__] += 1
+            return function(*args, **kwargs)
+
+        return trace
+
+    static = {"prefill": ("backend",), "begin": (), "decode_chunk": ("steps", "backend")}
+    donated = {"prefill": ("logits", "cache"), "begin": ("cache", "seen"), "decode_chunk": ("state",)}
+    for name, function in dict(prefill=prefill, begin=begin, decode_chunk=decode_chunk).items():
+        jitted = jax.jit(counted(function), static_argnames=static[name], donate_argnames=donated[name])
+        monkeypatch.setattr(stream, f"jit_{name}", jitted)
+    return counts
+
+
+@pytest.fixture
+def compiled() -> Iterator[list[str]]:
+    """Every compilation by XLA while the test runs, the small ones outside jit included."""
+    names: list[str] = []
+
+    def listen(event: str, seconds: float, **details: Any) -> None:
+        if event.endswith("backend_compile_duration"):
+            names.append(str(details.get("fun_name", event)))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield names
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def sweep(lengths: list[int], seed: int) -> None:
+    """Fresh sessions, one a length and structure, with other values, limits and stop tokens every time."""
+    rng = np.random.RandomState(seed)
+    for length in lengths:
+        for settings in STRUCTURES.values():
+            session = Session(tiny.model(config=SMALL), MAX_LEN)
+            sampling = make_sampling(1, seed=seed + length, **settings(rng.uniform(0.1, 0.9)))
+            stops = tuple(rng.randint(3, 96, rng.randint(0, 4)).tolist())
+            for _ in session.run([tiny.prompt(length, seed)], int(rng.randint(2, 2 * CHUNK)), sampling, stops):
+                pass
+
+
+def test_compilations_are_bounded_and_then_there_are_none(traces: Counter[str], compiled: list[str]) -> None:
+    sizes, shapes = bound_on_cache_sizes(MAX_LEN), bound_on_prompt_shapes(MAX_LEN)
+    assert (sizes, shapes) == (3, 6)
+    # The ends of every bucket, so that the bound is met from below, too.
+    sweep([1, 16, 17, 32, 33, 64, 65, 97, 128, 129, 225, 256, 257, 299], seed=0)
+    assert shapes <= traces["prefill"] <= shapes * sizes
+    assert traces["begin"] == traces["decode_chunk"] == len(STRUCTURES) * sizes
+    assert len(compiled) >= sum(traces.values())
+    before, done = traces.copy(), len(compiled)
+    sweep([2, 9, 30, 40, 60, 90, 180, 200, 280, 298], seed=1)
+    assert traces == before
+    assert compiled[done:] == []
+
+
+def test_another_chunk_length_or_backend_would_compile_anew(traces: Counter[str]) -> None:
+    """The counter counts: what is static does cost a trace."""
+    for chunk in (4, 5):
+        for _ in Session(tiny.model(config=SMALL), MAX_LEN, chunk=chunk).run([[5, 6]], 9):
+            pass
+    assert traces == {"prefill": 1, "begin": 1, "decode_chunk": 2}
+    assert decode.jit_decode_chunk is not stream.jit_decode_chunk
