@@ -28,7 +28,6 @@ from jllama.config import preset
 from jllama.params import Params, init
 
 SEPARATOR = "<|endoftext|>"
-SEQ = 256
 
 
 def documents(text: str) -> list[str]:
@@ -134,14 +133,15 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="directory to write")
     parser.add_argument("--preset", default="demo", help="the model's shape")
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=2200)
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--noise", type=float, default=0.05, help="share of input tokens replaced at random")
+    parser.add_argument("--noise", type=float, default=0.1, help="share of input tokens replaced at random")
     parser.add_argument("--seed", type=int, default=42)
     args = parser.parse_args()
 
     config = preset(args.preset)
+    seq = config.max_seq_len  # trained on the whole context: positions that were never seen would give nonsense
     docs = documents(args.text.read_text())
     rng = np.random.default_rng(args.seed)
     rng.shuffle(docs)
@@ -167,12 +167,12 @@ def main() -> None:
         step, opt_state = make_step(optimizer, args.noise), optimizer.init(params)
         best, best_nll, began = params, math.inf, time.time()
         for i in range(args.steps):
-            starts = rng.integers(0, len(ids) - SEQ - 1, args.batch)
-            batch = jnp.asarray(ids[starts[:, None] + np.arange(SEQ + 1)])
+            starts = rng.integers(0, len(ids) - seq - 1, args.batch)
+            batch = jnp.asarray(ids[starts[:, None] + np.arange(seq + 1)])
             key = jax.random.fold_in(jax.random.key(args.seed), i)
             params, opt_state, value = step(params, opt_state, batch, key)
             if (i + 1) % max(1, args.steps // 20) == 0:
-                nll = held_out_nll(params, validation_ids, SEQ)
+                nll = held_out_nll(params, validation_ids, seq)
                 print(f"step {i + 1}: train {value:.3f}, validation {nll:.3f}, {time.time() - began:.0f} s", flush=True)
                 if nll < best_nll:
                     best, best_nll = jax.tree.map(jnp.copy, params), nll
@@ -180,26 +180,29 @@ def main() -> None:
         best = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), best)
         save(best, args.out, tokenizer=tokenizer_file)
         rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), best)
-        nll = held_out_nll(rounded, held_out, config.max_seq_len)
+        nll = held_out_nll(rounded, held_out, seq)
         bits = nll / math.log(2) * len(held_out) / len(held_out_text.encode())
         print(f"held out: perplexity {math.exp(nll):.3f} a token, {bits:.4f} bits a byte", flush=True)
-        card = model_card(args, config.n_params, len(ids), math.exp(nll), bits, math.exp(best_nll))
-        (args.out / "README.md").write_text(card)
+        facts = {"parameters": config.n_params, "tokens": len(ids), "seq": seq}
+        quality = {"held_out": math.exp(nll), "bits": bits, "validation": math.exp(best_nll)}
+        (args.out / "README.md").write_text(model_card(args, facts, quality))
 
 
-def model_card(args: argparse.Namespace, n_params: int, tokens: int, ppl: float, bits: float, valid: float) -> str:
+def model_card(args: argparse.Namespace, facts: dict[str, int], quality: dict[str, float]) -> str:
     """What the model is, and how good."""
+    text = args.text.name + (f", {args.lowercase_text.name}" if args.lowercase_text else "")
     return f"""# {args.preset}: a tiny storyteller
 
-A Llama with {n_params:,} parameters (bfloat16), trained by `examples/train_demo.py` through `jllama.forward`,
-with a sentencepiece tokenizer of its own. It writes short English stories for children and nothing else.
+A Llama with {facts["parameters"]:,} parameters (bfloat16), trained by `examples/train_demo.py` through
+`jllama.forward`, with a sentencepiece tokenizer of its own. It writes short English stories for children and
+nothing else.
 
 | | |
 |---|---|
-| training text | {args.text.name}{f", {args.lowercase_text.name}" if args.lowercase_text else ""}: {tokens:,} tokens |
-| steps | {args.steps} of {args.batch} x {SEQ} tokens; the step with the best validation loss was kept |
-| held-out perplexity | {ppl:.3f} a token on {args.held_out.name} (non-overlapping windows); {bits:.4f} bits a byte |
-| validation perplexity | {valid:.3f} a token on documents kept out of the training text |
+| training text | {text}: {facts["tokens"]:,} tokens |
+| steps | {args.steps} of {args.batch} x {facts["seq"]} tokens; the step with the best validation loss was kept |
+| held-out perplexity | {quality["held_out"]:.3f} a token, {quality["bits"]:.4f} bits a byte, on {args.held_out.name} |
+| validation perplexity | {quality["validation"]:.3f} a token, on documents kept out of the training text |
 
 The text is from TinyStories (Eldan and Li, 2023), published under CDLA-Sharing-1.0.
 """

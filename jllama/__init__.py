@@ -40,21 +40,38 @@ _HOME = {
     "save": "jllama.checkpoint",
 }
 
-__all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = [*_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
 
-if TYPE_CHECKING:
-    from jllama.backends import backends
-    from jllama.cache import KVCache, init_cache
-    from jllama.checkpoint import load, save
-    from jllama.config import LlamaConfig, preset
-    from jllama.decode import DecodeState, Generated, decode_step, generate
-    from jllama.demo_model import DEMO
-    from jllama.errors import InputError
-    from jllama.model import forward
-    from jllama.params import Layer, Params, init
-    from jllama.sampling import Sampling, make_sampling
-    from jllama.stream import Session
-    from jllama.tokenizer import load_tokenizer
+if TYPE_CHECKING:  # what type checkers and editors see
+    from jllama.backends import backends as backends
+    from jllama.cache import KVCache as KVCache
+    from jllama.cache import init_cache as init_cache
+    from jllama.checkpoint import load as load
+    from jllama.checkpoint import save as save
+    from jllama.config import LlamaConfig as LlamaConfig
+    from jllama.config import preset as preset
+    from jllama.decode import (
+        DecodeState as DecodeState,
+    )
+    from jllama.decode import (
+        Generated as Generated,
+    )
+    from jllama.decode import (
+        decode_step as decode_step,
+    )
+    from jllama.decode import (
+        generate as generate,
+    )
+    from jllama.demo_model import DEMO as DEMO
+    from jllama.errors import InputError as InputError
+    from jllama.model import forward as forward
+    from jllama.params import Layer as Layer
+    from jllama.params import Params as Params
+    from jllama.params import init as init
+    from jllama.sampling import Sampling as Sampling
+    from jllama.sampling import make_sampling as make_sampling
+    from jllama.stream import Session as Session
+    from jllama.tokenizer import load_tokenizer as load_tokenizer
 
 
 def __getattr__(name: str) -> Any:

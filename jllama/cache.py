@@ -24,21 +24,15 @@ class KVCache:
         return self.k[0].shape[-2]
 
     def write(self, layer: int, k: jax.Array, v: jax.Array) -> "KVCache":
-        """Put k and v [B, T, kv_heads, head_dim] behind each row's length, which stays. What does not fit is dropped."""
-        return self.replace(
-            k=self._write(self.k, layer, k), v=self._write(self.v, layer, v)
-        )
+        """Put k and v [B, T, kv_heads, head_dim] behind each row's length, which stays; what has no room is dropped."""
+        return self.replace(k=self._write(self.k, layer, k), v=self._write(self.v, layer, v))
 
-    def _write(
-        self, arrays: tuple[jax.Array, ...], layer: int, new: jax.Array
-    ) -> tuple[jax.Array, ...]:
+    def _write(self, arrays: tuple[jax.Array, ...], layer: int, new: jax.Array) -> tuple[jax.Array, ...]:
         B, T = new.shape[:2]
         rows = jnp.arange(B)[:, None]
         slots = self.lengths[:, None] + jnp.arange(T)  # [B, T]
         old = arrays[layer]
-        written = old.at[rows, :, slots].set(
-            new.astype(old.dtype), mode="drop", unique_indices=True
-        )
+        written = old.at[rows, :, slots].set(new.astype(old.dtype), mode="drop", unique_indices=True)
         # Attention reads what is written here. Without the barrier XLA's CPU backend fuses the write into that read as
         # well, and so writes, and first copies, every layer twice.
         return (
@@ -48,14 +42,10 @@ class KVCache:
         )
 
 
-def init_cache(
-    config: LlamaConfig, batch: int, max_len: int, dtype: jnp.dtype | type
-) -> KVCache:
+def init_cache(config: LlamaConfig, batch: int, max_len: int, dtype: jnp.dtype | type) -> KVCache:
     """An empty cache."""
     shape = (batch, config.n_kv_heads, max_len, config.head_dim)
-    k, v = (
-        tuple(jnp.zeros(shape, dtype) for _ in range(config.n_layers)) for _ in "kv"
-    )
+    k, v = (tuple(jnp.zeros(shape, dtype) for _ in range(config.n_layers)) for _ in "kv")
     return KVCache(k, v, jnp.zeros(batch, jnp.int32))
 
 
@@ -66,16 +56,6 @@ def grow(cache: KVCache, max_len: int) -> KVCache:
     return cache.replace(k=k, v=v)
 
 
-def cache_bytes(
-    config: LlamaConfig, batch: int, max_len: int, dtype: jnp.dtype | type
-) -> int:
+def cache_bytes(config: LlamaConfig, batch: int, max_len: int, dtype: jnp.dtype | type) -> int:
     """What `init_cache` would take on the device."""
-    return (
-        2
-        * config.n_layers
-        * batch
-        * config.n_kv_heads
-        * max_len
-        * config.head_dim
-        * jnp.dtype(dtype).itemsize
-    )
+    return 2 * config.n_layers * batch * config.n_kv_heads * max_len * config.head_dim * jnp.dtype(dtype).itemsize

@@ -122,7 +122,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class Fields:
-    """Reads fields of a dictionary that a stranger wrote: each checked for type and range, errors name file and field."""
+    """Reads fields of a dictionary that a stranger wrote: checks type and range, and names file and field."""
 
     def __init__(self, where: str, values: dict[str, Any]) -> None:
         self.where, self.values = where, values

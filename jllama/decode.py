@@ -30,9 +30,7 @@ class DecodeState:
     done: jax.Array  # [B] bool
     drawn: jax.Array  # [B] int32: how many tokens the row has drawn
     limit: jax.Array  # [B] int32: how many it may draw
-    stop_ids: (
-        jax.Array
-    )  # [B, n] int32: tokens that end the row; unused places hold NO_TOKEN
+    stop_ids: jax.Array  # [B, n] int32: tokens that end the row; unused places hold NO_TOKEN
     seen: jax.Array | None  # [B, V] bool, only where a repetition penalty needs it
     sampling: Sampling
 
@@ -56,9 +54,7 @@ def prefill(
 ) -> tuple[jax.Array, KVCache]:
     """Feed one piece [B, T] of every row's prompt; ``lengths`` [B] says how much of it is real, 0 for a row that has
     none left. Returns the logits [B, V] of each row's last token so far (``logits`` is carried from piece to piece)."""
-    new, grown = forward(
-        params, tokens, cache, lengths=lengths, last_only=True, backend=backend
-    )
+    new, grown = forward(params, tokens, cache, lengths=lengths, last_only=True, backend=backend)
     assert grown is not None
     return jnp.where(lengths[:, None] > 0, new, logits), grown
 
@@ -86,9 +82,7 @@ def begin(
     return _draw(state, logits)
 
 
-def decode_step(
-    params: Params, state: DecodeState, *, backend: str = "auto"
-) -> tuple[DecodeState, Drawn]:
+def decode_step(params: Params, state: DecodeState, *, backend: str = "auto") -> tuple[DecodeState, Drawn]:
     """One token for every row that is not done."""
     alive = (~state.done).astype(jnp.int32)
     logits, cache = forward(
@@ -105,41 +99,25 @@ def decode_step(
 
 def _draw(state: DecodeState, logits: jax.Array) -> tuple[DecodeState, Drawn]:
     token, logprob = sample(logits, state.sampling, state.drawn, state.seen)
-    emitted = Drawn(
-        jnp.where(state.done, NO_TOKEN, token), jnp.where(state.done, 0.0, logprob)
-    )
+    emitted = Drawn(jnp.where(state.done, NO_TOKEN, token), jnp.where(state.done, 0.0, logprob))
     drawn = state.drawn + ~state.done
-    stopped = jnp.any(token[:, None] == state.stop_ids, axis=-1) | (
-        drawn >= state.limit
-    )
+    stopped = jnp.any(token[:, None] == state.stop_ids, axis=-1) | (drawn >= state.limit)
     seen = state.seen
     if seen is not None:
         seen = seen.at[jnp.arange(token.shape[0]), token].set(True)
-    return state.replace(
-        token=token, done=state.done | stopped, drawn=drawn, seen=seen
-    ), emitted
+    return state.replace(token=token, done=state.done | stopped, drawn=drawn, seen=seen), emitted
 
 
-def decode_chunk(
-    params: Params, state: DecodeState, *, steps: int, backend: str = "auto"
-) -> tuple[DecodeState, Drawn]:
+def decode_chunk(params: Params, state: DecodeState, *, steps: int, backend: str = "auto") -> tuple[DecodeState, Drawn]:
     """``steps`` tokens for every row, as one `lax.scan`; the arrays of `Drawn` are [steps, B]."""
-    return lax.scan(
-        lambda s, _: decode_step(params, s, backend=backend), state, length=steps
-    )
+    return lax.scan(lambda s, _: decode_step(params, s, backend=backend), state, length=steps)
 
 
 def tokens_seen(tokens: jax.Array, lengths: jax.Array, vocab_size: int) -> jax.Array:
     """[B, V] bool: which tokens occur among the real ones of ``tokens`` [B, T]."""
     B, T = tokens.shape
-    places = jnp.where(
-        jnp.arange(T) < lengths[:, None], tokens, vocab_size
-    )  # padding falls outside, and is dropped
-    return (
-        jnp.zeros((B, vocab_size), bool)
-        .at[jnp.arange(B)[:, None], places]
-        .set(True, mode="drop")
-    )
+    places = jnp.where(jnp.arange(T) < lengths[:, None], tokens, vocab_size)  # padding falls outside, and is dropped
+    return jnp.zeros((B, vocab_size), bool).at[jnp.arange(B)[:, None], places].set(True, mode="drop")
 
 
 def stop_table(batch: int, stop_ids: Sequence[int]) -> np.ndarray:
@@ -178,28 +156,20 @@ def generate(
     lengths = jnp.full(B, T, jnp.int32) if lengths is None else lengths
     sampling = make_sampling(B) if sampling is None else sampling
     stops = jnp.asarray(stop_table(B, config.eos_ids if stop_ids is None else stop_ids))
-    seen = (
-        tokens_seen(tokens, lengths, config.vocab_size)
-        if sampling.repetition_penalty is not None
-        else None
-    )
+    seen = tokens_seen(tokens, lengths, config.vocab_size) if sampling.repetition_penalty is not None else None
 
     cache = init_cache(config, B, T + max_new_tokens, params.dtype)
     logits = jnp.zeros((B, config.vocab_size), jnp.float32)
     logits, cache = prefill(params, tokens, lengths, logits, cache, backend=backend)
-    state, first = begin(
-        logits, cache, sampling, jnp.full(B, max_new_tokens, jnp.int32), stops, seen
-    )
+    state, first = begin(logits, cache, sampling, jnp.full(B, max_new_tokens, jnp.int32), stops, seen)
     state, rest = decode_chunk(params, state, steps=max_new_tokens - 1, backend=backend)
     drawn = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]).T, first, rest)
     return Generated(drawn.tokens, drawn.logprobs, state.drawn)
 
 
 # The compiled pieces. What a caller hands over as cache, logits or state is donated: it is gone after the call.
-jit_prefill = functools.partial(
-    jax.jit, static_argnames="backend", donate_argnames=("logits", "cache")
-)(prefill)
+jit_prefill = functools.partial(jax.jit, static_argnames="backend", donate_argnames=("logits", "cache"))(prefill)
 jit_begin = functools.partial(jax.jit, donate_argnames=("cache", "seen"))(begin)
-jit_decode_chunk = functools.partial(
-    jax.jit, static_argnames=("steps", "backend"), donate_argnames="state"
-)(decode_chunk)
+jit_decode_chunk = functools.partial(jax.jit, static_argnames=("steps", "backend"), donate_argnames="state")(
+    decode_chunk
+)

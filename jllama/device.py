@@ -32,16 +32,9 @@ def free_bytes(device: jax.Device) -> int | None:
     """Memory that can still be used on the device; None where it cannot be known."""
     if device.platform != "cpu":
         stats = device.memory_stats() or {}
-        return (
-            stats["bytes_limit"] - stats["bytes_in_use"]
-            if "bytes_limit" in stats
-            else None
-        )
+        return stats["bytes_limit"] - stats["bytes_in_use"] if "bytes_limit" in stats else None
     free = _meminfo_available()
-    limit, used = (
-        _integer(Path("/sys/fs/cgroup") / name)
-        for name in ("memory.max", "memory.current")
-    )
+    limit, used = (_integer(Path("/sys/fs/cgroup") / name) for name in ("memory.max", "memory.current"))
     if limit is not None and used is not None:
         free = min(limit - used, free if free is not None else limit)
     return free
@@ -52,17 +45,9 @@ def _meminfo_available() -> int | None:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
         names = ("SC_PAGE_SIZE", "SC_AVPHYS_PAGES")
-        return (
-            os.sysconf(names[0]) * os.sysconf(names[1])
-            if all(n in os.sysconf_names for n in names)
-            else None
-        )
+        return os.sysconf(names[0]) * os.sysconf(names[1]) if all(n in os.sysconf_names for n in names) else None
     return next(
-        (
-            int(line.split()[1]) * 1024
-            for line in lines
-            if line.startswith("MemAvailable:")
-        ),
+        (int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")),
         None,
     )
 

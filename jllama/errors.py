@@ -19,9 +19,7 @@ def reported(program: str) -> Iterator[None]:
         sys.exit(_say(f"{program}: error: {error}", 2))
     except KeyboardInterrupt:
         sys.exit(_say(f"{program}: interrupted", 130))
-    except (
-        BrokenPipeError
-    ):  # the reader of our pipe has gone (`| head`): stop without a word
+    except BrokenPipeError:  # the reader of our pipe has gone (`| head`): stop without a word
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
 

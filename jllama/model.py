@@ -51,14 +51,10 @@ def forward(
         )
 
     if last_only:  # before the head: its product is the widest of all
-        x = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[
-            :, 0
-        ]
+        x = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
     x = rms_norm(x, params.norm, eps=params.config.norm_eps, backend=backend)
     logits = matmul(x, params.head, out_dtype=jnp.float32, backend=backend)
-    return logits, None if cache is None else cache.replace(
-        lengths=cache.lengths + lengths
-    )
+    return logits, None if cache is None else cache.replace(lengths=cache.lengths + lengths)
 
 
 def attend(
@@ -88,9 +84,7 @@ def attend(
     return x + matmul(out.reshape(B, T, -1), layer.wo, backend=backend), cache
 
 
-def split_heads(
-    qkv: jax.Array, config: LlamaConfig
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def split_heads(qkv: jax.Array, config: LlamaConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The heads of q, k and v from ``wqkv``'s output [B, T, heads, head_dim]. Counts come from the array, not from the
     config, so that the same code runs on a shard that holds a part of the heads."""
     per_kv_head = config.n_heads // config.n_kv_heads + 2

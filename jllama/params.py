@@ -66,20 +66,14 @@ def stack(params: Params) -> Params:
 
 def unstack(params: Params) -> Params:
     """The same model with a tuple of layers."""
-    return params.replace(
-        layers=tuple(params.layer(i) for i in range(params.config.n_layers))
-    )
+    return params.replace(layers=tuple(params.layer(i) for i in range(params.config.n_layers)))
 
 
 def weight_bytes(params: Params, *, per_token: bool = False) -> int:
     """Bytes of all weights; ``per_token``: those that one decode step reads (of an untied embedding, only a row)."""
     leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, QuantizedTensor))
     total = sum(leaf.nbytes for leaf in leaves)
-    return (
-        total - params.embed.nbytes
-        if per_token and params.lm_head is not None
-        else total
-    )
+    return total - params.embed.nbytes if per_token and params.lm_head is not None else total
 
 
 def quantizer(quant: str, group: int | None = None) -> Callable[[jax.Array], Weight]:
@@ -135,31 +129,21 @@ def init(
                 fields[name] = jnp.ones(shape, dtype)
             else:
                 # What writes to the residual stream is scaled down, or its variance grows with every layer.
-                scale = (
-                    (2 * config.n_layers) ** -0.5 if name in ("wo", "w_down") else 1.0
-                )
-                fields[name] = to_weight(
-                    normal(jax.random.fold_in(key, i), shape, scale)
-                )
+                scale = (2 * config.n_layers) ** -0.5 if name in ("wo", "w_down") else 1.0
+                fields[name] = to_weight(normal(jax.random.fold_in(key, i), shape, scale))
         return Layer(**fields)
 
     embed_key, head_key, layers_key = jax.random.split(key, 3)
     vocabulary = (config.vocab_size, config.dim)
     return Params(
         embed=normal(embed_key, vocabulary),
-        layers=tuple(
-            one_layer(jax.random.fold_in(layers_key, i)) for i in range(config.n_layers)
-        ),
+        layers=tuple(one_layer(jax.random.fold_in(layers_key, i)) for i in range(config.n_layers)),
         norm=jnp.ones(config.dim, dtype),
-        lm_head=None
-        if config.tie_embeddings
-        else to_weight(normal(head_key, vocabulary)),
+        lm_head=None if config.tie_embeddings else to_weight(normal(head_key, vocabulary)),
         config=config,
     )
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _normal(
-    key: jax.Array, shape: tuple[int, ...], scale: float, dtype: jnp.dtype
-) -> jax.Array:
+def _normal(key: jax.Array, shape: tuple[int, ...], scale: float, dtype: jnp.dtype) -> jax.Array:
     return (jax.random.normal(key, shape, jnp.float32) * scale).astype(dtype)

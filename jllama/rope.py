@@ -18,18 +18,14 @@ def inverse_frequencies(config: LlamaConfig) -> np.ndarray:
         return freqs / scaling.factor
     # llama3: long waves are slowed by the factor, short ones stay, and between the two the change is smooth.
     turns = scaling.original_max_seq_len * freqs / (2 * np.pi)
-    smooth = (turns - scaling.low_freq_factor) / (
-        scaling.high_freq_factor - scaling.low_freq_factor
-    )
+    smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     smooth = np.clip(smooth, 0.0, 1.0)
     return freqs * (smooth + (1 - smooth) / scaling.factor)
 
 
 def rotations(positions: jax.Array, config: LlamaConfig) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines, each [..., head_dim / 2] float32, of every position."""
-    angles = positions[..., None].astype(jnp.float32) * jnp.asarray(
-        inverse_frequencies(config), jnp.float32
-    )
+    angles = positions[..., None].astype(jnp.float32) * jnp.asarray(inverse_frequencies(config), jnp.float32)
     return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -37,6 +33,4 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Turn the pairs of x [B, T, heads, D] by cos and sin [B, T, D / 2], in float32."""
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[:, :, None], sin[:, :, None]
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(
-        x.dtype
-    )
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

@@ -65,7 +65,7 @@ class Tokens:
 
 @dataclass
 class Session:
-    """A model with a cache that outlives a call: a prompt that begins with what the cache holds is only fed its rest."""
+    """A model with a cache that outlives a call: of a prompt, only what the cache does not hold yet is fed."""
 
     params: Params
     max_len: int

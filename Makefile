@@ -1,0 +1,43 @@
+# What is here runs on a fresh machine with Python 3.12 and make; EXTRA=cuda13 (or cuda12) installs JAX for a GPU.
+PYTHON ?= python3
+EXTRA ?=
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready$(if $(EXTRA),-$(EXTRA))
+comma := ,
+
+.PHONY: demo test setup lint format bench peers clean
+
+demo: setup
+	@$(BIN)/python -m jllama.generate -p "Once upon a time," -n 300 --temp 0.7 --top-p 0.9 --seed 7 --echo
+
+test: setup
+	$(BIN)/python -m pytest
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev$(if $(EXTRA),$(comma)$(EXTRA))]"
+	@touch $@
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: setup
+	$(BIN)/python -m bench.compare
+
+# PyTorch and transformers for comparisons: an environment of its own, Python 3.11 (there is no CPU build for 3.12 here).
+PEERS_PYTHON ?= python3.11
+peers:
+	test -x .venv-peers/bin/python || $(PEERS_PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet torch==2.13.0 transformers==5.17.0 safetensors sentencepiece accelerate
+
+clean:
+	rm -rf $(VENV) .venv-peers build *.egg-info .pytest_cache .ruff_cache .hypothesis
