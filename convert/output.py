@@ -70,9 +70,8 @@ class OutputFile:
 
     def put(self, at: int, data: np.ndarray | bytes) -> None:
         """Write at byte ``at``."""
-        if isinstance(data, np.ndarray):
-            data = np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
-        rest = memoryview(data)
+        raw = np.ascontiguousarray(data).reshape(-1).view(np.uint8).data if isinstance(data, np.ndarray) else data
+        rest = memoryview(raw)
         while rest:
             written = os.pwrite(self._handle, rest, at)
             rest, at = rest[written:], at + written

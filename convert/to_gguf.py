@@ -49,7 +49,7 @@ def _kept(tensor: Tensor) -> Tensor:
 
 
 def _layout(fields: list[bytes], tensors: dict[str, Tensor]) -> tuple[bytes, dict[str, int], int]:
-    infos, offset, offsets = [], 0, {}
+    infos, offset, end, offsets = [], 0, 0, {}
     for name, tensor in tensors.items():
         shape = b"".join(struct.pack("<Q", n) for n in reversed(tensor.shape))
         infos.append(_text(name) + struct.pack("<I", len(tensor.shape)) + shape)

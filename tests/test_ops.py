@@ -94,9 +94,10 @@ def test_quantize_rounds_to_the_nearest_step_and_keeps_zero(bits: int, group: in
     step = np.repeat(f64(q.scale), q.group, axis=-1)
     assert (q.shape, q.bits, q.group) == (w.shape, bits, group or 128)
     assert np.abs(f64(q.data)).max() == limit
-    # Half a step, and what the scale's own rounding to float16 moves the largest value.
+    # Half a step, and what the scale's own rounding to float16 moves the largest value; what is clipped may be further.
     slack = step * (0.5 + limit * float(jnp.finfo(q.scale.dtype).eps))
-    assert (np.abs(f64(dequantize(q)) - f64(w)) <= slack).all()
+    clipped = (np.abs(f64(q.data)) == limit) & (np.abs(f64(w)) > limit * step)
+    assert ((np.abs(f64(dequantize(q)) - f64(w)) <= slack) | clipped).all()
     assert (f64(dequantize(q))[3] == 0).all()
     assert q.nbytes == 16 * 128 * bits // 8 + q.scale.nbytes
 
