@@ -1,0 +1,262 @@
+"""Sampling against a plain numpy sampler that sorts, as Hugging Face's logits processors define every setting."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jllama.errors import InputError
+from jllama.sampling import make_sampling, sample, truncate
+
+ROWS, VOCAB = 4, 50  # fixed, so that the properties below compile once for every set of settings
+DRAWS = 16384
+
+jit_truncate, jit_sample = jax.jit(truncate), jax.jit(sample)
+
+
+def np_sampler(
+    logits: np.ndarray,  # [V]
+    seen: np.ndarray | None = None,  # [V] bool
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+) -> tuple[np.ndarray, float]:
+    """The probabilities [V] that a row draws with, in float64, and how near its closest cut was: rounding may decide
+    a token that lies on a cut."""
+    logits = logits.astype(np.float64)
+    if seen is not None:
+        penalised = np.where(logits < 0, logits * repetition_penalty, logits / repetition_penalty)
+        logits = np.where(seen, penalised, logits)
+    logits = logits / temperature
+    order = np.argsort(-logits, kind="stable")
+    ranked, close = logits[order], np.inf
+    if 0 < top_k < len(ranked):
+        close = min(close, ranked[top_k - 1] - ranked[top_k])
+        ranked[top_k:] = -np.inf
+    probs = np.exp(ranked - ranked[0])
+    probs /= probs.sum()
+    if top_p < 1:
+        before = np.concatenate([[0.0], np.cumsum(probs)[:-1]])  # the mass above each
+        close = min(close, np.abs(before - top_p).min())
+        probs[before >= top_p] = 0.0
+    if min_p > 0:
+        ratio = probs / probs[0]
+        close = min(close, np.abs(ratio - min_p).min())
+        probs[ratio < min_p] = 0.0
+    out = np.zeros_like(probs)
+    out[order] = probs / probs.sum()
+    return out, close
+
+
+# Settings of four rows. Every one of the three cuts is on in some row and may be off in others.
+rows = {
+    "temperature": st.floats(0.2, 3.0),
+    "top_k": st.sampled_from([0, 0, 1, 2, 7, 49, 50, 1000]),
+    "top_p": st.sampled_from([1.0, 1.0, 0.05, 0.5, 0.9, 0.999]),
+    "min_p": st.sampled_from([0.0, 0.0, 0.05, 0.3, 0.9]),
+}
+every_row = st.fixed_dictionaries({name: st.lists(s, min_size=ROWS, max_size=ROWS) for name, s in rows.items()})
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(given_rows=every_row, seed=st.integers(0, 2**31), spread=st.sampled_from([0.1, 1.0, 4.0, 20.0]))
+def test_truncate_keeps_what_the_sorting_sampler_keeps(
+    given_rows: dict[str, list[Any]], seed: int, spread: float
+) -> None:
+    logits = (np.random.RandomState(seed).standard_normal((ROWS, VOCAB)) * spread).astype(np.float32)
+    sampling = make_sampling(ROWS, **given_rows)
+    # One structure, so one compilation: a setting that no row uses is an array of its off value, which must do nothing.
+    off = {"top_k": jnp.zeros(ROWS, jnp.int32), "top_p": jnp.ones(ROWS), "min_p": jnp.zeros(ROWS)}
+    sampling = sampling.replace(**{name: v for name, v in off.items() if getattr(sampling, name) is None})
+    warm = logits / np.float32(sampling.temperature)[:, None]
+    kept = np.asarray(jit_truncate(warm, sampling))
+    for row in range(ROWS):
+        own = {name: values[row] for name, values in given_rows.items()}
+        probs, close = np_sampler(logits[row], **own)
+        if close > 1e-5:
+            np.testing.assert_array_equal(kept[row] > -np.inf, probs > 0)
+        assert kept[row, logits[row].argmax()] > -np.inf
+    np.testing.assert_array_equal(kept[kept > -np.inf], warm[kept > -np.inf])
+
+
+def test_equal_logits_stay_together_at_a_cut() -> None:
+    logits = jnp.asarray([[3.0, 1.0, 2.0, 2.0, 2.0, 0.0]])
+    for cut in (dict(top_k=2), dict(top_p=0.6)):
+        kept = truncate(logits, make_sampling(1, temperature=1.0, **cut)) > -jnp.inf
+        np.testing.assert_array_equal(kept, [[True, False, True, True, True, False]])
+
+
+def test_truncation_stands_extreme_logits() -> None:
+    logits = jnp.asarray([[-jnp.inf, 1e30, -1e30, 0.0], [-jnp.inf, -jnp.inf, -jnp.inf, -5.0]])
+    sampling = make_sampling(2, temperature=1.0, top_k=3, top_p=0.9, min_p=0.1)
+    np.testing.assert_array_equal(truncate(logits, sampling) > -jnp.inf, [[0, 1, 0, 0], [0, 0, 0, 1]])
+
+
+def chi_square(counts: np.ndarray, probs: np.ndarray) -> float:
+    """How many standard deviations the statistic lies above its mean; tokens that are seldom expected count as one."""
+    assert counts[probs == 0].sum() == 0, "drew what has no probability"
+    expected = probs * counts.sum()
+    rare = expected < 5
+    cells = [(counts[~rare], expected[~rare]), (counts[rare].sum(keepdims=True), expected[rare].sum(keepdims=True))]
+    seen, wanted = (np.concatenate(parts) for parts in zip(*cells, strict=True))
+    seen, wanted = seen[wanted > 0], wanted[wanted > 0]
+    statistic, freedom = ((seen - wanted) ** 2 / wanted).sum(), len(wanted) - 1
+    return (statistic - freedom) / (2 * freedom) ** 0.5
+
+
+LIMIT = 5.0  # standard deviations; seeds are fixed, so this never flickers
+
+
+@functools.partial(jax.jit, static_argnames="draws")
+def drawn(logits: jax.Array, sampling: Any, seen: jax.Array | None, *, draws: int = DRAWS) -> jax.Array:
+    """[B, V]: how often every token came in ``draws`` steps."""
+
+    def step(counts: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
+        token, _ = sample(logits, sampling, jnp.full(logits.shape[0], i), seen)
+        return counts.at[jnp.arange(logits.shape[0]), token].add(1), None
+
+    return jax.lax.scan(step, jnp.zeros(logits.shape, jnp.int32), jnp.arange(draws))[0]
+
+
+DISTRIBUTIONS = {
+    "temperature": dict(temperature=(0.3, 0.7, 1.0, 1.8)),
+    "top-k": dict(temperature=1.0, top_k=(0, 2, 5, 20)),
+    "top-p": dict(temperature=(0.5, 1.0, 1.5, 1.0), top_p=(0.9, 0.3, 0.95, 1.0)),
+    "min-p": dict(temperature=1.2, min_p=(0.0, 0.02, 0.1, 0.4)),
+    "penalty": dict(temperature=1.0, repetition_penalty=(1.0, 1.3, 2.0, 0.7)),
+    "all": dict(temperature=0.9, top_k=(0, 10, 20, 30), top_p=0.9, min_p=0.02, repetition_penalty=1.2),
+}
+LOGITS = (np.random.RandomState(7).standard_normal((ROWS, VOCAB)) * 1.5).astype(np.float32)
+SEEN = np.random.RandomState(8).rand(ROWS, VOCAB) < 0.3
+
+
+def of_row(settings_of_rows: dict[str, Any], row: int) -> dict[str, Any]:
+    return {name: value[row] if isinstance(value, tuple) else value for name, value in settings_of_rows.items()}
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_draws_follow_the_distribution(name: str) -> None:
+    settings_of_rows = DISTRIBUTIONS[name]
+    counts = np.asarray(drawn(LOGITS, make_sampling(ROWS, seed=3, **settings_of_rows), SEEN))
+    for row in range(ROWS):
+        probs, _ = np_sampler(LOGITS[row], SEEN[row], **of_row(settings_of_rows, row))
+        assert chi_square(counts[row], probs) < LIMIT
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(temperature=1.1),
+        dict(temperature=0.9),
+        dict(repetition_penalty=1.15),
+        dict(top_p=0.97),
+        dict(top_k=30),
+        dict(min_p=0.01),
+    ],
+    ids=lambda wrong: "-".join(f"{name}={value}" for name, value in wrong.items()),
+)
+def test_the_statistic_notices_settings_that_are_a_little_off(wrong: dict[str, Any]) -> None:
+    counts = np.asarray(drawn(LOGITS, make_sampling(ROWS, seed=3, temperature=1.0), None))
+    noticed = []
+    for row in range(ROWS):
+        assert chi_square(counts[row], np_sampler(LOGITS[row])[0]) < LIMIT
+        try:
+            probs, _ = np_sampler(LOGITS[row], SEEN[row], **wrong)
+            noticed.append(chi_square(counts[row], probs) > LIMIT)
+        except AssertionError:
+            noticed.append(True)
+    assert any(noticed)
+
+
+def test_draws_of_one_row_and_of_neighbours_are_independent() -> None:
+    same = jnp.asarray(np.tile(LOGITS[:1], (2, 1)))
+    sampling = make_sampling(2, seed=5, temperature=1.5)
+    steps = [np.asarray(jit_sample(same, sampling, jnp.full(2, i))[0]) for i in range(200)]
+    a, b = np.stack(steps, axis=1)
+    probs, _ = np_sampler(LOGITS[0], temperature=1.5)
+    chance = (probs**2).sum()  # of agreeing with an independent draw
+    for x, y in ((a, b), (a[1:], a[:-1])):
+        assert abs((x == y).mean() - chance) < 4 * (chance / 200) ** 0.5
+
+
+def test_the_same_seed_gives_the_same_draws_wherever_the_row_stands() -> None:
+    logits, step = jnp.asarray(np.tile(LOGITS[:1], (3, 1))), jnp.asarray([4, 4, 5])
+    tokens = [
+        jit_sample(logits, make_sampling(3, seed=seeds, temperature=5.0), step)[0] for seeds in ((1, 2, 3), (2, 1, 3))
+    ]
+    assert tokens[0][0] == tokens[1][1]
+    assert tokens[0][1] == tokens[1][0]
+    assert tokens[0][2] == tokens[1][2]
+    single = make_sampling(3, seed=2**32 - 1)
+    assert (jax.random.key_data(single.key) == jax.random.key_data(make_sampling(3, seed=(-1, 0, 1)).key)).all()
+
+
+def test_greedy_rows_among_sampled_rows_take_the_largest() -> None:
+    sampling = make_sampling(ROWS, temperature=(0.0, 2.0, 0.0, 2.0), top_k=(0, 0, 3, 0), top_p=(1.0, 0.9, 0.5, 1.0))
+    counts = np.asarray(drawn(LOGITS, sampling, None, draws=64))
+    for row in (0, 2):
+        assert counts[row, LOGITS[row].argmax()] == 64
+    for row in (1, 3):
+        assert (counts[row] > 0).sum() > 5
+
+
+def test_all_greedy_rows_need_no_random_numbers_nor_cuts() -> None:
+    sampling = make_sampling(2, temperature=0.0, top_k=5, top_p=0.5, min_p=0.1)
+    assert (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p) == (None,) * 4
+    warm = make_sampling(2, temperature=1.0, top_p=1.0, top_k=0)
+    assert (warm.top_k, warm.top_p, warm.repetition_penalty) == (None,) * 3
+
+
+def test_logprobs_are_the_models_own_whatever_the_settings() -> None:
+    exact = LOGITS - np.log(np.exp(LOGITS.astype(np.float64)).sum(-1, keepdims=True))
+    for own in DISTRIBUTIONS.values():
+        token, logprob = jit_sample(LOGITS, make_sampling(ROWS, **own), jnp.zeros(ROWS, jnp.int32), SEEN)
+        np.testing.assert_allclose(logprob, exact[np.arange(ROWS), token], atol=1e-5)
+
+
+def test_nan_logits_show_in_the_logprob() -> None:
+    logits = jnp.asarray(LOGITS).at[1, 3].set(jnp.nan)
+    for own in ({}, dict(temperature=1.0, top_p=0.9)):
+        _, logprob = jit_sample(logits, make_sampling(ROWS, **own), jnp.zeros(ROWS, jnp.int32))
+        np.testing.assert_array_equal(jnp.isnan(logprob), [False, True, False, False])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("temperature", -0.1, "a number of at least 0"),
+        ("temperature", float("nan"), "a number of at least 0"),
+        ("temperature", float("inf"), "a number of at least 0"),
+        ("top_k", -1, "a whole number of at least 0"),
+        ("top_k", 1.5, "a whole number of at least 0"),
+        ("top_k", float("inf"), "a whole number of at least 0"),
+        ("top_k", 2**31, "a whole number of at least 0"),
+        ("top_p", 0.0, "a number above 0 and at most 1"),
+        ("top_p", 1.5, "a number above 0 and at most 1"),
+        ("min_p", -0.1, "a number from 0 to below 1"),
+        ("min_p", 1.0, "a number from 0 to below 1"),
+        ("repetition_penalty", 0.0, "a number above 0"),
+    ],
+)
+def test_an_invalid_setting_is_one_line_that_says_what_was_expected(name: str, value: float, expected: str) -> None:
+    valid = 1.0 if name in ("top_p", "repetition_penalty") else 0.0
+    for setting in (value, [valid, value]):
+        with pytest.raises(InputError) as error:
+            make_sampling(2, **{name: setting})
+        assert str(error.value).startswith(f"{name}: expected {expected}")
+        assert str(error.value).endswith(f"found {value:g}")
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"])
+def test_a_list_of_another_length_than_the_batch_is_refused(name: str) -> None:
+    with pytest.raises(InputError, match=f"{name}: expected one value or 3 \\(one a row\\), found 2"):
+        make_sampling(3, **{name: [1, 1]})
