@@ -1,0 +1,75 @@
+"""Implementations to compare with: a file each, found by `discover`, each run in a process of its own.
+
+A peer's file defines ``PEER``. Nothing heavy is imported before its ``open`` is called: the file itself must import
+in any Python from 3.11 on, with none of this project's dependencies but numpy.
+"""
+
+import importlib
+import importlib.util
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+
+class NotSupported(Exception):
+    """The peer cannot do what is asked; the message says why. Its row says so, and nothing has failed."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a model generated: ``ids`` a row, seconds to the first token, and from there to the last."""
+
+    ids: list[list[int]]
+    first_s: float
+    decode_s: float
+    steps: int | None = None  # decode steps that ``decode_s`` holds, where not one fewer than ids
+
+
+class Model(Protocol):
+    """A loaded model."""
+
+    def generate(self, prompts: list[list[int]], new_tokens: int) -> Output:
+        """Continue every prompt greedily by exactly ``new_tokens``; end-of-sequence does not stop it."""
+        ...
+
+    def peak_bytes(self) -> int:
+        """The most memory the device (on a CPU: the process) has held."""
+        ...
+
+
+class Ops(Protocol):
+    """A library of operations."""
+
+    def run(self, case: dict[str, Any], expected: str, warmup: int, iterations: int) -> dict[str, Any]:
+        """Check ``case`` against the array file ``expected``, then time it: ``error``, ``samples`` and the rest."""
+        ...
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One implementation. ``open(job)`` gives a `Model` (kind ``"model"``) or an `Ops` (kind ``"ops"``)."""
+
+    name: str
+    kind: str
+    available: Callable[[], str | None]  # None, or why not and how to install it
+    open: Callable[[dict[str, Any]], Any]
+    packages: tuple[str, ...] = ()  # whose versions belong in the record
+
+
+def discover(kind: str) -> list[str]:
+    """The names of the files here that hold a peer of that kind, in order."""
+    files = sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+    return [name for name in files if load(name).kind == kind]
+
+
+def load(name: str) -> Peer:
+    """The peer of the file ``name``, or of any importable module that has a ``PEER``."""
+    module = importlib.import_module(name if "." in name else f"{__name__}.{name}")
+    return module.PEER
+
+
+def missing(*modules: str, install: str) -> str | None:
+    """Why not, where one of ``modules`` is not installed; without importing any."""
+    absent = [m for m in modules if importlib.util.find_spec(m) is None]
+    return f"{' and '.join(absent)} not installed ({install})" if absent else None

@@ -1,0 +1,115 @@
+"""Timing that is right on devices that run asynchronously, and the statistics of what was timed.
+
+A figure is the time of one compiled call divided by the operations inside it. Short operations are chained in a loop
+within the call, each fed with the one before it, so that neither the host's dispatch nor a compiler that removes or
+reorders work is measured. Inputs rotate through more bytes than the last cache holds, and are random, never zeros.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+SHORT_S = 300e-6  # an operation below this is looped inside the compiled call
+CALL_S = 3e-3  # how long a call with a loop should take: host overhead is under a percent of it
+MAX_SETS = 12  # input sets to rotate through
+MAX_LOOP = 256
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What issue and tables want to know about samples (seconds, or whatever they are in)."""
+
+    n: int
+    mean: float
+    std: float
+    min: float
+    max: float
+    p50: float
+    p95: float
+    p99: float
+
+
+def summarise(samples: Sequence[float]) -> Stats:
+    """Statistics of at least one sample."""
+    array = np.asarray(samples, np.float64)
+    if array.size == 0 or not np.isfinite(array).all() or (array <= 0).any():
+        raise ValueError(f"samples: expected finite numbers above zero, found {samples!r}")
+    p50, p95, p99 = np.percentile(array, [50, 95, 99])
+    std = float(array.std(ddof=1)) if array.size > 1 else 0.0
+    return Stats(
+        array.size, float(array.mean()), std, float(array.min()), float(array.max()), float(p50), float(p95), float(p99)
+    )
+
+
+def stats_dict(samples: Sequence[float]) -> dict[str, float]:
+    """`summarise` as a plain dictionary, for a record."""
+    return asdict(summarise(samples))
+
+
+def spread(samples: Sequence[float]) -> float:
+    """Half the distance between the quartiles over the median: how far two medians may differ by chance."""
+    if len(samples) < 2:
+        return 0.0
+    low, _, high = statistics.quantiles(samples, n=4, method="inclusive")
+    middle = statistics.median(samples)
+    return (high - low) / 2 / middle if middle else 0.0
+
+
+def sets_needed(bytes_each: int, cache_bytes: int, limit_bytes: int) -> int:
+    """How many input sets go past twice the last cache, within the memory that may be used."""
+    wanted = 1 + 2 * cache_bytes // max(bytes_each, 1)
+    return max(1, min(wanted, MAX_SETS, max(1, limit_bytes // max(bytes_each, 1))))
+
+
+def time_calls(call: Callable[[], Any], block: Callable[[Any], Any], *, warmup: int, iterations: int) -> list[float]:
+    """Seconds of each of ``iterations`` calls, every one finished before the clock is read."""
+    for _ in range(warmup):
+        block(call())
+    samples = []
+    for _ in range(iterations):
+        begin = time.perf_counter()
+        block(call())
+        samples.append(time.perf_counter() - begin)
+    return samples
+
+
+def time_jax_op(
+    op: Callable[..., Any],
+    sets: Sequence[tuple[Any, ...]],
+    advance: Callable[[Any, Any], Any],
+    *,
+    warmup: int = 10,
+    iterations: int = 50,
+) -> tuple[list[float], dict[str, Any]]:
+    """Seconds of one ``op(x, *rest)``, for every iteration, and how they were taken.
+
+    ``sets`` are inputs (x first) to rotate through; ``advance(x, out)`` makes the next x of an operation's output.
+    """
+    import jax
+
+    def independent(sets):
+        return [op(*inputs) for inputs in sets]  # all are returned, so none is removed
+
+    def chained(sets, loops):
+        def once(x):
+            for _, *rest in sets:
+                x = advance(x, op(x, *rest))
+            return x
+
+        return jax.lax.fori_loop(0, loops, lambda _, x: once(x), sets[0][0])
+
+    plain = jax.jit(independent)
+    rough = min(time_calls(lambda: plain(sets), jax.block_until_ready, warmup=2, iterations=3)) / len(sets)
+    if rough >= SHORT_S:
+        call, per_call = lambda: plain(sets), len(sets)
+    else:
+        loops = max(1, min(MAX_LOOP, round(CALL_S / (rough * len(sets)))))
+        looped = jax.jit(chained, static_argnums=1)
+        call, per_call = lambda: looped(sets, loops), len(sets) * loops
+    samples = time_calls(call, jax.block_until_ready, warmup=warmup, iterations=iterations)
+    how = {"sets": len(sets), "ops_per_call": per_call, "chained": rough < SHORT_S}
+    return [s / per_call for s in samples], how

@@ -1,0 +1,118 @@
+"""Operations at the sizes of real models, as plain dictionaries: every peer makes the same inputs of them.
+
+A case has ``op``, ``name``, ``dtype``, ``seed`` and its sizes; `arrays` makes its inputs with numpy alone, so that a
+peer in another interpreter computes on the same numbers.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from bench.roofline import BYTES, Work
+
+Case = dict[str, Any]
+OPS = ("attention", "decode-attention", "ffn", "layer", "matmul")
+TOLERANCE = {"f32": 2e-5, "f16": 4e-3, "bf16": 2e-2, "int8": 3e-2, "int4": 1.5e-1}
+
+
+def cases(
+    op: str, model: str, sizes: Mapping[str, Any], dtype: str, batches: Sequence[int], seqs: Sequence[int]
+) -> list[Case]:
+    """The cases of one operation. ``sizes``: what a model's configuration says, see `bench.ops.model_sizes`."""
+    heads = {k: sizes[k] for k in ("heads", "kv_heads", "head_dim")}
+    base = {"op": op, "model": model, "dtype": dtype, "seed": 42}
+    if op == "matmul":
+        weights = sizes["matmuls"].items()
+        return [
+            base | {"name": f"matmul-{n}", "batch": 1, "seq": r, "context": r, **w} for r in seqs for n, w in weights
+        ]
+    if op == "ffn":
+        size = {"dim": sizes["dim"], "hidden": sizes["hidden"]}
+        return [base | {"name": "ffn", "batch": b, "seq": s, "context": s, **size} for b in batches for s in seqs]
+    if op == "layer":
+        size = {"dim": sizes["dim"], "hidden": sizes["hidden"], **heads}
+        return [base | {"name": "layer", "batch": b, "seq": s, "context": s, **size} for b in batches for s in seqs]
+    queries = {"attention": None, "decode-attention": 1}[op]
+    name = "attention-prefill" if queries is None else op
+    return [
+        base | {"name": name, "batch": b, "seq": queries or s, "context": s, **heads} for b in batches for s in seqs
+    ]
+
+
+def shapes(case: Case) -> dict[str, tuple[int, ...]]:
+    """The inputs, the one that changes from operation to operation first. Weights are [out, in]."""
+    b, t, s = case["batch"], case["seq"], case["context"]
+    if case["op"] == "matmul":
+        return {"x": (t, case["inner"]), "w": (case["out"], case["inner"])}
+    if case["op"] in ("attention", "decode-attention"):
+        keys = (b, case["kv_heads"], s, case["head_dim"])
+        return {"x": (b, t, case["heads"], case["head_dim"]), "k": keys, "v": keys}
+    dim, hidden = case["dim"], case["hidden"]
+    block = {"x": (b, t, dim)}
+    if case["op"] == "layer":
+        q, kv = case["heads"] * case["head_dim"], case["kv_heads"] * case["head_dim"]
+        block |= {"attn_norm": (dim,), "wqkv": (q + 2 * kv, dim), "wo": (dim, q)}
+    return block | {"ffn_norm": (dim,), "w_gate_up": (2 * hidden, dim), "w_down": (dim, hidden)}
+
+
+def arrays(case: Case, *, variant: int = 0) -> dict[str, np.ndarray]:
+    """Random float32 inputs; ``variant`` makes another set of the same kind."""
+    draw = np.random.default_rng(case["seed"] + 1000 * variant)
+    made = {}
+    for name, shape in shapes(case).items():
+        made[name] = draw.standard_normal(shape, np.float32)
+        if name.endswith("norm"):
+            made[name] = 1 + 0.1 * made[name]
+        elif name.startswith("w"):
+            made[name] *= shape[-1] ** -0.5
+        elif name == "v":
+            # Values with a mean of their own: attention's output has the size of its input, and can be its next query.
+            made[name] += draw.standard_normal((*shape[:-2], 1, shape[-1]), np.float32)
+    return made
+
+
+def nbytes(case: Case) -> int:
+    """Bytes of one set of inputs."""
+    return round(sum(np.prod(s) * _itemsize(case, n) for n, s in shapes(case).items()))
+
+
+def work(case: Case) -> Work:
+    """The fewest bytes (every input read once, the output written once) and the operations."""
+    b, t, s = case["batch"], case["seq"], case["context"]
+    out = {"matmul": (t, case.get("out", 0))}.get(case["op"], shapes(case)["x"])
+    moved = nbytes(case) + np.prod(out) * _itemsize(case, "x")
+    if case["op"] == "matmul":
+        return Work(float(moved), 2.0 * t * case["out"] * case["inner"])
+    flops = 0.0
+    if "heads" in case:
+        seen = t * s if t == 1 else t * (t + 1) / 2  # causal: half of the square
+        flops += 4.0 * b * case["heads"] * case["head_dim"] * seen
+    if "dim" in case:
+        flops += 2.0 * b * t * sum(np.prod(shape) for n, shape in shapes(case).items() if n.startswith("w"))
+    return Work(float(moved), float(flops))
+
+
+def unfused_bytes(case: Case) -> int:
+    """What the plain form holds between its steps: attention's float32 scores, and the gate and up of a feed-forward."""
+    total = 0
+    if "heads" in case:
+        total += 4 * case["batch"] * case["heads"] * case["seq"] * case["context"]
+    if "hidden" in case:
+        total += round(2 * case["batch"] * case["seq"] * case["hidden"] * _itemsize(case, "x"))
+    return total
+
+
+def _itemsize(case: Case, name: str) -> float:
+    quantised = case["dtype"] in ("int8", "int4")
+    if quantised and not name.startswith("w"):
+        return 2.0
+    return BYTES[case["dtype"]]
+
+
+def relative_error(out: np.ndarray, expected: np.ndarray) -> float:
+    """The norm of the difference over the norm of what is expected; infinite where anything is not finite."""
+    out, expected = out.astype(np.float64), expected.astype(np.float64)
+    if out.shape != expected.shape or not np.isfinite(out).all():
+        return float("inf")
+    return float(np.linalg.norm(out - expected) / np.linalg.norm(expected))

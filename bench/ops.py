@@ -1,0 +1,60 @@
+"""``python -m bench.ops``: single operations at the sizes of real models, ours beside other libraries' on one device.
+
+Every implementation computes on the same inputs and is held against a float32 reference before it is timed.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from bench.compare import DTYPES, integers, names
+from jllama.errors import InputError, reported
+
+OPS = ("attention", "decode-attention", "ffn", "layer", "matmul")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser("python -m bench.ops", description=(__doc__ or "").split("\n")[0])
+    p.add_argument("--op", default="all", help=f"any of {','.join(OPS)}, or all (default)")
+    p.add_argument("--model", default="7b", help="presets whose sizes to use: 7b,13b,70b,... (default: 7b)")
+    p.add_argument("--seq", default=None, help="rows or keys (default: 512,1024,2048,4096; on a CPU 128,256)")
+    p.add_argument("--batch", default="1", help="default: 1")
+    p.add_argument("--dtype", default=None, help=f"any of {','.join(DTYPES)} (default: f32 on a CPU, else bf16)")
+    p.add_argument("--backends", default="xla,pallas", help="of ours (default: xla,pallas)")
+    p.add_argument("--peers", default="all", help="names, all or none (default: all)")
+    p.add_argument(
+        "--peer-python", action="append", default=[], metavar="PEER=PATH", help="run a peer in another Python"
+    )
+    p.add_argument("--warmup", type=int, default=10, help="iterations before any is measured (default: 10)")
+    p.add_argument("--iterations", type=int, default=50, help="measured iterations (default: 50)")
+    p.add_argument("--time-limit", type=float, default=90, help="seconds for one case of one peer (default: 90)")
+    p.add_argument("--results", default=None, metavar="DIR", help="where records are appended (default: bench/results)")
+    p.add_argument(
+        "--plots", default=None, metavar="DIR", help="where plots go (default: plots/ in the results; - for none)"
+    )
+    return p
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line; exits with 1 where one of our own backends failed."""
+    with reported("bench.ops"):
+        args = parser().parse_args(argv)
+        args.op = list(OPS) if args.op == "all" else names("--op", args.op, OPS)
+        args.seq = integers("--seq", args.seq) if args.seq else []
+        args.batch = integers("--batch", args.batch)
+        args.dtype = names("--dtype", args.dtype, DTYPES) if args.dtype else []
+        args.backends = names("--backends", args.backends, ("xla", "pallas"))
+        args.peer_python = dict(item.split("=", 1) for item in args.peer_python if "=" in item)
+        for flag, value, low in (("--warmup", args.warmup, 0), ("--iterations", args.iterations, 2)):
+            if value < low:
+                raise InputError(f"{flag}: expected at least {low}, found {value}")
+        if args.results:
+            args.results = Path(args.results)
+        from bench import ops_runner  # after the arguments: nothing heavy for --help
+
+        sys.exit(ops_runner.run(args))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,208 @@
+"""What `bench.ops` does once its arguments are read."""
+
+import argparse
+import importlib
+import statistics
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bench import opcases, peers
+from bench.measure import stats_dict
+from bench.opcases import Case
+from bench.process import PeerFailed, PeerUnsupported, Worker, find_python
+from bench.record import RESULTS, Record, Run, append, start_run
+from bench.roofline import floor_s, of_dict
+from bench.rows import align
+from bench.runner import say
+
+Rows = list[tuple[Case, dict[str, Any]]]
+
+
+def run(settings: argparse.Namespace) -> int:
+    """Every operation in every dtype; 1 where one of our own backends failed."""
+    with Worker("op_ours") as reference, tempfile.TemporaryDirectory(prefix="bench-ops-") as folder:
+        reference.ask("open", 120, job={"backend": "xla"})
+        hello = reference.ask("hello", 120, args={})
+        gpu = hello["platform"] == "gpu"
+        seqs = settings.seq or ([512, 1024, 2048, 4096] if gpu else [128, 256])
+        records: list[Record] = []
+        for dtype in settings.dtype or ["bf16" if gpu else "f32"]:
+            cases = [
+                case
+                for model in settings.model.split(",")
+                for op in settings.op
+                for case in opcases.cases(op, model, model_sizes(model), dtype, settings.batch, seqs)
+                if op in ("ffn", "matmul") or dtype not in ("int8", "int4")  # attention has no weights
+            ]
+            ceilings = reference.ask("ceilings", 300, args={"dtype": dtype, "working_set": 0})
+            started = start_run(hello["device"], hello["versions"], ceilings)
+            say(f"{hello['device']}, {dtype}: {len(cases)} cases, run {started.run}")
+            expected = dict(_expected(reference, cases, Path(folder), settings.time_limit))
+            made: list[Record] = []
+            for impl, rows, versions in _implementations(settings, cases, expected, hello["platform"]):
+                made += [_record(started, impl, case, reply, versions) for case, reply in rows]
+            made = compared(made)
+            append((settings.results or RESULTS) / "ops.jsonl", made)
+            print(table(made))
+            records += made
+    _plot(settings, records)
+    return int(any(r["impl"] in ("xla", "pallas") and r.get("failed") for r in records))
+
+
+def model_sizes(model: str) -> dict[str, Any]:
+    """What `opcases.cases` needs: the kernels' own CASES where they name the model, else its preset."""
+    from jllama.config import preset
+
+    config = preset(model)
+
+    def of(op: str) -> dict[str, Any]:
+        return importlib.import_module(f"pallas_kernels.{op}").CASES
+
+    sizes: dict[str, Any] = {"dim": config.dim, "hidden": config.hidden_dim, "heads": config.n_heads}
+    sizes |= {"kv_heads": config.n_kv_heads, "head_dim": config.head_dim}
+    sizes |= of("attention").get(model, {}) | of("ffn").get(model, {})
+    named = {n.removeprefix(f"{model}-"): c for n, c in of("matmul").items() if n.startswith(f"{model}-")}
+    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    sizes["matmuls"] = named or {
+        "qkv": dict(out=q + 2 * kv, inner=config.dim),
+        "gate-up": dict(out=2 * config.hidden_dim, inner=config.dim),
+        "down": dict(out=config.dim, inner=config.hidden_dim),
+    }
+    return sizes
+
+
+def _expected(reference: Worker, cases: list[Case], folder: Path, limit_s: float) -> Iterator[tuple[int, str]]:
+    for number, case in enumerate(cases):
+        path = str(folder / f"{case['dtype']}-{number}.npy")
+        try:
+            reference.ask("expect", limit_s, args={"case": case, "path": path})
+            yield number, path
+        except PeerFailed as error:
+            say(f"reference of {case['name']} at {case['context']}: {error}")
+
+
+def _implementations(
+    settings: argparse.Namespace, cases: list[Case], expected: dict[int, str], platform: str
+) -> Iterator[tuple[str, Rows, dict[str, str]]]:
+    asked = None if settings.peers == "all" else settings.peers.split(",")
+    wanted = [(b, "op_ours", b) for b in settings.backends]
+    for name in [] if settings.peers == "none" else peers.discover("ops"):
+        impl = peers.load(name).name
+        if asked is None or impl in asked or name in asked:
+            wanted.append((impl, name, ""))
+    for impl, name, backend in wanted:
+        python, why = find_python(name, settings.peer_python)
+        if python is None:
+            say(f"{impl}: {why}")
+            yield impl, [(case, {"why": why, "failed": False}) for case in cases], {}
+            continue
+        yield (impl, *_serve(settings, impl, name, python, {"backend": backend, "platform": platform}, cases, expected))
+
+
+def _serve(
+    settings: argparse.Namespace,
+    impl: str,
+    name: str,
+    python: str,
+    job: dict[str, Any],
+    cases: list[Case],
+    expected: dict[int, str],
+) -> tuple[Rows, dict[str, str]]:
+    """All cases through one process, and through another where it has died."""
+    rows: Rows = []
+    versions: dict[str, str] = {}
+    worker: Worker | None = None
+    for number, case in enumerate(cases):
+        try:
+            if number not in expected:
+                raise PeerUnsupported("the reference does not fit")
+            if worker is None or worker.dead is not None:
+                worker = Worker(name, python)
+                versions = worker.ask("open", 120, job=job)["versions"]
+            args = dict(case=case, expected=expected[number], warmup=settings.warmup, iterations=settings.iterations)
+            reply = worker.ask("run", settings.time_limit, args=args)
+            if not reply["samples"]:
+                limit = opcases.TOLERANCE[case["dtype"]]
+                reply |= {"why": f"error {reply['error_vs_reference']:.1e} above {limit:.0e}", "failed": True}
+        except PeerFailed as error:
+            reply = {"why": str(error), "failed": not isinstance(error, PeerUnsupported)}
+        figure = f"{1e3 * statistics.median(reply['samples']):.4f} ms" if reply.get("samples") else reply["why"]
+        say(f"{impl}: {case['name']} batch {case['batch']} at {case['context']}: {figure}")
+        rows.append((case, reply))
+    if worker is not None:
+        worker.close()
+    return rows, versions
+
+
+def _record(run: Run, impl: str, case: Case, reply: dict[str, Any], versions: dict[str, str]) -> Record:
+    work = opcases.work(case)
+    keys = {k: case[k] for k in ("model", "batch", "seq", "context")}
+    fields: dict[str, Any] = dict(suite="ops", case=case["name"], impl=impl, metric="ms", **keys)
+    fields |= {"dtype": {"int4": "int4-g128"}.get(case["dtype"], case["dtype"])}
+    fields |= {"floor": 1e3 * floor_s(work, of_dict(run.ceilings)), "work": {"bytes": work.bytes, "flops": work.flops}}
+    fields |= {"tolerance": opcases.TOLERANCE[case["dtype"]]}
+    for key in ("error_vs_reference", "peak_bytes", "how", "choices", "why", "failed"):
+        if reply.get(key) is not None:
+            fields[key] = reply[key] if reply[key] != float("inf") else None
+    samples = [1e3 * s for s in reply.get("samples", [])]
+    value = statistics.median(samples) if samples else None
+    if samples:
+        fields["stats"] = stats_dict(samples)
+        unfused = opcases.unfused_bytes(case)
+        if unfused and reply.get("peak_bytes"):
+            fields["unfused_bytes"] = unfused
+            fields["memory_reduction"] = (unfused + reply["peak_bytes"]) / reply["peak_bytes"]
+    return run.record(**fields, value=value, samples=samples) | {"versions": {**run.versions, **versions}}
+
+
+def compared(records: list[Record]) -> list[Record]:
+    """The records with their speed-up over the XLA reference and over PyTorch on the same case."""
+
+    def of(record: Record, impl: str) -> float | None:
+        same = ("case", "model", "dtype", "batch", "seq", "context")
+        found = [r["value"] for r in records if r["impl"] == impl and all(r[k] == record[k] for k in same)]
+        return found[0] / record["value"] if found and found[0] and record["value"] else None
+
+    return [r | {"speedup": {base: s for base in ("xla", "torch") if (s := of(r, base)) is not None}} for r in records]
+
+
+def table(records: list[Record]) -> str:
+    """One line a case and implementation: time, rate, limit, speed-ups, memory, error."""
+    head = ("case", "model", "dtype", "batch", "rows", "keys", "impl", "ms", "± %", "p95", "p99", "TFLOP/s", "TB/s")
+    lines: list[tuple[str, ...]] = [
+        (*head, "% of floor", "vs xla", "vs torch", "peak MB", "less memory", "error (limit)")
+    ]
+    for r in sorted(records, key=lambda r: (r["model"], r["case"], r["batch"], r["context"])):
+        start = tuple(str(r[k]) for k in ("case", "model", "dtype", "batch", "seq", "context", "impl"))
+        if r["value"] is None:
+            lines.append((*start, r["why"]))
+            continue
+        stats, seconds = r["stats"], r["value"] / 1e3
+        times = (
+            f"{r['value']:.4f}",
+            f"{100 * stats['std'] / stats['mean']:.1f}",
+            f"{stats['p95']:.4f}",
+            f"{stats['p99']:.4f}",
+        )
+        rates = (f"{r['work']['flops'] / seconds / 1e12:.2f}", f"{r['work']['bytes'] / seconds / 1e12:.3f}")
+        ups = tuple(f"{r['speedup'][b]:.2f}" if b in r["speedup"] else "" for b in ("xla", "torch"))
+        memory = f"{r['peak_bytes'] / 1e6:,.1f}" if "peak_bytes" in r else ""
+        less = f"{r['memory_reduction']:.1f}x" if "memory_reduction" in r else ""
+        error = f"{r['error_vs_reference']:.1e} ({r['tolerance']:.0e})"
+        lines.append((*start, *times, *rates, f"{100 * r['floor'] / r['value']:.0f}", *ups, memory, less, error))
+    return align(lines)
+
+
+def _plot(settings: argparse.Namespace, records: list[Record]) -> None:
+    if settings.plots == "-":
+        return
+    from bench import plots
+
+    if (why := plots.unavailable()) is not None:
+        say(f"no plots: {why}")
+        return
+    folder = Path(settings.plots) if settings.plots else (settings.results or RESULTS) / "plots"
+    for path in plots.ops_plots(records, folder):
+        print(f"plot: {path}")

@@ -1,0 +1,97 @@
+"""What the peers that run on jax share: inputs on the device, the check, the timing."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from bench import opcases
+from bench.measure import sets_needed, time_jax_op
+from bench.peers import NotSupported
+
+CACHE = {"gpu": 64 << 20, "cpu": 256 << 20}  # at least the last cache (a CPU's, as far as one process sees of it)
+LIMIT = {"gpu": 12 << 30, "cpu": 1 << 30}  # of all input sets together
+DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
+
+
+def float_dtype(case: opcases.Case) -> str:
+    """The dtype of activations."""
+    return DTYPES.get(case["dtype"], "bfloat16")
+
+
+class JaxOps:
+    """``build(case)`` gives the operation of device arrays, ``prepare(case, arrays)`` puts the inputs there."""
+
+    def __init__(
+        self,
+        build: Callable[[opcases.Case], Callable[..., Any]],
+        prepare: Callable[[opcases.Case, dict[str, np.ndarray]], tuple[Any, ...]] | None = None,
+    ) -> None:
+        self.build, self.prepare = build, prepare or to_device
+
+    def run(self, case: opcases.Case, expected: str, warmup: int, iterations: int) -> dict[str, Any]:
+        """See `bench.peers.Ops`."""
+        import jax
+
+        op = self.build(case)
+        inputs = self.prepare(case, opcases.arrays(case))
+        compiled = jax.jit(op).lower(*inputs).compile()
+        error = opcases.relative_error(np.asarray(compiled(*inputs).astype("float32")), np.load(expected))
+        memory = compiled.memory_analysis()
+        held = memory.temp_size_in_bytes + memory.output_size_in_bytes if memory is not None else None
+        reply = {"error_vs_reference": error, "peak_bytes": held}
+        if error > opcases.TOLERANCE[case["dtype"]]:
+            return reply | {"samples": []}
+        platform = jax.devices()[0].platform
+        size = "cpu" if platform == "cpu" else "gpu"
+        count = sets_needed(opcases.nbytes(case), CACHE[size], LIMIT[size])
+        sets = [inputs, *(varied(inputs, i) for i in range(1, count))]
+        samples, how = time_jax_op(op, sets, advance(case), warmup=warmup, iterations=iterations)
+        return reply | {"samples": samples, "how": how}
+
+
+def to_device(case: opcases.Case, arrays: dict[str, np.ndarray]) -> tuple[Any, ...]:
+    """All inputs in the case's dtype; norms' weights are float32 nowhere else either."""
+    import jax.numpy as jnp
+
+    return tuple(jnp.asarray(a, float_dtype(case)) for a in arrays.values())
+
+
+def varied(inputs: tuple[Any, ...], shift: int) -> tuple[Any, ...]:
+    """Another set of the same numbers in another order: as random, and made on the device."""
+    import jax
+    import jax.numpy as jnp
+
+    def moved(a: Any) -> Any:
+        return (
+            jnp.roll(a.astype(jnp.int8), shift, axis=0).astype(a.dtype)
+            if a.dtype == jnp.int4
+            else jnp.roll(a, shift, 0)
+        )
+
+    # Scales and integers move together, along the outputs, so that a weight stays a weight.
+    return jax.tree.map(lambda a: moved(a) if a.ndim > 1 and a.shape[0] > 1 else a + 0, inputs)
+
+
+def advance(case: opcases.Case) -> Callable[[Any, Any], Any]:
+    """The next x of an output. A product's output is narrower or wider than its input: what fits is put into it."""
+    if case["op"] != "matmul":
+        return lambda x, out: out.astype(x.dtype)
+    width = min(case["out"], case["inner"])
+    return lambda x, out: x.at[:, :width].set(out[:, :width].astype(x.dtype))
+
+
+def only(case: opcases.Case, *names: str) -> None:
+    """Refuse operations that the library does not have."""
+    if case["op"] not in names:
+        raise NotSupported(f"has no {case['op']}")
+    if case["dtype"] in ("int8", "int4"):
+        raise NotSupported(f"float inputs only, not {case['dtype']}")
+
+
+def need_gpu() -> None:
+    """Refuse a device that is no GPU."""
+    import jax
+
+    if jax.devices()[0].platform != "gpu":
+        raise NotSupported("needs a GPU")

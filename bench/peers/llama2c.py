@@ -1,0 +1,90 @@
+"""llama2.c: the `run` program on PATH, on all cores. float32, batch 1, no prefill: a prompt's tokens are steps."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from bench.peers import NotSupported, Output, Peer, missing
+from bench.peers._llama2c_text import from_text, to_text, write_tokenizer
+
+BOS = 1
+
+
+def available() -> str | None:
+    """A `run` on PATH that says it is llama2.c's, and what writes its format."""
+    program = shutil.which("run")
+    if program is None:
+        return "no `run` on PATH (build github.com/karpathy/llama2.c with `make runomp`, and add its folder to PATH)"
+    said = subprocess.run([program], capture_output=True, text=True, timeout=20, stdin=subprocess.DEVNULL)
+    if "<checkpoint>" not in said.stderr + said.stdout:
+        return f"`{Path(program).name}` on PATH is not llama2.c's (add the folder with llama2.c's build first)"
+    return missing("convert.llama2c", install="its format is written by this project's convert")
+
+
+class Llama2c:
+    """The checkpoint is written once, as float32; every run is a process."""
+
+    def __init__(self, job: dict[str, Any], threads: int | None = None) -> None:
+        if job["dtype"] != "f32":
+            raise NotSupported(f"runs float32, not {job['dtype']}")
+        if job["platform"] != "cpu":
+            raise NotSupported("runs on CPUs only")
+        self.threads = threads or job["cores"]
+        self.folder = tempfile.TemporaryDirectory(prefix="bench-llama2c-")
+        self.checkpoint = Path(self.folder.name) / "model.bin"
+        self.vocab_size: int = job["vocab_size"]
+        self.max_len: int = job["context"]
+        self.peak = 0
+        export(job["model"], self.checkpoint)
+
+    def generate(self, prompts: list[list[int]], new_tokens: int) -> Output:
+        """One run. Its own clock has milliseconds and starts behind the first token."""
+        if len(prompts) > 1:
+            raise NotSupported("batch 1 only")
+        prompt = prompts[0]
+        if len(prompt) < 2 or prompt[0] != BOS or BOS in prompt[1:]:
+            raise NotSupported("a prompt begins with id 1, has one more, and no other 1")
+        if len(prompt) + new_tokens > self.max_len:
+            raise NotSupported(f"prompt and new tokens go past the context of {self.max_len}")
+        space = prompt[1]
+        write_tokenizer(Path(self.folder.name) / "tokenizer.bin", self.vocab_size, space)
+        steps = len(prompt) + new_tokens - 1
+        command = ["run", "model.bin", "-t", "0", "-n", str(steps), "-z", "tokenizer.bin", "-i", to_text(prompt, space)]
+        done = subprocess.run(
+            command,
+            cwd=self.folder.name,
+            capture_output=True,
+            env={**os.environ, "OMP_NUM_THREADS": str(self.threads)},
+            check=True,
+        )
+        said = re.search(rb"achieved tok/s: ([\d.]+|inf)", done.stderr)
+        if said is None or said[1] == b"inf":
+            raise NotSupported("the run is shorter than its clock's millisecond")
+        ids = from_text(done.stdout.decode(), space, first_is_space=True)
+        if ids[: len(prompt) - 1] != prompt[1:]:
+            raise RuntimeError("run did not take the prompt's ids as they are")
+        made = ids[len(prompt) - 1 :]
+        step_s = 1 / float(said[1])
+        return Output([made], step_s * len(prompt), step_s * (len(made) - 1))
+
+    def peak_bytes(self) -> int:
+        """Of the largest child."""
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+
+
+def export(model: str, target: Path) -> None:
+    """Write ``model`` as a version-0 checkpoint of llama2.c, the way a user would."""
+    command = [sys.executable, "-m", "convert", model, str(target), "--to", "llama2c"]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        raise NotSupported(f"convert: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else 'failed'}")
+
+
+PEER = Peer("llama2.c", "model", available, Llama2c)

@@ -1,0 +1,103 @@
+"""llama.cpp through llama-cpp-python, or `llama-bench` on PATH.
+
+Both read GGUF, which this project does not write from every checkpoint: the job's model must be a GGUF file, or
+have one of its name beside it.
+"""
+
+import json
+import shutil
+import subprocess
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from bench.peers import NotSupported, Output, Peer
+
+INSTALL = "pip install llama-cpp-python, or build github.com/ggml-org/llama.cpp and add llama-bench to PATH"
+SUFFIX = {"f32": "f32", "bf16": "bf16", "f16": "f16", "int8": "q8_0", "int4": "q4_0"}
+
+
+def available() -> str | None:
+    """Either the package or the program."""
+    found = find_spec("llama_cpp") or shutil.which("llama-bench")
+    return None if found else f"neither llama_cpp nor llama-bench found ({INSTALL})"
+
+
+def gguf_of(model: str, dtype: str) -> str:
+    """The GGUF file of a checkpoint in a dtype: ``NAME.f16.gguf`` beside ``NAME``."""
+    path = Path(model)
+    if path.suffix == ".gguf":
+        return model
+    beside = path.with_name(f"{path.name}.{SUFFIX[dtype]}.gguf")
+    if not beside.exists():
+        raise NotSupported(f"reads GGUF: expected {beside.name} beside the model (llama.cpp's convert_hf_to_gguf.py)")
+    return str(beside)
+
+
+def open_model(job: dict[str, Any]) -> Any:
+    """The package, whose tokens can be checked, before the program, whose tokens cannot."""
+    gguf = gguf_of(job["model"], job["dtype"])
+    return Library(gguf, job) if find_spec("llama_cpp") else Program(gguf, job)
+
+
+class Library:
+    """llama-cpp-python, one sequence."""
+
+    def __init__(self, gguf: str, job: dict[str, Any]) -> None:
+        from llama_cpp import Llama  # type: ignore[import-not-found]
+
+        layers = 0 if job["platform"] == "cpu" else -1
+        self.llama = Llama(
+            gguf, n_ctx=job["max_len"], n_gpu_layers=layers, seed=42, verbose=False, flash_attn=layers != 0
+        )
+
+    def generate(self, prompts: list[list[int]], new_tokens: int) -> Output:
+        """Prefill, then the most likely token again and again."""
+        if len(prompts) > 1:
+            raise NotSupported("batch 1 only")
+        self.llama.reset()
+        begin = time.perf_counter()
+        self.llama.eval(prompts[0])
+        ids = [int(self.llama.sample(temp=0.0))]
+        first = time.perf_counter() - begin
+        for _ in range(new_tokens - 1):
+            self.llama.eval(ids[-1:])
+            ids.append(int(self.llama.sample(temp=0.0)))
+        return Output([ids], first, time.perf_counter() - begin - first)
+
+    def peak_bytes(self) -> int:
+        """Of the process: the library does not tell what it holds on a GPU."""
+        from bench.peers.ours import process_peak
+
+        return process_peak()
+
+
+class Program:
+    """`llama-bench`: it feeds tokens of its own and gives none out, so that its ids are empty and stay unchecked."""
+
+    def __init__(self, gguf: str, job: dict[str, Any]) -> None:
+        self.command = ["llama-bench", "-m", gguf, "-o", "json", "-r", "1"]
+        self.command += ["-ngl", "0" if job["platform"] == "cpu" else "99", "-fa", "1"]
+
+    def generate(self, prompts: list[list[int]], new_tokens: int) -> Output:
+        """One run of the program for both tests."""
+        if len(prompts) > 1:
+            raise NotSupported("batch 1 only")
+        length = len(prompts[0])
+        sizes = ["-p", str(length), "-n", str(new_tokens - 1), "-d", f"0,{length}"]
+        done = subprocess.run([*self.command, *sizes], capture_output=True, text=True, check=True)
+        rows = json.loads(done.stdout)
+        prefill = next(r for r in rows if r["n_prompt"] and not r.get("n_depth"))
+        decode = [r for r in rows if r["n_gen"]]
+        decode_s = decode[-1]["avg_ns"] / 1e9 if decode else 0.0
+        return Output([[]], prefill["avg_ns"] / 1e9, decode_s, steps=new_tokens - 1)
+
+    def peak_bytes(self) -> int:
+        """Of the largest child."""
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+
+
+PEER = Peer("llama.cpp", "model", available, open_model, ("llama_cpp_python",))

@@ -1,0 +1,95 @@
+"""This project's operations, through the backend that the job names: ``xla`` is the reference, ``pallas`` the kernels."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from bench import opcases
+from bench.peers import NotSupported, Peer
+from bench.peers._jax_ops import JaxOps, float_dtype, to_device
+from bench.peers.ours import PACKAGES, Ours
+
+EPS = 1e-5
+
+
+class OurOps(Ours):
+    """The operations, and all that the reference process is asked besides."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        super().__init__(job | {"model": None})
+        self.ops = JaxOps(lambda case: build(case, job["backend"]), prepare)
+
+    def run(self, case: opcases.Case, expected: str, warmup: int, iterations: int) -> dict[str, Any]:
+        """See `bench.peers.Ops`."""
+        from pallas_kernels import Unsupported, record
+
+        try:
+            with record() as choices:
+                reply = self.ops.run(case, expected, warmup, iterations)
+        except Unsupported as reason:
+            raise NotSupported(str(reason)) from None
+        return reply | {"choices": {name: [c.impl, c.why] for name, c in choices.items()}}
+
+    def expect(self, case: opcases.Case, path: str) -> dict[str, Any]:
+        """Write the reference's float32 output, computed from the inputs as the case's dtype rounds them."""
+        import jax
+        import jax.numpy as jnp
+
+        from pallas_kernels import QuantizedTensor, dequantize
+
+        def exact(a: Any) -> Any:
+            return dequantize(a) if isinstance(a, QuantizedTensor) else a.astype(jnp.float32)
+
+        inputs = prepare(case, opcases.arrays(case))
+        inputs = [exact(a) for a in inputs]
+        np.save(path, np.asarray(jax.jit(build(case | {"dtype": "f32"}, "xla"))(*inputs)))
+        return {}
+
+
+def prepare(case: opcases.Case, arrays: dict[str, np.ndarray]) -> tuple[Any, ...]:
+    """Inputs on the device, weights quantised where the case says so."""
+    if case["dtype"] not in ("int8", "int4"):
+        return to_device(case, arrays)
+    import jax.numpy as jnp
+
+    from jllama.params import quantizer
+
+    to_weight, dtype = quantizer(case["dtype"]), float_dtype(case)
+    on_device = {n: jnp.asarray(a, dtype) for n, a in arrays.items()}
+    return tuple(to_weight(a) if n.startswith("w") else a for n, a in on_device.items())
+
+
+def build(case: opcases.Case, backend: str) -> Callable[..., Any]:
+    """The operation as a function of arrays."""
+    import jax.numpy as jnp
+
+    from jllama.config import LlamaConfig
+    from jllama.model import attend
+    from jllama.params import Layer
+    from jllama.rope import rotations
+    from pallas_kernels import attention, decode_attention, ffn, matmul
+
+    batch, seq = case["batch"], case["seq"]
+    start = jnp.full(batch, case["context"] - seq, jnp.int32)
+    if case["op"] == "matmul":
+        return lambda x, w: matmul(x, w, backend=backend)
+    if case["op"] == "ffn":
+        return lambda x, norm, gate_up, down: ffn(x, norm, gate_up, down, eps=EPS, backend=backend)
+    if case["op"] in ("attention", "decode-attention"):
+        op = attention if case["op"] == "attention" else decode_attention
+        return lambda x, k, v: op(x, k, v, start, backend=backend)
+
+    sizes = dict(n_heads=case["heads"], n_kv_heads=case["kv_heads"], head_dim=case["head_dim"])
+    config = LlamaConfig(dim=case["dim"], hidden_dim=case["hidden"], n_layers=1, vocab_size=32, norm_eps=EPS, **sizes)
+
+    def layer(x: Any, *weights: Any) -> Any:
+        held = Layer(*weights)
+        rotation = rotations(jnp.broadcast_to(jnp.arange(seq), (batch, seq)), config)
+        x, _ = attend(x, held, 0, None, start, rotation, config, backend)
+        return ffn(x, held.ffn_norm, held.w_gate_up, held.w_down, eps=EPS, backend=backend)
+
+    return layer
+
+
+PEER = Peer("ours", "ours-ops", lambda: None, OurOps, PACKAGES)

@@ -1,0 +1,51 @@
+"""tokamax: attention, and the gated product of a feed-forward."""
+
+from collections.abc import Callable
+from typing import Any
+
+from bench import opcases
+from bench.peers import Peer, missing
+from bench.peers._jax_ops import JaxOps, need_gpu, only
+from bench.peers.op_cudnn import prepare as attention_inputs
+from bench.peers._jax_ops import to_device
+
+EPS = 1e-5
+
+
+def build(case: opcases.Case) -> Callable[..., Any]:
+    """Its Mosaic kernels; of the feed-forward it has gate, up and SwiGLU, the rest is jax.numpy."""
+    import jax
+    import jax.numpy as jnp
+    import tokamax  # type: ignore[import-not-found]
+
+    need_gpu()
+    only(case, "attention", "decode-attention", "ffn")
+    if case["op"] != "ffn":
+        causal = case["seq"] > 1
+        return lambda x, k, v: tokamax.dot_product_attention(x, k, v, is_causal=causal, implementation="mosaic")
+
+    def ffn(x: Any, norm: Any, gate_up: Any, down: Any) -> Any:
+        x32 = x.astype(jnp.float32)
+        h = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + EPS) * norm.astype(jnp.float32)
+        act = tokamax.gated_linear_unit(h.astype(x.dtype), gate_up, activation=jax.nn.silu, implementation="mosaic")
+        return x + jnp.dot(act, down, preferred_element_type=jnp.float32).astype(x.dtype)
+
+    return ffn
+
+
+def prepare(case: opcases.Case, arrays: Any) -> tuple[Any, ...]:
+    """Weights as [in, 2, hidden] and [hidden, dim], made outside of what is timed."""
+    if case["op"] != "ffn":
+        return attention_inputs(case, arrays)
+    x, norm, gate_up, down = to_device(case, arrays)
+    both = gate_up.reshape(2, case["hidden"], case["dim"]).transpose(2, 0, 1)
+    return x, norm, both + 0, down.T + 0
+
+
+PEER = Peer(
+    "tokamax",
+    "ops",
+    lambda: missing("tokamax", install="pip install tokamax"),
+    lambda job: JaxOps(build, prepare),
+    ("tokamax",),
+)

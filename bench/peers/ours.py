@@ -1,0 +1,160 @@
+"""This project's own model, through the backend that the job names; also the reference that checks all others."""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from bench.peers import NotSupported, Output, Peer
+
+CHUNK = 64  # tokens between two looks at the output; a terminal takes 16, a benchmark need not look
+DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
+PACKAGES = ("jax", "jaxlib", "numpy", "jax-cuda13-plugin", "jax-cuda12-plugin", "nvidia-cudnn-cu13")
+
+
+def available() -> None:
+    """Always here."""
+
+
+def open_model(job: dict[str, Any]) -> "Ours":
+    """Load ``job["model"]``; without one, only what needs no weights can be asked."""
+    return Ours(job)
+
+
+class Ours:
+    """`jllama` as a peer."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        self.job, self.params, self.choices = job, None, {}
+        if job.get("model") is None:
+            return
+        import jax
+
+        from jllama.checkpoint import load
+
+        dtype = job["dtype"]
+        quant = dtype if dtype in ("int8", "int4") else "none"
+        float_dtype = DTYPES.get(dtype) or ("float32" if jax.devices()[0].platform == "cpu" else "bfloat16")
+        self.params = load(job["model"], dtype=float_dtype, quant=quant, batch=job["batch"], max_len=job["max_len"])
+        jax.block_until_ready(self.params)
+
+    def generate(self, prompts: list[list[int]], new_tokens: int) -> Output:
+        """Through the same `Session` that the command line uses."""
+        from jllama.stream import Session
+        from pallas_kernels import Unsupported, record
+
+        assert self.params is not None
+        room = -(-(len(prompts[0]) + new_tokens) // 128) * 128
+        session = Session(self.params, max_len=room, batch=len(prompts), backend=self.job["backend"], chunk=CHUNK)
+        ids: list[list[int]] = [[] for _ in prompts]
+        begin = time.perf_counter()
+        first = 0.0
+        try:
+            with record() as choices:
+                for tokens in session.run(prompts, new_tokens):
+                    first = first or time.perf_counter() - begin
+                    for row, new in zip(ids, tokens.ids, strict=True):
+                        row.extend(new)
+        except Unsupported as reason:
+            raise NotSupported(str(reason)) from None
+        total = time.perf_counter() - begin
+        self.choices |= {op: [c.impl, c.why] for op, c in choices.items()}
+        return Output(ids, first, total - first)
+
+    def peak_bytes(self) -> int:
+        """Of the device; on a CPU, of the process."""
+        import jax
+
+        stats = jax.devices()[0].memory_stats() or {}
+        return int(stats.get("peak_bytes_in_use") or process_peak())
+
+    def chosen(self) -> dict[str, Any]:
+        """What ran for every op, and why."""
+        return {"choices": self.choices}
+
+    def hello(self) -> dict[str, Any]:
+        """The device, its platform, and the versions that all records carry."""
+        import jax
+
+        from bench.record import package_versions
+
+        device = jax.devices()[0]
+        name = cpu_name() if device.platform == "cpu" else device.device_kind
+        return {"device": name, "platform": device.platform, "versions": package_versions(PACKAGES)}
+
+    def ceilings(self, dtype: str, working_set: int) -> dict[str, Any]:
+        """Measured here and now."""
+        from bench.roofline import measure_ceilings
+
+        return measure_ceilings(dtype if dtype in DTYPES else "bf16", working_set)
+
+    def prepare(self, preset: str, dtype: str, path: str) -> dict[str, Any]:
+        """Write random weights of a preset's shape, once, as a directory that all peers read."""
+        import jax
+
+        from jllama.checkpoint import save
+        from jllama.config import preset as find
+        from jllama.params import init
+
+        target = Path(path)
+        if not (target / "config.json").exists():
+            params = init(find(preset), jax.random.key(42), dtype=DTYPES[dtype])
+            partial = target.with_name(f"{target.name}.{os.getpid()}")
+            save(params, partial)
+            partial.rename(target)
+        return {"path": path}
+
+    def shape(self, model: str) -> dict[str, Any]:
+        """What floors and prompts need to know of a checkpoint."""
+        from bench.roofline import dims
+        from convert import open_source
+
+        source = open_source(model)
+        config = source.config
+        known = {"vocab_size": config.vocab_size, "bos_id": config.bos_id, "max_seq_len": config.max_seq_len}
+        return known | {"dims": dims(config), "n_params": config.n_params}
+
+    def encode(self, model: str, text: str) -> dict[str, Any]:
+        """The ids of a text, where the model has a tokenizer."""
+        from convert import open_source
+        from jllama.tokenizer import load_tokenizer
+
+        source = open_source(model)
+        ids = None if source.tokenizer is None else load_tokenizer(source.tokenizer).encode(text)
+        return {"ids": ids}
+
+    def score(self, prompt: list[int], ids: list[int]) -> dict[str, Any]:
+        """How far below the largest logit each of a peer's tokens lies, in standard deviations of the logits, when
+        the reference is fed the peer's own text. 0: the reference would have chosen the same."""
+        import jax
+        import jax.numpy as jnp
+        import numpy as np
+
+        from jllama.model import forward
+
+        tokens = jnp.asarray([prompt + ids[:-1]], jnp.int32)
+        logits, _ = jax.jit(forward, static_argnames="backend")(self.params, tokens, backend="xla")
+        rows = np.asarray(logits[0, len(prompt) - 1 :])
+        gaps = (rows.max(axis=1) - rows[np.arange(len(ids)), ids]) / rows.std(axis=1)
+        return {"gaps": [float(g) for g in gaps]}
+
+
+def process_peak() -> int:
+    """The most memory that this process has held."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def cpu_name() -> str:
+    """The processor, with how many cores this process may use."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{names[0] if names else 'CPU'}, {cores} cores"
+
+
+PEER = Peer("ours", "ours", available, open_model, PACKAGES)

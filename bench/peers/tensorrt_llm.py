@@ -1,0 +1,36 @@
+"""TensorRT-LLM through its LLM interface."""
+
+from typing import Any
+
+from bench.peers import Peer, missing
+from bench.peers._engine import Engine, float_dtype
+
+
+def open_model(job: dict[str, Any]) -> Engine:
+    """No tokenizer, no reuse of cache blocks."""
+    from tensorrt_llm import LLM, SamplingParams  # type: ignore[import-not-found]
+    from tensorrt_llm.llmapi import KvCacheConfig  # type: ignore[import-not-found]
+
+    llm = LLM(
+        model=job["model"],
+        skip_tokenizer_init=True,
+        dtype=float_dtype(job),
+        max_seq_len=job["max_len"],
+        max_batch_size=max(job["batch"], 1),
+        kv_cache_config=KvCacheConfig(enable_block_reuse=False),
+    )
+
+    def complete(prompts: list[list[int]], n: int) -> list[list[int]]:
+        settings = SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=True, detokenize=False, end_id=-1)
+        return [list(done.outputs[0].token_ids) for done in llm.generate(prompts, settings, use_tqdm=False)]
+
+    return Engine(complete)
+
+
+PEER = Peer(
+    "tensorrt-llm",
+    "model",
+    lambda: missing("tensorrt_llm", install="pip install tensorrt-llm; GPU"),
+    open_model,
+    ("tensorrt_llm", "torch"),
+)

@@ -1,0 +1,144 @@
+"""The parent's side of a peer: start its process, ask with a time limit, survive whatever it does."""
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from bench.record import ROOT
+
+
+class PeerFailed(Exception):
+    """The peer's row says this: it crashed, hung, ran out of memory or raised."""
+
+
+class PeerUnsupported(PeerFailed):
+    """The peer cannot do this at all; nothing went wrong."""
+
+
+class Worker:
+    """A running peer. After a crash or a hang it is gone; ask again and it says so."""
+
+    def __init__(self, peer: str, python: str = sys.executable) -> None:
+        self.peer, self.python = peer, python
+        self._stderr = tempfile.TemporaryFile()
+        self._buffer = b""
+        self._dead: str | None = None
+        self.spawned = time.perf_counter()
+        self._process = subprocess.Popen(
+            [python, "-m", "bench.peers._worker", peer],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            cwd=ROOT,
+            env=_environment(),
+            start_new_session=True,  # so that a hang takes its children with it
+        )
+
+    def ask(self, do: str, limit_s: float, **fields: Any) -> dict[str, Any]:
+        """Send a request and wait for its reply, at most ``limit_s`` seconds."""
+        if self._dead is not None:
+            raise PeerFailed(self._dead)
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps({"do": do, **fields}).encode() + b"\n")
+            self._process.stdin.flush()
+        except OSError:
+            self._bury()
+        reply = self._receive(time.monotonic() + limit_s, limit_s)
+        if "unsupported" in reply:
+            raise PeerUnsupported(reply["unsupported"])
+        if "error" in reply:
+            raise PeerFailed(reply["error"])
+        return reply
+
+    def _receive(self, until: float, limit_s: float) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        while b"\n" not in self._buffer:
+            left = until - time.monotonic()
+            if left <= 0 or not select.select([self._process.stdout], [], [], left)[0]:
+                self._dead = f"no answer within {limit_s:g} s"
+                self.close()
+                raise PeerFailed(self._dead)
+            data = os.read(self._process.stdout.fileno(), 1 << 16)
+            if not data:
+                self._bury()
+            self._buffer += data
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return json.loads(line)
+
+    def _bury(self) -> None:
+        """The process is gone: say how, with the last thing it said."""
+        code = self._process.wait()
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
+        self._stderr.seek(0)
+        lines = self._stderr.read().decode(errors="replace").strip().splitlines()
+        self._dead = f"process {how}" + (f": {lines[-1][:200]}" if lines else "")
+        self.close()
+        raise PeerFailed(self._dead)
+
+    @property
+    def dead(self) -> str | None:
+        """Why it is gone, where it is."""
+        return self._dead
+
+    def close(self) -> None:
+        """End the process and what it started."""
+        self._dead = self._dead or "closed"
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                try:
+                    stream.close()
+                except OSError:
+                    continue
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self._process.wait()
+        self._stderr.close() if not self._stderr.closed else None
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def find_python(peer: str, given: dict[str, str], limit_s: float = 60) -> tuple[str | None, str | None]:
+    """The interpreter that has the peer, else why not: one that was given, this one, or that of ``.venv-peers``.
+
+    ``given`` maps a peer's name, or the part before its first underscore, to a path.
+    """
+    explicit = given.get(peer) or given.get(peer.split("_")[0])
+    shared = ROOT / ".venv-peers" / "bin" / "python"
+    candidates = [explicit] if explicit else [sys.executable, *([str(shared)] if shared.exists() else [])]
+    why = None
+    for python in candidates:
+        try:
+            with Worker(peer, python) as worker:
+                answer = worker.ask("available", limit_s)["why"]
+        except (PeerFailed, OSError) as error:
+            answer = f"{Path(python).name} cannot ask: {error}"
+        if answer is None:
+            return python, None
+        why = why or answer
+    return None, why
+
+
+def _environment() -> dict[str, str]:
+    quiet = {
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # several processes share the device
+        "TF_CPP_MIN_LOG_LEVEL": "2",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+    }
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**quiet, **os.environ, "PYTHONPATH": os.pathsep.join(paths)}

@@ -1,0 +1,169 @@
+"""Records: one JSON object a line, appended and never changed, so that any figure can be traced to a run and a commit."""
+
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import secrets
+import subprocess
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+
+# What every record has. More keys are welcome.
+KEYS: dict[str, type | tuple[type, ...]] = {
+    "suite": str,
+    "case": str,
+    "impl": str,
+    "model": str,
+    "dtype": str,
+    "batch": int,
+    "seq": int,
+    "context": int,
+    "metric": str,
+    "value": (int, float, type(None)),  # the median; None where the row says why there is none
+    "samples": list,
+    "floor": (int, float, type(None)),
+    "device": str,
+    "versions": dict,
+    "commit": str,
+    "dirty": bool,
+    "when": str,
+    "run": str,
+}
+SUITES = ("ops", "compare", "load")
+METRICS = ("tokens_per_s", "ms", "s", "tflops", "tb_per_s", "bytes_peak", "ppl")
+HIGHER_IS_BETTER = ("tokens_per_s", "tflops", "tb_per_s")
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all records of one side-by-side run share."""
+
+    run: str
+    when: str
+    commit: str
+    dirty: bool
+    device: str
+    versions: dict[str, str]
+    ceilings: dict[str, float]
+    clocks: dict[str, float]
+    load_average: list[float]
+    cpu_cores: int
+
+    def record(self, **fields: Any) -> Record:
+        """A record of this run; raises ValueError where a key is missing or of the wrong type."""
+        record = {**fields, **dataclasses.asdict(self)}
+        check(record)
+        return record
+
+
+def start_run(device: str, versions: Mapping[str, str], ceilings: Mapping[str, float]) -> Run:
+    """Read the commit, the clocks and the machine's load, and give the run its id."""
+    now = datetime.datetime.now(datetime.UTC)
+    commit, dirty = _commit()
+    return Run(
+        run=f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}",
+        when=now.isoformat(timespec="seconds"),
+        commit=commit,
+        dirty=dirty,
+        device=device,
+        versions={"python": platform.python_version(), **versions},
+        ceilings=dict(ceilings),
+        clocks=_clocks(),
+        load_average=[round(x, 2) for x in os.getloadavg()] if hasattr(os, "getloadavg") else [],
+        cpu_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+    )
+
+
+def check(record: Mapping[str, Any]) -> None:
+    """Raise ValueError unless ``record`` has every key of `KEYS`, each of its type."""
+    for key, kind in KEYS.items():
+        if key not in record:
+            raise ValueError(f"record: {key}: missing")
+        if not isinstance(record[key], kind) or (isinstance(record[key], bool) and kind is not bool):
+            raise ValueError(f"record: {key}: expected {kind}, found {record[key]!r}")
+    for key, known in (("suite", SUITES), ("metric", METRICS)):
+        if record[key] not in known:
+            raise ValueError(f"record: {key}: expected one of {', '.join(known)}, found {record[key]!r}")
+    if record["value"] is None and not record.get("why"):
+        raise ValueError("record: why: a record without a value says why")
+
+
+def append(path: Path, records: Iterable[Record]) -> None:
+    """Add records at the end of ``path``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        for record in records:
+            check(record)
+            file.write(json.dumps(record, allow_nan=False) + "\n")
+
+
+def read(folder: Path) -> Iterator[Record]:
+    """All records of the ``.jsonl`` files in ``folder``, oldest first in each file."""
+    for path in sorted(folder.glob("*.jsonl")):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            try:
+                record = json.loads(line)
+                check(record)
+            except ValueError as error:
+                raise ValueError(f"{path}:{number}: {error}") from None
+            yield record
+
+
+def package_versions(names: Iterable[str]) -> dict[str, str]:
+    """The installed versions of packages, without importing them; those that are missing are left out."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _commit() -> tuple[str, bool]:
+    """The checked-out commit, and whether code differs from it (results and docs do not count: a run writes them)."""
+    # A copy of the tree without its history says where it is from through the environment.
+    if "JLLAMA_COMMIT" in os.environ:
+        name, _, dirty = os.environ["JLLAMA_COMMIT"].partition("+")
+        return name, bool(dirty)
+    try:
+        commit = _git("rev-parse", "--short=10", "HEAD").strip()
+        changed = _git(
+            "status", "--porcelain", "--", "jllama", "pallas_kernels", "bench/*.py", "bench/peers", "convert"
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown", True
+    return commit, bool(changed.strip())
+
+
+def _git(*args: str) -> str:
+    return subprocess.run(
+        ["git", "-C", str(ROOT), *args], capture_output=True, text=True, check=True, timeout=20
+    ).stdout
+
+
+def _clocks() -> dict[str, float]:
+    """MHz at the start of the run: of the GPU where nvidia-smi answers, else of the CPU."""
+    names = ("clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit")
+    query = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader,nounits", "--id=0"]
+    try:
+        out = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout
+        return {name: float(value) for name, value in zip(names, out.split(","), strict=True)}
+    except (OSError, subprocess.SubprocessError, ValueError):
+        pass
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return {}
+    mhz = [float(line.split(":")[1]) for line in lines if line.startswith("cpu MHz")]
+    return {"cpu": max(mhz)} if mhz else {}

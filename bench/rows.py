@@ -1,0 +1,106 @@
+"""From what was measured to records, and from records to a table for the terminal."""
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from bench.measure import stats_dict
+from bench.record import Record, Run
+from bench.roofline import Work, decode_work, floor_s, of_dict, prefill_work
+from bench.workloads import Workload
+
+
+def records_of(
+    run: Run, entry: Any, model: str, dtype: str, loads: Sequence[Workload], dims: Mapping[str, int]
+) -> list[Record]:
+    """All records of one implementation: a figure or a reason for every workload, and what opening it cost."""
+    stored = {"int4": "int4-g128"}.get(dtype, dtype)
+    versions = {**run.versions, **entry.opened.get("versions", {})}
+    choices = entry.opened.get("choices", {})
+    out = []
+    for load in loads:
+        outcome = entry.outcomes.get(load, {})
+        base = dict(suite="compare", case=load.case, impl=entry.impl, model=model, dtype=stored, batch=load.batch)
+        base |= dict(seq=load.prompt_len, context=load.context, new_tokens=load.new_tokens)
+        floor = run_floor(run, load, dtype, dims)
+        base["work"] = work_of(load, dtype, dims)
+        if not outcome.get("runs"):
+            why = outcome.get("why") or entry.why or "not run"
+            failed = bool(outcome.get("failed", entry.failed))
+            nothing = dict(metric="tokens_per_s", value=None, samples=[], floor=floor, why=why, failed=failed)
+            out.append(run.record(**base, **nothing) | {"versions": versions})
+            continue
+        more = {"versions": versions, "agreement": outcome["check"].get("agreement"), "backend_per_op": choices}
+        made = _figures(load, outcome, floor, first=load is loads[0], entry=entry)
+        for case, metric, samples, limit in made:
+            stats = stats_dict(samples)
+            value = statistics.median(samples)
+            fields = base | dict(case=case, metric=metric, value=value, samples=samples, floor=limit, stats=stats)
+            out.append(run.record(**fields) | more)
+    return out
+
+
+def work_of(load: Workload, dtype: str, dims: Mapping[str, int]) -> dict[str, float]:
+    """Bytes and flops of a decode step or a prefill, and the tokens that it makes or takes."""
+    if load.case == "decode":
+        work, tokens = decode_work(dims, dtype, load.batch, load.mean_context), load.batch
+    else:
+        work, tokens = prefill_work(dims, dtype, load.batch, load.prompt_len), load.batch * load.prompt_len
+    return {"bytes": work.bytes, "flops": work.flops, "tokens": tokens}
+
+
+def run_floor(run: Run, load: Workload, dtype: str, dims: Mapping[str, int]) -> float:
+    """The most tokens/s that the ceilings of this run allow."""
+    work = work_of(load, dtype, dims)
+    return work["tokens"] / floor_s(Work(work["bytes"], work["flops"]), of_dict(run.ceilings))
+
+
+def _figures(
+    load: Workload, outcome: Mapping[str, Any], floor: float, *, first: bool, entry: Any
+) -> Iterable[tuple[str, str, list[float], float | None]]:
+    runs, cold = outcome["runs"], outcome["cold"]
+    ttft = [r["first_s"] for r in runs]
+    if load.case == "decode":
+        steps = [r["steps"] or len(r["ids"][0]) - 1 for r in runs]
+        speeds = [load.batch * n / r["decode_s"] for n, r in zip(steps, runs, strict=True)]
+        yield "decode", "tokens_per_s", speeds, floor
+    else:
+        yield "prefill", "tokens_per_s", [load.batch * load.prompt_len / t for t in ttft], floor
+    yield "ttft-warm", "s", ttft, None
+    yield "memory", "bytes_peak", [max(r["peak_bytes"] for r in runs)], None
+    warm_s = statistics.median([r["first_s"] + r["decode_s"] for r in runs])
+    yield "compile", "s", [max(cold["first_s"] + cold["decode_s"] - warm_s, 1e-6)], None
+    if first:
+        yield "load", "s", [entry.opened["load_s"]], None
+        yield "ttft-cold", "s", [entry.opened["load_s"] + cold["first_s"]], None
+
+
+def table(records: Sequence[Record]) -> str:
+    """What was measured, one line a workload and implementation, with what limits it and what went wrong."""
+    head = ("case", "model", "dtype", "batch", "prompt", "impl", "tokens/s", "± %", "% of floor", "ttft s", "peak MB")
+    lines: list[tuple[str, ...]] = [head]
+    for r in records:
+        if r["metric"] != "tokens_per_s":
+            continue
+        start = (r["case"], r["model"], r["dtype"], str(r["batch"]), str(r["seq"]), r["impl"])
+        if r["value"] is None:
+            lines.append((*start, r["why"]))
+            continue
+        others = {o["case"]: o["value"] for o in records if all(o[k] == r[k] for k in ("impl", "batch", "seq"))}
+        noise = 100 * r["stats"]["std"] / r["stats"]["mean"]
+        figures = (f"{r['value']:,.1f}", f"{noise:.1f}", f"{100 * r['value'] / r['floor']:.0f}")
+        lines.append((*start, *figures, f"{others['ttft-warm']:.4f}", f"{others['memory'] / 1e6:,.0f}"))
+    return align(lines)
+
+
+def align(lines: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as what stands in them; the last of a short line may be as long as it likes."""
+    full = [line for line in lines if len(line) == len(lines[0])]
+    widths = [max(len(line[i]) for line in full) for i in range(len(lines[0]))]
+    rows = []
+    for line in lines:
+        cells = [cell.ljust(w) for cell, w in zip(line, widths, strict=False)]
+        if len(line) < len(lines[0]):
+            cells[-1] = line[-1]
+        rows.append("  ".join(cells).rstrip())
+    return "\n".join(rows)

@@ -1,0 +1,48 @@
+"""What is run: shapes of batches and prompts, and the prompts themselves."""
+
+import random
+from dataclasses import dataclass
+
+SEED = 42
+TEXT = "Once upon a time,"
+VERIFIED = 32  # new tokens of a row that are checked
+
+
+@dataclass(frozen=True)
+class Workload:
+    """``case`` is ``decode`` or ``prefill``; a prefill draws one token."""
+
+    case: str
+    batch: int
+    prompt_len: int
+    new_tokens: int
+
+    @property
+    def context(self) -> int:
+        """Tokens a row holds at the end."""
+        return self.prompt_len + self.new_tokens
+
+    @property
+    def mean_context(self) -> float:
+        """Tokens a row holds in the middle of decoding."""
+        return self.prompt_len + self.new_tokens / 2
+
+
+def grid(batches: list[int], prompt_lens: list[int], new_tokens: int, prefills: list[int]) -> list[Workload]:
+    """Every decode workload, then the prefills, which are of one row."""
+    decodes = [Workload("decode", b, p, new_tokens) for p in prompt_lens for b in batches]
+    return decodes + [Workload("prefill", 1, p, 1) for p in prefills]
+
+
+def prompts(workload: Workload, vocab_size: int, bos_id: int, text: list[int] | None) -> list[list[int]]:
+    """One prompt a row, all of the same length. With ``text``, the ids of a prompt, it is repeated to that length;
+    without, the ids are random, and no control token is among them."""
+    rows = []
+    for row in range(workload.batch):
+        if text:
+            body = (text[1:] * (workload.prompt_len // max(len(text) - 1, 1) + 1))[: workload.prompt_len - 1]
+        else:
+            draw = random.Random(SEED + row)
+            body = [draw.randrange(3, vocab_size) for _ in range(workload.prompt_len - 1)]
+        rows.append([bos_id, *body])
+    return rows
