@@ -146,12 +146,29 @@ def skinny(
     With ``layer``, w is stacked [layers, out, in] and read in place.
     """
     fmt = format_of(w)
+    tiles = tiles or tiles_for(fmt, x.shape[1], x.shape[0])
+    return _skinny(
+        x,
+        w,
+        layer_index(layer),
+        residual,
+        swiglu=swiglu,
+        out_dtype=jnp.dtype(out_dtype or x.dtype),
+        tiles=tiles,
+        sms=sms or sm_count(),
+        interpret=interpret,
+    )
+
+
+# Compiled as a function of its own: the layers of a model then share one trace and one lowering.
+@functools.partial(jax.jit, static_argnames=("interpret", "out_dtype", "sms", "swiglu", "tiles"))
+def _skinny(x: jax.Array, w: Weight, layer: jax.Array, residual: jax.Array | None, *, swiglu: bool, out_dtype: Any,
+            tiles: SkinnyTiles, sms: int, interpret: Any) -> jax.Array:  # fmt: skip
+    fmt = format_of(w)
     rows, inner = x.shape
-    tiles = tiles or tiles_for(fmt, inner, rows)
     padded = 8 * math.ceil(rows / 8)
-    p = plan(w.shape[-2], inner, padded, fmt, tiles, sms or sm_count())
+    p = plan(w.shape[-2], inner, padded, fmt, tiles, sms)
     data, scale = split(w)
-    layer = layer_index(layer)
     arguments = [layer, jnp.pad(x, ((0, padded - rows), (0, 0))), data]
     if fmt.grouped:
         arguments.append(scale)
@@ -164,7 +181,7 @@ def skinny(
         gate, up = jnp.split(y, 2)
         y = jax.nn.silu(gate) * up
     y = y.T if residual is None else y.T + residual.astype(jnp.float32)
-    return y.astype(out_dtype or x.dtype)
+    return y.astype(out_dtype)
 
 
 def _kernel(fmt: Format, p: Plan, tiles: SkinnyTiles, dtype: Any, interpret: Any) -> Any:

@@ -109,17 +109,39 @@ def wide(
 
     With ``layer``, w is stacked [layers, out, in] and read in place.
     """
-    fmt = format_of(w)
+    out, sms = w.shape[-2] // (2 if swiglu else 1), sms or sm_count()
+    tiles = tiles or tiles_for(format_of(w), x.shape[0], out, swiglu, sms)
+    return _wide(
+        x,
+        w,
+        layer_index(layer),
+        residual,
+        swiglu=swiglu,
+        out_dtype=jnp.dtype(out_dtype or x.dtype),
+        tiles=tiles,
+        sms=sms,
+        interpret=interpret,
+    )
+
+
+# Compiled as a function of its own: the layers of a model then share one trace and one lowering.
+@functools.partial(jax.jit, static_argnames=("interpret", "out_dtype", "sms", "swiglu", "tiles"))
+def _wide(x: jax.Array, w: Weight, layer: jax.Array, residual: jax.Array | None, *, swiglu: bool, out_dtype: Any,
+          tiles: WideTiles, sms: int, interpret: Any) -> jax.Array:  # fmt: skip
     rows, inner = x.shape
-    out = w.shape[-2] // (2 if swiglu else 1)
-    sms = sms or sm_count()
-    tiles = tiles or tiles_for(fmt, rows, out, swiglu, sms)
     padding = ((0, -rows % tiles.rows), (0, 0))
     problem = Problem(
-        fmt, rows + padding[0][1], inner, out, x.dtype, out_dtype or x.dtype, swiglu, residual is not None
+        fmt=format_of(w),
+        rows=rows + padding[0][1],
+        inner=inner,
+        out=w.shape[-2] // (2 if swiglu else 1),
+        dtype=x.dtype,
+        out_dtype=out_dtype,
+        swiglu=swiglu,
+        residual=residual is not None,
     )
     data, scale = split(w)
-    arguments = [layer_index(layer), jnp.pad(x, padding), data]
+    arguments = [layer, jnp.pad(x, padding), data]
     if scale is not None:
         arguments.append(scale)
     if residual is not None:
