@@ -5,17 +5,16 @@ checkpoint directory that transformers wrote itself.
 """
 
 import importlib.util
+import json
 from pathlib import Path
 
 import jax.numpy as jnp
 import make_golden
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from convert.layout import hf_names
-from convert.source import Source, Tensor, checked
 from jllama.checkpoint import load
-from jllama.config import from_hf
 from jllama.decode import generate
 from jllama.model import forward
 from jllama.params import Params
@@ -26,16 +25,11 @@ missing = [name for name in ("torch", "transformers") if importlib.util.find_spe
 live = pytest.mark.skipif(bool(missing), reason=f"needs {' and '.join(missing)} (make peers)")
 
 
-def our_model(case: str) -> Params:
-    """The case's weights, joined and placed by the same loader that reads files."""
-    config = from_hf(make_golden.config(case))
-    arrays = make_golden.weights(case)
-    tensors = {
-        ours: Tensor(arrays[theirs].shape, "float32", theirs, lambda a=arrays[theirs]: a)
-        for ours, theirs in hf_names(config).items()
-    }
-    assert len(tensors) == len(arrays)
-    return load(checked(Source(Path(case), "hf", config, tensors, None)), dtype="float32")
+def our_model(case: str, directory: Path) -> Params:
+    """The case as a user has it: a directory with config.json and safetensors."""
+    (directory / "config.json").write_text(json.dumps(make_golden.config(case)))
+    save_file(make_golden.weights(case), directory / "model.safetensors")
+    return load(directory, dtype="float32")
 
 
 def assert_agrees(params: Params, case: str, logits: np.ndarray, ids: np.ndarray) -> None:
@@ -48,9 +42,9 @@ def assert_agrees(params: Params, case: str, logits: np.ndarray, ids: np.ndarray
 
 
 @pytest.mark.parametrize("case", make_golden.CASES)
-def test_logits_and_greedy_ids_equal_the_golden_files(case: str) -> None:
+def test_logits_and_greedy_ids_equal_the_golden_files(case: str, tmp_path: Path) -> None:
     with np.load(make_golden.GOLDEN / f"{case}.npz") as golden:
-        assert_agrees(our_model(case), case, golden["logits"], golden["ids"])
+        assert_agrees(our_model(case, tmp_path), case, golden["logits"], golden["ids"])
 
 
 def test_every_golden_file_belongs_to_a_case_and_is_small() -> None:
@@ -60,9 +54,9 @@ def test_every_golden_file_belongs_to_a_case_and_is_small() -> None:
 
 
 @pytest.mark.parametrize("case", ["rope-linear", "rope-llama3", "rope-theta"])
-def test_the_comparison_notices_what_a_case_is_about(case: str) -> None:
+def test_the_comparison_notices_what_a_case_is_about(case: str, tmp_path: Path) -> None:
     """Without the one field that the case adds, the error is far past the limit."""
-    params = our_model(case)
+    params = our_model(case, tmp_path)
     scaled = params.config.rope_scaling is not None
     plain = params.config.replace(rope_scaling=None) if scaled else params.config.replace(rope_theta=10000.0)
     with np.load(make_golden.GOLDEN / f"{case}.npz") as golden, pytest.raises(AssertionError, match="relative error"):
