@@ -4,8 +4,6 @@ The formats themselves are `convert`'s; here a source's tensors are joined, cast
 At any moment one tensor is on its way: the file is mapped, so the host holds no copy of the model.
 """
 
-import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert import open_source
-from convert.layout import FUSED, expected_shapes, hf_names
-from convert.safetensors_file import write
-from convert.source import Integers, Source
+from convert.layout import FUSED, expected_shapes
+from convert.save import directory
+from convert.save import save as write
+from convert.source import Integers, Quantization, Source, Tensor
 from jllama.cache import cache_bytes
-from jllama.config import LlamaConfig, to_hf
+from jllama.config import LlamaConfig
 from jllama.device import default_device, free_bytes
 from jllama.errors import InputError
 from jllama.params import QUANT_BITS, Layer, Params, quantizer
@@ -28,9 +27,7 @@ from pallas_kernels import QuantizedTensor, Weight, group_size
 DTYPES = ("float32", "bfloat16", "float16")
 QUANTS = ("none", *QUANT_BITS)
 
-Progress = Callable[
-    [Iterable[str], int], Iterable[str]
-]  # wraps the names of `total` tensors, to show them pass
+Progress = Callable[[Iterable[str], int], Iterable[str]]  # wraps the names of `total` tensors, to show them pass
 
 
 def load(
@@ -59,21 +56,13 @@ def load(
         raise InputError(
             f"quant: expected 'none' for {source.path}, whose weights have {source.quant.bits} bits already"
         )
-    check_memory(
-        source, dtype, quant, group, batch, max_len or source.config.max_seq_len
-    )
-    return _assemble(
-        source, dtype, quantizer(quant, group), progress or (lambda names, _: names)
-    )
+    check_memory(source, dtype, quant, group, batch, max_len or source.config.max_seq_len)
+    return _assemble(source, dtype, quantizer(quant, group), progress or (lambda names, _: names))
 
 
 def default_dtype(source: Source) -> str:
     """float32 on a CPU, where 16-bit arithmetic is slow; elsewhere what the checkpoint holds."""
-    return (
-        "float32"
-        if default_device().platform == "cpu" or source.quant is not None
-        else source.dtype
-    )
+    return "float32" if default_device().platform == "cpu" or source.quant is not None else source.dtype
 
 
 def _assemble(
@@ -90,48 +79,30 @@ def _assemble(
     for name in progress(names, len(names)):
         prefix, _, field = name.rpartition(".")
         parts = [f"{prefix}.{part}" for part in FUSED[field]] if prefix else [name]
-        # Norms are vectors and the embedding is looked up, not multiplied with: both stay as they are.
+        # Norms are vectors and the embedding is looked up, not multiplied with: both stay floats.
         plain = name == "embed" or field.endswith("norm")
-        loaded[name] = _place(
-            source, parts, dtype, (lambda w: w) if plain else to_weight
-        )
-    layers = tuple(
-        Layer(**{name: loaded[f"layers.{i}.{name}"] for name in FUSED})
-        for i in range(config.n_layers)
-    )
-    return Params(
-        loaded["embed"], layers, loaded["norm"], loaded.get("lm_head"), config
-    )
+        loaded[name] = _place(source, parts, dtype, None if plain else to_weight)
+    layers = tuple(Layer(**{name: loaded[f"layers.{i}.{name}"] for name in FUSED}) for i in range(config.n_layers))
+    return Params(loaded["embed"], layers, loaded["norm"], loaded.get("lm_head"), config)
 
 
-def _place(
-    source: Source,
-    parts: list[str],
-    dtype: str,
-    to_weight: Callable[[jax.Array], Weight],
-) -> Weight:
+def _place(source: Source, parts: list[str], dtype: str, to_weight: Callable[[jax.Array], Weight] | None) -> Weight:
     """The rows of ``parts``, one below the other, on the device."""
-    arrays = [source.tensors[name].read() for name in parts]
-    if isinstance(arrays[0], Integers):
-        quant = source.tensors[parts[0]].quant
-        assert quant is not None
-        data, scale = (
-            _stack_rows([getattr(a, f) for a in arrays]) for f in ("data", "scale")
-        )
-        return QuantizedTensor(
-            jnp.asarray(data, jnp.int8 if quant.bits == 8 else jnp.int4),
-            jnp.asarray(scale),
-        )
-    return to_weight(jnp.asarray(_stack_rows(arrays)).astype(dtype))
+    tensors = [source.tensors[name] for name in parts]
+    quants = {tensor.quant for tensor in tensors}
+    if to_weight is not None and len(quants) == 1 and (quant := tensors[0].quant) is not None:
+        kind = jnp.int8 if quant.bits == 8 else jnp.int4
+        arrays = [tensor.read() for tensor in tensors]
+        data = jnp.concatenate([jnp.asarray(array.data, kind) for array in arrays])
+        return QuantizedTensor(data, jnp.concatenate([jnp.asarray(array.scale) for array in arrays]))
+    # Whatever is stored otherwise, or not all alike, is joined as floats. On the device: the host would need a copy.
+    floats = [jnp.asarray(tensor.floats(0, tensor.shape[0])) for tensor in tensors]
+    whole = floats[0] if len(floats) == 1 else jnp.concatenate(floats)
+    weight = whole if to_weight is None else to_weight(whole)
+    return weight if isinstance(weight, QuantizedTensor) else weight.astype(dtype)
 
 
-def _stack_rows(arrays: list[Any]) -> np.ndarray:
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-
-
-def model_bytes(
-    config: LlamaConfig, dtype: str, quant: str, group: int | None = None
-) -> int:
+def model_bytes(config: LlamaConfig, dtype: str, quant: str, group: int | None = None) -> int:
     """What the weights take on the device."""
     itemsize, total = jnp.dtype(dtype).itemsize, 0
     for name, shape in expected_shapes(config).items():
@@ -140,14 +111,8 @@ def model_bytes(
             total += size * itemsize
         else:
             bits = QUANT_BITS[quant]
-            per_scale = (
-                shape[-1]
-                if bits == 8 and group is None
-                else group_size(shape[-1], group or 128)
-            )
-            total += size * bits // 8 + size // per_scale * (
-                4 if per_scale == shape[-1] else 2
-            )
+            per_scale = shape[-1] if bits == 8 and group is None else group_size(shape[-1], group or 128)
+            total += size * bits // 8 + size // per_scale * (4 if per_scale == shape[-1] else 2)
     return total
 
 
@@ -156,32 +121,20 @@ def workspace_bytes(config: LlamaConfig, batch: int, max_len: int, dtype: str) -
     rows = batch * min(max_len, 1024)
     activations = rows * (4 * config.dim + 3 * config.hidden_dim) * 4
     scores = rows * config.n_heads * max_len * 4
-    return (
-        activations
-        + scores
-        + config.vocab_size * config.dim * jnp.dtype(dtype).itemsize
-    )
+    return activations + scores + config.vocab_size * config.dim * jnp.dtype(dtype).itemsize
 
 
-def check_memory(
-    source: Source, dtype: str, quant: str, group: int | None, batch: int, max_len: int
-) -> None:
+def check_memory(source: Source, dtype: str, quant: str, group: int | None, batch: int, max_len: int) -> None:
     """Hold weights, cache and workspace against what the device has free, before anything is loaded."""
     free = free_bytes(default_device())
     if free is None:
         return
     config = source.config
-    stored = (
-        "none"
-        if source.quant is None
-        else {bits: name for name, bits in QUANT_BITS.items()}[source.quant.bits]
-    )
+    stored = "none" if source.quant is None else {bits: name for name, bits in QUANT_BITS.items()}[source.quant.bits]
     quant = stored if quant == "none" else quant
 
     def need(quant: str, max_len: int) -> int:
-        rest = cache_bytes(config, batch, max_len, dtype) + workspace_bytes(
-            config, batch, max_len, dtype
-        )
+        rest = cache_bytes(config, batch, max_len, dtype) + workspace_bytes(config, batch, max_len, dtype)
         return model_bytes(config, dtype, quant, group) + rest
 
     if need(quant, max_len) <= free:
@@ -192,15 +145,11 @@ def check_memory(
     )
     narrower = QUANTS[QUANTS.index(quant) + 1 :]
     fits = [f"--quant {name}" for name in narrower if need(name, max_len) <= free][:1]
-    lengths = [
-        n
-        for n in (max_len >> k for k in range(1, 8))
-        if n >= 128 and need(quant, n) <= free
-    ]
+    lengths = [n for n in (max_len >> k for k in range(1, 8)) if n >= 128 and need(quant, n) <= free]
     fits += [f"--max-seq-len {n}" for n in lengths[:1]]
     raise InputError(
-        f"{source.path}: needs {_gb(need(quant, max_len))} (weights {_gb(weights)}, cache {_gb(cache)}, rest workspace), "
-        f"the device has {_gb(free)} free; {'would fit: ' + ' or '.join(fits) if fits else 'no setting would fit'}"
+        f"{source.path}: needs {_gb(need(quant, max_len))} "
+        f"(weights {_gb(weights)}, cache {_gb(cache)}, rest workspace), the device has {_gb(free)} free; {'would fit: ' + ' or '.join(fits) if fits else 'no setting would fit'}"
     )
 
 
@@ -208,63 +157,41 @@ def _gb(n: int) -> str:
     return f"{n / 1e9:.2f} GB"
 
 
-def save(
-    params: Params, path: str | Path, *, tokenizer: str | Path | None = None
-) -> None:
+def save(params: Params, path: str | Path, *, tokenizer: str | Path | None = None, force: bool = False) -> None:
     """Write a native directory (which transformers reads, too, where nothing is quantised)."""
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=False)
-    tensors = {name: array for name, array in _unfused(params)}
-    values = to_hf(params.config, str(params.dtype))
-    weight = tensors["layers.0.wo"]
-    if isinstance(weight, QuantizedTensor):
-        group = None if weight.scale.shape[-1] == 1 else weight.group
-        values["quantization_config"] = {
-            "quant_method": "jllama",
-            "bits": weight.bits,
-            "group_size": group,
-        }
-    arrays: dict[str, np.ndarray] = {}
-    for ours, theirs in hf_names(params.config).items():
-        arrays |= _stored(theirs, tensors[ours])
-    write(
-        path / "model.safetensors",
-        {n: (a.dtype, a.shape) for n, a in arrays.items()},
-        arrays.values(),
+    source = Source(
+        Path(path), "native", params.config, dict(_unfused(params)), None if tokenizer is None else Path(tokenizer)
     )
-    (path / "config.json").write_text(json.dumps(values, indent=2) + "\n")
-    if tokenizer is not None:
-        shutil.copyfile(tokenizer, path / Path(tokenizer).name)
+    write(directory(source), Path(path), force=force)
 
 
-def _stored(name: str, weight: Weight) -> dict[str, np.ndarray]:
-    from convert.hf import pack_int4
-
-    if not isinstance(weight, QuantizedTensor):
-        return {name: np.asarray(weight)}
-    data = np.asarray(weight.data.astype(jnp.int8))
-    return {
-        name: data if weight.bits == 8 else pack_int4(data),
-        f"{name}_scale": np.asarray(weight.scale),
-    }
-
-
-def _unfused(params: Params) -> Iterator[tuple[str, Weight]]:
-    """Every tensor under the name it has in a source."""
-    yield "embed", params.embed
-    yield "norm", params.norm
+def _unfused(params: Params) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor under the name it has in a source; nothing leaves the device before it is read."""
+    yield "embed", _tensor("embed", params.embed)
+    yield "norm", _tensor("norm", params.norm)
     if params.lm_head is not None:
-        yield "lm_head", params.lm_head
+        yield "lm_head", _tensor("lm_head", params.lm_head)
     shapes = expected_shapes(params.config)
     for i in range(params.config.n_layers):
         layer = params.layer(i)
         for field, parts in FUSED.items():
-            names = [f"layers.{i}.{part}" for part in parts]
-            ends = np.cumsum([shapes[name][0] for name in names])
-            for name, begin, end in zip(names, [0, *ends[:-1]], ends, strict=True):
-                yield (
-                    name,
-                    jax.tree.map(
-                        lambda a, b=begin, e=end: a[b:e], getattr(layer, field)
-                    ),
-                )
+            at = 0
+            for name in (f"layers.{i}.{part}" for part in parts):
+                rows = shapes[name][0]
+                yield name, _tensor(name, getattr(layer, field), at, rows)
+                at += rows
+
+
+def _tensor(name: str, weight: Weight, at: int = 0, count: int | None = None) -> Tensor:
+    """Rows of a weight on the device, as a tensor of a source."""
+    shape = (weight.shape[0] if count is None else count, *weight.shape[1:])
+    if not isinstance(weight, QuantizedTensor):
+        dtype = str(weight.dtype)
+        return Tensor(shape, dtype, name, lambda begin, end: np.asarray(weight[at + begin : at + end]))
+
+    def rows(begin: int, end: int) -> Integers:
+        data = weight.data[at + begin : at + end].astype(jnp.int8)
+        return Integers(np.asarray(data), np.asarray(weight.scale[at + begin : at + end]))
+
+    quant = Quantization(weight.bits, None if weight.scale.shape[-1] == 1 else weight.group)
+    return Tensor(shape, str(weight.scale.dtype), name, rows, quant)

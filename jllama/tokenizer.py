@@ -1,5 +1,6 @@
 """Text to ids and back, and text as it comes out of a stream of ids."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Protocol
@@ -122,6 +123,15 @@ def tokenizer_for(source: Source, path: str | Path | None = None) -> Tokenizer:
         return from_vocabulary(own, config.vocab_size)
     chosen = Path(str(own if path is None else path))
     return load_tokenizer(chosen, config.vocab_size, bos_id=config.bos_id, eos_id=config.eos_ids[0])
+
+
+def with_tokenizer(source: Source, path: Path | None) -> Source:
+    """The checkpoint with ``path``, if given, as its tokenizer; checked, whichever it is, to go with the model."""
+    if path is not None:
+        source = dataclasses.replace(source, tokenizer=path)
+    if source.tokenizer is not None:
+        tokenizer_for(source)
+    return source
 
 
 def _fitting(tokenizer: Tokenizer, where: str, vocab_size: int | None) -> Tokenizer:

@@ -1,0 +1,121 @@
+"""``python -m convert SRC DST``: a checkpoint from any form that is known to another."""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jllama.errors import InputError, reported
+
+if TYPE_CHECKING:
+    from convert.save import Export
+    from convert.source import Source
+
+PROGRAM = "jllama convert"
+FORMS = ("native", "hf", "llama2c", "gguf")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Convert a checkpoint: Hugging Face, Meta, llama2.c, GGUF and native ones are recognised.",
+    )
+    parser.add_argument("source", type=Path, metavar="SRC", help="checkpoint: a directory, .gguf or llama2.c's .bin")
+    parser.add_argument("destination", type=Path, metavar="DST", help="what to write (with --check: to compare with)")
+    parser.add_argument("--to", choices=FORMS, help="default: gguf and llama2c by DST's suffix, native otherwise")
+    parser.add_argument("--dtype", choices=DTYPES, help="of unquantised weights (default: as they are)")
+    parser.add_argument("--quant", choices=("none", "int8", "int4"), default="none", help="quantise the weights")
+    parser.add_argument("--group", type=int, metavar="N", help="with --quant: how many inputs share a scale")
+    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="where SRC has none, or another is wanted")
+    parser.add_argument("--force", action="store_true", help="replace DST if it is there")
+    parser.add_argument("--check", action="store_true", help="write nothing: compare SRC and DST")
+    parser.add_argument("-q", "--quiet", action="store_true", help="nothing but errors and warnings")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; the exit code."""
+    args = parser().parse_args(argv)
+    with reported(PROGRAM):
+        return check(args) if args.check else convert(args)
+
+
+def convert(args: argparse.Namespace) -> int:
+    """Write DST."""
+    from convert import open_source
+    from convert.progress import watched
+    from convert.save import save
+    from convert.staging import check_replaceable
+    from jllama.tokenizer import with_tokenizer
+
+    to = args.to or {".gguf": "gguf", ".bin": "llama2c"}.get(args.destination.suffix, "native")
+    if args.group is not None and args.quant == "none":
+        raise InputError("--group: expected --quant int8 or int4 with it, found none")
+    if args.group is not None and args.group not in (32, 64, 128) and to == "native":
+        raise InputError(f"--group: expected 32, 64 or 128, found {args.group}")
+    check_replaceable(args.destination, args.force)
+    source = with_tokenizer(open_source(args.source), args.tokenizer)
+    if args.destination.exists() and args.destination.samefile(args.source):
+        raise InputError(f"{args.destination}: expected another place than SRC, found the same")
+    export = plan(source, to, args)
+    with watched(export.nbytes, PROGRAM, quiet=args.quiet) as watch:
+        save(export, args.destination, force=args.force, watch=watch)
+    if not args.quiet:
+        tokenizer = "with its tokenizer" if source.tokenizer else "without a tokenizer"
+        print(f"{args.destination}: {to}, {export.nbytes / 1e6:.1f} MB, {tokenizer}")
+    return 0
+
+
+def plan(source: "Source", to: str, args: argparse.Namespace) -> "Export":
+    """What is to be written, checked to be possible."""
+    from convert.save import directory, hf_directory
+    from convert.to_gguf import gguf
+    from convert.to_llama2c import llama2c
+    from convert.transform import as_floats, with_dtype
+
+    if to == "llama2c":
+        if args.quant == "int4" or args.dtype not in (None, "float32"):
+            raise InputError("--to llama2c: expected float32 or --quant int8, found another dtype")
+        if args.group is not None and args.group < 1:
+            raise InputError(f"--group: expected a positive number, found {args.group}")
+        as_file = args.destination.suffix == ".bin"
+        return llama2c(source, int8=args.quant == "int8", group=args.group, directory=not as_file)
+    if args.quant != "none" and to != "native":
+        raise InputError(f"--quant: expected --to native (or int8 with llama2c), found --to {to}")
+    if to == "native":
+        if args.quant == "none":
+            return directory(with_dtype(source, args.dtype))
+        from jllama.quantize import quantised
+
+        return directory(quantised(with_dtype(source, args.dtype), args.quant, args.group))
+    floats = as_floats(source, args.dtype)
+    return gguf(floats) if to == "gguf" else hf_directory(floats)
+
+
+def check(args: argparse.Namespace) -> int:
+    """Compare SRC and DST; 1 if they differ by more than their forms explain."""
+    from convert import open_source
+    from convert.check import compare_logits, compare_tensors, tolerance
+
+    a, b = open_source(args.source), open_source(args.destination)
+    if args.tokenizer is not None:
+        a = dataclasses.replace(a, tokenizer=args.tokenizer)
+    allowed, count, same, worst = tolerance(a, b), 0, 0, 0.0
+    for difference in compare_tensors(a, b):
+        count, same, worst = count + 1, same + difference.same, max(worst, difference.relative)
+        if not difference.same and not args.quiet:
+            print(f"{difference.name}: relative {difference.relative:.3g}, largest {difference.largest:.3g}")
+    print(f"tensors: {same} of {count} the same, largest relative difference {worst:.3g} ({allowed:.3g} expected)")
+    logits = compare_logits(a, b)
+    print(
+        f"logits: largest difference {logits.largest:.3g} (their standard deviation is {logits.spread:.3g}), "
+        f"{logits.agreeing} of {logits.tokens} likeliest tokens agree"
+    )
+    return 0 if worst <= allowed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
