@@ -94,7 +94,7 @@ def work(case: Case) -> Work:
 
 
 def unfused_bytes(case: Case) -> int:
-    """What the plain form holds between its steps: attention's float32 scores, and the gate and up of a feed-forward."""
+    """What the plain form holds between its steps: attention's float32 scores, a feed-forward's gate and up."""
     total = 0
     if "heads" in case:
         total += 4 * case["batch"] * case["heads"] * case["seq"] * case["context"]

@@ -1,5 +1,6 @@
 """The parent's side of a peer: start its process, ask with a time limit, survive whatever it does."""
 
+import contextlib
 import json
 import os
 import select
@@ -27,7 +28,7 @@ class Worker:
 
     def __init__(self, peer: str, python: str = sys.executable) -> None:
         self.peer, self.python = peer, python
-        self._stderr = tempfile.TemporaryFile()
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
         self._buffer = b""
         self._dead: str | None = None
         self.spawned = time.perf_counter()
@@ -93,16 +94,12 @@ class Worker:
         self._dead = self._dead or "closed"
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:
-                try:
+                with contextlib.suppress(OSError):
                     stream.close()
-                except OSError:
-                    continue
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self._process.wait()
-        self._stderr.close() if not self._stderr.closed else None
+        self._stderr.close()
 
     def __enter__(self) -> "Worker":
         return self

@@ -1,4 +1,4 @@
-"""Records: one JSON object a line, appended and never changed, so that any figure can be traced to a run and a commit."""
+"""Records: one JSON object a line, appended and never changed, so that any figure leads to a run and a commit."""
 
 import dataclasses
 import datetime

@@ -20,7 +20,9 @@ def records_of(
     out = []
     for load in loads:
         outcome = entry.outcomes.get(load, {})
-        base = dict(suite="compare", case=load.case, impl=entry.impl, model=model, dtype=stored, batch=load.batch)
+        base: dict[str, Any] = dict(
+            suite="compare", case=load.case, impl=entry.impl, model=model, dtype=stored, batch=load.batch
+        )
         base |= dict(seq=load.prompt_len, context=load.context, new_tokens=load.new_tokens)
         floor = run_floor(run, load, dtype, dims)
         base["work"] = work_of(load, dtype, dims)

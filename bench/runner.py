@@ -1,6 +1,7 @@
 """What `bench.compare` does once its arguments are read."""
 
 import argparse
+import functools
 import os
 import sys
 from dataclasses import dataclass, field
@@ -55,7 +56,7 @@ def list_peers(settings: argparse.Namespace) -> int:
 def run(settings: argparse.Namespace) -> int:
     """Every model in every dtype; 1 where one of our own backends failed."""
     with Reference() as reference:
-        platform = reference.hello["platform"]
+        platform: str = reference.hello["platform"]
         say(f"device: {reference.hello['device']}")
         entries = _entries(settings, platform)
         failed = False
@@ -70,11 +71,10 @@ def run(settings: argparse.Namespace) -> int:
 def _entries(settings: argparse.Namespace, platform: str) -> list[Entry]:
     backends = settings.backends or (["xla"] if platform == "cpu" else ["xla", "pallas"])
     entries = [Entry(b, "ours", b, sys.executable) for b in backends]
-    asked = settings.peers.split(",") if settings.peers not in ("all", "none") else None
-    known = [] if settings.peers == "none" else peers.discover("model")
-    if asked is not None:  # by name, or by the dotted path of a module that holds a PEER
-        by_name = {peers.load(n).name: n for n in known} | {n: n for n in known}
-        known = [by_name.get(a, a) for a in asked]
+    known: list[str] = [] if settings.peers == "none" else peers.discover("model")
+    if settings.peers not in ("all", "none"):  # by name, or by the dotted path of a module that holds a PEER
+        by_name: dict[str, str] = {peers.load(n).name: n for n in known}
+        known = [by_name.get(asked) or asked for asked in settings.peers.split(",")]
     for name in known:
         try:
             impl = peers.load(name).name
@@ -161,10 +161,10 @@ def _run_group(
         _guard(entry, None, lambda e: _open(settings, e, job))
     for load in loads:
         for entry in (e for e in group if e.why is None):
-            _guard(entry, load, lambda e: _warm_up(settings, reference, e, load, inputs[load]))
+            _guard(entry, load, functools.partial(_warm_up, settings, reference, load=load, rows=inputs[load]))
         for _ in range(settings.runs):
             for entry in (e for e in group if e.why is None and "why" not in e.outcomes.get(load, {})):
-                _guard(entry, load, lambda e: e.outcomes[load]["runs"].append(_generate(settings, e, load, inputs)))
+                _guard(entry, load, functools.partial(_timed, settings, load=load, rows=inputs[load]))
     for entry in group:
         if entry.worker is not None:
             if entry.ours and entry.why is None:
@@ -180,11 +180,13 @@ def _open(settings: argparse.Namespace, entry: Entry, job: dict[str, Any]) -> No
     entry.opened = entry.worker.ask("open", max(settings.time_limit, 300), job=job | {"backend": entry.backend})
 
 
-def _generate(
-    settings: argparse.Namespace, entry: Entry, load: Workload, inputs: dict[Workload, list[list[int]]]
-) -> dict[str, Any]:
+def _generate(settings: argparse.Namespace, entry: Entry, load: Workload, rows: list[list[int]]) -> dict[str, Any]:
     assert entry.worker is not None
-    return entry.worker.ask("generate", settings.time_limit, prompts=inputs[load], new_tokens=load.new_tokens)
+    return entry.worker.ask("generate", settings.time_limit, prompts=rows, new_tokens=load.new_tokens)
+
+
+def _timed(settings: argparse.Namespace, entry: Entry, load: Workload, rows: list[list[int]]) -> None:
+    entry.outcomes[load]["runs"].append(_generate(settings, entry, load, rows))
 
 
 def _warm_up(
@@ -192,8 +194,8 @@ def _warm_up(
 ) -> None:
     """The cold run, which compiles; a second, for what compiles late; and the check of the tokens."""
     outcome = entry.outcomes[load] = {"runs": []}
-    outcome["cold"] = _generate(settings, entry, load, {load: rows})
-    warm = _generate(settings, entry, load, {load: rows})
+    outcome["cold"] = _generate(settings, entry, load, rows)
+    warm = _generate(settings, entry, load, rows)
     outcome["check"] = reference.verify(rows, warm["ids"])
     agreed = outcome["check"].get("agreement")
     note = "not checked" if agreed is None else f"{agreed:.1%} of tokens agree"

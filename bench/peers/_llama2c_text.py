@@ -1,17 +1,18 @@
 """Token ids through llama2.c's text interface.
 
-`run` takes a text and prints a text. With a tokenizer in which every token is one character of its own, both are the
-ids themselves, and nothing of a real tokenizer is timed or can differ.
+`run` takes a text and prints a text. With a tokenizer in which every token is one character of its own, both are
+the ids themselves, and nothing of a real tokenizer is timed or can differ.
 """
 
 import struct
 from pathlib import Path
 
-FIRST = 0x20000  # from here on every code point is a character of four bytes, enough for any Llama-2 vocabulary
+# From here on every code point is a character of four bytes, enough for any Llama-2 vocabulary.
+FIRST = 0x20000
 
 
 def write_tokenizer(path: Path, vocab_size: int, space_id: int) -> None:
-    """A tokenizer file for `run`. It always puts a space before a prompt: ``space_id``, the prompt's second id, is it."""
+    """A tokenizer file for `run`, which puts a space before every prompt: ``space_id``, the prompt's second id."""
     pieces = [" " if i == space_id else chr(FIRST + i) for i in range(vocab_size)]
     with open(path, "wb") as file:
         file.write(struct.pack("i", 4))

@@ -1,37 +1,36 @@
-"""llama2.c: the `run` program on PATH, on all cores. float32, batch 1, no prefill: a prompt's tokens are steps."""
+"""llama2.c: `run` on PATH (`runq` for int8), on all cores. Batch 1, no prefill: a prompt's tokens are steps."""
 
 import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench.peers import NotSupported, Output, Peer, missing
+from bench.peers import NotSupported, Output, Peer
 from bench.peers._llama2c_text import from_text, to_text, write_tokenizer
 
 BOS = 1
 
 
 def available() -> str | None:
-    """A `run` on PATH that says it is llama2.c's, and what writes its format."""
+    """A `run` on PATH that says it is llama2.c's."""
     program = shutil.which("run")
     if program is None:
         return "no `run` on PATH (build github.com/karpathy/llama2.c with `make runomp`, and add its folder to PATH)"
     said = subprocess.run([program], capture_output=True, text=True, timeout=20, stdin=subprocess.DEVNULL)
     if "<checkpoint>" not in said.stderr + said.stdout:
         return f"`{Path(program).name}` on PATH is not llama2.c's (add the folder with llama2.c's build first)"
-    return missing("convert.llama2c", install="its format is written by this project's convert")
+    return None
 
 
 class Llama2c:
     """The checkpoint is written once, as float32; every run is a process."""
 
     def __init__(self, job: dict[str, Any], threads: int | None = None) -> None:
-        if job["dtype"] != "f32":
-            raise NotSupported(f"runs float32, not {job['dtype']}")
+        if job["dtype"] not in ("f32", "int8"):
+            raise NotSupported(f"runs float32 and int8, not {job['dtype']}")
         if job["platform"] != "cpu":
             raise NotSupported("runs on CPUs only")
         self.threads = threads or job["cores"]
@@ -40,7 +39,10 @@ class Llama2c:
         self.vocab_size: int = job["vocab_size"]
         self.max_len: int = job["context"]
         self.peak = 0
-        export(job["model"], self.checkpoint)
+        self.program = {"f32": "run", "int8": "runq"}[job["dtype"]]
+        if shutil.which(self.program) is None:
+            raise NotSupported(f"no `{self.program}` on PATH")
+        export(job["model"], self.checkpoint, int8=job["dtype"] == "int8")
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> Output:
         """One run. Its own clock has milliseconds and starts behind the first token."""
@@ -54,9 +56,20 @@ class Llama2c:
         space = prompt[1]
         write_tokenizer(Path(self.folder.name) / "tokenizer.bin", self.vocab_size, space)
         steps = len(prompt) + new_tokens - 1
-        command = ["run", "model.bin", "-t", "0", "-n", str(steps), "-z", "tokenizer.bin", "-i", to_text(prompt, space)]
+        command = [
+            self.program,
+            "model.bin",
+            "-t",
+            "0",
+            "-n",
+            str(steps),
+            "-z",
+            "tokenizer.bin",
+            "-i",
+            to_text(prompt, space),
+        ]
         done = subprocess.run(
-            command,
+            [*command, "-i", to_text(prompt, space)],
             cwd=self.folder.name,
             capture_output=True,
             env={**os.environ, "OMP_NUM_THREADS": str(self.threads)},
@@ -79,12 +92,13 @@ class Llama2c:
         return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
 
 
-def export(model: str, target: Path) -> None:
-    """Write ``model`` as a version-0 checkpoint of llama2.c, the way a user would."""
-    command = [sys.executable, "-m", "convert", model, str(target), "--to", "llama2c"]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    if done.returncode:
-        raise NotSupported(f"convert: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else 'failed'}")
+def export(model: str, target: Path, *, int8: bool) -> None:
+    """Write ``model`` as a checkpoint of llama2.c: version 0, or version 2 with int8 weights."""
+    from convert import open_source
+    from convert.save import save
+    from convert.to_llama2c import llama2c
+
+    save(llama2c(open_source(model), int8=int8), target)
 
 
 PEER = Peer("llama2.c", "model", available, Llama2c)

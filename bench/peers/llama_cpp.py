@@ -1,12 +1,14 @@
 """llama.cpp through llama-cpp-python, or `llama-bench` on PATH.
 
-Both read GGUF, which this project does not write from every checkpoint: the job's model must be a GGUF file, or
-have one of its name beside it.
+Both read GGUF, which `convert` writes from the job's checkpoint.
 """
 
+import atexit
+import importlib
 import json
 import shutil
 import subprocess
+import tempfile
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +17,6 @@ from typing import Any
 from bench.peers import NotSupported, Output, Peer
 
 INSTALL = "pip install llama-cpp-python, or build github.com/ggml-org/llama.cpp and add llama-bench to PATH"
-SUFFIX = {"f32": "f32", "bf16": "bf16", "f16": "f16", "int8": "q8_0", "int4": "q4_0"}
 
 
 def available() -> str | None:
@@ -24,20 +25,27 @@ def available() -> str | None:
     return None if found else f"neither llama_cpp nor llama-bench found ({INSTALL})"
 
 
-def gguf_of(model: str, dtype: str) -> str:
-    """The GGUF file of a checkpoint in a dtype: ``NAME.f16.gguf`` beside ``NAME``."""
-    path = Path(model)
-    if path.suffix == ".gguf":
-        return model
-    beside = path.with_name(f"{path.name}.{SUFFIX[dtype]}.gguf")
-    if not beside.exists():
-        raise NotSupported(f"reads GGUF: expected {beside.name} beside the model (llama.cpp's convert_hf_to_gguf.py)")
-    return str(beside)
+def gguf_of(job: dict[str, Any], folder: Path) -> str:
+    """The job's model as GGUF: as it is, or written from a checkpoint in the dtype that it is stored in."""
+    if job["model"].endswith(".gguf"):
+        return job["model"]
+    from convert import open_source
+    from convert.save import save
+    from convert.to_gguf import gguf
+
+    source = open_source(job["model"])
+    stored = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}.get(source.dtype)
+    if stored != job["dtype"]:
+        raise NotSupported(f"{job['dtype']} needs a GGUF file of that kind (--model FILE.gguf)")
+    save(gguf(source), folder / "model.gguf")
+    return str(folder / "model.gguf")
 
 
 def open_model(job: dict[str, Any]) -> Any:
     """The package, whose tokens can be checked, before the program, whose tokens cannot."""
-    gguf = gguf_of(job["model"], job["dtype"])
+    folder = tempfile.TemporaryDirectory(prefix="bench-llama-cpp-")
+    atexit.register(folder.cleanup)
+    gguf = gguf_of(job, Path(folder.name))
     return Library(gguf, job) if find_spec("llama_cpp") else Program(gguf, job)
 
 
@@ -45,10 +53,10 @@ class Library:
     """llama-cpp-python, one sequence."""
 
     def __init__(self, gguf: str, job: dict[str, Any]) -> None:
-        from llama_cpp import Llama  # type: ignore[import-not-found]
+        llama_cpp = importlib.import_module("llama_cpp")  # not `import`: type checkers would take this file for it
 
         layers = 0 if job["platform"] == "cpu" else -1
-        self.llama = Llama(
+        self.llama = llama_cpp.Llama(
             gguf, n_ctx=job["max_len"], n_gpu_layers=layers, seed=42, verbose=False, flash_attn=layers != 0
         )
 

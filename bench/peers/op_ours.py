@@ -1,4 +1,4 @@
-"""This project's operations, through the backend that the job names: ``xla`` is the reference, ``pallas`` the kernels."""
+"""This project's operations through a backend: ``xla`` is the reference, ``pallas`` the kernels."""
 
 from collections.abc import Callable
 from typing import Any

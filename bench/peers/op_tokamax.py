@@ -5,9 +5,8 @@ from typing import Any
 
 from bench import opcases
 from bench.peers import Peer, missing
-from bench.peers._jax_ops import JaxOps, need_gpu, only
+from bench.peers._jax_ops import JaxOps, need_gpu, only, to_device
 from bench.peers.op_cudnn import prepare as attention_inputs
-from bench.peers._jax_ops import to_device
 
 EPS = 1e-5
 
@@ -16,7 +15,7 @@ def build(case: opcases.Case) -> Callable[..., Any]:
     """Its Mosaic kernels; of the feed-forward it has gate, up and SwiGLU, the rest is jax.numpy."""
     import jax
     import jax.numpy as jnp
-    import tokamax  # type: ignore[import-not-found]
+    import tokamax  # pyright: ignore[reportMissingImports]
 
     need_gpu()
     only(case, "attention", "decode-attention", "ffn")

@@ -91,6 +91,7 @@ class Ours:
     def prepare(self, preset: str, dtype: str, path: str) -> dict[str, Any]:
         """Write random weights of a preset's shape, once, as a directory that all peers read."""
         import jax
+        import jax.numpy as jnp
 
         from jllama.checkpoint import save
         from jllama.config import preset as find
@@ -98,7 +99,7 @@ class Ours:
 
         target = Path(path)
         if not (target / "config.json").exists():
-            params = init(find(preset), jax.random.key(42), dtype=DTYPES[dtype])
+            params = init(find(preset), jax.random.key(42), dtype=jnp.dtype(DTYPES[dtype]))
             partial = target.with_name(f"{target.name}.{os.getpid()}")
             save(params, partial)
             partial.rename(target)
@@ -117,10 +118,10 @@ class Ours:
     def encode(self, model: str, text: str) -> dict[str, Any]:
         """The ids of a text, where the model has a tokenizer."""
         from convert import open_source
-        from jllama.tokenizer import load_tokenizer
+        from jllama.tokenizer import tokenizer_for
 
         source = open_source(model)
-        ids = None if source.tokenizer is None else load_tokenizer(source.tokenizer).encode(text)
+        ids = None if source.tokenizer is None else tokenizer_for(source).encode(text)
         return {"ids": ids}
 
     def score(self, prompt: list[int], ids: list[int]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """SGLang's offline engine."""
 
+import importlib
 from typing import Any
 
 from bench.peers import Peer, missing
@@ -8,9 +9,8 @@ from bench.peers._engine import Engine, float_dtype
 
 def open_model(job: dict[str, Any]) -> Engine:
     """No tokenizer, no radix cache."""
-    import sglang  # type: ignore[import-not-found]
-
-    engine = sglang.Engine(
+    # Not `import sglang`: type checkers would take this file for it.
+    engine = importlib.import_module("sglang").Engine(
         model_path=job["model"],
         skip_tokenizer_init=True,
         dtype=float_dtype(job),

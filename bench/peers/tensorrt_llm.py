@@ -1,5 +1,6 @@
 """TensorRT-LLM through its LLM interface."""
 
+import importlib
 from typing import Any
 
 from bench.peers import Peer, missing
@@ -8,20 +9,20 @@ from bench.peers._engine import Engine, float_dtype
 
 def open_model(job: dict[str, Any]) -> Engine:
     """No tokenizer, no reuse of cache blocks."""
-    from tensorrt_llm import LLM, SamplingParams  # type: ignore[import-not-found]
-    from tensorrt_llm.llmapi import KvCacheConfig  # type: ignore[import-not-found]
+    # Not `import tensorrt_llm`: type checkers would take this file for it.
+    trt, llmapi = (importlib.import_module(name) for name in ("tensorrt_llm", "tensorrt_llm.llmapi"))
 
-    llm = LLM(
+    llm = trt.LLM(
         model=job["model"],
         skip_tokenizer_init=True,
         dtype=float_dtype(job),
         max_seq_len=job["max_len"],
         max_batch_size=max(job["batch"], 1),
-        kv_cache_config=KvCacheConfig(enable_block_reuse=False),
+        kv_cache_config=llmapi.KvCacheConfig(enable_block_reuse=False),
     )
 
     def complete(prompts: list[list[int]], n: int) -> list[list[int]]:
-        settings = SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=True, detokenize=False, end_id=-1)
+        settings = trt.SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=True, detokenize=False, end_id=-1)
         return [list(done.outputs[0].token_ids) for done in llm.generate(prompts, settings, use_tqdm=False)]
 
     return Engine(complete)

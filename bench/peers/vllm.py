@@ -1,5 +1,6 @@
 """vLLM's offline engine."""
 
+import importlib
 from typing import Any
 
 from bench.peers import Peer, missing
@@ -8,9 +9,10 @@ from bench.peers._engine import Engine, float_dtype
 
 def open_model(job: dict[str, Any]) -> Engine:
     """No tokenizer, no prefix cache, CUDA graphs on."""
-    from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
+    # Not `import vllm`: type checkers would take this file for it.
+    vllm = importlib.import_module("vllm")
 
-    llm = LLM(
+    llm = vllm.LLM(
         model=job["model"],
         skip_tokenizer_init=True,
         dtype=float_dtype(job),
@@ -22,7 +24,7 @@ def open_model(job: dict[str, Any]) -> Engine:
     )
 
     def complete(prompts: list[list[int]], n: int) -> list[list[int]]:
-        settings = SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=True, detokenize=False)
+        settings = vllm.SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=True, detokenize=False)
         done = llm.generate([{"prompt_token_ids": p} for p in prompts], settings, use_tqdm=False)
         return [list(d.outputs[0].token_ids) for d in done]
 
