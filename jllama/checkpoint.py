@@ -134,14 +134,14 @@ def check_memory(source: Source, dtype: str, quant: str, group: int | None, batc
     quant = stored if quant == "none" else quant
 
     def need(quant: str, max_len: int) -> int:
-        rest = cache_bytes(config, batch, max_len, dtype) + workspace_bytes(config, batch, max_len, dtype)
+        rest = cache_bytes(config, batch, max_len, jnp.dtype(dtype)) + workspace_bytes(config, batch, max_len, dtype)
         return model_bytes(config, dtype, quant, group) + rest
 
     if need(quant, max_len) <= free:
         return
     weights, cache = (
         model_bytes(config, dtype, quant, group),
-        cache_bytes(config, batch, max_len, dtype),
+        cache_bytes(config, batch, max_len, jnp.dtype(dtype)),
     )
     narrower = QUANTS[QUANTS.index(quant) + 1 :]
     fits = [f"--quant {name}" for name in narrower if need(name, max_len) <= free][:1]
@@ -149,7 +149,8 @@ def check_memory(source: Source, dtype: str, quant: str, group: int | None, batc
     fits += [f"--max-seq-len {n}" for n in lengths[:1]]
     raise InputError(
         f"{source.path}: needs {_gb(need(quant, max_len))} "
-        f"(weights {_gb(weights)}, cache {_gb(cache)}, rest workspace), the device has {_gb(free)} free; {'would fit: ' + ' or '.join(fits) if fits else 'no setting would fit'}"
+        f"(weights {_gb(weights)}, cache {_gb(cache)}, rest workspace), the device has {_gb(free)} free; "
+        f"{'would fit: ' + ' or '.join(fits) if fits else 'no setting would fit'}"
     )
 
 

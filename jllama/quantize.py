@@ -73,15 +73,16 @@ def _quantised(
     def rows(begin: int, end: int) -> Integers:
         # Asked for in one block or in many, a row gives the same numbers: it is never rounded with another one.
         blocks = [_one(*cut) for cut in _cuts(begin, end, width)]
-        data, scale = (np.concatenate(part) if len(part) > 1 else part[0] for part in zip(*blocks, strict=True))
-        return Integers(data, scale)
+        if len(blocks) == 1:
+            return blocks[0]
+        return Integers(np.concatenate([b.data for b in blocks]), np.concatenate([b.scale for b in blocks]))
 
-    def _one(begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+    def _one(begin: int, end: int) -> Integers:
         data, scale, (squared, signal, largest) = rounded(jnp.asarray(tensor.floats(begin, end)))
         error.squared += float(squared)
         error.signal += float(signal)
         error.largest = max(error.largest, float(largest))
-        return np.asarray(data), np.asarray(scale)
+        return Integers(np.asarray(data), np.asarray(scale))
 
     dtype = "float32" if size == width else "float16"
     return Tensor(tensor.shape, dtype, tensor.where, rows, Quantization(BITS[quant], None if size == width else size))
