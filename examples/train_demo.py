@@ -139,6 +139,8 @@ def main() -> None:
     parser.add_argument("--noise", type=float, default=0.1, help="share of input tokens replaced at random")
     parser.add_argument("--seed", type=int, default=42)
     args = parser.parse_args()
+    if args.out.exists():
+        parser.error(f"--out: expected a new directory, found {args.out}")
 
     config = preset(args.preset)
     seq = config.max_seq_len  # trained on the whole context: positions that were never seen would give nonsense
