@@ -6,6 +6,7 @@ softmax's sum, and the parts are joined in the order of the keys, whichever bloc
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -16,21 +17,19 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import flash_attention
 from pallas_kernels.dispatch import Unsupported
-
-ROWS = 64  # the rows of a wgmma tile; those without a query are zeros
-LOWEST = -1e30  # a maximum of nothing: finite, so that differences of maxima are numbers
+from pallas_kernels.softmax_tiles import ROWS, hide, no_keys, pad_rows, rescale, soften, swizzled, weigh
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
     """What can be tuned: keys per tile, tiles in flight, blocks to spread the work over."""
 
-    keys: int = 64
-    stages: int = 5
+    keys: int = 128
+    stages: int = 3
     blocks: int = 132
 
 
-TILES = {64: Tiles(keys=128), 128: Tiles()}  # by head_dim
+TILES = {64: Tiles(stages=5), 128: Tiles()}  # by head_dim
 
 
 def check(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array) -> None:
@@ -77,8 +76,8 @@ def decode_parts(
     """Attention over each part of the keys, [B, kv_heads, splits, rows, D], and log2 of the sum of its weights' terms,
     [B, kv_heads, splits, ROWS], both in float32."""
     B, kv_heads, rows, D = q.shape
-    q = q if rows < 8 else flash_attention.pad_rows(q, 2)
-    k, v = flash_attention.pad_rows(k, 2), flash_attention.pad_rows(v, 2)
+    q = q if rows < 8 else pad_rows(q, 2)
+    k, v = pad_rows(k, 2), pad_rows(v, 2)
     S, group = k.shape[2], rows // queries
     rows = q.shape[2]
     splits = max(1, min(tiles.blocks // (B * kv_heads), pl.cdiv(S, tiles.keys)))
@@ -103,12 +102,9 @@ def decode_parts(
         lax.fori_loop(low, jnp.minimum(low + tiles.stages, high), lambda j, _: load(j), None)
         plgpu.barrier_wait(q_full)
 
-        def hide(s, j):
-            shape, layout = (ROWS, tiles.keys), plgpu.Layout.WGMMA
-            row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout)
-            key = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=layout)
-            last = jnp.minimum(begin + lax.div(row, group), S - 1)
-            return jnp.where(key + j * tiles.keys <= last, s, -jnp.inf)
+        def last(j):
+            row = plgpu.broadcasted_iota(jnp.int32, (ROWS, tiles.keys), 0, layout=plgpu.Layout.WGMMA)
+            return jnp.minimum(begin + lax.div(row, group), S - 1) - j * tiles.keys
 
         def step(j, carry, *, masked):
             acc, m, total = carry
@@ -120,54 +116,29 @@ def decode_parts(
                 return s_ref[...]
 
             s = pl.run_scoped(scores, plgpu.ACC((ROWS, tiles.keys), jnp.float32))
-            s = hide(s, j) if masked else s
-            m_new = jnp.maximum(m, s.max(axis=1) * scale)
-            alpha = jnp.exp2(m - m_new)
-            p = jnp.exp2(s * scale - lax.broadcast_in_dim(m_new, s.shape, (0,)))
-            total = total * alpha + p.sum(axis=1)
-            acc = acc * lax.broadcast_in_dim(alpha, acc.shape, (0,))
-            p = p.astype(q.dtype)
+            p, alpha, m, total = soften(hide(s, last(j)) if masked else s, m, total, scale)
             plgpu.barrier_wait(v_full.at[slot])
-            if interpret is None:
-                acc = pl.run_state(lambda ref: plgpu.wgmma(ref, p, v_smem.at[slot]))(plgpu.ACC.init(acc))
-            else:  # the interpreter has no wgmma with A in registers: the weights go through shared memory
-                p_smem[...] = p
-                plgpu.commit_smem()
-
-                def weigh(pv_ref):
-                    plgpu.wgmma(pv_ref, p_smem, v_smem.at[slot])
-                    return pv_ref[...]
-
-                acc = acc + pl.run_scoped(weigh, plgpu.ACC((ROWS, D), jnp.float32))
+            acc = weigh(rescale(acc, alpha), p.astype(q.dtype), v_smem.at[slot], p_smem)
 
             @pl.when(j + tiles.stages < high)
             def _():
                 load(j + tiles.stages)
 
-            return acc, m_new, total
+            return acc, m, total
 
-        row = plgpu.Layout.WGMMA.reduce(1)
-        carry = (
-            plgpu.layout_cast(jnp.zeros((ROWS, D), jnp.float32), plgpu.Layout.WGMMA),
-            plgpu.layout_cast(jnp.full((ROWS,), LOWEST, jnp.float32), row),
-            plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), row),
-        )
+        zeros = plgpu.layout_cast(jnp.zeros((ROWS, D), jnp.float32), plgpu.Layout.WGMMA)
+        carry = (zeros, *no_keys())
         border = jnp.clip(whole, low, high)
-        carry = lax.fori_loop(low, border, lambda j, c: step(j, c, masked=False), carry)
-        acc, m, total = lax.fori_loop(border, high, lambda j, c: step(j, c, masked=True), carry)
+        carry = lax.fori_loop(low, border, functools.partial(step, masked=False), carry)
+        acc, m, total = lax.fori_loop(border, high, functools.partial(step, masked=True), carry)
 
         share = 1 / jnp.where(total > 0, total, 1.0)  # a part without keys is zero, not 0 / 0
-        out_smem[...] = acc * lax.broadcast_in_dim(share, acc.shape, (0,))
+        out_smem[...] = rescale(acc, share)
         log_smem[...] = m + jnp.log2(total)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(out_smem, part_ref.at[b, head, split, pl.ds(0, ROWS)])
         plgpu.copy_smem_to_gmem(log_smem, log_ref.at[b, head, split])
         plgpu.wait_smem_to_gmem(0)
-
-    swizzle = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-
-    def smem(*shape):
-        return plgpu.SMEM(shape, q.dtype, transforms=swizzle)
 
     ring = plgpu.Barrier(num_barriers=tiles.stages)
     return plgpu.kernel(
@@ -177,13 +148,13 @@ def decode_parts(
             jax.ShapeDtypeStruct((B, kv_heads, splits, ROWS), jnp.float32),
         ),
         scratch_types=(
-            smem(ROWS, D),
+            swizzled(q.dtype, ROWS, D),
             plgpu.RefUnion(
-                (smem(tiles.stages, tiles.keys, D), smem(tiles.stages, tiles.keys, D)),
+                (swizzled(q.dtype, tiles.stages, tiles.keys, D),) * 2,
                 plgpu.SMEM((ROWS, D), jnp.float32),  # written when all tiles are used
             ),
             plgpu.SMEM((ROWS,), jnp.float32),
-            None if interpret is None else smem(ROWS, tiles.keys),
+            None if interpret is None else swizzled(q.dtype, ROWS, tiles.keys),
             (plgpu.Barrier(), ring, ring),
         ),
         grid=(splits, kv_heads, B),

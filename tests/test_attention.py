@@ -104,9 +104,9 @@ def error(out: jax.Array, arguments: list[jax.Array]) -> float:
 @pytest.mark.parametrize(("kind", "name"), SMALL)
 def test_interpreted(kind: str, name: str) -> None:
     case, kernel = find(kind, name)
-    # Few blocks and two stages: every block takes several items and every slot of the ring is used again.
+    # Small tiles and two stages: every slot of a ring is used again.
     tiles = (
-        flash_attention.Tiles(keys=64, stages=2, heads=2, blocks=2)
+        flash_attention.Tiles(keys=64, stages=2)
         if kind == "prefill"
         else flash_decode.Tiles(keys=64, stages=2, blocks=6)
     )

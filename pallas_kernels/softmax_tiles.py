@@ -1,0 +1,107 @@
+"""Pieces of the attention kernels: a ring of tiles in shared memory, and softmax over scores that come tile by tile."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+ROWS = 64  # query rows of one warpgroup: a wgmma tile
+LOWEST = -1e30  # a maximum of nothing: finite, so that differences of maxima are numbers
+
+Ref = Any  # of pallas, which has no public type for it
+
+
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """Tiles on their way from the warpgroup that loads to those that compute."""
+
+    smem: Ref
+    full: Ref
+    free: Ref
+    stages: int
+
+    def slot(self, j: jax.Array | int) -> jax.Array | int:
+        """Where tile j lies."""
+        return lax.rem(j, self.stages)
+
+    def tile(self, j: jax.Array | int) -> Ref:
+        """Tile j, once it is there."""
+        return self.smem.at[self.slot(j)]
+
+    def fetch(self, j: jax.Array, source: Ref) -> None:
+        """Start to load tile j where it will not hurt a tile in use."""
+
+        @pl.when(j >= self.stages)
+        def _() -> None:
+            plgpu.barrier_wait(self.free.at[self.slot(j)])
+
+        plgpu.copy_gmem_to_smem(source, self.tile(j), self.full.at[self.slot(j)])
+
+    def wait(self, j: jax.Array | int) -> None:
+        """Wait for tile j."""
+        plgpu.barrier_wait(self.full.at[self.slot(j)])
+
+    def release(self, j: jax.Array | int) -> None:
+        """Say that this warpgroup is done with tile j."""
+        plgpu.barrier_arrive(self.free.at[self.slot(j)])
+
+    def drain(self, count: jax.Array) -> None:
+        """Wait until the last of ``count`` tiles are released: whoever waits on a barrier sees all its phases."""
+
+        @pl.loop(jnp.maximum(count - self.stages, 0), count)
+        def _(j: jax.Array) -> None:
+            plgpu.barrier_wait(self.free.at[self.slot(j)])
+
+
+def no_keys() -> tuple[jax.Array, jax.Array]:
+    """The statistics of a softmax over nothing, for each row: maximum (times scale) and sum."""
+    row = plgpu.Layout.WGMMA.reduce(1)
+    return tuple(plgpu.layout_cast(jnp.full((ROWS,), x, jnp.float32), row) for x in (LOWEST, 0.0))
+
+
+def hide(s: jax.Array, last: jax.Array) -> jax.Array:
+    """Take the keys behind ``last`` out of the scores."""
+    key = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=plgpu.Layout.WGMMA)
+    return jnp.where(key <= last, s, -jnp.inf)
+
+
+def soften(s: jax.Array, m: jax.Array, total: jax.Array, scale: float) -> tuple[jax.Array, ...]:
+    """Weights of a tile of scores, the factor for what was summed before, and the statistics brought up to date."""
+    m_new = jnp.maximum(m, s.max(axis=1) * scale)
+    alpha = jnp.exp2(m - m_new)
+    p = jnp.exp2(s * scale - lax.broadcast_in_dim(m_new, s.shape, (0,)))
+    return p, alpha, m_new, total * alpha + p.sum(axis=1)
+
+
+def rescale(acc: jax.Array, factor: jax.Array) -> jax.Array:
+    """Each row of ``acc`` times its factor."""
+    return acc * lax.broadcast_in_dim(factor, acc.shape, (0,))
+
+
+def weigh(acc: jax.Array, p: jax.Array, values: Ref, p_smem: Ref | None) -> jax.Array:
+    """acc + p @ values. The interpreter has no wgmma with A in registers: there the weights go through ``p_smem``."""
+    if p_smem is None:
+        return pl.run_state(lambda ref: plgpu.wgmma(ref, p, values))(plgpu.ACC.init(acc))
+    p_smem[...] = p
+    plgpu.commit_smem()
+
+    def product(ref):
+        plgpu.wgmma(ref, p_smem, values)
+        return ref[...]
+
+    return acc + pl.run_scoped(product, plgpu.ACC(acc.shape, jnp.float32))
+
+
+def swizzled(dtype: jnp.dtype, *shape: int) -> Any:
+    """Shared memory as wgmma reads it."""
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+
+
+def pad_rows(x: jax.Array, axis: int) -> jax.Array:
+    """Zeros behind ``axis`` up to the 8 rows of a shared memory tile; a copy only for a length that needs them."""
+    missing = -x.shape[axis] % 8
+    return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)]) if missing else x
