@@ -34,6 +34,10 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--runs", type=int, default=5, help="measured runs of each (default: 5)")
     p.add_argument("--time-limit", type=float, default=90, help="seconds for any one step of a peer (default: 90)")
+    p.add_argument("--budget", type=float, default=None, metavar="S", help="skip what is left after so many seconds")
+    p.add_argument(
+        "--wait-quiet", type=float, default=0, metavar="S", help="wait up to so long for idle CPUs, each run"
+    )
     p.add_argument("--order", choices=("turns", "one-by-one"), default=None, help="default: turns on a CPU")
     p.add_argument("--cache-dir", default=None, help="where random weights are kept (default: the user's cache folder)")
     p.add_argument("--results", default=None, metavar="DIR", help="where records are appended (default: bench/results)")

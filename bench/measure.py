@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,30 @@ def spread(samples: Sequence[float]) -> float:
     low, _, high = statistics.quantiles(samples, n=4, method="inclusive")
     middle = statistics.median(samples)
     return (high - low) / 2 / middle if middle else 0.0
+
+
+def wait_quiet(seconds: float, wanted: float = 0.9) -> float | None:
+    """Wait until the CPUs are idle, or ``seconds`` have passed: on a shared machine, a run that begins while others
+    compute measures them. Returns the idle share seen last; None where it was not asked for or cannot be read."""
+    until, idle = time.monotonic() + seconds, None
+    while seconds and (before := _cpu_times()) is not None and time.monotonic() < until:
+        time.sleep(0.4)
+        after = _cpu_times() or before
+        total = after[1] - before[1]
+        idle = round((after[0] - before[0]) / total, 3) if total else 0.0
+        if idle >= wanted:
+            break
+    return idle
+
+
+def _cpu_times() -> tuple[int, int] | None:
+    """Ticks of all CPUs: idle, and altogether."""
+    try:
+        first = Path("/proc/stat").read_text().split("\n", 1)[0].split()
+    except OSError:
+        return None
+    ticks = [int(n) for n in first[1:9]]
+    return ticks[3] + ticks[4], sum(ticks)
 
 
 def sets_needed(bytes_each: int, cache_bytes: int, limit_bytes: int) -> int:

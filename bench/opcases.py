@@ -4,6 +4,7 @@ A case has ``op``, ``name``, ``dtype``, ``seed`` and its sizes; `arrays` makes i
 peer in another interpreter computes on the same numbers.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -58,17 +59,21 @@ def shapes(case: Case) -> dict[str, tuple[int, ...]]:
 
 def arrays(case: Case, *, variant: int = 0) -> dict[str, np.ndarray]:
     """Random float32 inputs; ``variant`` makes another set of the same kind."""
-    draw = np.random.default_rng(case["seed"] + 1000 * variant)
-    made = {}
-    for name, shape in shapes(case).items():
-        made[name] = draw.standard_normal(shape, np.float32)
-        if name.endswith("norm"):
-            made[name] = 1 + 0.1 * made[name]
-        elif name.startswith("w"):
-            made[name] *= shape[-1] ** -0.5
-        elif name == "v":
-            # Values with a mean of their own: attention's output has the size of its input, and can be its next query.
-            made[name] += draw.standard_normal((*shape[:-2], 1, shape[-1]), np.float32)
+    seed = case["seed"] + 1000 * variant
+    return {name: _array(name, shape, seed) for name, shape in shapes(case).items()}
+
+
+@functools.lru_cache(maxsize=8)  # cases that differ in rows alone share their weights, which take seconds to draw
+def _array(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
+    draw = np.random.default_rng([seed, *name.encode()])
+    made = draw.standard_normal(shape, np.float32)
+    if name.endswith("norm"):
+        return 1 + np.float32(0.1) * made
+    if name.startswith("w"):
+        made *= shape[-1] ** -0.5
+    elif name == "v":
+        # Values with a mean of their own: attention's output has the size of its input, and can be its next query.
+        made += draw.standard_normal((*shape[:-2], 1, shape[-1]), np.float32)
     return made
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from bench import opcases, peers
 from bench.measure import stats_dict
 from bench.opcases import Case
-from bench.process import PeerFailed, PeerUnsupported, Worker, find_python
+from bench.process import Budget, PeerFailed, PeerUnsupported, Worker, find_python
 from bench.record import RESULTS, Record, Run, append, start_run
 from bench.roofline import floor_s, of_dict
 from bench.rows import align
@@ -22,6 +22,7 @@ Rows = list[tuple[Case, dict[str, Any]]]
 
 def run(settings: argparse.Namespace) -> int:
     """Every operation in every dtype; 1 where one of our own backends failed."""
+    settings.clock = Budget(settings.budget)
     with Worker("op_ours") as reference, tempfile.TemporaryDirectory(prefix="bench-ops-") as folder:
         reference.ask("open", 120, job={"backend": "xla"})
         hello = reference.ask("hello", 120, args={})
@@ -118,6 +119,7 @@ def _serve(
         try:
             if number not in expected:
                 raise PeerUnsupported("the reference does not fit")
+            settings.clock.check()
             if worker is None or worker.dead is not None:
                 worker = Worker(name, python)
                 versions = worker.ask("open", 120, job=job)["versions"]

@@ -23,6 +23,18 @@ class PeerUnsupported(PeerFailed):
     """The peer cannot do this at all; nothing went wrong."""
 
 
+class Budget:
+    """The seconds that a whole run may take. `check` raises once they are spent: what is left is skipped, by name."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self.seconds, self._begin = seconds, time.monotonic()
+
+    def check(self) -> None:
+        """Raise `PeerUnsupported` where there is no time left."""
+        if self.seconds is not None and time.monotonic() - self._begin > self.seconds:
+            raise PeerUnsupported(f"not run: the budget of {self.seconds:g} s was spent")
+
+
 class Worker:
     """A running peer. After a crash or a hang it is gone; ask again and it says so."""
 

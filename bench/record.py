@@ -134,8 +134,8 @@ def _commit() -> tuple[str, bool]:
     """The checked-out commit, and whether code differs from it (results and docs do not count: a run writes them)."""
     # A copy of the tree without its history says where it is from through the environment.
     if "JLLAMA_COMMIT" in os.environ:
-        name, _, dirty = os.environ["JLLAMA_COMMIT"].partition("+")
-        return name, bool(dirty)
+        name = os.environ["JLLAMA_COMMIT"]
+        return name.removesuffix("+"), name.endswith("+")
     try:
         commit = _git("rev-parse", "--short=10", "HEAD").strip()
         changed = _git(

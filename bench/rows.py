@@ -33,6 +33,8 @@ def records_of(
             out.append(run.record(**base, **nothing) | {"versions": versions})
             continue
         more = {"versions": versions, "agreement": outcome["check"].get("agreement"), "backend_per_op": choices}
+        if any(r.get("idle") is not None for r in outcome["runs"]):
+            more["idle_before"] = [r["idle"] for r in outcome["runs"]]  # of all CPUs, just before each run
         made = _figures(load, outcome, floor, first=load is loads[0], entry=entry)
         for case, metric, samples, limit in made:
             stats = stats_dict(samples)

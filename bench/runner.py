@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from bench import peers
-from bench.process import PeerFailed, PeerUnsupported, Worker, find_python
+from bench.measure import wait_quiet
+from bench.process import Budget, PeerFailed, PeerUnsupported, Worker, find_python
 from bench.record import RESULTS, ROOT, Record, Run, append, start_run
 from bench.reference import Reference
 from bench.rows import records_of, table
@@ -55,6 +56,7 @@ def list_peers(settings: argparse.Namespace) -> int:
 
 def run(settings: argparse.Namespace) -> int:
     """Every model in every dtype; 1 where one of our own backends failed."""
+    settings.clock = Budget(settings.budget)
     with Reference() as reference:
         platform: str = reference.hello["platform"]
         say(f"device: {reference.hello['device']}")
@@ -174,6 +176,7 @@ def _run_group(
 
 def _open(settings: argparse.Namespace, entry: Entry, job: dict[str, Any]) -> None:
     assert entry.python is not None
+    settings.clock.check()
     say(f"  {entry.impl}: opening")
     entry.worker = Worker(entry.peer, entry.python)
     entry.worker.ask("available", settings.time_limit)  # imports nothing heavy: what follows is the peer's own start
@@ -182,11 +185,13 @@ def _open(settings: argparse.Namespace, entry: Entry, job: dict[str, Any]) -> No
 
 def _generate(settings: argparse.Namespace, entry: Entry, load: Workload, rows: list[list[int]]) -> dict[str, Any]:
     assert entry.worker is not None
+    settings.clock.check()
     return entry.worker.ask("generate", settings.time_limit, prompts=rows, new_tokens=load.new_tokens)
 
 
 def _timed(settings: argparse.Namespace, entry: Entry, load: Workload, rows: list[list[int]]) -> None:
-    entry.outcomes[load]["runs"].append(_generate(settings, entry, load, rows))
+    idle = wait_quiet(settings.wait_quiet)
+    entry.outcomes[load]["runs"].append(_generate(settings, entry, load, rows) | {"idle": idle})
 
 
 def _warm_up(
@@ -217,7 +222,7 @@ def _guard(entry: Entry, load: Workload | None, do: Any) -> None:
         say(f"  {entry.impl}: {error}")
         unsupported = isinstance(error, PeerUnsupported)
         gone = entry.worker is None or entry.worker.dead is not None
-        if load is not None:
+        if load is not None and not (unsupported and entry.outcomes.get(load, {}).get("runs")):
             entry.outcomes[load] = {"why": str(error), "failed": not unsupported}
         if load is None or gone:
             entry.why, entry.failed = str(error), not unsupported

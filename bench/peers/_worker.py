@@ -8,6 +8,7 @@ import gc
 import json
 import os
 import sys
+import threading
 import time
 from typing import Any
 
@@ -19,6 +20,7 @@ def main() -> None:
     """Serve requests until stdin ends."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     state: dict[str, Any] = {}
     for line in sys.stdin:
         try:
@@ -31,6 +33,13 @@ def main() -> None:
             reply = {"error": describe(error)}
         replies.write(json.dumps(reply) + "\n")
         replies.flush()
+
+
+def _end_with(parent: int) -> None:
+    """A parent that is killed cannot end its peers, and one in the middle of a request would not notice."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def describe(error: Exception) -> str:

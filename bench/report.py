@@ -1,0 +1,88 @@
+"""``python -m bench.report``: Markdown tables from the records, put between markers; and regressions between commits.
+
+A file says ``<!-- bench:NAME -->`` and ``<!-- /bench -->``; what stands between the two is replaced by the table of
+that name. No number is typed by hand.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench.record import RESULTS, ROOT, Record, read
+from jllama.errors import InputError, reported
+
+MARKER = re.compile(
+    r"(?P<open><!-- bench:(?P<name>[a-z0-9-]+) -->\n)(?P<body>.*?)(?P<close><!-- /bench -->)", re.DOTALL
+)
+FILES = ("README.md", "docs/benchmarks.md")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser("python -m bench.report", description=(__doc__ or "").split("\n")[0])
+    p.add_argument("files", nargs="*", help=f"Markdown files with markers (default: {' '.join(FILES)})")
+    p.add_argument("--results", default=str(RESULTS), metavar="DIR", help="where the records are")
+    p.add_argument("--against", metavar="COMMIT", help="flag what is over 3%% slower than at COMMIT, beyond the noise")
+    p.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a file is out of date")
+    p.add_argument("--list", action="store_true", help="print the names of the tables, and leave")
+    return p
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line."""
+    with reported("bench.report"):
+        args = parser().parse_args(argv)
+        if args.list:
+            from bench.tables import TABLES
+
+            print("\n".join(TABLES))
+            return
+        try:
+            records = list(read(Path(args.results)))
+        except ValueError as error:
+            raise InputError(str(error)) from None
+        if args.against:
+            from bench.regressions import against
+
+            lines, worse = against(records, args.against)
+            print("\n".join(lines))
+            sys.exit(int(worse))
+        stale = [path for path in _files(args.files) if _update(path, records, write=not args.check)]
+        for path in stale:
+            print(f"{path}: {'out of date' if args.check else 'updated'}")
+        sys.exit(int(args.check and bool(stale)))
+
+
+def _files(given: Sequence[str]) -> list[Path]:
+    paths = [Path(f) for f in given] or [p for f in FILES if (p := ROOT / f).exists()]
+    if missing := [p for p in paths if not p.is_file()]:
+        raise InputError(f"{missing[0]}: no such file")
+    return paths
+
+
+def _update(path: Path, records: Sequence[Record], *, write: bool) -> bool:
+    """Whether ``path`` differs from what the records say; it is made to agree where ``write``."""
+    text = path.read_text()
+    new = fill(text, records, str(path))
+    if new != text and write:
+        path.write_text(new)
+    return new != text
+
+
+def fill(text: str, records: Sequence[Record], where: str = "text") -> str:
+    """``text`` with what stands between markers replaced by tables."""
+    from bench.tables import TABLES
+
+    def table(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name not in TABLES:
+            raise InputError(f"{where}: bench:{name}: expected one of {', '.join(TABLES)}")
+        return f"{match['open']}{TABLES[name](records)}\n{match['close']}"
+
+    return MARKER.sub(table, text)
+
+
+if __name__ == "__main__":
+    main()

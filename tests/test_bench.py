@@ -1,0 +1,410 @@
+"""The benchmarks' own machinery, small enough for a CPU. Nothing here asserts how long anything takes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bench import compare, measure, opcases, ops, peers, record, regressions, report, roofline, workloads
+from bench.peers._llama2c_text import FIRST, from_text, to_text, write_tokenizer
+from bench.process import PeerFailed, PeerUnsupported, Worker, find_python
+from bench.tables import TABLES
+
+ROOT = Path(__file__).parents[1]
+
+# Peers that go wrong, each in its way. `PEER` is all that a peer's file must have.
+FAKES = {
+    "crash": "def generate(self, prompts, n): import os; print('about to die', file=sys.stderr); os.abort()",
+    "hang": "def generate(self, prompts, n): import time; time.sleep(600)",
+    "memory": "def generate(self, prompts, n): raise MemoryError('cannot hold it')",
+    "refuse": "def generate(self, prompts, n): raise NotSupported('not on a Tuesday')",
+    "wrong": "def generate(self, prompts, n): return Output([[5 + i % 7 for i in range(n)]], 0.1, 0.1)",
+}
+FAKE = """
+import sys
+from bench.peers import NotSupported, Output, Peer
+class Fake:
+    {method}
+    def peak_bytes(self): return 1
+PEER = Peer("fake-{name}", "model", lambda: None, lambda job: Fake())
+"""
+
+
+@pytest.fixture
+def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "path" / "fakes"
+    folder.mkdir(parents=True)
+    for name, method in FAKES.items():
+        (folder / f"{name}.py").write_text(FAKE.format(name=name, method=method))
+    monkeypatch.setenv("PYTHONPATH", str(folder.parent))
+    monkeypatch.syspath_prepend(str(folder.parent))
+
+
+def a_record(**changes: object) -> record.Record:
+    base = dict(suite="compare", case="decode", impl="xla", model="7b", dtype="bf16", batch=1, seq=8, context=16)
+    base |= dict(metric="tokens_per_s", value=100.0, samples=[99.0, 100.0, 101.0, 100.0], floor=300.0)
+    base |= dict(device="NVIDIA H200", versions={"jax": "0"}, commit="aaaa111", dirty=False, when="2026-01-01T00:00:00")
+    base |= dict(run="r1", ceilings={"copy": 4e12, "read": 4e12, "matrix": 7e14}, load_average=[0.5], agreement=1.0)
+    return base | changes
+
+
+# Records
+
+
+def test_a_record_must_have_every_key_of_its_type() -> None:
+    record.check(a_record())
+    for key in record.KEYS:
+        broken = a_record()
+        del broken[key]
+        with pytest.raises(ValueError, match=key):
+            record.check(broken)
+    for change in ({"suite": "speed"}, {"metric": "mph"}, {"batch": True}, {"value": "fast"}, {"samples": None}):
+        with pytest.raises(ValueError, match=next(iter(change))):
+            record.check(a_record(**change))
+
+
+def test_a_record_without_a_value_says_why() -> None:
+    with pytest.raises(ValueError, match="why"):
+        record.check(a_record(value=None))
+    record.check(a_record(value=None, samples=[], why="out of memory"))
+
+
+def test_records_are_appended(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    record.append(path, [a_record(run="one")])
+    record.append(path, [a_record(run="two")])
+    assert [r["run"] for r in record.read(tmp_path)] == ["one", "two"]
+    path.write_text(path.read_text() + "{}\n")
+    with pytest.raises(ValueError, match=r"r\.jsonl:3"):
+        list(record.read(tmp_path))
+
+
+def test_the_committed_records_are_valid() -> None:
+    for found in record.read(record.RESULTS):
+        assert found["value"] is None or found["value"] > 0
+
+
+def test_a_run_knows_its_commit_and_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = record.start_run("some device", {"jax": "1"}, {})
+    assert run.commit
+    assert run.versions["python"]
+    monkeypatch.setenv("JLLAMA_COMMIT", "abc123+")
+    run = record.start_run("some device", {}, {})
+    assert (run.commit, run.dirty) == ("abc123", True)
+
+
+# Measuring
+
+
+def test_statistics_of_samples() -> None:
+    stats = measure.summarise([float(i) for i in range(1, 101)])
+    assert (stats.n, stats.min, stats.max, stats.mean, stats.p50) == (100, 1, 100, 50.5, 50.5)
+    assert stats.p95 == pytest.approx(95.05)
+    assert stats.p99 == pytest.approx(99.01)
+    assert stats.std == pytest.approx(np.arange(1, 101).std(ddof=1))
+    for bad in ([], [0.0], [1.0, float("nan")]):
+        with pytest.raises(ValueError, match="samples"):
+            measure.summarise(bad)
+
+
+def test_inputs_rotate_past_the_cache_within_the_limit() -> None:
+    assert measure.sets_needed(10, 100, 10_000) == measure.MAX_SETS
+    assert measure.sets_needed(100, 100, 10_000) == 3
+    assert measure.sets_needed(100, 100, 150) == 1
+    assert measure.sets_needed(1000, 100, 10_000) == 1
+
+
+@pytest.mark.parametrize("short", [True, False])
+def test_every_operation_of_a_timed_call_runs(short: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    import jax
+    import jax.numpy as jnp
+
+    monkeypatch.setattr(measure, "SHORT_S", 1e9 if short else 0.0)
+    monkeypatch.setattr(measure, "MAX_LOOP", 3)
+    ran = []
+
+    def op(x: jax.Array, w: jax.Array) -> jax.Array:
+        jax.debug.callback(lambda: ran.append(1))
+        return x * w
+
+    sets = [(jnp.full(4, 2.0), jnp.full(4, 1.0 + i)) for i in range(2)]
+    samples, how = measure.time_jax_op(op, sets, lambda x, out: out, warmup=1, iterations=4)
+    jax.effects_barrier()
+    assert len(samples) == 4
+    assert all(s > 0 for s in samples)
+    assert how["chained"] is short
+    assert len(ran) == 5 * len(sets) + 5 * how["ops_per_call"]  # the rough timing, then warm-up and iterations
+
+
+# Floors
+
+
+def test_the_floor_of_a_7b_step() -> None:
+    from jllama.config import preset
+
+    dims = roofline.dims(preset("7b"))
+    assert dims["matrix_params"] == preset("7b").n_params - 32000 * 4096 - (2 * 32 + 1) * 4096
+    ceilings = roofline.Ceilings(copy=4.13e12, read=4.0e12, matrix=750e12, launch=1e-5, kernel=1e-6)
+    assert 1 / roofline.floor_s(roofline.decode_work(dims, "bf16", 1, 128), ceilings) == pytest.approx(312, rel=0.02)
+    assert 1 / roofline.floor_s(roofline.decode_work(dims, "int4", 1, 128), ceilings) == pytest.approx(1180, rel=0.05)
+    prefill = roofline.prefill_work(dims, "bf16", 1, 2048)
+    assert prefill.intensity > ceilings.matrix / ceilings.bandwidth  # bound by arithmetic
+    assert roofline.floor_s(prefill, ceilings) == prefill.flops / ceilings.matrix
+
+
+def test_the_work_of_operations() -> None:
+    sizes = dict(heads=32, kv_heads=32, head_dim=128, dim=4096, hidden=11008, matmuls={"o": dict(out=4096, inner=4096)})
+    cases = {op: opcases.cases(op, "7b", sizes, "bf16", [1], [1024])[0] for op in opcases.OPS}
+    assert opcases.work(cases["matmul"]) == roofline.Work(2.0 * (2 * 1024 * 4096 + 4096 * 4096), 2.0 * 1024 * 4096**2)
+    assert opcases.work(cases["ffn"]).flops == 2 * 3 * 1024 * 4096 * 11008
+    assert opcases.work(cases["attention"]).flops == 4 * 32 * 128 * 1024 * 1025 / 2
+    assert opcases.work(cases["decode-attention"]).bytes == 2 * 32 * 128 * (2 * 1024 + 2)
+    assert opcases.unfused_bytes(cases["attention"]) == 4 * 32 * 1024 * 1024
+    assert opcases.unfused_bytes(cases["ffn"]) == 2 * 2 * 1024 * 11008
+    layer = opcases.work(cases["layer"]).flops
+    assert layer == opcases.work(cases["ffn"]).flops + opcases.work(cases["attention"]).flops + 2 * 1024 * 4 * 4096**2
+
+
+def test_inputs_are_random_and_repeatable() -> None:
+    sizes = dict(heads=2, kv_heads=1, head_dim=8, dim=16, hidden=24, matmuls={})
+    for op in ("layer", "attention"):
+        case = opcases.cases(op, "tiny", sizes, "f32", [1], [4])[0]
+        first, again, other = (opcases.arrays(case, variant=v) for v in (0, 0, 1))
+        for name, array in first.items():
+            assert array.std() > 0
+            np.testing.assert_array_equal(array, again[name])
+            assert not np.array_equal(array, other[name])
+
+
+def test_prompts_are_the_same_for_all() -> None:
+    load = workloads.Workload("decode", 2, 9, 4)
+    rows = workloads.prompts(load, 100, 1, None)
+    assert rows == workloads.prompts(load, 100, 1, None)
+    assert [len(r) for r in rows] == [9, 9]
+    assert rows[0] != rows[1]
+    assert all(r[0] == 1 and min(r[1:]) >= 3 and max(r) < 100 for r in rows)
+    assert workloads.prompts(load, 100, 1, [1, 7, 8])[0] == [1, 7, 8, 7, 8, 7, 8, 7, 8]
+
+
+# Peers
+
+
+def test_every_peer_imports_without_its_library() -> None:
+    code = (
+        "import sys; from bench import peers; names = peers.discover('model') + peers.discover('ops');"
+        "assert len(names) > 10, names; heavy = {'torch', 'jax', 'transformers', 'vllm'} & set(sys.modules);"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_a_missing_peer_says_how_to_install_it() -> None:
+    for kind in ("model", "ops"):
+        for name in peers.discover(kind):
+            why = peers.load(name).available()
+            assert why is None or any(word in why for word in ("install", "PATH", "reads")), (name, why)
+
+
+@pytest.mark.parametrize(
+    ("name", "limit_s", "error", "says"),
+    [
+        ("crash", 60, PeerFailed, "SIGABRT: .*about to die|SIGABRT"),
+        ("hang", 1, PeerFailed, "no answer within 1 s"),
+        ("memory", 60, PeerFailed, "out of memory: cannot hold it"),
+        ("refuse", 60, PeerUnsupported, "not on a Tuesday"),
+    ],
+)
+def test_what_goes_wrong_in_a_peer_stays_there(
+    fakes: None, name: str, limit_s: float, error: type[Exception], says: str
+) -> None:
+    with Worker(f"fakes.{name}") as worker:
+        worker.ask("open", 60, job={})
+        with pytest.raises(error, match=says):
+            worker.ask("generate", limit_s, prompts=[[1]], new_tokens=2)
+        gone = name in ("crash", "hang")
+        assert (worker.dead is not None) == gone
+        if gone:
+            with pytest.raises(PeerFailed):
+                worker.ask("generate", 60, prompts=[[1]], new_tokens=2)
+
+
+def test_a_python_that_is_none_is_a_reason(tmp_path: Path) -> None:
+    fake = tmp_path / "python"
+    fake.write_text("#!/bin/sh\necho broken >&2\nexit 3\n")
+    fake.chmod(0o755)
+    python, why = find_python("hf_eager", {"hf": str(fake)})
+    assert python is None
+    assert why is not None
+    assert "exited with 3: broken" in why
+
+
+def test_ids_through_llama2c_text(tmp_path: Path) -> None:
+    prompt = [1, 9, 4, 9, 5]
+    assert to_text(prompt, 9) == f"{chr(FIRST + 4)} {chr(FIRST + 5)}"
+    printed = to_text([1, 9, *prompt[2:], 7, 9], 9) + "\n"  # `run` swallows the space after the first id
+    assert from_text(printed, 9, first_is_space=True) == [9, 4, 9, 5, 7, 9]
+    write_tokenizer(tmp_path / "t.bin", 12, 9)
+    assert (tmp_path / "t.bin").stat().st_size == 4 + 12 * 8 + 11 * 4 + 1
+
+
+# The command lines
+
+
+@pytest.mark.parametrize("module", ["compare", "ops", "report"])
+def test_help_imports_nothing_heavy(module: str) -> None:
+    code = (
+        f"import sys\nfrom bench import {module}\n"
+        f"try:\n    {module}.main(['--help'])\nexcept SystemExit as end:\n    assert not end.code\n"
+        "assert not {'jax', 'numpy', 'matplotlib'} & set(sys.modules), 'heavy'"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    ("main", "argv", "says"),
+    [
+        (compare.main, ["--dtype", "f8"], "--dtype: expected any of"),
+        (compare.main, ["--batch", "0"], "--batch: expected whole numbers above 0"),
+        (compare.main, ["--runs", "0"], "--runs: expected at least 1"),
+        (compare.main, ["--peer-python", "hf"], "--peer-python: expected PEER=PATH"),
+        (ops.main, ["--op", "conv"], "--op: expected any of"),
+        (report.main, ["missing.md"], "missing.md: no such file"),
+    ],
+)
+def test_bad_arguments_are_one_line(main: object, argv: list[str], says: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(argv)  # type: ignore[operator]
+    assert end.value.code == 2
+    err = capsys.readouterr().err
+    assert says in err
+    assert err.count("\n") == 1
+
+
+def test_compare_survives_its_peers(fakes: None, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    argv = [
+        "--preset",
+        "stories260k",
+        "--new-tokens",
+        "5",
+        "--runs",
+        "2",
+        "--peers",
+        "fakes.crash,fakes.wrong,fakes.refuse",
+    ]
+    argv += ["--cache-dir", str(tmp_path), "--results", str(tmp_path / "out"), "--prefill", "16", "--time-limit", "60"]
+    with pytest.raises(SystemExit) as end:
+        compare.main(argv)
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
+    rows = list(record.read(tmp_path / "out"))
+    ours = {r["case"]: r for r in rows if r["impl"] == "xla"}
+    assert {"decode", "prefill", "ttft-cold", "ttft-warm", "compile", "load", "memory"} <= set(ours)
+    assert ours["decode"]["value"] > 0
+    assert ours["decode"]["floor"] > 0
+    assert ours["decode"]["agreement"] == 1
+    assert len(ours["decode"]["samples"]) == 2
+    assert len({r["run"] for r in rows}) == 1
+    whys = {r["impl"]: (r["why"], r["failed"]) for r in rows if r["value"] is None and r["case"] == "decode"}
+    assert "SIGABRT" in whys["fake-crash"][0]
+    assert "its tokens differ" in whys["fake-wrong"][0]
+    assert whys["fake-refuse"] == ("not on a Tuesday", False)
+    for impl in ("xla", *whys):
+        assert impl in shown
+    assert (tmp_path / "out" / "plots" / "decode-stories260k-f32-cpu.png").stat().st_size > 5000
+    assert (tmp_path / "out" / "plots" / "roofline-stories260k-f32-cpu.svg").exists()
+
+
+def test_ops_check_and_time_and_place_on_the_roofline(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    argv = ["--model", "stories260k", "--seq", "16", "--warmup", "1", "--iterations", "3", "--peers", "none"]
+    with pytest.raises(SystemExit) as end:
+        ops.main([*argv, "--results", str(tmp_path)])
+    assert end.value.code == 0
+    rows = list(record.read(tmp_path))
+    done = {r["case"]: r for r in rows if r["value"] is not None}
+    assert {"attention-prefill", "decode-attention", "ffn", "layer", "matmul-qkv"} <= set(done)
+    for r in done.values():
+        assert r["impl"] == "xla"
+        assert r["error_vs_reference"] < r["tolerance"]
+        assert {"mean", "std", "min", "max", "p50", "p95", "p99"} <= set(r["stats"])
+        assert r["speedup"] == {"xla": 1.0}
+    assert all("Hopper" in r["why"] or "kernel" in r["why"] for r in rows if r["impl"] == "pallas")
+    assert not any(r.get("failed") for r in rows)
+    assert "memory_reduction" in done["attention-prefill"]
+    assert "ffn" in capsys.readouterr().out
+    assert (tmp_path / "plots" / "roofline-ops-f32-cpu.png").exists()
+
+
+# Reports
+
+
+def test_markers_are_filled_and_filled_again() -> None:
+    text = "before\n<!-- bench:decode-gpu -->\nold\n<!-- /bench -->\nafter\n"
+    rows = [
+        a_record(),
+        a_record(impl="hf-eager", value=50.0, samples=[50.0]),
+        a_record(impl="pallas", run="r0", when="2025"),
+    ]
+    filled = report.fill(text, rows)
+    assert "old" not in filled
+    assert filled.startswith("before\n<!-- bench:decode-gpu -->\n|")
+    assert filled.endswith("<!-- /bench -->\nafter\n")
+    assert "| **jllama, XLA** | 100 |" in filled
+    assert "`aaaa111`" in filled
+    assert "Pallas" not in filled  # of an older run: not side by side with the rest
+    assert report.fill(filled, rows) == filled
+    with pytest.raises(ValueError, match="bench:speed: expected one of"):
+        report.fill(text.replace("decode-gpu", "speed"), rows)
+
+
+@pytest.mark.parametrize("name", sorted(TABLES))
+def test_every_table_can_be_made_of_nothing_and_of_what_is_recorded(name: str) -> None:
+    assert TABLES[name]([])
+    assert TABLES[name](list(record.read(record.RESULTS)))
+
+
+def test_report_writes_files_and_checks_them(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    record.append(tmp_path / "r.jsonl", [a_record()])
+    page = tmp_path / "page.md"
+    page.write_text("<!-- bench:decode-gpu -->\n<!-- /bench -->\n")
+    argv = [str(page), "--results", str(tmp_path)]
+    for extra, code in ((["--check"], 1), ([], 0), (["--check"], 0)):
+        with pytest.raises(SystemExit) as end:
+            report.main([*argv, *extra])
+        assert end.value.code == code
+    assert "jllama, XLA" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("value", "samples", "verdict"),
+    [
+        (90.0, [90.0, 89.5, 90.5, 90.0], "REGRESSION"),
+        (98.0, [98.0, 97.8, 98.2, 98.0], None),  # within 3 %
+        (90.0, [60.0, 75.0, 105.0, 120.0], None),  # within the noise
+        (120.0, [120.0, 119.0, 121.0, 120.0], "better"),
+    ],
+)
+def test_regressions_beyond_the_noise(value: float, samples: list[float], verdict: str | None) -> None:
+    new = a_record(value=value, samples=samples, commit="bbbb222", when="2026-02-01T00:00:00")
+    peer = a_record(impl="hf-eager", value=1.0, samples=[1.0, 1.0, 1.0], commit="bbbb222", when="2026-02-01T00:00:00")
+    lines, worse = regressions.against([a_record(), new, a_record(impl="hf-eager"), peer], "aaaa")
+    assert worse == (verdict == "REGRESSION")
+    assert [line.split(":")[0] for line in lines[:-1]] == ([verdict] if verdict else [])
+    assert lines[-1].startswith("1 figures compared")
+
+
+def test_regressions_in_times_and_of_unknown_commits() -> None:
+    old = a_record(metric="ms", value=1.0, samples=[1.0, 1.0, 1.0])
+    new = a_record(metric="ms", value=2.0, samples=[2.0, 2.0, 2.0], commit="bbbb222", when="2026-02-01T00:00:00")
+    assert regressions.against([old, new], "aaaa111")[1]
+    assert not regressions.against([new, old], "bbbb222")[1]  # the other way round it is an improvement
+    assert regressions.against([old], "cccc")[0] == ["no records of commit cccc"]
+
+
+def test_records_are_json(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        record.append(tmp_path / "r.jsonl", [a_record(floor=float("nan"))])
+    record.append(tmp_path / "ok.jsonl", [a_record()])
+    assert json.loads((tmp_path / "ok.jsonl").read_text())["impl"] == "xla"
