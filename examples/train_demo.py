@@ -117,6 +117,7 @@ def make_step(optimizer: optax.GradientTransformation, noise: float):
 
 def held_out_nll(params: Params, ids: np.ndarray, window: int) -> float:
     """Mean negative log-likelihood over non-overlapping windows, each begun with the begin-of-sequence token."""
+    window = min(window, len(ids) + 1)
     rows = ids[: len(ids) // (window - 1) * (window - 1)].reshape(-1, window - 1)
     rows = np.concatenate([np.full((len(rows), 1), params.config.bos_id, np.int32), rows], axis=1)
     compiled = jax.jit(loss)

@@ -4,7 +4,7 @@ import importlib
 import sys
 
 COMMANDS = {
-    "generate": ("jllama.generate", "text from a prompt"),
+    "generate": ("jllama.generate_command", "text from a prompt"),
     "chat": ("jllama.chat", "a conversation with a Llama-2 chat model"),
     "convert": ("convert.__main__", "a checkpoint from one format to another"),
     "quantize": ("jllama.quantize", "a checkpoint to int8 or int4"),

@@ -5,10 +5,14 @@ stands inside the first question. The text of ``<s>`` and ``</s>`` is never toke
 nobody can type them.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from jllama.tokenizer import Tokenizer
+if TYPE_CHECKING:  # chat's --help must not wait for what tokenizers need
+    from jllama.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
