@@ -43,7 +43,7 @@ class Tiles:
 
     keys: int = 128
     stages: int = 2
-    l2_bytes: int = 32 << 20
+    l2_bytes: int = 16 << 20
 
 
 TILES = {64: Tiles(stages=4), 128: Tiles()}  # by head_dim
@@ -231,18 +231,15 @@ def consume(
     def step(j, carry, *, masked):
         """Scores and weights of tile j, weighted values of tile j - 1."""
         acc, p, m, total = carry
-
-        def start_scores(s_ref):
-            keys.wait(j)
-            values.wait(j - 1)
-            take_turn()  # with the accumulators ready: nothing but products in a turn
-            plgpu.wgmma(s_ref, q, keys.tile(j).T)
+        keys.wait(j)
+        values.wait(j - 1)
+        take_turn()
 
         def overlapped(refs):
             acc_ref, p_ref, alpha_ref, m_ref, total_ref = refs
 
             def products(s_ref):
-                start_scores(s_ref)
+                plgpu.wgmma(s_ref, q, keys.tile(j).T)
                 plgpu.wgmma(acc_ref, p, values.tile(j - 1))
                 give_turn()
                 return plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
@@ -251,7 +248,7 @@ def consume(
             p_ref[...], alpha_ref[...], m_ref[...], total_ref[...] = find_weights(s, j, m, total, masked=masked)
 
         def scores(s_ref):
-            start_scores(s_ref)
+            plgpu.wgmma(s_ref, q, keys.tile(j).T)
             return s_ref[...]
 
         if p_smem is None:

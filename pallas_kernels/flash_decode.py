@@ -29,6 +29,8 @@ class Tiles:
     blocks: int = 132
 
 
+FUSED_SPLITS = 16  # more parts than this are joined by reductions
+
 TILES = {64: Tiles(stages=5), 128: Tiles()}  # by head_dim
 
 
@@ -56,11 +58,20 @@ def flash_decode(
     tiles = tiles or TILES[D]
     rows = q.reshape(B, T, kv_heads, group, D).swapaxes(1, 2).reshape(B, kv_heads, T * group, D)
     parts, logs = decode_parts(rows, k, v, start, queries=T, tiles=tiles, interpret=interpret)
-    # Weights of the parts: those of an empty part are exp2(-inf) = 0.
-    parts, logs = parts[:, :, :, : T * group], logs[:, :, :, : T * group, None]
-    weights = jnp.exp2(logs - logs.max(axis=2, keepdims=True))
-    out = (parts * weights).sum(axis=2) / weights.sum(axis=2)
+    out = join(parts[:, :, :, : T * group], logs[:, :, :, : T * group, None])
     return out.astype(q.dtype).reshape(B, kv_heads, T, group, D).swapaxes(1, 2).reshape(B, T, heads, D)
+
+
+def join(parts: jax.Array, logs: jax.Array) -> jax.Array:
+    """The mean of ``parts`` [B, kv_heads, splits, rows, D], each with weight exp2(logs), that of an empty part 0."""
+    if parts.shape[2] > FUSED_SPLITS:
+        weights = jnp.exp2(logs - logs.max(axis=2, keepdims=True))
+        return (parts * weights).sum(axis=2) / weights.sum(axis=2)
+    # Written out it has no reductions, and XLA makes one kernel of it instead of three.
+    pairs = [(parts[:, :, i], logs[:, :, i]) for i in range(parts.shape[2])]
+    top = functools.reduce(jnp.maximum, (log for _, log in pairs))
+    weighted = [(part * (weight := jnp.exp2(log - top)), weight) for part, log in pairs]
+    return sum(part for part, _ in weighted) / sum(weight for _, weight in weighted)
 
 
 def decode_parts(
