@@ -1,6 +1,7 @@
 """The benchmarks' own machinery, small enough for a CPU. Nothing here asserts how long anything takes."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -408,3 +409,26 @@ def test_records_are_json(tmp_path: Path) -> None:
         record.append(tmp_path / "r.jsonl", [a_record(floor=float("nan"))])
     record.append(tmp_path / "ok.jsonl", [a_record()])
     assert json.loads((tmp_path / "ok.jsonl").read_text())["impl"] == "xla"
+
+
+# The notebook
+
+
+def test_the_notebook_runs(tmp_path: Path) -> None:
+    pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    code = (
+        "import sys, nbformat, nbclient; book = nbformat.read(sys.argv[1], 4); nbformat.validate(book);"
+        "nbclient.NotebookClient(book, timeout=240, kernel_name='python3').execute(cwd=sys.argv[2]);"
+        "nbformat.write(book, sys.argv[3])"
+    )
+    made = tmp_path / "demo.ipynb"
+    command = [sys.executable, "-c", code, str(ROOT / "examples" / "demo.ipynb"), str(ROOT / "examples"), str(made)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JUPYTER_PLATFORM_DIRS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    outputs = [o for c in json.loads(made.read_text())["cells"] if c["cell_type"] == "code" for o in c["outputs"]]
+    assert sum("image/png" in o.get("data", {}) for o in outputs) == 3
+    text = "".join("".join(o.get("text", "")) for o in outputs if o["output_type"] == "stream")
+    assert "Once upon a time," in text
+    assert not any(o["output_type"] == "error" for o in outputs)
