@@ -97,6 +97,8 @@ def plan(source: "Source", to: str, args: argparse.Namespace) -> "Export":
 
 def check(args: argparse.Namespace) -> int:
     """Compare SRC and DST; 1 if they differ by more than their forms explain."""
+    import numpy as np
+
     from convert import open_source
     from convert.check import compare_logits, compare_tensors, tolerance
 
@@ -105,7 +107,7 @@ def check(args: argparse.Namespace) -> int:
         a = dataclasses.replace(a, tokenizer=args.tokenizer)
     allowed, count, same, worst = tolerance(a, b), 0, 0, 0.0
     for difference in compare_tensors(a, b):
-        count, same, worst = count + 1, same + difference.same, max(worst, difference.relative)
+        count, same, worst = count + 1, same + difference.same, float(np.maximum(worst, difference.relative))
         if not difference.same and not args.quiet:
             print(f"{difference.name}: relative {difference.relative:.3g}, largest {difference.largest:.3g}")
     print(f"tensors: {same} of {count} the same, largest relative difference {worst:.3g} ({allowed:.3g} expected)")

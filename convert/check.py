@@ -57,10 +57,11 @@ def _compare(name: str, a: Tensor, b: Tensor) -> Difference:
             continue
         same = False
         one, other = (x.floats() if isinstance(x, Integers) else x.astype(np.float32) for x in (one, other))
-        difference = np.abs(one - other)
-        squared += float(np.sum(difference**2, dtype=np.float64))
-        signal += float(np.sum(one**2, dtype=np.float64))
-        largest = max(largest, float(difference.max()))
+        with np.errstate(all="ignore"):  # NaN and infinities give a NaN, which is no agreement
+            difference = np.abs(one - other)
+            squared += float(np.sum(difference**2, dtype=np.float64))
+            signal += float(np.sum(one**2, dtype=np.float64))
+        largest = float(np.maximum(largest, difference.max()))
     if squared == 0 and largest == 0:  # the same values in another dtype
         return Difference(name, True, 0.0, 0.0)
     return Difference(name, same, (squared / signal) ** 0.5 if signal else float("inf"), largest)

@@ -35,7 +35,8 @@ class Integers:
     def floats(self) -> np.ndarray:
         """The float32 weight that the integers stand for."""
         blocks = self.data.reshape(*self.scale.shape, -1).astype(np.float32)
-        blocks *= self.scale.astype(np.float32)[..., None]
+        with np.errstate(all="ignore"):  # a damaged scale: what is not finite is counted when it is written
+            blocks *= self.scale.astype(np.float32)[..., None]
         return blocks.reshape(self.data.shape)
 
 

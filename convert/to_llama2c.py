@@ -122,8 +122,8 @@ def round_to_int8(rows: np.ndarray, group: int) -> Integers:
     """export.py's rounding: the largest value of a group becomes 127."""
     blocks = rows.reshape(rows.shape[0], -1, group)
     scale = np.abs(blocks).max(axis=-1) / np.float32(127)
-    data = np.round(blocks / np.where(scale == 0, np.float32(1), scale)[..., None])
-    with np.errstate(invalid="ignore"):  # a NaN, which is counted as such by its scale
+    with np.errstate(all="ignore"):  # a NaN, which is counted as such by its scale
+        data = np.round(blocks / np.where(scale == 0, np.float32(1), scale)[..., None])
         return Integers(data.astype(np.int8).reshape(rows.shape), scale)
 
 

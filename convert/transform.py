@@ -79,7 +79,7 @@ def as_dtype(tensor: Tensor, dtype: str) -> Tensor:
         return tensor
 
     def rows(begin: int, end: int) -> np.ndarray:
-        with np.errstate(over="ignore"):  # what does not fit becomes infinite, and is counted when it is written
+        with np.errstate(all="ignore"):  # what does not fit becomes infinite, and is counted when it is written
             return tensor.floats(begin, end).astype(DTYPES[dtype], copy=False)
 
     return Tensor(tensor.shape, dtype, tensor.where, rows)
