@@ -110,6 +110,14 @@ def hf_model(case: str, directory: Path) -> Any:
     assert not unexpected, unexpected
     assert set(missing) <= {"lm_head.weight"}, missing  # where it is tied
     model.save_pretrained(directory)
+    return read_hf(directory)
+
+
+def read_hf(directory: Path) -> Any:
+    """A checkpoint directory as a float32 LlamaForCausalLM."""
+    import torch
+    from transformers import LlamaForCausalLM
+
     return LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
 
 

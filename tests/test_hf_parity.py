@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from jllama.checkpoint import load
+from jllama.checkpoint import load, save
 from jllama.decode import generate
 from jllama.model import forward
 from jllama.params import Params
@@ -72,3 +72,16 @@ def test_live_logits_and_greedy_ids_from_a_directory_that_transformers_wrote(cas
     assert_agrees(load(tmp_path, dtype="float32"), case, logits, ids)
     with np.load(make_golden.GOLDEN / f"{case}.npz") as golden:  # the files are what this transformers says, too
         np.testing.assert_allclose(logits, golden["logits"], atol=RELATIVE * np.abs(logits).max())
+
+
+@pytest.mark.peers
+@live
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("case", ["gqa", "tied", "rope-linear", "rope-llama3", "head-dim"])
+def test_transformers_reads_what_save_wrote(case: str, tmp_path: Path) -> None:
+    (tmp_path / "given").mkdir()
+    save(our_model(case, tmp_path / "given"), tmp_path / "saved")
+    logits, ids = make_golden.run_hf(make_golden.read_hf(tmp_path / "saved"), make_golden.prompts(case))
+    with np.load(make_golden.GOLDEN / f"{case}.npz") as golden:
+        np.testing.assert_allclose(logits, golden["logits"], atol=RELATIVE * np.abs(logits).max())
+        np.testing.assert_array_equal(ids, golden["ids"])
