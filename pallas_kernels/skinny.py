@@ -29,10 +29,12 @@ from pallas_kernels.tiles import (
     format_of,
     layer_index,
     scale_column,
+    shuffle_inputs,
     sm_count,
     split,
+    spread,
     swizzled,
-    widen,
+    widen_shuffled,
 )
 
 MAX_ROWS = 64
@@ -96,7 +98,8 @@ def _skinny(x: jax.Array, w: Weight, layer: jax.Array, residual: jax.Array | Non
     padded = 8 * math.ceil(rows / 8)
     p = plan(w.shape[-2], inner, padded, fmt, tiles, sms)
     data, scale = split(w)
-    arguments = [layer, jnp.pad(x, ((0, padded - rows), (0, 0))), data]
+    x = jnp.pad(x, ((0, padded - rows), (0, 0)))
+    arguments = [layer, shuffle_inputs(x) if fmt.quantized and not interpret else x, data]
     if fmt.grouped:
         arguments.append(scale)
     parts = _kernel(fmt, p, tiles, x.dtype, interpret)(*arguments)
@@ -127,7 +130,7 @@ def _kernel(fmt: Format, p: Plan, tiles: SkinnyTiles, dtype: Any, interpret: Any
     if interpret and fmt.quantized:
         scratch["widened"] = swizzled((tiles.consumers, WGMMA_ROWS, tiles.step), dtype, run=fmt.group)
     return plgpu.kernel(
-        functools.partial(_body, fmt=fmt, p=p, tiles=tiles, dtype=dtype),
+        functools.partial(_body, fmt=fmt, p=p, tiles=tiles, dtype=dtype, interpret=interpret),
         out_type=jax.ShapeDtypeStruct((p.cuts, p.out, p.rows), jnp.float32),
         scratch_types=scratch,
         grid=(p.blocks,),
@@ -139,7 +142,7 @@ def _kernel(fmt: Format, p: Plan, tiles: SkinnyTiles, dtype: Any, interpret: Any
     )
 
 
-def _body(*refs: Any, fmt: Format, p: Plan, tiles: SkinnyTiles, dtype: Any, **scratch: Any) -> None:
+def _body(*refs: Any, fmt: Format, p: Plan, tiles: SkinnyTiles, dtype: Any, interpret: Any, **scratch: Any) -> None:
     layer_ref, x_ref, w_ref, *scale_ref, out_ref = refs
     layer = layer_ref[0]
     block, me = lax.axis_index("block"), lax.axis_index("warpgroup")
@@ -153,12 +156,19 @@ def _body(*refs: Any, fmt: Format, p: Plan, tiles: SkinnyTiles, dtype: Any, **sc
         row = pl.multiple_of(jnp.minimum(strip * p.strip, p.out - p.strip), 8)
         return row, cut, cut * p.steps // p.cuts, (cut + 1) * p.steps // p.cuts
 
+    registers = 65536 // (128 * (tiles.consumers + 1)) // 8 * 8  # what the launch gives each thread
+
     @pl.when(me == tiles.consumers)
     def _() -> None:
+        if tiles.consumers > 1 and not interpret:
+            plgpu.set_max_registers(24, action="decrease")
         _produce(x_ref, w_ref.at[layer], turns, piece, p, tiles.step, **scratch)
 
     @pl.when(me < tiles.consumers)
     def _() -> None:
+        if tiles.consumers > 1 and not interpret:
+            spare = (registers - 24) // tiles.consumers
+            plgpu.set_max_registers(min(240, (registers + spare) // 8 * 8), action="increase")
         scales = scale_ref[0].at[layer] if scale_ref else None
         _consume(me, scales, out_ref, turns, piece, fmt, p, tiles, dtype, **scratch)
 
@@ -208,7 +218,7 @@ def _consume(me: Any, scales: Any, out_ref: Any, turns: Any, piece: Any, fmt: Fo
         if not fmt.quantized:
             return weights
         if widened is None:
-            return widen(weights, fmt)
+            return widen_shuffled(weights, dtype)
         # The interpreter has no wgmma with an operand in registers.
         widened[me] = weights[...].astype(dtype)
         plgpu.commit_smem()
@@ -217,7 +227,7 @@ def _consume(me: Any, scales: Any, out_ref: Any, turns: Any, piece: Any, fmt: Fo
     def multiply(acc: Any, weights: Any, slot: Any, group: slice = slice(None)) -> None:
         """acc += a tile of weights, over one group of its inputs."""
         in_registers = fmt.quantized and widened is None
-        weights = weights[:, group].astype(dtype) if in_registers else weights.at[:, group]
+        weights = weights[:, group] if in_registers else weights.at[:, group]
         plgpu.wgmma(acc, weights, x_ring.at[slot, :, group].T)
         if widened is not None:
             plgpu.wgmma_wait(0)
@@ -255,20 +265,23 @@ def _consume(me: Any, scales: Any, out_ref: Any, turns: Any, piece: Any, fmt: Fo
     def one_scale_a_group(start: Any, end: Any, count: Any, row: Any) -> Any:
         groups = tiles.step // fmt.group
 
+        together = math.gcd(groups, max(1, WGMMA_ROWS // p.rows))  # groups in flight: as registers allow
+
         def stage(step: Any, slot: Any, totals: Any) -> Any:
             totals = list(totals)
             for tile in range(tiles_of_64):
                 weights = operand(slot, tile)
-                for g in range(groups):
+                for g in range(0, groups, together):
 
-                    def scoped(acc: Any, weights: Any = weights, g: int = g) -> jax.Array:
-                        multiply(acc, weights, slot, slice(g * fmt.group, (g + 1) * fmt.group))
+                    def scoped(*accs: Any, weights: Any = weights, g: int = g) -> list[jax.Array]:
+                        for i, acc in enumerate(accs):
+                            multiply(acc, weights, slot, slice((g + i) * fmt.group, (g + i + 1) * fmt.group))
                         plgpu.wgmma_wait(0)
-                        return acc[...]
+                        return [acc[...] for acc in accs]
 
-                    part = pl.run_scoped(scoped, accumulators[tile])
-                    scale = scale_column(scales, row + tile * WGMMA_ROWS, step * groups + g, part.shape)
-                    totals[tile] = totals[tile] + part * scale
+                    for i, part in enumerate(pl.run_scoped(scoped, *[accumulators[tile]] * together)):
+                        scale = scale_column(scales, row + tile * WGMMA_ROWS, step * groups + g + i, WGMMA_ROWS)
+                        totals[tile] = totals[tile] + part * spread(scale, part.shape)
             return totals
 
         zero = plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, p.rows), jnp.float32), plgpu.Layout.WGMMA)

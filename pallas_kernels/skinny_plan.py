@@ -30,7 +30,7 @@ class SkinnyTiles:
 def tiles_for(fmt: Format, inner: int, rows: int) -> SkinnyTiles:
     """The measured choice for one H200."""
     step = 256 if fmt.quantized and inner % 256 == 0 and rows <= 16 else 128
-    return SkinnyTiles(step=step, consumers=4 if fmt.quantized and rows <= 16 else 2)
+    return SkinnyTiles(step=step, consumers=3 if fmt.bits == 4 and rows <= 16 else 2)
 
 
 @dataclass(frozen=True)

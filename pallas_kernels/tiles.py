@@ -9,8 +9,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu.fragmented_array import WGMMA_LAYOUT, FragmentedArray
+from jax.experimental.mosaic.gpu.utils import dtype_to_ir_type, vector_slice
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.dispatch import Unsupported
@@ -89,19 +92,51 @@ def nbytes(shape: tuple[int, ...], bits: int) -> int:
     return size * bits // 8
 
 
-def widen(tile: Any, fmt: Format) -> jax.Array:
-    """A tile of integers from shared memory, as integers in registers that ``astype`` turns into wgmma's left operand.
-
-    A thread loads neighbouring integers with one wide load; threads then exchange them while they are still narrow."""
-    layout = plgpu.Layout.WGMMA_UPCAST_4X if fmt.bits == 4 else plgpu.Layout.WGMMA_UPCAST_2X
-    return plgpu.layout_cast(plgpu.load(tile, layout=layout), plgpu.Layout.WGMMA)
+def load_integers(tile: Any, fmt: Format) -> jax.Array:
+    """A tile of integers from shared memory, still as a thread's wide loads bring them: packed, neighbours together."""
+    return plgpu.load(tile, layout=plgpu.Layout.WGMMA_UPCAST_4X if fmt.bits == 4 else plgpu.Layout.WGMMA_UPCAST_2X)
 
 
-def scale_column(scales: Any, row: Any, group: Any, shape: tuple[int, int]) -> jax.Array:
-    """The scales of one group of inputs, for ``shape[0]`` rows from ``row``, spread over ``shape[1]`` columns."""
-    column = scales.at[pl.ds(row, shape[0]), group]
-    column = plgpu.load(column, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
-    return lax.broadcast_in_dim(column.astype(jnp.float32), shape, [0])
+def widen(integers: jax.Array, dtype: Any) -> jax.Array:
+    """What `load_integers` gave, as wgmma's left operand. Threads exchange values while they are still narrow.
+
+    Both steps must stay together: integers on their way through a loop in wgmma's layout would be unpacked, two to a
+    register, and widening them took five times as long."""
+    return plgpu.layout_cast(integers, plgpu.Layout.WGMMA).astype(dtype)
+
+
+def widen_shuffled(tile: Any, dtype: Any) -> jax.Array:
+    """`load_integers` and `widen`, without the exchange between threads: every 32 inputs come out in the order that
+    `shuffle_inputs` gives the activations. A sum does not mind the order of its terms."""
+    quad = plgpu.Layout.WGMMA_UPCAST_4X  # of 32 inputs, each of 4 neighbouring threads holds 8 in a row
+
+    def reinterpret(_: Any, integers: Any) -> Any:
+        floats = integers.astype(dtype_to_ir_type(jnp.dtype(dtype)))
+        registers = np.empty(WGMMA_LAYOUT.registers_shape(floats.shape), dtype=object)
+        for index, eight in np.ndenumerate(floats.registers):
+            for pair in range(4):  # wgmma wants 2 inputs in a row, 8 apart: it gets 2 in a row, 2 apart
+                place = (index[0], 4 * index[1] + pair, *index[2:])
+                registers[place] = vector_slice(eight, slice(2 * pair, 2 * pair + 2))
+        return FragmentedArray(_registers=registers, _layout=WGMMA_LAYOUT, _is_signed=None)
+
+    floats = plgpu.ShapeDtypeStruct(tile.shape, dtype, layout=plgpu.Layout.WGMMA)
+    return plgpu.inline_mgpu(arg_types=(quad,), return_type=floats)(reinterpret)(plgpu.load(tile, layout=quad))
+
+
+def shuffle_inputs(x: jax.Array) -> jax.Array:
+    """Activations [rows, in] in the order of inputs that `widen_shuffled` gives the weights."""
+    return x.reshape(x.shape[0], -1, 4, 4, 2).swapaxes(2, 3).reshape(x.shape)
+
+
+def scale_column(scales: Any, row: Any, group: Any, rows: int) -> jax.Array:
+    """The scales of one group of inputs, for ``rows`` rows from ``row``, as float32 in registers."""
+    column = scales.at[pl.ds(row, rows), group]
+    return plgpu.load(column, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False).astype(jnp.float32)
+
+
+def spread(column: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """One value a row, for all columns."""
+    return lax.broadcast_in_dim(column, shape, [0])
 
 
 def sm_count() -> int:

@@ -25,10 +25,12 @@ from pallas_kernels.tiles import (
     check_product,
     format_of,
     layer_index,
+    load_integers,
     nbytes,
     scale_column,
     sm_count,
     split,
+    spread,
     swizzled,
     widen,
 )
@@ -67,6 +69,10 @@ class Problem:
     def heads(self) -> int:
         """Weight tiles that belong to one tile of the result: gate and up, or just one."""
         return 2 if self.swiglu else 1
+
+    def behind(self, tiles: WideTiles) -> int:
+        """Stages that follow a tile's inputs, with what is added to it."""
+        return tiles.out // tiles.step if self.residual else 0
 
 
 def tiles_for(fmt: Format, rows: int, out: int, swiglu: bool, sms: int) -> WideTiles:
@@ -111,6 +117,8 @@ def wide(
     """
     out, sms = w.shape[-2] // (2 if swiglu else 1), sms or sm_count()
     tiles = tiles or tiles_for(format_of(w), x.shape[0], out, swiglu, sms)
+    if residual is not None and (swiglu or tiles.by_rows or tiles.out != CONSUMERS * tiles.step):
+        raise ValueError(f"a residual needs tiles of {CONSUMERS} * step outputs, halved by outputs; found {tiles}")
     return _wide(
         x,
         w,
@@ -164,8 +172,6 @@ def _kernel(problem: Problem, tiles: WideTiles, sms: int, interpret: Any) -> Any
         "full": plgpu.Barrier(num_arrivals=problem.heads + 1, num_barriers=depth),
         "free": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=depth),
     }
-    if problem.residual:
-        scratch["fetched"] = plgpu.Barrier(num_barriers=2 * CONSUMERS)
     if interpret and fmt.quantized:
         scratch["widened"] = swizzled((CONSUMERS, problem.heads * part, tiles.step), problem.dtype, run=fmt.group)
     return plgpu.kernel(
@@ -209,31 +215,37 @@ def _body(*refs: Any, problem: Problem, tiles: WideTiles, count: int, blocks: in
     def _() -> None:
         if registers:
             plgpu.set_max_registers(40, action="decrease")
-        _produce(x_ref, w_ref.at[layer], turns, tile, problem, tiles, depth, **scratch)
+        _produce(x_ref, w_ref.at[layer], residual_ref, turns, tile, problem, tiles, depth, **scratch)
 
     @pl.when(me < CONSUMERS)
     def _() -> None:
         if registers:
             plgpu.set_max_registers(232, action="increase")
-        _consume(me, scale_ref, residual_ref, out_ref, turns, tile, problem, tiles, depth, **scratch)
+        _consume(me, scale_ref, out_ref, turns, tile, problem, tiles, depth, **scratch)
 
 
-def _produce(x_ref: Any, w_ref: Any, turns: Any, tile: Any, problem: Problem, tiles: WideTiles, depth: int, *,
-             w_ring: Any, x_ring: Any, full: Any, free: Any, **_: Any) -> None:  # fmt: skip
-    """Keep the ring full, across tiles."""
+def _produce(x_ref: Any, w_ref: Any, residual_ref: Any, turns: Any, tile: Any, problem: Problem, tiles: WideTiles,
+             depth: int, *, w_ring: Any, x_ring: Any, full: Any, free: Any, **_: Any) -> None:  # fmt: skip
+    """Keep the ring full, across tiles. What is to be added to a tile travels behind its inputs, in the same ring."""
     steps = problem.inner // tiles.step
+    stages = steps + problem.behind(tiles)
+    half = tiles.rows // 2
 
     def turn(t: Any, _: Any) -> None:
         row, out = tile(t)
 
-        def stage(k: Any, _: Any) -> None:
-            i = t * steps + k
+        def next_slot(k: Any) -> Any:
+            i = t * stages + k
             slot = lax.rem(i, depth)
 
             @pl.when(i >= depth)
             def _() -> None:
                 plgpu.barrier_wait(free.at[slot])
 
+            return slot
+
+        def stage(k: Any, _: Any) -> None:
+            slot = next_slot(k)
             inputs = pl.ds(k * tiles.step, tiles.step)
             plgpu.copy_gmem_to_smem(x_ref.at[pl.ds(row, tiles.rows), inputs], x_ring.at[slot], full.at[slot])
             for head in range(problem.heads):
@@ -244,100 +256,141 @@ def _produce(x_ref: Any, w_ref: Any, turns: Any, tile: Any, problem: Problem, ti
                 )
 
         lax.fori_loop(0, steps, stage, None)
+        for j in range(problem.behind(tiles)):
+            slot = next_slot(steps + j)
+            for part in range(2):  # as many copies as a stage of inputs has, for the barrier counts them
+                plgpu.copy_gmem_to_smem(
+                    residual_ref.at[pl.ds(row + part * half, half), pl.ds(out + j * tiles.step, tiles.step)],
+                    x_ring.at[slot, pl.ds(part * half, half)],
+                    full.at[slot],
+                )
 
     lax.fori_loop(0, turns, turn, None)
 
     def drain(i: Any, _: Any) -> None:  # a barrier's every completion must be awaited before the block ends
         plgpu.barrier_wait(free.at[lax.rem(i, depth)])
 
-    lax.fori_loop(jnp.maximum(turns * steps - depth, 0), turns * steps, drain, None)
+    lax.fori_loop(jnp.maximum(turns * stages - depth, 0), turns * stages, drain, None)
 
 
-def _consume(me: Any, scales: Any, residual_ref: Any, out_ref: Any, turns: Any, tile: Any, problem: Problem,
+def _consume(me: Any, scales: Any, out_ref: Any, turns: Any, tile: Any, problem: Problem,
              tiles: WideTiles, depth: int, *, w_ring: Any, x_ring: Any, finished: Any, full: Any, free: Any,
-             fetched: Any = None, widened: Any = None) -> None:  # fmt: skip
+             widened: Any = None) -> None:  # fmt: skip
     """Multiply this consumer's half of every tile, and write it."""
     fmt, steps = problem.fmt, problem.inner // tiles.step
+    stages = steps + problem.behind(tiles)
     part = tiles.out if tiles.by_rows else tiles.out // CONSUMERS
     columns = tiles.rows // CONSUMERS if tiles.by_rows else tiles.rows
     first_out = 0 if tiles.by_rows else me * part
     my_rows = pl.ds(me * columns, columns) if tiles.by_rows else pl.ds(0, columns)
     accumulators = [plgpu.ACC((part, columns), jnp.float32)] * problem.heads
 
-    def multiply_dense(accs: Any, slot: Any, _k: Any, _out: Any) -> None:
-        for head, acc in enumerate(accs):
-            weights = w_ring.at[slot, pl.ds(head * tiles.out + first_out, part)]
-            plgpu.wgmma(acc, weights, x_ring.at[slot, my_rows].T)
+    group = min(fmt.group or tiles.step, tiles.step)
 
-    def multiply_widened(accs: Any, slot: Any, k: Any, out: Any) -> None:
-        """Integers become floats in registers; scales of a group are applied there, scales of a row at the end."""
-        group = fmt.group if fmt.group is not None and fmt.group < tiles.step else tiles.step
-        for head, acc in enumerate(accs):
-            integers = widen(w_ring.at[slot, pl.ds(head * tiles.out + first_out, part)], fmt)
-            for g in range(tiles.step // group):
-                inputs = slice(g * group, (g + 1) * group)
-                weights = integers[:, inputs].astype(problem.dtype)
-                if fmt.grouped:
-                    column = (k * tiles.step + g * group) // fmt.group
-                    scale = scale_column(scales, head * problem.out + out + first_out, column, weights.shape)
-                    weights = (weights.astype(jnp.float32) * scale).astype(problem.dtype)
-                if widened is not None:  # the interpreter has no wgmma with an operand in registers
-                    place = widened.at[me, pl.ds(head * part, part), inputs]
-                    place[...] = weights
-                    plgpu.commit_smem()
-                    weights = place
-                plgpu.wgmma(acc, weights, x_ring.at[slot, my_rows, inputs].T)
+    def weights_of(slot: Any, head: int) -> Any:
+        return w_ring.at[slot, pl.ds(head * tiles.out + first_out, part)]
 
-    multiply = multiply_widened if fmt.quantized else multiply_dense
-    # Products of the last stage stay in flight while the next is issued; operands in registers forbid that.
-    lag = 0 if fmt.quantized else 1
+    def dense(accs: Any, first: Any, _out: Any) -> None:
+        """Products of one stage stay in flight while the next is issued."""
 
-    def accumulate(t: Any, out: Any) -> Any:
-        def scoped(*accs: Any) -> list[jax.Array]:
-            def stage(k: Any, _: Any) -> None:
-                i = t * steps + k
-                plgpu.barrier_wait(full.at[lax.rem(i, depth)])
-                multiply(accs, lax.rem(i, depth), k, out)
-                plgpu.wgmma_wait(lag * problem.heads)
+        def stage(k: Any, _: Any) -> None:
+            slot = lax.rem(first + k, depth)
+            plgpu.barrier_wait(full.at[slot])
+            for head, acc in enumerate(accs):
+                plgpu.wgmma(acc, weights_of(slot, head), x_ring.at[slot, my_rows].T)
+            plgpu.wgmma_wait(problem.heads)
 
-                @pl.when(k >= lag)
-                def _() -> None:
-                    plgpu.barrier_arrive(free.at[lax.rem(i - lag, depth)])
+            @pl.when(k > 0)
+            def _() -> None:
+                plgpu.barrier_arrive(free.at[lax.rem(first + k - 1, depth)])
 
-            lax.fori_loop(0, steps, stage, None)
+        lax.fori_loop(0, steps, stage, None)
+        plgpu.wgmma_wait(0)
+        plgpu.barrier_arrive(free.at[lax.rem(first + steps - 1, depth)])
+
+    def scaled(weights: jax.Array, head: int, column: Any, out: Any) -> Any:
+        """Weights of one group of inputs as wgmma's left operand. Scales of a group are applied here, before the
+        rounding; scales of a row at the end."""
+        if fmt.grouped:
+            scale = scale_column(scales, head * problem.out + out + first_out, column, part)
+            weights = (weights.astype(jnp.float32) * spread(scale, weights.shape)).astype(problem.dtype)
+        if widened is None:
+            return weights
+        # The interpreter has no wgmma with an operand in registers.
+        place = widened.at[me, pl.ds(head * part, part), pl.ds(0, group)]
+        place[...] = weights
+        plgpu.commit_smem()
+        return place
+
+    def quantized(accs: Any, first: Any, out: Any) -> None:
+        """The integers of the next stage are loaded while the products of this one run."""
+
+        def load(k: Any) -> list[jax.Array]:
+            slot = lax.rem(first + k, depth)
+            plgpu.barrier_wait(full.at[slot])
+            return [load_integers(weights_of(slot, head), fmt) for head in range(problem.heads)]
+
+        def multiply(k: Any, integers: list[jax.Array]) -> None:
+            slot = lax.rem(first + k, depth)
+            for head, acc in enumerate(accs):
+                floats = widen(integers[head], problem.dtype)
+                for g in range(0, tiles.step, group):
+                    column = (k * tiles.step + g) // fmt.group if fmt.grouped else 0
+                    weights = scaled(floats[:, g : g + group], head, column, out)
+                    plgpu.wgmma(acc, weights, x_ring.at[slot, my_rows, pl.ds(g, group)].T)
+                    if widened is not None:
+                        plgpu.wgmma_wait(0)
+
+        def release(k: Any) -> None:
             plgpu.wgmma_wait(0)
-            if lag:
-                plgpu.barrier_arrive(free.at[lax.rem((t + 1) * steps - 1, depth)])
-            return [acc[...] for acc in accs]
+            plgpu.barrier_arrive(free.at[lax.rem(first + k, depth)])
 
-        return pl.run_scoped(scoped, *accumulators)
+        def stage(k: Any, integers: list[jax.Array]) -> list[jax.Array]:
+            multiply(k, integers)
+            following = load(k + 1)
+            release(k)
+            return following
+
+        multiply(steps - 1, lax.fori_loop(0, steps - 1, stage, load(0)))
+        release(steps - 1)
 
     def turn(t: Any, _: Any) -> None:
         row, out = tile(t)
-        results = accumulate(t, out)
+        first = t * stages
+
+        def scoped(*accs: Any) -> list[jax.Array]:
+            (quantized if fmt.quantized else dense)(accs, first, out)
+            return [acc[...] for acc in accs]
+
+        results = pl.run_scoped(scoped, *accumulators)
         if fmt.quantized and not fmt.grouped:
             results = [
-                result * scale_column(scales, head * problem.out + out + first_out, 0, result.shape)
+                result * spread(scale_column(scales, head * problem.out + out + first_out, 0, part), result.shape)
                 for head, result in enumerate(results)
             ]
         result = results[0]
         if problem.swiglu:
             result = result / (1 + jnp.exp(-result)) * results[1]
         row = row + me * columns if tiles.by_rows else row
+        behind = [lax.rem(first + steps + j, depth) for j in range(problem.behind(tiles))]
+        for slot in behind:
+            plgpu.barrier_wait(full.at[slot])
         for i in range(columns // tiles.chunk):
-            place = finished.at[i % 2, me]
-            target = (pl.ds(row + i * tiles.chunk, tiles.chunk), pl.ds(out + first_out, part))
-            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+            rows = pl.ds(i * tiles.chunk, tiles.chunk)
             values = result[:, i * tiles.chunk : (i + 1) * tiles.chunk]
-            if problem.residual:
-                barrier = fetched.at[me * 2 + i % 2]
-                plgpu.copy_gmem_to_smem(residual_ref.at[target], place, barrier)
-                plgpu.barrier_wait(barrier)
-                before = plgpu.load(place.T, layout=plgpu.Layout.WGMMA_TRANSPOSED)
+            if behind:  # of these stages each consumer adds the one with its own outputs
+                before = x_ring.at[lax.rem(first + steps + me, depth), rows].T
+                before = plgpu.load(before, layout=plgpu.Layout.WGMMA_TRANSPOSED)
                 values = values + plgpu.layout_cast(before, plgpu.Layout.WGMMA).astype(jnp.float32)
+            place = finished.at[i % 2, me]
+            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
             place.T[...] = plgpu.layout_cast(values.astype(problem.out_dtype), plgpu.Layout.WGMMA_TRANSPOSED)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(place, out_ref.at[target])
+            plgpu.copy_smem_to_gmem(
+                place, out_ref.at[pl.ds(row + i * tiles.chunk, tiles.chunk), pl.ds(out + first_out, part)]
+            )
+        for slot in behind:
+            plgpu.barrier_arrive(free.at[slot])
 
     lax.fori_loop(0, turns, turn, None)
     plgpu.wait_smem_to_gmem(0)
