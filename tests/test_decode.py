@@ -210,6 +210,14 @@ def test_a_rows_text_depends_on_its_seed_and_settings_and_not_on_its_neighbours(
             assert alone(prompt, 12, **own | {"seed": 99}) != batch[row]
 
 
+def test_every_step_draws_anew() -> None:
+    params = tiny.model()
+    flat = params.replace(lm_head=jnp.zeros_like(params.lm_head))  # all tokens alike: only the key decides
+    rows = collect(Session(flat, max_len=64, batch=2), [[5], [5]], 40, sampling=make_sampling(2, temperature=1.0))
+    assert all(len(set(ids)) > 20 for ids in rows)
+    assert sum(a == b for a, b in zip(*rows, strict=True)) < 5
+
+
 def test_repetition_penalty_counts_the_prompt_and_what_was_drawn() -> None:
     params, prompt = tiny.model(), tiny.prompt(9)
     ids = alone(prompt, 40, repetition_penalty=1e6)
