@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
         args.seq = integers("--seq", args.seq) if args.seq else []
         args.batch = integers("--batch", args.batch)
         args.dtype = names("--dtype", args.dtype, DTYPES) if args.dtype else []
-        args.backends = names("--backends", args.backends, ("xla", "pallas"))
+        args.backends = names("--backends", args.backends, ("xla", "pallas", "auto"))
         args.peer_python = dict(item.split("=", 1) for item in args.peer_python if "=" in item)
         for flag, value, low in (("--warmup", args.warmup, 0), ("--iterations", args.iterations, 2)):
             if value < low:

@@ -16,6 +16,7 @@ from bench.record import RESULTS, Record, Run, append, start_run
 from bench.roofline import floor_s, of_dict
 from bench.rows import align
 from bench.runner import say
+from jllama.errors import InputError
 
 Rows = list[tuple[Case, dict[str, Any]]]
 
@@ -87,12 +88,12 @@ def _expected(reference: Worker, cases: list[Case], folder: Path, limit_s: float
 def _implementations(
     settings: argparse.Namespace, cases: list[Case], expected: dict[int, str], platform: str
 ) -> Iterator[tuple[str, Rows, dict[str, str]]]:
-    asked = None if settings.peers == "all" else settings.peers.split(",")
     wanted = [(b, "op_ours", b) for b in settings.backends]
-    for name in [] if settings.peers == "none" else peers.discover("ops"):
-        impl = peers.load(name).name
-        if asked is None or impl in asked or name in asked:
-            wanted.append((impl, name, ""))
+    known = {peers.load(name).name: name for name in peers.discover("ops")}
+    asked = {"all": list(known), "none": []}.get(settings.peers, settings.peers.split(","))
+    if wrong := [a for a in asked if a not in known]:
+        raise InputError(f"--peers: expected any of {', '.join(known)}, found {wrong[0]!r}")
+    wanted += [(impl, known[impl], "") for impl in asked]
     for impl, name, backend in wanted:
         python, why = find_python(name, settings.peer_python)
         if python is None:

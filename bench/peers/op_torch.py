@@ -9,7 +9,7 @@ import numpy as np
 from bench import opcases
 from bench.measure import sets_needed
 from bench.peers import NotSupported, Peer, missing
-from bench.peers._hf import torch_device, torch_dtype
+from bench.peers._hf import pick_threads, torch_device, torch_dtype
 from bench.peers._jax_ops import CACHE, LIMIT
 
 EPS = 1e-5
@@ -23,6 +23,7 @@ class TorchOps:
         import torch
 
         self.torch, self.device = torch, torch_device(job["platform"])
+        self.threads = torch.get_num_threads()
 
     def run(self, case: opcases.Case, expected: str, warmup: int, iterations: int) -> dict[str, Any]:
         """See `bench.peers.Ops`."""
@@ -41,6 +42,8 @@ class TorchOps:
             size = "cpu" if self.device.type == "cpu" else "gpu"
             count = sets_needed(opcases.nbytes(case), CACHE[size], LIMIT[size])
             sets = [inputs] + [[t.roll(i, 0) if t.ndim > 1 else t.clone() for t in inputs] for i in range(1, count)]
+            if self.device.type == "cpu":
+                pick_threads(self.threads, lambda: op(*inputs))
             samples, how = self._time(lambda: [op(*s) for s in sets], count, warmup, iterations)
         return reply | {"samples": samples, "how": how}
 
