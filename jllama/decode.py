@@ -14,6 +14,7 @@ from flax import struct
 from jax import lax
 
 from jllama.cache import KVCache, init_cache
+from jllama.errors import InputError
 from jllama.model import forward
 from jllama.params import Params
 from jllama.sampling import Sampling, make_sampling, sample
@@ -151,6 +152,8 @@ def generate(
     ``lengths`` [B] says how many tokens of a row are real; ``sampling`` (see `make_sampling`) defaults to greedy and
     ``stop_ids`` to the config's end-of-sequence tokens (``()`` ignores them).
     """
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens: expected at least 1, found {max_new_tokens}")
     B, T = tokens.shape
     config = params.config
     lengths = jnp.full(B, T, jnp.int32) if lengths is None else lengths

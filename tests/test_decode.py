@@ -278,3 +278,9 @@ def test_a_prompt_that_cannot_be_fed_is_one_line(prompt: list[int], message: str
         next(Session(tiny.model(), max_len=64).run([prompt], 4))
     with pytest.raises(InputError, match=r"prompts: expected 2 .*, found 1"):
         next(Session(tiny.model(), max_len=64, batch=2).run([[5]], 4))
+
+
+def test_generate_wants_at_least_one_token() -> None:
+    with pytest.raises(InputError, match="max_new_tokens: expected at least 1, found 0"):
+        generate(tiny.model(), jnp.ones((1, 3), jnp.int32), max_new_tokens=0)
+    assert generate(tiny.model(), jnp.ones((1, 3), jnp.int32), max_new_tokens=1).tokens.shape == (1, 1)
