@@ -35,6 +35,7 @@ def staged(dst: Path, nbytes: int, *, force: bool = False) -> Iterator[Path]:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield work / dst.name
+        check_replaceable(dst, force)  # another run may have been faster
         _commit(work / dst.name, dst, work / "replaced")
     except OSError as error:
         raise InputError(f"{dst}: cannot be written: {error.strerror}") from None
