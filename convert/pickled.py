@@ -29,7 +29,7 @@ GLOBALS = frozenset(
     ["collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"]
     + [f"torch {name}" for name in STORAGES]
 )
-MAX_STEPS = 1_000_000  # Llama-2-70B in one file: 33,000
+MAX_STEPS = 500_000  # Llama-2-70B in one file: 33,000
 
 
 @dataclass(frozen=True)

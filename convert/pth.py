@@ -106,6 +106,8 @@ def _members(file: MappedFile) -> dict[str, Member]:
         full, stored, offset = _zip64(extra, full, stored, offset)
         if method != 0 or flags & 1 or full != stored:
             raise InputError(f"{path}: {label(name)}: expected a stored file, found a compressed or encrypted one")
+        if name in members:
+            raise InputError(f"{path}: {label(name)}: expected it once in the zip, found it twice")
         members[name] = _member(file, name, offset, full)
         at += 46 + n_name + n_extra + n_comment
     _apart(members, path)
