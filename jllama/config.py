@@ -156,7 +156,7 @@ class Fields:
     def ids(self, name: str, default: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:
         value = self._get(name, default)
         ids = tuple(value) if isinstance(value, list | tuple) else (value,)
-        if len(ids) > 64 or not all(
+        if not 1 <= len(ids) <= 64 or not all(
             isinstance(i, int) and not isinstance(i, bool) and 0 <= i < vocab_size for i in ids
         ):
             raise InputError(f"{self.where}: {name}: expected token ids below {vocab_size}, found {_short(value)}")
