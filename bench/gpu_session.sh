@@ -2,8 +2,8 @@
 # The full comparison on one GPU, in about eight minutes: the 7B shape in bf16 through our backends and the peers that
 # are installed, then the operations. Usage: bench/gpu_session.sh COMMIT FOLDER [models|ops|all]. COMMIT names this
 # tree, for a copy without its history, and FOLDER receives the records and charts. What does not fit the budgets
-# (seconds: COMPARE_S, OPS_S, LAYER_S, MATMUL_S) is skipped and says so. The environment changes what is run: DTYPE, BATCH,
-# PREFILL, BACKENDS, PEERS.
+# (seconds: COMPARE_S, OPS_S, LAYER_S, MATMUL_S) is skipped and says so. The environment changes what is run: DTYPE,
+# BATCH, PREFILL, BACKENDS, PEERS.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export JLLAMA_COMMIT=${1:?commit} XDG_CACHE_HOME=${XDG_CACHE_HOME:-/tmp/bench-cache}

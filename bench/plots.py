@@ -159,13 +159,14 @@ def roofline(records: Sequence[Record]) -> Any:
         points.append((intensity, r["work"]["flops"] / seconds / 1e12))
         ax.plot(*points[-1], MARKERS[cases.index(r["case"]) % len(MARKERS)], color=colour(r["impl"], impls), alpha=0.75)
     knee = matrix / bandwidth
-    left, right = min(min(p[0] for p in points), knee) / 2, max(max(p[0] for p in points), knee) * 3
+    left, right = min(min(p[0] for p in points), knee) / 4, max(max(p[0] for p in points), knee) * 4
     ax.plot([left, knee, right], [left * bandwidth / 1e12, matrix / 1e12, matrix / 1e12], "k-", lw=1.5)
     ax.annotate(f"{bandwidth / 1e9:,.0f} GB/s", (left * 1.3, left * 1.3 * bandwidth / 1e12 * 1.35), fontsize=8)
     ax.annotate(f"{matrix / 1e12:,.2f} TFLOP/s", (right, matrix / 1e12 * 1.15), fontsize=8, ha="right")
     ax.set_xscale("log")
     ax.set_yscale("log")
     ax.set_ylim(top=matrix / 1e12 * 2.5)
+    ax.xaxis.set_minor_formatter("")
     ax.set_xlabel("flops a byte (each input read once, the output written once)")
     ax.set_ylabel("TFLOP/s")
     ax.grid(alpha=0.3, which="both")

@@ -71,7 +71,7 @@ def measure_ceilings(dtype: str, working_set: int = 0) -> dict[str, float]:
     matrix = 2 * side**3 / best(lambda: product(a, a), 3 if cpu else 20)
 
     count = (256 << 20) // 4 if cpu else (4 << 30) // 4
-    x = jax.random.uniform(key, (count,), jnp.float32)
+    x = jnp.tile(jax.random.normal(key, (1 << 20,), jnp.float32), count >> 20)
     add = jax.jit(lambda a: a + 1)  # a plain copy would be aliased away
     copy = 8 * count / best(functools.partial(add, x), 5 if cpu else 10)
     del x
@@ -91,8 +91,9 @@ def measure_ceilings(dtype: str, working_set: int = 0) -> dict[str, float]:
 def _read_rate(jax: Any, jnp: Any, size: int, kind: Any, best: Callable[[Callable[[], Any], int], float]) -> float:
     """Bytes/s of a product of one row with a weight of about ``size`` bytes."""
     inner = 4096 if size >= 64 << 20 else 256
-    rows = max(8, size // (inner * kind.itemsize))
-    w = jax.random.normal(jax.random.key(1), (rows, inner), kind)
+    block = min(256, max(8, size // (inner * kind.itemsize)))
+    w = jax.random.normal(jax.random.key(1), (block, inner), kind)
+    w = jnp.tile(w, (max(1, size // w.nbytes), 1))
     x = jax.random.normal(jax.random.key(2), (1, inner), kind)
     contract = (((1,), (1,)), ((), ()))
     loops = max(1, (64 << 20) // w.nbytes)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 
-from bench.record import Record
+from bench.record import HIGHER_IS_BETTER, Record
 
 NONE = "*nothing recorded yet*"
 NAMES = {
@@ -44,12 +44,13 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     rows = list(rows)
     if not rows:
         return NONE
-    left = {i for i in range(len(head)) if not rows[0][i].replace(",", "").replace(".", "").isdigit()}
-    lines = [
-        "| " + " | ".join(head) + " |",
-        "|" + "|".join("---" if i in left else "---:" for i in range(len(head))) + "|",
-    ]
+    figures = [all(_is_figure(row[i]) for row in rows) and any(row[i] for row in rows) for i in range(len(head))]
+    lines = ["| " + " | ".join(head) + " |", "|" + "|".join("---:" if f else "---" for f in figures) + "|"]
     return "\n".join(lines + ["| " + " | ".join(r) + " |" for r in rows])
+
+
+def _is_figure(cell: str) -> bool:
+    return not cell or cell.removesuffix(" %").replace(",", "").replace(".", "").replace("e+", "").isdigit()
 
 
 def latest(records: Sequence[Record], keys: Sequence[str]) -> list[list[Record]]:
@@ -111,22 +112,22 @@ def _short(value: float) -> str:
 
 
 def _where(records: Sequence[Record]) -> str:
-    """Under a table: devices, ceilings and load of the newest run of each."""
+    """Under a table: devices, versions, ceilings and load of the newest run of each."""
     lines = []
     for group in latest(records, ("device", "model", "dtype")):
-        r, c = group[0], group[0]["ceilings"]
+        r = group[0]
         versions: dict[str, str] = {}
         for record in group:
             versions |= record["versions"]
-        shown = ", ".join(f"{n} {versions[n]}" for n in ("jax", "torch", "transformers", "tokamax") if n in versions)
-        measured = (
-            f"copy {c['copy'] / 1e9:,.0f} GB/s, read {c['read'] / 1e9:,.0f} GB/s, {c['matrix'] / 1e12:,.2f} TFLOP/s"
-        )
-        load = f", load average {r['load_average'][0]:.1f} at its start" if is_cpu(r) and r["load_average"] else ""
-        lines.append(
-            f"{r['model']} {r['dtype']}: {r['device']}; {shown}; ceilings: {measured}{load}; run `{r['run']}`."
-        )
-    return "\n\n" + "\n".join(f"<sub>{line}</sub><br>" for line in dict.fromkeys(lines)) if lines else ""
+        parts = [r["device"]]
+        parts += [f"{n} {versions[n]}" for n in ("jax", "torch", "transformers", "tokamax") if n in versions]
+        if c := r.get("ceilings"):
+            parts.append(f"ceilings: copy {c['copy'] / 1e9:,.0f} GB/s, read {c['read'] / 1e9:,.0f} GB/s")
+            parts.append(f"{c['matrix'] / 1e12:,.2f} TFLOP/s")
+        if is_cpu(r) and r.get("load_average"):
+            parts.append(f"load average {r['load_average'][0]:.1f} at its start")
+        lines.append(f"<sub>{r['model']} {r['dtype']}: {', '.join(parts)}; run `{r['run']}`.</sub><br>")
+    return "\n\n" + "\n".join(dict.fromkeys(lines)) if lines else ""
 
 
 def _startup(records: Sequence[Record]) -> str:
@@ -158,42 +159,34 @@ def _startup(records: Sequence[Record]) -> str:
 
 
 def _ops(records: Sequence[Record], *cases: str) -> str:
-    """An operation: a row a size, a column an implementation."""
+    """An operation: a row a size and implementation, the fastest of those that ran together first."""
     chosen = [r for r in records if r["suite"] == "ops" and r["case"].startswith(cases) and r["value"] is not None]
-    head = (
-        "device",
-        "case",
-        "dtype",
-        "batch",
-        "rows",
-        "keys",
-        "implementation",
-        "ms",
-        "p95",
-        "TFLOP/s",
-        "TB/s",
-        "% of floor",
-    )
+    head = ("device", "case", "dtype", "batch", "rows", "keys", "implementation", "ms", "p95", "TFLOP/s", "TB/s")
     rows = []
-    keys = ("device", "case", "model", "dtype", "batch", "seq", "context")
+    keys = ("device", "case", "model", "dtype", "batch", "seq", "context", "metric")
     for group in sorted(latest(chosen, keys), key=lambda g: [g[0][k] for k in keys]):
-        for r in sorted(group, key=lambda r: r["value"]):
-            seconds, stats, work = r["value"] / 1e3, r["stats"], r["work"]
-            start = (
-                r["device"],
-                f"{r['model']} {r['case']}",
-                r["dtype"],
-                str(r["batch"]),
-                str(r["seq"]),
-                str(r["context"]),
-            )
-            rates = (f"{work['flops'] / seconds / 1e12:,.2f}", f"{work['bytes'] / seconds / 1e12:,.3f}")
-            ups = tuple(f"{r['speedup'][b]:.2f}" if b in r["speedup"] else "" for b in ("xla", "torch"))
+        for r in sorted(group, key=lambda r: -r["value"] if r["metric"] in HIGHER_IS_BETTER else r["value"]):
+            more = [f"{r['kv_heads']} key heads"] if "kv_heads" in r else []
+            more += [f"{r['timing']} timing"] if "timing" in r else []  # how, where there are several ways
+            case = ", ".join([f"{r['model']} {r['case']}", *more])
+            sizes = tuple(str(r[k]) for k in ("batch", "seq", "context"))
+            ups = tuple(f"{r['speedup'][b]:.2f}" if b in r.get("speedup", {}) else "" for b in ("xla", "torch"))
             less = f"{r['memory_reduction']:.1f}" if "memory_reduction" in r else ""
-            limit = f"{100 * r['floor'] / r['value']:.0f}"
-            times = (f"{r['value']:.4f}", f"{stats['p95']:.4f}")
-            rows.append((*start, name_of(r["impl"]), *times, *rates, limit, *ups, less, commit_of(r)))
-    return markdown((*head, "x XLA", "x PyTorch", "less memory, times", "commit"), rows) + _where(chosen)
+            cells = (r["device"], case, r["dtype"], *sizes, name_of(r["impl"]), *_rates(r), *ups, less)
+            rows.append((*cells, commit_of(r)))
+    return markdown((*head, "% of floor", "x XLA", "x PyTorch", "less memory, times", "commit"), rows) + _where(chosen)
+
+
+def _rates(r: Record) -> tuple[str, ...]:
+    """Milliseconds, p95, TFLOP/s, TB/s and percent of the floor; a record of a rate has only that, and its floor."""
+    percent = "" if not r["floor"] else f"{100 * r['floor'] / r['value']:.0f}"
+    if r["metric"] == "ms":
+        work, p95 = r.get("work"), r.get("stats", {}).get("p95")
+        made = tuple(f"{work[k] / r['value'] / 1e9:,.3g}" for k in ("flops", "bytes")) if work else ("", "")
+        return (f"{r['value']:.4f}", "" if p95 is None else f"{p95:.4f}", *made, percent)
+    percent = "" if not r["floor"] else f"{100 * r['value'] / r['floor']:.0f}"
+    tflops, tbs = (f"{r['value']:,.3g}" if r["metric"] == m else "" for m in ("tflops", "tb_per_s"))
+    return "", "", tflops, tbs, percent
 
 
 def _published(records: Sequence[Record]) -> str:

@@ -25,7 +25,7 @@ class Ours:
     """`jllama` as a peer."""
 
     def __init__(self, job: dict[str, Any]) -> None:
-        self.job, self.params, self.choices = job, None, {}
+        self.job, self.params = job, None
         if job.get("model") is None:
             return
         import jax
@@ -41,7 +41,7 @@ class Ours:
     def generate(self, prompts: list[list[int]], new_tokens: int) -> Output:
         """Through the same `Session` that the command line uses."""
         from jllama.stream import Session
-        from pallas_kernels import Unsupported, record
+        from pallas_kernels import Unsupported
 
         assert self.params is not None
         room = -(-(len(prompts[0]) + new_tokens) // 128) * 128
@@ -50,15 +50,13 @@ class Ours:
         begin = time.perf_counter()
         first = 0.0
         try:
-            with record() as choices:
-                for tokens in session.run(prompts, new_tokens):
-                    first = first or time.perf_counter() - begin
-                    for row, new in zip(ids, tokens.ids, strict=True):
-                        row.extend(new)
+            for tokens in session.run(prompts, new_tokens):
+                first = first or time.perf_counter() - begin
+                for row, new in zip(ids, tokens.ids, strict=True):
+                    row.extend(new)
         except Unsupported as reason:
             raise NotSupported(str(reason)) from None
         total = time.perf_counter() - begin
-        self.choices |= {op: [c.impl, c.why] for op, c in choices.items()}
         return Output(ids, first, total - first)
 
     def peak_bytes(self) -> int:
@@ -69,8 +67,12 @@ class Ours:
         return int(stats.get("peak_bytes_in_use") or process_peak())
 
     def chosen(self) -> dict[str, Any]:
-        """What ran for every op, and why."""
-        return {"choices": self.choices}
+        """What runs for every op of a prefill and of a decode step, and why."""
+        from jllama import backends
+
+        assert self.params is not None
+        phases = backends(self.params, batch=self.job["batch"], backend=self.job["backend"])
+        return {"choices": {p: {op: [c.impl, c.why] for op, c in ops.items()} for p, ops in phases.items()}}
 
     def hello(self) -> dict[str, Any]:
         """The device, its platform, and the versions that all records carry."""
