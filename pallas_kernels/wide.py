@@ -47,9 +47,15 @@ class WideTiles:
     rows: int
     step: int = 64
     by_rows: bool = False
+    trade: bool = False  # SwiGLU: one consumer has the gate's tile, the other up's; they trade halves of the results
     band: int = 8
     chunk: int = 32  # rows that are written at a time
     depth: int = 8
+
+    @property
+    def part(self) -> int:
+        """Outputs of one consumer."""
+        return self.out if self.by_rows or self.trade else self.out // CONSUMERS
 
 
 @dataclass(frozen=True)
@@ -77,12 +83,12 @@ class Problem:
 
 def tiles_for(fmt: Format, rows: int, out: int, swiglu: bool, sms: int) -> WideTiles:
     """The measured choice for one H200."""
-    if swiglu and not fmt.quantized:
-        return WideTiles(out=64, rows=256, by_rows=True)
-    if swiglu:
-        return WideTiles(out=128, rows=128)
-    tall = math.ceil(rows / 256) * (out // 128) >= sms
-    return WideTiles(out=128, rows=256 if tall else 128)
+    if swiglu and rows <= 128:
+        return WideTiles(out=64, rows=128, trade=True)
+    if swiglu:  # float weights are best shared by the consumers, widened ones must not be
+        return WideTiles(out=64, rows=256, by_rows=not fmt.quantized, trade=fmt.quantized)
+    large_tiles_fill = math.ceil(rows / 256) * (out // 128) >= 0.9 * sms
+    return WideTiles(out=128, rows=256 if large_tiles_fill else 128)
 
 
 def check_wide(x: jax.Array, w: Weight, *, swiglu: bool = False, tiles: WideTiles | None = None) -> None:
@@ -160,10 +166,11 @@ def _wide(x: jax.Array, w: Weight, layer: jax.Array, residual: jax.Array | None,
 def _kernel(problem: Problem, tiles: WideTiles, sms: int, interpret: Any) -> Any:
     fmt = problem.fmt
     count = (problem.rows // tiles.rows) * (problem.out // tiles.out)
-    part = tiles.out if tiles.by_rows else tiles.out // CONSUMERS  # outputs of one consumer
+    part = tiles.part
     finished = (2, CONSUMERS, tiles.chunk, part)
     stage = nbytes((problem.heads * tiles.out, tiles.step), fmt.bits) + nbytes((tiles.rows, tiles.step), 16)
     room = SHARED_BYTES - 2048 - nbytes(finished, 8 * jnp.dtype(problem.out_dtype).itemsize)
+    room -= nbytes(finished, 16) if tiles.trade else 0
     depth = min(tiles.depth, room // stage)
     scratch = {
         "w_ring": swizzled((depth, problem.heads * tiles.out, tiles.step), fmt.dtype),
@@ -172,6 +179,10 @@ def _kernel(problem: Problem, tiles: WideTiles, sms: int, interpret: Any) -> Any
         "full": plgpu.Barrier(num_arrivals=problem.heads + 1, num_barriers=depth),
         "free": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=depth),
     }
+    if tiles.trade:
+        scratch["traded"] = swizzled((2, CONSUMERS, part, tiles.chunk), problem.dtype)
+        scratch["given"] = plgpu.Barrier(num_barriers=2 * CONSUMERS)
+        scratch["taken"] = plgpu.Barrier(num_barriers=2 * CONSUMERS)
     if interpret and fmt.quantized:
         scratch["widened"] = swizzled((CONSUMERS, problem.heads * part, tiles.step), problem.dtype, run=fmt.group)
     return plgpu.kernel(
@@ -275,19 +286,20 @@ def _produce(x_ref: Any, w_ref: Any, residual_ref: Any, turns: Any, tile: Any, p
 
 def _consume(me: Any, scales: Any, out_ref: Any, turns: Any, tile: Any, problem: Problem,
              tiles: WideTiles, depth: int, *, w_ring: Any, x_ring: Any, finished: Any, full: Any, free: Any,
-             widened: Any = None) -> None:  # fmt: skip
+             widened: Any = None, traded: Any = None, given: Any = None, taken: Any = None) -> None:  # fmt: skip
     """Multiply this consumer's half of every tile, and write it."""
     fmt, steps = problem.fmt, problem.inner // tiles.step
     stages = steps + problem.behind(tiles)
-    part = tiles.out if tiles.by_rows else tiles.out // CONSUMERS
+    part = tiles.part
     columns = tiles.rows // CONSUMERS if tiles.by_rows else tiles.rows
-    first_out = 0 if tiles.by_rows else me * part
+    first_out = 0 if tiles.by_rows or tiles.trade else me * part
+    heads = [me] if tiles.trade else list(range(problem.heads))  # those that this consumer multiplies
     my_rows = pl.ds(me * columns, columns) if tiles.by_rows else pl.ds(0, columns)
-    accumulators = [plgpu.ACC((part, columns), jnp.float32)] * problem.heads
+    accumulators = [plgpu.ACC((part, columns), jnp.float32) for _ in heads]
 
     group = min(fmt.group or tiles.step, tiles.step)
 
-    def weights_of(slot: Any, head: int) -> Any:
+    def weights_of(slot: Any, head: Any) -> Any:
         return w_ring.at[slot, pl.ds(head * tiles.out + first_out, part)]
 
     def dense(accs: Any, first: Any, _out: Any) -> None:
@@ -296,9 +308,9 @@ def _consume(me: Any, scales: Any, out_ref: Any, turns: Any, tile: Any, problem:
         def stage(k: Any, _: Any) -> None:
             slot = lax.rem(first + k, depth)
             plgpu.barrier_wait(full.at[slot])
-            for head, acc in enumerate(accs):
+            for head, acc in zip(heads, accs, strict=True):
                 plgpu.wgmma(acc, weights_of(slot, head), x_ring.at[slot, my_rows].T)
-            plgpu.wgmma_wait(problem.heads)
+            plgpu.wgmma_wait(len(heads))
 
             @pl.when(k > 0)
             def _() -> None:
@@ -308,7 +320,7 @@ def _consume(me: Any, scales: Any, out_ref: Any, turns: Any, tile: Any, problem:
         plgpu.wgmma_wait(0)
         plgpu.barrier_arrive(free.at[lax.rem(first + steps - 1, depth)])
 
-    def scaled(weights: jax.Array, head: int, column: Any, out: Any) -> Any:
+    def scaled(weights: jax.Array, i: int, head: Any, column: Any, out: Any) -> Any:
         """Weights of one group of inputs as wgmma's left operand. Scales of a group are applied here, before the
         rounding; scales of a row at the end."""
         if fmt.grouped:
@@ -317,7 +329,7 @@ def _consume(me: Any, scales: Any, out_ref: Any, turns: Any, tile: Any, problem:
         if widened is None:
             return weights
         # The interpreter has no wgmma with an operand in registers.
-        place = widened.at[me, pl.ds(head * part, part), pl.ds(0, group)]
+        place = widened.at[me, pl.ds(i * part, part), pl.ds(0, group)]
         place[...] = weights
         plgpu.commit_smem()
         return place
@@ -328,15 +340,15 @@ def _consume(me: Any, scales: Any, out_ref: Any, turns: Any, tile: Any, problem:
         def load(k: Any) -> list[jax.Array]:
             slot = lax.rem(first + k, depth)
             plgpu.barrier_wait(full.at[slot])
-            return [load_integers(weights_of(slot, head), fmt) for head in range(problem.heads)]
+            return [load_integers(weights_of(slot, head), fmt) for head in heads]
 
         def multiply(k: Any, integers: list[jax.Array]) -> None:
             slot = lax.rem(first + k, depth)
-            for head, acc in enumerate(accs):
-                floats = widen(integers[head], problem.dtype)
+            for i, (head, acc) in enumerate(zip(heads, accs, strict=True)):
+                floats = widen(integers[i], problem.dtype)
                 for g in range(0, tiles.step, group):
                     column = (k * tiles.step + g) // fmt.group if fmt.grouped else 0
-                    weights = scaled(floats[:, g : g + group], head, column, out)
+                    weights = scaled(floats[:, g : g + group], i, head, column, out)
                     plgpu.wgmma(acc, weights, x_ring.at[slot, my_rows, pl.ds(g, group)].T)
                     if widened is not None:
                         plgpu.wgmma_wait(0)
@@ -354,6 +366,24 @@ def _consume(me: Any, scales: Any, out_ref: Any, turns: Any, tile: Any, problem:
         multiply(steps - 1, lax.fori_loop(0, steps - 1, stage, load(0)))
         release(steps - 1)
 
+    def swap(result: jax.Array, i: int, chunks: int) -> list[jax.Array]:
+        """Chunk ``i`` of this consumer's half of the rows, as gate and up: one its own, one from the other."""
+
+        def in_order(a: jax.Array, b: jax.Array) -> list[jax.Array]:
+            return lax.cond(me == 0, lambda: [a, b], lambda: [b, a])
+
+        first, second = (result[:, j * tiles.chunk : (j + 1) * tiles.chunk] for j in (i, i + chunks))
+        mine, theirs = in_order(first, second)
+        slot, other = i % 2, 1 - me
+        if i >= 2:
+            plgpu.barrier_wait(taken.at[2 * me + slot])
+        traded[slot, me] = theirs.astype(problem.dtype)
+        plgpu.barrier_arrive(given.at[2 * me + slot])
+        plgpu.barrier_wait(given.at[2 * other + slot])
+        received = plgpu.load(traded.at[slot, other], layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+        plgpu.barrier_arrive(taken.at[2 * other + slot])
+        return in_order(mine, received)
+
     def turn(t: Any, _: Any) -> None:
         row, out = tile(t)
         first = t * stages
@@ -366,29 +396,32 @@ def _consume(me: Any, scales: Any, out_ref: Any, turns: Any, tile: Any, problem:
         if fmt.quantized and not fmt.grouped:
             results = [
                 result * spread(scale_column(scales, head * problem.out + out + first_out, 0, part), result.shape)
-                for head, result in enumerate(results)
+                for head, result in zip(heads, results, strict=True)
             ]
-        result = results[0]
-        if problem.swiglu:
-            result = result / (1 + jnp.exp(-result)) * results[1]
         row = row + me * columns if tiles.by_rows else row
         behind = [lax.rem(first + steps + j, depth) for j in range(problem.behind(tiles))]
         for slot in behind:
             plgpu.barrier_wait(full.at[slot])
-        for i in range(columns // tiles.chunk):
+        chunks = columns // tiles.chunk // (2 if tiles.trade else 1)
+        for i in range(chunks):
             rows = pl.ds(i * tiles.chunk, tiles.chunk)
-            values = result[:, i * tiles.chunk : (i + 1) * tiles.chunk]
+            if tiles.trade:
+                values = swap(results[0], i, chunks)
+            else:
+                values = [result[:, i * tiles.chunk : (i + 1) * tiles.chunk] for result in results]
+            value = values[0] / (1 + jnp.exp(-values[0])) * values[1] if problem.swiglu else values[0]
             if behind:  # of these stages each consumer adds the one with its own outputs
                 before = x_ring.at[lax.rem(first + steps + me, depth), rows].T
                 before = plgpu.load(before, layout=plgpu.Layout.WGMMA_TRANSPOSED)
-                values = values + plgpu.layout_cast(before, plgpu.Layout.WGMMA).astype(jnp.float32)
+                value = value + plgpu.layout_cast(before, plgpu.Layout.WGMMA).astype(jnp.float32)
             place = finished.at[i % 2, me]
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-            place.T[...] = plgpu.layout_cast(values.astype(problem.out_dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+            place.T[...] = plgpu.layout_cast(value.astype(problem.out_dtype), plgpu.Layout.WGMMA_TRANSPOSED)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(
-                place, out_ref.at[pl.ds(row + i * tiles.chunk, tiles.chunk), pl.ds(out + first_out, part)]
-            )
+            target = pl.ds(row + (me * chunks + i if tiles.trade else i) * tiles.chunk, tiles.chunk)
+            plgpu.copy_smem_to_gmem(place, out_ref.at[target, pl.ds(out + first_out, part)])
+        for i in range(min(2, chunks) if tiles.trade else 0):
+            plgpu.barrier_wait(taken.at[2 * me + i])
         for slot in behind:
             plgpu.barrier_arrive(free.at[slot])
 
