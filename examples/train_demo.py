@@ -109,8 +109,8 @@ def make_step(optimizer: optax.GradientTransformation, noise: float):
         random = jax.random.randint(what, inputs.shape, 0, params.config.vocab_size)
         inputs = jnp.where(jax.random.bernoulli(where, noise, inputs.shape), random, inputs)
         value, grads = jax.value_and_grad(loss)(params, inputs, targets)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, value
+        updates, opt_state = optimizer.update(grads, opt_state, params)  # pyright: ignore[reportArgumentType]
+        return optax.apply_updates(params, updates), opt_state, value  # pyright: ignore[reportArgumentType]
 
     return step
 
@@ -126,7 +126,7 @@ def held_out_nll(params: Params, ids: np.ndarray, window: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--text", type=Path, required=True, help="training text")
     parser.add_argument("--lowercase-text", type=Path, help="more training text, published in lower case")
     parser.add_argument(
@@ -167,7 +167,7 @@ def main() -> None:
             optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.2, mask=decayed)
         )
         params = init(config, jax.random.key(args.seed))
-        step, opt_state = make_step(optimizer, args.noise), optimizer.init(params)
+        step, opt_state = make_step(optimizer, args.noise), optimizer.init(params)  # pyright: ignore[reportArgumentType]
         best, best_nll, began = params, math.inf, time.time()
         for i in range(args.steps):
             starts = rng.integers(0, len(ids) - seq - 1, args.batch)

@@ -31,7 +31,7 @@ def compile_seconds() -> float:
     return _seconds
 
 
-def _count(event: str, duration: float, **_: object) -> None:
+def _count(event: str, duration_secs: float, **kwargs: str | int) -> None:
     global _seconds
     if event.startswith("/jax/core/compile/"):
-        _seconds += duration
+        _seconds += duration_secs

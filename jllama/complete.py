@@ -1,6 +1,6 @@
 """From prompts to completions, as text that comes while it is made: what the command lines and servers share."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 
 from jllama.sampling import Sampling
@@ -28,7 +28,7 @@ def complete(
     sampling: Sampling | None = None,
     stop_ids: Sequence[int] = (),
     stop: Sequence[str] = (),
-) -> Iterator[tuple[int, str]]:
+) -> Generator[tuple[int, str]]:
     """Run a batch, and yield ``(row, text)`` as text settles. Close the iterator to stop early."""
     texts = [TextStream(tokenizer, c.prompt_ids, tuple(stop)) for c in completions]
     tokens = session.run([c.prompt_ids for c in completions], max_new_tokens, sampling, stop_ids)

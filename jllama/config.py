@@ -74,14 +74,8 @@ def _llama2(
     n_kv_heads: int = 0,
     **more: Any,
 ) -> LlamaConfig:
-    row = dict(
-        dim=dim,
-        n_layers=n_layers,
-        n_heads=n_heads,
-        n_kv_heads=n_kv_heads or n_heads,
-        hidden_dim=hidden_dim,
-    )
-    return LlamaConfig(**row, **({"vocab_size": 32000} | more))
+    settings: dict[str, Any] = {"vocab_size": 32000} | more
+    return LlamaConfig(dim, n_layers, n_heads, n_kv_heads or n_heads, hidden_dim, **settings)
 
 
 _STORIES: dict[str, Any] = dict(max_seq_len=1024, tie_embeddings=True)

@@ -6,6 +6,7 @@ the compiled pieces chunk by chunk for whoever wants text as it comes.
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -95,7 +96,7 @@ def decode_step(params: Params, state: DecodeState, *, backend: str = "auto") ->
         backend=backend,
     )
     assert cache is not None
-    return _draw(state.replace(cache=cache), logits)
+    return _draw(replace(state, cache=cache), logits)
 
 
 def _draw(state: DecodeState, logits: jax.Array) -> tuple[DecodeState, Drawn]:
@@ -106,7 +107,7 @@ def _draw(state: DecodeState, logits: jax.Array) -> tuple[DecodeState, Drawn]:
     seen = state.seen
     if seen is not None:
         seen = seen.at[jnp.arange(token.shape[0]), token].set(True)
-    return state.replace(token=token, done=state.done | stopped, drawn=drawn, seen=seen), emitted
+    return replace(state, token=token, done=state.done | stopped, drawn=drawn, seen=seen), emitted
 
 
 def decode_chunk(params: Params, state: DecodeState, *, steps: int, backend: str = "auto") -> tuple[DecodeState, Drawn]:

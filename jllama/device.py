@@ -2,8 +2,11 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
+
+Device = Any  # a jax.Device; jax exports that name as a variable, which type checkers refuse
 
 # Bytes a second by the vendors' data sheets, for the percentage in the line of figures.
 _BANDWIDTH = {
@@ -18,17 +21,17 @@ _BANDWIDTH = {
 }
 
 
-def default_device() -> jax.Device:
+def default_device() -> Device:
     """The device that arrays go to."""
     return jax.devices()[0]
 
 
-def bandwidth(device: jax.Device) -> float | None:
+def bandwidth(device: Device) -> float | None:
     """Bytes a second of the device's memory, where known."""
     return _BANDWIDTH.get(device.device_kind)
 
 
-def free_bytes(device: jax.Device) -> int | None:
+def free_bytes(device: Device) -> int | None:
     """Memory that can still be used on the device; None where it cannot be known."""
     if device.platform != "cpu":
         stats = device.memory_stats() or {}

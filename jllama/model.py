@@ -1,5 +1,7 @@
 """The forward pass, in one sitting. Pure: the same arguments give the same logits, and nothing else happens."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 
@@ -54,7 +56,7 @@ def forward(
         x = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
     x = rms_norm(x, params.norm, eps=params.config.norm_eps, backend=backend)
     logits = matmul(x, params.head, out_dtype=jnp.float32, backend=backend)
-    return logits, None if cache is None else cache.replace(lengths=cache.lengths + lengths)
+    return logits, None if cache is None else replace(cache, lengths=cache.lengths + lengths)
 
 
 def attend(

@@ -6,6 +6,8 @@ and w_up. One read of a long weight runs nearer to the memory's speed than three
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,12 +63,12 @@ def stack(params: Params) -> Params:
     """The same model with its layers on a leading axis. Holds both copies while it runs."""
     if not isinstance(params.layers, tuple):
         return params
-    return params.replace(layers=jax.tree.map(lambda *a: jnp.stack(a), *params.layers))
+    return replace(params, layers=jax.tree.map(lambda *a: jnp.stack(a), *params.layers))
 
 
 def unstack(params: Params) -> Params:
     """The same model with a tuple of layers."""
-    return params.replace(layers=tuple(params.layer(i) for i in range(params.config.n_layers)))
+    return replace(params, layers=tuple(params.layer(i) for i in range(params.config.n_layers)))
 
 
 def weight_bytes(params: Params, *, per_token: bool = False) -> int:
@@ -123,7 +125,7 @@ def init(
         return _normal(key, shape, scale * 0.02, jnp.dtype(dtype))
 
     def one_layer(key: jax.Array) -> Layer:
-        fields: dict[str, Weight] = {}
+        fields: dict[str, Any] = {}
         for i, (name, shape) in enumerate(layer_shapes(config).items()):
             if name.endswith("norm"):
                 fields[name] = jnp.ones(shape, dtype)

@@ -1,8 +1,8 @@
 """The stateful shell around the pure core: prompts go in, tokens come out chunk by chunk while the next chunk runs."""
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field, fields, replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -87,7 +87,7 @@ class Session:
         max_new_tokens: int,
         sampling: Sampling | None = None,
         stop_ids: Sequence[int] = (),
-    ) -> Iterator[Tokens]:
+    ) -> Generator[Tokens]:
         """Continue the prompts (one a row of the batch). Close the iterator to stop early; the cache stays usable."""
         self._check(prompts)
         sampling = make_sampling(self.batch) if sampling is None else sampling
@@ -161,7 +161,8 @@ class Session:
     def _prefill(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> tuple[jnp.ndarray, KVCache]:
         # The last token drawn is not in the cache, and the last of a prompt must be fed to give logits.
         kept = [min(_common_prefix(h[:-1], p), len(p) - 1) for h, p in zip(self._held, prompts, strict=True)]
-        cache = self._room_for(max(map(len, prompts)) + new_tokens).replace(lengths=jnp.asarray(kept, jnp.int32))
+        room = self._room_for(max(map(len, prompts)) + new_tokens)
+        cache = replace(room, lengths=jnp.asarray(kept, jnp.int32))
         self._forget()  # donated from here on; it comes back once there is text
         logits = jnp.zeros((self.batch, self.params.config.vocab_size), jnp.float32)
         rest = [list(p[k:]) for p, k in zip(prompts, kept, strict=True)]

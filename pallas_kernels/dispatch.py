@@ -31,9 +31,7 @@ class Choice:
     why: str
 
 
-_recorder: contextvars.ContextVar[dict[str, Choice] | None] = contextvars.ContextVar(
-    "choices", default=None
-)
+_recorder: contextvars.ContextVar[dict[str, Choice] | None] = contextvars.ContextVar("choices", default=None)
 
 
 @contextlib.contextmanager
@@ -51,17 +49,13 @@ def require_hopper() -> None:
     """Raise `Unsupported` unless the device that jax would use is a Hopper GPU."""
     device = _device()
     if device.platform != "gpu":
-        raise Unsupported(
-            f"needs an NVIDIA Hopper GPU, found platform {device.platform!r}"
-        )
+        raise Unsupported(f"needs an NVIDIA Hopper GPU, found platform {device.platform!r}")
     capability = getattr(device, "compute_capability", None)
     if capability != "9.0":
-        raise Unsupported(
-            f"needs compute capability 9.0 (Hopper), found {device.device_kind} with {capability}"
-        )
+        raise Unsupported(f"needs compute capability 9.0 (Hopper), found {device.device_kind} with {capability}")
 
 
-def _device() -> jax.Device:
+def _device() -> Any:
     default = jax.config.jax_default_device
     return default if isinstance(default, jax.Device) else jax.devices(default)[0]
 
@@ -81,9 +75,7 @@ class Op:
     def choose(self, backend: str, *args: Any, **kwargs: Any) -> Choice:
         """Decide, without running anything, which implementation these arguments get."""
         if backend not in BACKENDS:
-            raise ValueError(
-                f"backend: expected one of {', '.join(BACKENDS)}, found {backend!r}"
-            )
+            raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, found {backend!r}")
         if backend == "xla":
             return Choice("xla", "asked for")
         try:
@@ -96,9 +88,7 @@ class Op:
             if backend == "pallas":
                 raise Unsupported(f"{self.name}: {reason}") from None
             return Choice("xla", str(reason))
-        return Choice(
-            "pallas", "asked for" if backend == "pallas" else "kernel runs here"
-        )
+        return Choice("pallas", "asked for" if backend == "pallas" else "kernel runs here")
 
     def __call__(self, *args: Any, backend: str = "auto", **kwargs: Any) -> Any:
         choice = self.choose(backend, *args, **kwargs)
