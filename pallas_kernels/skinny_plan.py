@@ -12,7 +12,7 @@ from pallas_kernels.tiles import SHARED_BYTES, WGMMA_ROWS, Format, nbytes
 
 PIECE_COST = 20_000  # finishing a piece takes as long as so many bytes of a block's share of the bandwidth
 L2_COST = 0.3  # of a byte that comes from the cache, in bytes that come from memory
-ENOUGH_IN_FLIGHT = 80_000  # bytes that a block must have asked for to keep its share of the memory busy
+ENOUGH_IN_FLIGHT = 48_000  # bytes that a block must have asked for to keep its share of the memory busy
 
 
 @dataclass(frozen=True)

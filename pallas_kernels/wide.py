@@ -415,7 +415,8 @@ def _consume(me: Any, scales: Any, out_ref: Any, turns: Any, tile: Any, problem:
                 before = plgpu.load(before, layout=plgpu.Layout.WGMMA_TRANSPOSED)
                 value = value + plgpu.layout_cast(before, plgpu.Layout.WGMMA).astype(jnp.float32)
             place = finished.at[i % 2, me]
-            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+            # The copy from this buffer is the last but one; after an odd number of chunks the last tile's is the last.
+            plgpu.wait_smem_to_gmem(1 if i or chunks % 2 == 0 else 0, wait_read_only=True)
             place.T[...] = plgpu.layout_cast(value.astype(problem.out_dtype), plgpu.Layout.WGMMA_TRANSPOSED)
             plgpu.commit_smem()
             target = pl.ds(row + (me * chunks + i if tiles.trade else i) * tiles.chunk, tiles.chunk)

@@ -121,13 +121,22 @@ def test_skinny_interpreted_with_everything_after_it() -> None:
     assert error(y, exact(x, w[2], swiglu=True, residual=residual)) < 1e-5
 
 
-@pytest.mark.parametrize(("fmt", "by_rows"), [(fmt, False) for fmt in FORMATS] + [("bf16", True)])
-@pytest.mark.parametrize("swiglu", [False, True])
-def test_wide_interpreted(fmt: str, swiglu: bool, by_rows: bool) -> None:
-    x, w = normal(0, 40, 128), weight(fmt, 256 if swiglu else 128, 128)
-    tiles = WideTiles(out=128, rows=32 if not by_rows else 64, by_rows=by_rows, depth=2)
+@pytest.mark.parametrize(
+    ("fmt", "swiglu", "how"),
+    [(fmt, False, "halves") for fmt in FORMATS]
+    + [("bf16", True, "by_rows"), ("bf16", True, "halves"), ("int8", True, "trade"), ("int4-g128", True, "trade")],
+)
+def test_wide_interpreted(fmt: str, swiglu: bool, how: str) -> None:
+    """Every way in which the two consumers share a tile."""
+    x, w = normal(0, 100, 128), weight(fmt, 256 if swiglu else 128, 128)
+    tiles = {
+        "halves": WideTiles(out=128, rows=64, depth=2),
+        "by_rows": WideTiles(out=64, rows=64, by_rows=True, depth=2),
+        "trade": WideTiles(out=64, rows=192, trade=True, depth=2),
+    }[how]
     y = race_free(wide(x, w, swiglu=swiglu, out_dtype=jnp.float32, tiles=tiles, sms=2, interpret=interpreter()))
-    assert error(y, exact(x, w, swiglu=swiglu, rounded=True)) < 1e-5
+    # What the consumers trade is rounded to x's dtype, as the reference rounds gate and up.
+    assert error(y, exact(x, w, swiglu=swiglu, rounded=True)) < (3e-3 if how == "trade" else 1e-5)
 
 
 def test_wide_interpreted_with_residual() -> None:
@@ -178,8 +187,8 @@ def test_plan_keeps_the_gpu_busy(case: str, fmt: str, rows: int) -> None:
     form = format_of(abstract(fmt, out, inner))
     p = plan(out, inner, rows, form, skinny_tiles_for(form, inner, rows), SMS)
     turns = -(-p.strips * p.cuts // p.blocks)
-    assert turns * p.strip * -(-p.steps // p.cuts) < 1.12 * out * p.steps / SMS
-    assert p.depth * p.strip * (inner // p.steps) * form.bits / 8 > 48 * 1024
+    assert turns * p.strip * -(-p.steps // p.cuts) < 1.2 * out * p.steps / SMS
+    assert p.depth * p.strip * (inner // p.steps) * form.bits / 8 > 32 * 1024
 
 
 # What kernels refuse, before anything runs
