@@ -226,13 +226,13 @@ def test_split_heads_counts_from_the_array(shards: int) -> None:
 
 
 def test_cache_write_goes_behind_each_rows_length_and_drops_what_does_not_fit() -> None:
-    cache = init_cache(tiny.CONFIG, 3, 6, jnp.float32).replace(lengths=jnp.asarray([0, 4, 6]))
+    cache = init_cache(tiny.CONFIG, 3, 8, jnp.float32).replace(lengths=jnp.asarray([0, 6, 8]))
     k, v = random((3, 3, 2, 8)), random((3, 3, 2, 8), seed=1)
     written = cache.write(1, k, v)
     for found, new in ((written.k, k), (written.v, v)):
-        expected = np.zeros((3, 2, 6, 8), np.float32)
+        expected = np.zeros((3, 2, 8, 8), np.float32)
         expected[0, :, 0:3] = np.asarray(new)[0].swapaxes(0, 1)
-        expected[1, :, 4:6] = np.asarray(new)[1, :2].swapaxes(0, 1)
+        expected[1, :, 6:8] = np.asarray(new)[1, :2].swapaxes(0, 1)
         np.testing.assert_array_equal(found[1], expected)
         np.testing.assert_array_equal(found[0], 0.0)  # the other layer
     np.testing.assert_array_equal(written.lengths, cache.lengths)
