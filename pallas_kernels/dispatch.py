@@ -4,7 +4,8 @@ An `Op` is a reference in plain `jax.numpy` and, where there is one, a kernel th
 `backend` is passed down from the caller and means
 
 * ``"xla"``     the reference;
-* ``"pallas"``  the kernel, or `Unsupported` with the reason: an explicit wish never falls back;
+* ``"pallas"``  the kernel, or `Unsupported` with the reason: an explicit wish never falls back (an op that has no
+  kernel at all, like a norm that XLA fuses with its neighbours, is no wish that could fail);
 * ``"auto"``    the kernel where it can run, else the reference. `record` tells which and why.
 """
 
@@ -78,9 +79,9 @@ class Op:
             raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, found {backend!r}")
         if backend == "xla":
             return Choice("xla", "asked for")
+        if self.kernel is None:
+            return Choice("xla", "has no kernel: XLA fuses it with its neighbours")
         try:
-            if self.kernel is None:
-                raise Unsupported("no kernel for this op yet")
             require_hopper()
             if self.check is not None:
                 self.check(*args, **kwargs)
