@@ -58,16 +58,17 @@ class QuantizedTensor:
 
 def group_size(in_features: int, wanted: int) -> int:
     """The largest supported group, no larger than ``wanted``, that divides a row; the whole row where none does."""
-    return next(
-        (g for g in GROUPS if g <= wanted and in_features % g == 0), in_features
-    )
+    return next((g for g in GROUPS if g <= wanted and in_features % g == 0), in_features)
 
 
-def quantize(w: jax.Array, *, bits: int, group: int | None = None) -> QuantizedTensor:
+def quantize(
+    w: jax.Array, *, bits: int, group: int | None = None, ratios: tuple[float, ...] = CLIP_RATIOS
+) -> QuantizedTensor:
     """Round a weight ``[..., out, in]`` to ``bits`` with one scale per ``group`` inputs (None: per output channel).
 
     Of the scales that make the largest value of a group the largest integer, or clip it by some per cent, the one with
     the smallest squared error is taken: for few bits a finer step for the many is worth the error of the few.
+    ``ratios`` are what the clipping leaves; ``(1.0,)`` is bare absmax.
     """
     group = group or w.shape[-1]
     limit = 2 ** (bits - 1) - 1
@@ -82,7 +83,7 @@ def quantize(w: jax.Array, *, bits: int, group: int | None = None) -> QuantizedT
         return (jnp.where(closer, scale, best[0]), jnp.where(closer, error, best[1])), None
 
     whole = _stored(peak, dtype)
-    (scale, _), _ = lax.scan(better, (whole, jnp.full_like(whole, jnp.inf)), jnp.asarray(CLIP_RATIOS, jnp.float32))
+    (scale, _), _ = lax.scan(better, (whole, jnp.full_like(whole, jnp.inf)), jnp.asarray(ratios, jnp.float32))
     data = _rounded(blocks, scale, limit).astype(jnp.int8).reshape(w.shape)
     return QuantizedTensor(data if bits == 8 else data.astype(jnp.int4), scale.astype(dtype))
 
@@ -99,8 +100,5 @@ def _rounded(blocks: jax.Array, scale: jax.Array, limit: int) -> jax.Array:
 
 def dequantize(w: QuantizedTensor, dtype: jnp.dtype | type = jnp.float32) -> jax.Array:
     """The weight that a `QuantizedTensor` stands for."""
-    blocks = (
-        w.data.astype(jnp.float32).reshape(*w.scale.shape, -1)
-        * w.scale.astype(jnp.float32)[..., None]
-    )
+    blocks = w.data.astype(jnp.float32).reshape(*w.scale.shape, -1) * w.scale.astype(jnp.float32)[..., None]
     return blocks.reshape(w.shape).astype(dtype)
