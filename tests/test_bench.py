@@ -242,6 +242,17 @@ def test_a_python_that_is_none_is_a_reason(tmp_path: Path) -> None:
     assert "exited with 3: broken" in why
 
 
+def test_no_decode_step_is_computed_for_nothing() -> None:
+    from bench.peers.ours import CHUNK, even_chunk
+
+    for steps in range(0, 400):
+        chunk = even_chunk(steps)
+        assert 1 <= chunk <= CHUNK
+        parts = -(-steps // chunk)
+        assert parts * chunk - steps < max(parts, 1)
+    assert [even_chunk(n) for n in (0, 1, 32, 64, 128, 100)] == [1, 1, 32, 64, 64, 50]
+
+
 def test_ids_through_llama2c_text(tmp_path: Path) -> None:
     prompt = [1, 9, 4, 9, 5]
     assert to_text(prompt, 9) == f"{chr(FIRST + 4)} {chr(FIRST + 5)}"
