@@ -245,7 +245,7 @@ def test_a_python_that_is_none_is_a_reason(tmp_path: Path) -> None:
 def test_no_decode_step_is_computed_for_nothing() -> None:
     from bench.peers.ours import CHUNK, even_chunk
 
-    for steps in range(0, 400):
+    for steps in range(400):
         chunk = even_chunk(steps)
         assert 1 <= chunk <= CHUNK
         parts = -(-steps // chunk)

@@ -45,7 +45,7 @@ class Ours:
 
         assert self.params is not None
         room = -(-(len(prompts[0]) + new_tokens) // 128) * 128
-        settings = dict(batch=len(prompts), backend=self.job["backend"], chunk=even_chunk(new_tokens - 1))
+        settings: dict[str, Any] = dict(batch=len(prompts), backend=self.job["backend"], chunk=even_chunk(new_tokens - 1))
         session = Session(self.params, max_len=room, **settings)
         ids: list[list[int]] = [[] for _ in prompts]
         begin = time.perf_counter()
@@ -144,8 +144,8 @@ class Ours:
 
 
 def even_chunk(steps: int) -> int:
-    """The longest chunk up to `CHUNK` that cuts ``steps`` into equal parts, or nearly: what the last chunk computes past
-    the end is thrown away, and would be timed."""
+    """The longest chunk up to `CHUNK` that cuts ``steps`` into equal parts, or nearly: what the last chunk computes
+    past the end is thrown away, and would be timed."""
     parts = -(-steps // CHUNK)
     return max(1, -(-steps // max(parts, 1)))
 
