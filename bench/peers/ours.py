@@ -45,8 +45,8 @@ class Ours:
 
         assert self.params is not None
         room = -(-(len(prompts[0]) + new_tokens) // 128) * 128
-        settings: dict[str, Any] = dict(batch=len(prompts), backend=self.job["backend"], chunk=even_chunk(new_tokens - 1))
-        session = Session(self.params, max_len=room, **settings)
+        chunk = even_chunk(new_tokens - 1)
+        session = Session(self.params, max_len=room, batch=len(prompts), backend=self.job["backend"], chunk=chunk)
         ids: list[list[int]] = [[] for _ in prompts]
         begin = time.perf_counter()
         first = 0.0
@@ -165,7 +165,7 @@ def cpu_name() -> str:
         lines = []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{names[0] if names else 'CPU'}, {cores} cores"
+    return f"{names[0] if names else 'CPU'}, {cores} core{'s' if cores != 1 else ''}"
 
 
 PEER = Peer("ours", "ours", available, open_model, PACKAGES)
