@@ -7,6 +7,7 @@ Beside our scales, which minimise the squared error, stand those of bare absmax:
 """
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -102,11 +103,11 @@ def prepared(params: "Params", dtype: str, impl: str) -> "Params":
 
     names = ("wqkv", "wo", "w_gate_up", "w_down")
     layers = tuple(
-        layer.replace(**{name: rounded(getattr(layer, name)) for name in names})
+        dataclasses.replace(layer, **{name: rounded(getattr(layer, name)) for name in names})
         for layer in map(params.layer, range(params.config.n_layers))
     )
     head = None if params.lm_head is None else rounded(params.lm_head)
-    return params.replace(layers=layers, lm_head=head)
+    return dataclasses.replace(params, layers=layers, lm_head=head)
 
 
 def table(records: list[dict[str, Any]]) -> str:
