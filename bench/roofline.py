@@ -52,6 +52,11 @@ def of_dict(values: Mapping[str, float]) -> Ceilings:
     return Ceilings(**{name: values[name] for name in Ceilings.__dataclass_fields__})
 
 
+def best_of(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:
+    """The better of two measurements of each ceiling: rates are high, latencies low."""
+    return {name: (min if name in ("launch", "kernel") else max)(a[name], b[name]) for name in a}
+
+
 def measure_ceilings(dtype: str, working_set: int = 0) -> dict[str, float]:
     """Measure on jax's default device. ``working_set``: weights that are smaller than the last cache are read from
     it, so on a CPU their reading is measured at their size."""

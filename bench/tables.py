@@ -81,30 +81,26 @@ def _speeds(records: Sequence[Record], case: str, keep: Callable[[Record], bool]
     """Tokens/s: a row an implementation, in the groups that ran side by side."""
     chosen = [r for r in records if r["suite"] == "compare" and r["case"] == case and keep(r)]
     chosen = [r for r in chosen if r["metric"] == "tokens_per_s" and r["value"] is not None]
-    head = (
-        "model",
-        "dtype",
-        "batch",
-        "prompt",
-        "implementation",
-        "tokens/s",
-        "range",
-        "% of floor",
-        "tokens agree",
-        "commit",
-    )
+    head = ("on", "model", "dtype", "batch", "prompt", "implementation", "tokens/s", "range", "% of floor")
     rows = []
     for group in sorted(
         latest(chosen, GROUP), key=lambda g: (g[0]["device"], g[0]["model"], g[0]["batch"], g[0]["seq"])
     ):
         for r in sorted(group, key=lambda r: -r["value"]):
             agreed = "not checked" if r.get("agreement") is None else f"{100 * r['agreement']:.0f} %"
-            start = (r["model"], r["dtype"], str(r["batch"]), str(r["seq"]), name_of(r["impl"]))
+            start = (
+                r["device"].split(", ")[-1],
+                r["model"],
+                r["dtype"],
+                str(r["batch"]),
+                str(r["seq"]),
+                name_of(r["impl"]),
+            )
             between = f"{_short(min(r['samples']))} to {_short(max(r['samples']))}"
             rows.append(
                 (*start, _short(r["value"]), between, f"{100 * r['value'] / r['floor']:.0f}", agreed, commit_of(r))
             )
-    return markdown(head, rows) + _where(chosen)
+    return markdown((*head, "tokens agree", "commit"), rows) + _where(chosen)
 
 
 def _short(value: float) -> str:

@@ -156,6 +156,12 @@ def test_the_floor_of_a_7b_step() -> None:
     assert roofline.floor_s(prefill, ceilings) == prefill.flops / ceilings.matrix
 
 
+def test_the_better_of_two_ceilings() -> None:
+    a = dict(copy=1.0, read=4.0, matrix=1.0, launch=1.0, kernel=3.0)
+    b = dict(copy=2.0, read=3.0, matrix=2.0, launch=2.0, kernel=1.0)
+    assert roofline.best_of(a, b) == dict(copy=2.0, read=4.0, matrix=2.0, launch=1.0, kernel=1.0)
+
+
 def test_the_work_of_operations() -> None:
     sizes = dict(heads=32, kv_heads=32, head_dim=128, dim=4096, hidden=11008, matmuls={"o": dict(out=4096, inner=4096)})
     cases = {op: opcases.cases(op, "7b", sizes, "bf16", [1], [1024])[0] for op in opcases.OPS}
