@@ -6,6 +6,8 @@ the embedding.
 """
 
 import argparse
+import contextlib
+import ctypes
 import dataclasses
 import math
 import sys
@@ -73,6 +75,7 @@ def _quantised(
     def rows(begin: int, end: int) -> Integers:
         # Asked for in one block or in many, a row gives the same numbers: it is never rounded with another one.
         blocks = [_one(*cut) for cut in _cuts(begin, end, width)]
+        _give_back()
         if len(blocks) == 1:
             return blocks[0]
         return Integers(np.concatenate([b.data for b in blocks]), np.concatenate([b.scale for b in blocks]))
@@ -86,6 +89,13 @@ def _quantised(
 
     dtype = "float32" if size == width else "float16"
     return Tensor(tensor.shape, dtype, tensor.where, rows, Quantization(BITS[quant], None if size == width else size))
+
+
+def _give_back() -> None:
+    """Return freed memory to the system. glibc keeps blocks of some megabytes for later, and XLA's threads each have
+    their own heap: over a large model that adds up to gigabytes that nobody uses."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library keeps less, or cannot be asked
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _cuts(begin: int, end: int, width: int) -> list[tuple[int, int]]:
