@@ -102,9 +102,10 @@ def bars(records: Sequence[Record], case: str) -> Any:
             at = g + (impls.index(r["impl"]) - (len(impls) - 1) / 2) * width
             low, high = r["value"] - min(r["samples"]), max(r["samples"]) - r["value"]
             name = r["impl"] if g == 0 else None
-            bar = ax.bar(at, r["value"], width * 0.92, color=colour(r["impl"], impls), label=name)
+            ax.bar(at, r["value"], width * 0.92, color=colour(r["impl"], impls), label=name)
             ax.errorbar(at, r["value"], yerr=[[low], [high]], color="black", capsize=2, linewidth=0.8)
-            ax.bar_label(bar, fmt=lambda v: f"{v:,.0f}" if v >= 10 else f"{v:.1f}", padding=6, fontsize=8)
+            text = f"{r['value']:,.0f}" if r["value"] >= 100 else f"{r['value']:.1f}"
+            ax.annotate(text, (at, max(r["samples"])), (0, 4), textcoords="offset points", ha="center", fontsize=8)
         ax.plot(
             [g - 0.45, g + 0.45], [mine[0]["floor"]] * 2, "k--", lw=1, label=None if g else "what the ceilings allow"
         )
