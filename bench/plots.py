@@ -162,7 +162,7 @@ def roofline(records: Sequence[Record]) -> Any:
     knee = matrix / bandwidth
     left, right = min(min(p[0] for p in points), knee) / 4, max(max(p[0] for p in points), knee) * 4
     ax.plot([left, knee, right], [left * bandwidth / 1e12, matrix / 1e12, matrix / 1e12], "k-", lw=1.5)
-    ax.annotate(f"{bandwidth / 1e9:,.0f} GB/s", (left * 1.3, left * 1.3 * bandwidth / 1e12 * 1.35), fontsize=8)
+    ax.annotate(f"{bandwidth / 1e9:,.0f} GB/s", (left * 1.3, left * 1.3 * bandwidth / 1e12 * 1.9), fontsize=8)
     ax.annotate(f"{matrix / 1e12:,.2f} TFLOP/s", (right, matrix / 1e12 * 1.15), fontsize=8, ha="right")
     ax.set_xscale("log")
     ax.set_yscale("log")
