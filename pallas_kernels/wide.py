@@ -7,8 +7,6 @@ w_gate and of w_up that belong together, and only their product ever reaches mem
 """
 
 import functools
-import math
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -17,12 +15,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.tiles import (
     SHARED_BYTES,
-    Format,
     Weight,
-    check_product,
     format_of,
     layer_index,
     load_integers,
@@ -34,75 +29,9 @@ from pallas_kernels.tiles import (
     swizzled,
     widen,
 )
+from pallas_kernels.wide_plan import CONSUMERS, Problem, WideTiles, check_wide, tiles_for
 
-CONSUMERS = 2
-
-
-@dataclass(frozen=True)
-class WideTiles:
-    """``out`` x ``rows``: the tile of a block; ``step``: inputs a stage; ``by_rows``: the two consumers halve the rows
-    (else the outputs); ``band``: tiles of rows that are walked through together, so that they share what L2 holds."""
-
-    out: int
-    rows: int
-    step: int = 64
-    by_rows: bool = False
-    trade: bool = False  # SwiGLU: one consumer has the gate's tile, the other up's; they trade halves of the results
-    band: int = 8
-    chunk: int = 32  # rows that are written at a time
-    depth: int = 8
-
-    @property
-    def part(self) -> int:
-        """Outputs of one consumer."""
-        return self.out if self.by_rows or self.trade else self.out // CONSUMERS
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One product: its sizes and what is done with the result before it is written."""
-
-    fmt: Format
-    rows: int
-    inner: int
-    out: int  # outputs, after SwiGLU
-    dtype: Any
-    out_dtype: Any
-    swiglu: bool
-    residual: bool
-
-    @property
-    def heads(self) -> int:
-        """Weight tiles that belong to one tile of the result: gate and up, or just one."""
-        return 2 if self.swiglu else 1
-
-    def behind(self, tiles: WideTiles) -> int:
-        """Stages that follow a tile's inputs, with what is added to it."""
-        return tiles.out // tiles.step if self.residual else 0
-
-
-def tiles_for(fmt: Format, rows: int, out: int, swiglu: bool, sms: int) -> WideTiles:
-    """The measured choice for one H200."""
-    if swiglu and rows <= 128:
-        return WideTiles(out=64, rows=128, trade=True)
-    if swiglu:  # float weights are best shared by the consumers, widened ones must not be
-        return WideTiles(out=64, rows=256, by_rows=not fmt.quantized, trade=fmt.quantized)
-    large_tiles_fill = math.ceil(rows / 256) * (out // 128) >= 0.9 * sms
-    return WideTiles(out=128, rows=256 if large_tiles_fill else 128)
-
-
-def check_wide(x: jax.Array, w: Weight, *, swiglu: bool = False, tiles: WideTiles | None = None) -> None:
-    """Raise `Unsupported` where `wide` cannot run; ``x`` is [rows, in]."""
-    check_product(x, w)
-    fmt = format_of(w)
-    out = w.shape[-2] // (2 if swiglu else 1)
-    tiles = tiles or tiles_for(fmt, x.shape[0], out, swiglu, 132)
-    if x.shape[1] % tiles.step:
-        raise Unsupported(f"{x.shape[1]} inputs: must be a multiple of {tiles.step}")
-    if out % tiles.out:
-        raise Unsupported(f"{out} outputs: must be a multiple of {tiles.out}")
-    if fmt.group is not None and fmt.group % tiles.step and tiles.step % fmt.group:
-        raise Unsupported(f"groups of {fmt.group} inputs do not fit steps of {tiles.step}")
+__all__ = ["WideTiles", "check_wide", "wide"]
 
 
 def wide(
