@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,9 +104,14 @@ def preset(name: str) -> LlamaConfig:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of bounded size."""
     try:
-        if (size := path.stat().st_size) > _MAX_JSON_BYTES:
-            raise InputError(f"{path}: expected at most {_MAX_JSON_BYTES} bytes of JSON, found {size}")
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for without end
+            raise InputError(f"{path}: expected a file, found something else")
+        if status.st_size > _MAX_JSON_BYTES:
+            raise InputError(f"{path}: expected at most {_MAX_JSON_BYTES} bytes of JSON, found {status.st_size}")
         value = json.loads(path.read_bytes())
+    except InputError:
+        raise
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:

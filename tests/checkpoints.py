@@ -1,13 +1,16 @@
 """Small checkpoints in every form, made without torch, for the tests of `convert`."""
 
 import struct
+import tracemalloc
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
+from convert import open_source
 from convert.layout import expected_shapes
 from convert.llama2c import HEADER_BYTES, MAGIC, Header, plan
 from convert.meta import BY_COLUMNS, LAYER, MODEL
@@ -18,6 +21,7 @@ from convert.to_llama2c import llama2c
 from convert.transform import to_interleaved
 from convert.vocabulary import CONTROL, NORMAL, UNKNOWN, Vocabulary
 from jllama.config import LlamaConfig
+from jllama.errors import InputError
 
 CONFIG = LlamaConfig(
     dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=64, vocab_size=96, max_seq_len=64, tie_embeddings=True
@@ -166,3 +170,21 @@ def assert_same_tensors(a: Source, b: Source) -> None:
     for name in expected_shapes(a.config):
         one, other = (s.tensors[name].floats(0, s.tensors[name].shape[0]) for s in (a, b))
         np.testing.assert_array_equal(np.float32(one), np.float32(other), err_msg=name)
+
+
+def refused(path: Path, *parts: str, opened: Callable[[Path], Any] = open_source) -> None:
+    """Whether opening ``path`` ends in one line with these parts, and took little memory."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputError) as error:
+            opened(path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 64 << 20
+    message = str(error.value)
+    assert "\n" not in message
+    assert message.isprintable()
+    assert len(message) < 600
+    for part in parts:
+        assert part in message
