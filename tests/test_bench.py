@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import compare, measure, opcases, ops, peers, record, regressions, report, roofline, workloads
+from bench import compare, measure, opcases, ops, peers, record, report, roofline, workloads
 from bench.peers._llama2c_text import FIRST, from_text, to_text, write_tokenizer
 from bench.process import PeerFailed, PeerUnsupported, Worker, find_python
-from bench.tables import TABLES
 
 ROOT = Path(__file__).parents[1]
 
@@ -42,59 +41,6 @@ def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (folder / f"{name}.py").write_text(FAKE.format(name=name, method=method))
     monkeypatch.setenv("PYTHONPATH", str(folder.parent))
     monkeypatch.syspath_prepend(str(folder.parent))
-
-
-def a_record(**changes: object) -> record.Record:
-    base = dict(suite="compare", case="decode", impl="xla", model="7b", dtype="bf16", batch=1, seq=8, context=16)
-    base |= dict(metric="tokens_per_s", value=100.0, samples=[99.0, 100.0, 101.0, 100.0], floor=300.0)
-    base |= dict(device="NVIDIA H200", versions={"jax": "0"}, commit="aaaa111", dirty=False, when="2026-01-01T00:00:00")
-    base |= dict(run="r1", ceilings={"copy": 4e12, "read": 4e12, "matrix": 7e14}, load_average=[0.5], agreement=1.0)
-    return base | changes
-
-
-# Records
-
-
-def test_a_record_must_have_every_key_of_its_type() -> None:
-    record.check(a_record())
-    for key in record.KEYS:
-        broken = a_record()
-        del broken[key]
-        with pytest.raises(ValueError, match=key):
-            record.check(broken)
-    for change in ({"suite": "speed"}, {"metric": "mph"}, {"batch": True}, {"value": "fast"}, {"samples": None}):
-        with pytest.raises(ValueError, match=next(iter(change))):
-            record.check(a_record(**change))
-
-
-def test_a_record_without_a_value_says_why() -> None:
-    with pytest.raises(ValueError, match="why"):
-        record.check(a_record(value=None))
-    record.check(a_record(value=None, samples=[], why="out of memory"))
-
-
-def test_records_are_appended(tmp_path: Path) -> None:
-    path = tmp_path / "r.jsonl"
-    record.append(path, [a_record(run="one")])
-    record.append(path, [a_record(run="two")])
-    assert [r["run"] for r in record.read(tmp_path)] == ["one", "two"]
-    path.write_text(path.read_text() + "{}\n")
-    with pytest.raises(ValueError, match=r"r\.jsonl:3"):
-        list(record.read(tmp_path))
-
-
-def test_the_committed_records_are_valid() -> None:
-    for found in record.read(record.RESULTS):
-        assert found["value"] is None or found["value"] > 0
-
-
-def test_a_run_knows_its_commit_and_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = record.start_run("some device", {"jax": "1"}, {})
-    assert run.commit
-    assert run.versions["python"]
-    monkeypatch.setenv("JLLAMA_COMMIT", "abc123+")
-    run = record.start_run("some device", {}, {})
-    assert (run.commit, run.dirty) == ("abc123", True)
 
 
 # Measuring
@@ -353,79 +299,6 @@ def test_ops_check_and_time_and_place_on_the_roofline(tmp_path: Path, capsys: py
     assert "memory_reduction" in done["attention-prefill"]
     assert "ffn" in capsys.readouterr().out
     assert (tmp_path / "plots" / "roofline-ops-f32-cpu.png").exists()
-
-
-# Reports
-
-
-def test_markers_are_filled_and_filled_again() -> None:
-    text = "before\n<!-- bench:decode-gpu -->\nold\n<!-- /bench -->\nafter\n"
-    rows = [
-        a_record(),
-        a_record(impl="hf-eager", value=50.0, samples=[50.0]),
-        a_record(impl="pallas", run="r0", when="2025"),
-    ]
-    filled = report.fill(text, rows)
-    assert "old" not in filled
-    assert filled.startswith("before\n<!-- bench:decode-gpu -->\n|")
-    assert filled.endswith("<!-- /bench -->\nafter\n")
-    assert "| **jllama, XLA** | 100 |" in filled
-    assert "`aaaa111`" in filled
-    assert "Pallas" not in filled  # of an older run: not side by side with the rest
-    assert report.fill(filled, rows) == filled
-    with pytest.raises(ValueError, match="bench:speed: expected one of"):
-        report.fill(text.replace("decode-gpu", "speed"), rows)
-
-
-@pytest.mark.parametrize("name", sorted(TABLES))
-def test_every_table_can_be_made_of_nothing_and_of_what_is_recorded(name: str) -> None:
-    assert TABLES[name]([])
-    assert TABLES[name](list(record.read(record.RESULTS)))
-
-
-def test_report_writes_files_and_checks_them(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    record.append(tmp_path / "r.jsonl", [a_record()])
-    page = tmp_path / "page.md"
-    page.write_text("<!-- bench:decode-gpu -->\n<!-- /bench -->\n")
-    argv = [str(page), "--results", str(tmp_path)]
-    for extra, code in ((["--check"], 1), ([], 0), (["--check"], 0)):
-        with pytest.raises(SystemExit) as end:
-            report.main([*argv, *extra])
-        assert end.value.code == code
-    assert "jllama, XLA" in page.read_text()
-
-
-@pytest.mark.parametrize(
-    ("value", "samples", "verdict"),
-    [
-        (90.0, [90.0, 89.5, 90.5, 90.0], "REGRESSION"),
-        (98.0, [98.0, 97.8, 98.2, 98.0], None),  # within 3 %
-        (90.0, [60.0, 75.0, 105.0, 120.0], None),  # within the noise
-        (120.0, [120.0, 119.0, 121.0, 120.0], "better"),
-    ],
-)
-def test_regressions_beyond_the_noise(value: float, samples: list[float], verdict: str | None) -> None:
-    new = a_record(value=value, samples=samples, commit="bbbb222", when="2026-02-01T00:00:00")
-    peer = a_record(impl="hf-eager", value=1.0, samples=[1.0, 1.0, 1.0], commit="bbbb222", when="2026-02-01T00:00:00")
-    lines, worse = regressions.against([a_record(), new, a_record(impl="hf-eager"), peer], "aaaa")
-    assert worse == (verdict == "REGRESSION")
-    assert [line.split(":")[0] for line in lines[:-1]] == ([verdict] if verdict else [])
-    assert lines[-1].startswith("1 figures compared")
-
-
-def test_regressions_in_times_and_of_unknown_commits() -> None:
-    old = a_record(metric="ms", value=1.0, samples=[1.0, 1.0, 1.0])
-    new = a_record(metric="ms", value=2.0, samples=[2.0, 2.0, 2.0], commit="bbbb222", when="2026-02-01T00:00:00")
-    assert regressions.against([old, new], "aaaa111")[1]
-    assert not regressions.against([new, old], "bbbb222")[1]  # the other way round it is an improvement
-    assert regressions.against([old], "cccc")[0] == ["no records of commit cccc"]
-
-
-def test_records_are_json(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="JSON"):
-        record.append(tmp_path / "r.jsonl", [a_record(floor=float("nan"))])
-    record.append(tmp_path / "ok.jsonl", [a_record()])
-    assert json.loads((tmp_path / "ok.jsonl").read_text())["impl"] == "xla"
 
 
 # The notebook
