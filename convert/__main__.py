@@ -49,6 +49,7 @@ def convert(args: argparse.Namespace) -> int:
     from convert.progress import watched
     from convert.save import save
     from convert.staging import check_replaceable
+    from convert.vocabulary import vocabulary_of
     from jllama.tokenizer import with_tokenizer
 
     to = args.to or {".gguf": "gguf", ".bin": "llama2c"}.get(args.destination.suffix, "native")
@@ -64,7 +65,10 @@ def convert(args: argparse.Namespace) -> int:
     with watched(export.nbytes, PROGRAM, quiet=args.quiet) as watch:
         save(export, args.destination, force=args.force, watch=watch)
     if not args.quiet:
-        tokenizer = "with its tokenizer" if source.tokenizer else "without a tokenizer"
+        # A llama2.c file holds none; of other kinds than sentencepiece's only directories can.
+        own = source.tokenizer if to in ("native", "hf") else vocabulary_of(source.tokenizer)
+        alone = to == "llama2c" and args.destination.is_file()
+        tokenizer = "with its tokenizer" if own and not alone else "without a tokenizer"
         print(f"{args.destination}: {to}, {export.nbytes / 1e6:.1f} MB, {tokenizer}")
     return 0
 

@@ -75,6 +75,7 @@ def quantize(
     dtype = jnp.float32 if group == w.shape[-1] else jnp.float16
     blocks = w.astype(jnp.float32).reshape(*w.shape[:-1], -1, group)
     peak = jnp.max(jnp.abs(blocks), axis=-1) / limit
+    peak = jnp.where(jnp.isfinite(peak), peak, jnp.nan)  # an infinity is as loud as a NaN: no scale would show it
 
     def better(best: tuple[jax.Array, jax.Array], ratio: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
         scale = _stored(peak * ratio, dtype)

@@ -47,6 +47,19 @@ def test_weights_too_small_or_too_large_for_a_scale_stay_finite(bits: int) -> No
     np.testing.assert_array_equal(dequantize(q)[:2], np.zeros((2, 64)))
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_shows_and_is_counted(
+    bad: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = checkpoints.source(checkpoints.CONFIG.replace(n_layers=1))
+    source.tensors["layers.0.wo"].read()[3, 5] = bad
+    path = checkpoints.make("hf", source, tmp_path / "model")
+    assert main([str(path), str(tmp_path / "out"), "-q"]) == 0
+    assert "o_proj.weight: 1 NaN and 0 infinite values" in capsys.readouterr().err
+    weight = load(tmp_path / "out").layer(0).wo
+    assert np.flatnonzero(np.isnan(np.asarray(dequantize(weight))).any(-1)).tolist() == [3]
+
+
 @pytest.mark.parametrize(
     ("quant", "group", "dtype"), [("int8", None, "float32"), ("int8", 32, "bfloat16"), ("int4", 32, "float32")]
 )
