@@ -97,10 +97,13 @@ def _speeds(records: Sequence[Record], case: str, keep: Callable[[Record], bool]
                 name_of(r["impl"]),
             )
             between = f"{_short(min(r['samples']))} to {_short(max(r['samples']))}"
-            rows.append(
-                (*start, _short(r["value"]), between, f"{100 * r['value'] / r['floor']:.0f}", agreed, commit_of(r))
-            )
+            rows.append((*start, _short(r["value"]), between, _share(r), agreed, commit_of(r)))
     return markdown((*head, "tokens agree", "commit"), rows) + _where(chosen)
+
+
+def _share(r: Record) -> str:
+    """How much of its floor a rate reaches, in percent; nothing where no ceiling was measured."""
+    return "" if not r["floor"] else f"{100 * r['value'] / r['floor']:.0f}"
 
 
 def _short(value: float) -> str:
@@ -180,7 +183,7 @@ def _rates(r: Record) -> tuple[str, ...]:
         work, p95 = r.get("work"), r.get("stats", {}).get("p95")
         made = tuple(f"{work[k] / r['value'] / 1e9:,.3g}" for k in ("flops", "bytes")) if work else ("", "")
         return (f"{r['value']:.4f}", "" if p95 is None else f"{p95:.4f}", *made, percent)
-    percent = "" if not r["floor"] else f"{100 * r['value'] / r['floor']:.0f}"
+    percent = _share(r)
     tflops, tbs = (f"{r['value']:,.3g}" if r["metric"] == m else "" for m in ("tflops", "tb_per_s"))
     return "", "", tflops, tbs, percent
 

@@ -7,9 +7,7 @@ from pallas_kernels.matmul import Weight, matmul
 from pallas_kernels.quantized import QuantizedTensor, dequantize, group_size, quantize
 from pallas_kernels.rms_norm import rms_norm
 
-OPS: dict[str, Op] = {
-    op.name: op for op in (rms_norm, matmul, attention, decode_attention, ffn)
-}
+OPS: dict[str, Op] = {op.name: op for op in (rms_norm, matmul, attention, decode_attention, ffn)}
 
 __all__ = [
     "BACKENDS",
