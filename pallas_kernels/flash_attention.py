@@ -61,6 +61,8 @@ def check(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array) -> None:
         raise Unsupported(f"{heads} query heads do not divide among {kv_heads} key heads")
 
 
+# A jit of its own: all layers of a model share one lowering, and the compiled kernel with it.
+@functools.partial(jax.jit, static_argnames=("tiles", "interpret"))
 def flash_attention(
     q: jax.Array,
     k: jax.Array,

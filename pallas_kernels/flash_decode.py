@@ -42,6 +42,8 @@ def check(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array) -> None:
         raise Unsupported(f"at most {ROWS} query rows for a key head (queries times heads that share it), found {rows}")
 
 
+# A jit of its own: all layers of a model share one lowering, and the compiled kernel with it.
+@functools.partial(jax.jit, static_argnames=("tiles", "interpret"))
 def flash_decode(
     q: jax.Array,
     k: jax.Array,
