@@ -53,3 +53,12 @@ def test_the_training_script_learns_a_text(
 
 
 COLOURS = ("red", "blue", "green", "grey", "brown", "small", "big", "old", "new", "kind")
+
+
+def test_the_python_in_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (EXAMPLES.parent / "README.md").read_text()
+    blocks = text.split("```python\n")[1:]
+    assert blocks
+    for block in blocks:
+        exec(block.split("```")[0], {})
+    assert capsys.readouterr().out.strip()
