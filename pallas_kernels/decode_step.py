@@ -1,0 +1,220 @@
+"""A whole decode step of a Llama: up to 8 new tokens through all layers, with the cache, to logits.
+
+The reference is the composition of the other ops' references. The kernel is one persistent launch in which every
+multiprocessor has a part of every phase (see `persistent_launch`), so that weights stream from the first byte to the
+last: at a launch for every op the memory idles between them.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.attention import attention_reference
+from pallas_kernels.dispatch import Op, Unsupported
+from pallas_kernels.ffn import ffn_reference
+from pallas_kernels.matmul import matmul_reference
+from pallas_kernels.persistent_launch import WEIGHTS, buffers, launch_per_phase, one_launch
+from pallas_kernels.persistent_plan import ROWS, Plan, Shape, Tiles, plan
+from pallas_kernels.quantized import QuantizedTensor
+from pallas_kernels.rms_norm import rms_norm_reference
+from pallas_kernels.tiles import WGMMA_ROWS, Format, Weight, format_of, sm_count
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StepWeights:
+    """All that a step multiplies with; those of the layers are stacked on a leading axis L."""
+
+    attn_norm: jax.Array  # [L, dim]
+    wqkv: Weight  # [L, (heads + 2 * kv_heads) * head_dim, dim]
+    wo: Weight  # [L, dim, heads * head_dim]
+    ffn_norm: jax.Array  # [L, dim]
+    w_gate_up: Weight  # [L, 2 * hidden, dim]
+    w_down: Weight  # [L, dim, hidden]
+    norm: jax.Array  # [dim]
+    head: Weight  # [vocab, dim]
+
+
+Result = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def decode_step_reference(
+    x: jax.Array,
+    weights: StepWeights,
+    k: jax.Array,
+    v: jax.Array,
+    start: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    *,
+    eps: float,
+) -> Result:
+    """x [B, T, dim], k and v [L, B, kv_heads, S, D], start [B], cos and sin [B, T, D / 2] of the tokens' positions ->
+    float32 logits [B, T, vocab], and the cache with the new keys and values at ``start`` and behind."""
+    (B, T, _), (L, _, kv_heads, _, D) = x.shape, k.shape
+    batch, slots = jnp.arange(B)[:, None], start[:, None] + jnp.arange(T)
+    w = weights
+    for i in range(L):
+        h = rms_norm_reference(x, w.attn_norm[i], eps=eps)
+        qkv = matmul_reference(h, w.wqkv[i]).reshape(B, T, -1, D)
+        q, k_new, v_new = jnp.split(qkv, [qkv.shape[2] - 2 * kv_heads, qkv.shape[2] - kv_heads], axis=2)
+        k = k.at[i, batch, :, slots].set(rotate_reference(k_new, cos, sin).astype(k.dtype), mode="drop")
+        v = v.at[i, batch, :, slots].set(v_new.astype(v.dtype), mode="drop")
+        out = attention_reference(rotate_reference(q, cos, sin), k[i], v[i], start)
+        x = x + matmul_reference(out.reshape(B, T, -1), w.wo[i])
+        x = ffn_reference(x, w.ffn_norm[i], w.w_gate_up[i], w.w_down[i], eps=eps)
+    x = rms_norm_reference(x, w.norm, eps=eps)
+    return matmul_reference(x, w.head, out_dtype=jnp.float32), k, v
+
+
+def rotate_reference(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Turn the pairs (i, i + D / 2) of x [B, T, heads, D] by cos and sin [B, T, D / 2], in float32."""
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def shape_of(x: jax.Array, weights: StepWeights, k: jax.Array, eps: float) -> Shape:
+    """The sizes that the arrays stand for."""
+    L, B, kv_heads, S, D = k.shape
+    return Shape(
+        batch=B,
+        queries=x.shape[1],
+        dim=x.shape[2],
+        hidden=weights.w_down.shape[-1],
+        heads=weights.wo.shape[-1] // D,
+        kv_heads=kv_heads,
+        head_dim=D,
+        vocab=weights.head.shape[0],
+        layers=L,
+        max_len=S,
+        fmt=format_of(weights.wqkv),
+        eps=eps,
+    )
+
+
+def tiles_for(fmt: Format) -> Tiles:
+    """The choice for one H200. Only that of bf16 is measured."""
+    return Tiles(step=256, consumers=3) if fmt.quantized else Tiles(step=128, consumers=2)
+
+
+def plan_of(shape: Shape, tiles: Tiles | None = None, blocks: int | None = None) -> Plan:
+    """How this device runs a step of these sizes."""
+    return plan(shape, tiles or tiles_for(shape.fmt), blocks or sm_count())
+
+
+def check(
+    x: jax.Array,
+    weights: StepWeights,
+    k: jax.Array,
+    v: jax.Array,
+    start: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    *,
+    eps: float,
+    tiles: Tiles | None = None,
+    blocks: int | None = None,
+    **_: Any,
+) -> None:
+    """Raise `Unsupported` where `decode_step_kernel` cannot run these arguments."""
+    shape = shape_of(x, weights, k, eps)
+    _check_dtypes(x, weights, k, v)
+    if k.shape != v.shape or k.shape[1] != x.shape[0] or start.shape != x.shape[:1]:
+        raise Unsupported(f"x {x.shape}, start {start.shape}, k {k.shape} and v {v.shape} do not belong together")
+    if cos.shape != sin.shape or cos.shape != (*x.shape[:2], shape.head_dim // 2):
+        raise Unsupported(f"cos {cos.shape} and sin {sin.shape} are not {(*x.shape[:2], shape.head_dim // 2)}")
+    _check_sizes(shape, tiles or tiles_for(shape.fmt))
+    if blocks is not None and blocks > sm_count():
+        raise Unsupported(f"{blocks} blocks on {sm_count()} multiprocessors would wait for one another forever")
+    if plan_of(shape, tiles, blocks).depth < 2 * (tiles or tiles_for(shape.fmt)).consumers:
+        raise Unsupported("too little shared memory for the ring of weights")
+
+
+def _check_dtypes(x: jax.Array, weights: StepWeights, k: jax.Array, v: jax.Array) -> None:
+    floats = {
+        "x": x, "k": k, "v": v, "attn_norm": weights.attn_norm, "ffn_norm": weights.ffn_norm, "norm": weights.norm,
+    }  # fmt: skip
+    for name, array in floats.items():
+        if array.dtype != jnp.bfloat16:
+            raise Unsupported(f"{name} must be bfloat16, found {array.dtype}")
+    formats = {name: format_of(getattr(weights, name)) for name in WEIGHTS.values()}
+    fmt = formats["wqkv"]
+    for name, other in formats.items():
+        if other != fmt:
+            raise Unsupported(f"all weights must have one format: wqkv has {fmt}, {name} has {other}")
+    if not fmt.quantized and fmt.dtype != jnp.bfloat16:
+        raise Unsupported(f"weights must be bfloat16 or quantised, found {fmt.dtype}")
+
+
+def _check_sizes(s: Shape, tiles: Tiles) -> None:
+    if not 1 <= s.rows <= ROWS:
+        raise Unsupported(f"1 to {ROWS} tokens a step, found {s.batch} rows of {s.queries}")
+    if s.head_dim not in (64, 128):
+        raise Unsupported(f"head_dim must be 64 or 128, found {s.head_dim}")
+    if s.heads % s.kv_heads or s.group * ROWS > WGMMA_ROWS:
+        raise Unsupported(f"at most {WGMMA_ROWS // ROWS} query heads a key head, found {s.heads} and {s.kv_heads}")
+    if s.max_len % 8:
+        raise Unsupported(f"the cache's length must be a multiple of 8, found {s.max_len}")
+    for name, inner in {"dim": s.dim, "heads * head_dim": s.heads * s.head_dim, "hidden": s.hidden}.items():
+        if inner % tiles.step:
+            raise Unsupported(f"{name} must be a multiple of {tiles.step}, found {inner}")
+    for name, out in {"dim": s.dim, "hidden": s.hidden, "vocab": s.vocab}.items():
+        grain = WGMMA_ROWS if s.fmt.grouped else 8
+        if out % grain:
+            raise Unsupported(f"{name} must be a multiple of {grain}, found {out}")
+    if s.fmt.group is not None and (tiles.step % s.fmt.group or s.fmt.group % 32):
+        raise Unsupported(f"groups of {s.fmt.group} inputs: must be a multiple of 32 and divide {tiles.step}")
+
+
+def decode_step_kernel(
+    x: jax.Array,
+    weights: StepWeights,
+    k: jax.Array,
+    v: jax.Array,
+    start: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    *,
+    eps: float,
+    tiles: Tiles | None = None,
+    blocks: int | None = None,
+    interpret: Any = None,
+) -> Result:
+    """`decode_step_reference` in one launch; with ``interpret`` and several blocks, in one for each phase. Inside a jit
+    that owns the cache, it is changed in place."""
+    shape = shape_of(x, weights, k, eps)
+    B, T = x.shape[:2]
+    how = plan_of(shape, tiles, blocks)
+    missing = ROWS - shape.rows
+
+    def tokens_first(a: jax.Array) -> jax.Array:
+        return jnp.pad(a.reshape(shape.rows, a.shape[-1]), ((0, missing), (0, 0)))
+
+    inputs = {"start": start.astype(jnp.int32), "cos": tokens_first(cos), "sin": tokens_first(sin)}
+    inputs |= {name: getattr(weights, name) for name in ("attn_norm", "ffn_norm", "norm")}
+    for name in WEIGHTS.values():
+        w = getattr(weights, name)
+        if isinstance(w, QuantizedTensor):
+            inputs |= {name: w.data, f"{name}_scale": w.scale}
+        else:
+            inputs[name] = w
+    empty = functools.partial(jnp.full, fill_value=jnp.nan) if interpret else jax.lax.empty
+    state = {name: empty(a.shape, dtype=a.dtype) for name, a in buffers(how).items()}
+    state |= {"x": tokens_first(x), "k": k, "v": v}
+    launch = launch_per_phase if interpret and how.blocks > 1 else one_launch
+    done = launch(how, inputs, state, interpret)
+    return done["logits"][: shape.rows].reshape(B, T, -1), done["k"], done["v"]
+
+
+decode_step = Op("decode_step", decode_step_reference, kernel=decode_step_kernel, check=check)
+
+CASES = {
+    "7b": dict(dim=4096, hidden=11008, heads=32, kv_heads=32, head_dim=128, vocab=32000, layers=32),
+    "13b": dict(dim=5120, hidden=13824, heads=40, kv_heads=40, head_dim=128, vocab=32000, layers=40),
+    "70b": dict(dim=8192, hidden=28672, heads=64, kv_heads=8, head_dim=128, vocab=32000, layers=80),
+    "tinyllama": dict(dim=2048, hidden=5632, heads=32, kv_heads=4, head_dim=64, vocab=32000, layers=22),
+}
