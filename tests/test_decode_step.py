@@ -138,10 +138,10 @@ SMALL_CASES = {
     "one-launch-in-chunks": Case(
         (0, 65), 128, queries=3, blocks=1, size=dict(layers=2), tiles=dict(chunk=128, consumers=1)
     ),
-    "ragged-from-empty": Case((0, 5, 64), 72, blocks=7, tiles=dict(stages=1)),
+    "ragged-from-empty": Case((0, 5, 64), 72, blocks=5, tiles=dict(stages=1)),
     "many-tokens-past-the-end": Case((61,), queries=4, size=dict(head_dim=128, heads=2), tiles=dict(chunk=128)),
-    "int8": Case((9,), fmt="int8"),
-    "int4": Case((9,), fmt="int4-g128", queries=2, blocks=2, size=dict(dim=256, heads=4, kv_heads=2)),
+    "int8": Case((9,), fmt="int8", blocks=1),
+    "int4": Case((9,), fmt="int4-g128", queries=2, blocks=1, size=dict(dim=256, heads=4, kv_heads=2)),
 }
 
 
