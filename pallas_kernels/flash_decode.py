@@ -111,7 +111,10 @@ def decode_parts(
             plgpu.copy_gmem_to_smem(k_ref.at[b, head, keys], k_smem.at[slot], k_full.at[slot])
             plgpu.copy_gmem_to_smem(v_ref.at[b, head, keys], v_smem.at[slot], v_full.at[slot])
 
-        plgpu.copy_gmem_to_smem(q_ref.at[b, head, pl.ds(0, ROWS)], q_smem, q_full)
+        # Copies fill the rows behind q's with zeros, and drop those behind the result's. JAX 0.12 refuses such slices
+        # where their start is a constant.
+        first = split * 0
+        plgpu.copy_gmem_to_smem(q_ref.at[b, head, pl.ds(first, ROWS)], q_smem, q_full)
         lax.fori_loop(low, jnp.minimum(low + tiles.stages, high), lambda j, _: load(j), None)
         plgpu.barrier_wait(q_full)
 
@@ -149,7 +152,7 @@ def decode_parts(
         out_smem[...] = rescale(acc, share)
         log_smem[...] = m + jnp.log2(total)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(out_smem, part_ref.at[b, head, split, pl.ds(0, ROWS)])
+        plgpu.copy_smem_to_gmem(out_smem, part_ref.at[b, head, split, pl.ds(first, ROWS)])
         plgpu.copy_smem_to_gmem(log_smem, log_ref.at[b, head, split])
         plgpu.wait_smem_to_gmem(0)
 
