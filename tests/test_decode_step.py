@@ -29,7 +29,10 @@ from pallas_kernels.decode_step import (
     decode_step,
     decode_step_kernel,
     decode_step_reference,
+    plan_of,
+    shape_of,
 )
+from pallas_kernels.persistent_launch import buffers
 from pallas_kernels.persistent_plan import Tiles
 
 # The interpreter's warpgroups wait for one another in the CPU client's pool, which has as many threads as the machine
@@ -40,8 +43,9 @@ pytestmark = pytest.mark.timeout(60)
 
 EPS = 1e-5
 FORMATS = {"bf16": {}, "int8": dict(bits=8), "int4-g128": dict(bits=4, group=128)}
+SMS = 132
 H200 = jax.sharding.AbstractMesh(
-    (), (), abstract_device=jax.sharding.AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=132)
+    (), (), abstract_device=jax.sharding.AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=SMS)
 )
 SMALL = dict(dim=128, hidden=256, heads=2, kv_heads=1, head_dim=64, vocab=128, layers=1)
 
@@ -225,7 +229,10 @@ def test_real_shapes_lower(case: str, fmt: str, batch: int, queries: int) -> Non
     with jax.sharding.use_abstract_mesh(H200):
         check(*args, eps=EPS)
         step = jax.jit(functools.partial(decode_step_kernel, eps=EPS))
-        step.trace(*args).lower(lowering_platforms=("cuda",))
+        text = step.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@mosaic_gpu") == 1  # one launch, whose buffers, the cache among them, are changed in place
+    shape = shape_of(*args[:3], eps=EPS)
+    assert text.count("output_tuple_indices") == len(buffers(plan_of(shape, blocks=SMS))) + 2 + 1  # k, v, semaphore
 
 
 @pytest.mark.parametrize(
