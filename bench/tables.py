@@ -19,7 +19,7 @@ NAMES = {
     "tokamax": "tokamax",
     "jax-example": "JAX's example kernel",
 }
-GROUP = ("device", "model", "dtype", "batch", "seq", "context")
+GROUP = ("device", "model", "dtype", "batch", "seq")
 
 # What other projects publish about themselves: source, hardware, model, figure, unit; and the case, model and rows of
 # ours that answers it. No hardware of theirs is ours: the device of every figure is named.
