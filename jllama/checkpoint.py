@@ -22,6 +22,7 @@ from jllama.config import LlamaConfig
 from jllama.device import default_device, free_bytes
 from jllama.errors import InputError
 from jllama.params import QUANT_BITS, Layer, Params, quantizer
+from jllama.stream import PREFILL_PIECE
 from pallas_kernels import QuantizedTensor, Weight, group_size
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -118,7 +119,7 @@ def model_bytes(config: LlamaConfig, dtype: str, quant: str, group: int | None =
 
 def workspace_bytes(config: LlamaConfig, batch: int, max_len: int, dtype: str) -> int:
     """What a run needs beside weights and cache: one piece of a prompt's activations and scores, logits, one tensor."""
-    rows = batch * min(max_len, 1024)
+    rows = batch * min(max_len, PREFILL_PIECE)
     activations = rows * (4 * config.dim + 3 * config.hidden_dim) * 4
     scores = rows * config.n_heads * max_len * 4
     return activations + scores + config.vocab_size * config.dim * jnp.dtype(dtype).itemsize

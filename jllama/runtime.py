@@ -11,7 +11,7 @@ import jax
 from convert import open_source
 from jllama.checkpoint import load
 from jllama.compilation import enable_cache, start_clock
-from jllama.device import bandwidth
+from jllama.device import bandwidth, default_device
 from jllama.errors import InputError
 from jllama.params import Params, weight_bytes
 from jllama.stream import Timings
@@ -37,7 +37,7 @@ def open_model(args: argparse.Namespace, *, batch: int = 1, quiet: bool = False)
         enable_cache(args.compilation_cache)
     start_clock()
     if args.backend == "pallas":
-        refuse_early()
+        require_hopper()  # before anything is loaded
     source = open_source(args.model)
     context = source.config.max_seq_len
     if args.max_seq_len is not None and not 2 <= args.max_seq_len <= context:
@@ -56,14 +56,6 @@ def open_model(args: argparse.Namespace, *, batch: int = 1, quiet: bool = False)
     return Model(params, tokenizer, max_len, time.perf_counter() - began)
 
 
-def refuse_early() -> None:
-    """Say before anything is loaded that kernels cannot run here."""
-    try:
-        require_hopper()
-    except Unsupported as reason:
-        raise InputError(f"--backend pallas: {reason}") from None
-
-
 def progress_bar(names: Iterable[str], total: int) -> Iterable[str]:
     """A bar on stderr, where that is a terminal."""
     from tqdm import tqdm
@@ -76,7 +68,7 @@ def figures(params: Params, timings: Timings) -> str:
     if timings.decode_steps == 0 or timings.decode <= 0:
         return f"{timings.new_tokens} tokens"
     rate = weight_bytes(params, per_token=True) * timings.decode_steps / timings.decode
-    device = jax.devices()[0]
+    device = default_device()
     peak = bandwidth(device)
     share = f" ({100 * rate / peak:.0f} % of {device.device_kind})" if peak else ""
     return (
