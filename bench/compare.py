@@ -27,6 +27,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--prefill", default="", metavar="N,...", help="prompt lengths to time prefill at, for example 512,2048"
     )
+    p.add_argument("--context", default="", metavar="N,...", help="decode one row up to these lengths, too")
     p.add_argument("--backends", default=None, help="of ours: xla,pallas,auto (default: xla, and pallas on a GPU)")
     p.add_argument("--peers", default="all", help="names, all or none (default: all)")
     p.add_argument(
@@ -35,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--runs", type=int, default=5, help="measured runs of each (default: 5)")
     p.add_argument("--time-limit", type=float, default=90, help="seconds for any one step of a peer (default: 90)")
     p.add_argument("--budget", type=float, default=None, metavar="S", help="skip what is left after so many seconds")
+    p.add_argument("--share", type=float, default=None, metavar="S", help="likewise, for each implementation alone")
     p.add_argument(
         "--wait-quiet", type=float, default=0, metavar="S", help="wait up to so long for idle CPUs, each run"
     )
@@ -63,6 +65,9 @@ def checked(args: argparse.Namespace) -> argparse.Namespace:
     args.batch = integers("--batch", args.batch)
     args.prompt_len = integers("--prompt-len", args.prompt_len) if args.prompt_len else []
     args.prefill = integers("--prefill", args.prefill) if args.prefill else []
+    args.context = integers("--context", args.context) if args.context else []
+    if short := [c for c in args.context if c < args.new_tokens + 2]:
+        raise InputError(f"--context: expected more than the {args.new_tokens} new tokens and 1, found {short[0]}")
     args.dtype = names("--dtype", args.dtype, DTYPES) if args.dtype else []
     args.backends = names("--backends", args.backends, ("xla", "pallas", "auto")) if args.backends else []
     for flag, value, low in (("--new-tokens", args.new_tokens, 2), ("--runs", args.runs, 1)):

@@ -24,15 +24,16 @@ class PeerUnsupported(PeerFailed):
 
 
 class Budget:
-    """The seconds that a whole run may take. `check` raises once they are spent: what is left is skipped, by name."""
+    """The seconds that a run, or a part of it, may take. `check` raises once they are spent: what is left is skipped,
+    by name."""
 
-    def __init__(self, seconds: float | None) -> None:
-        self.seconds, self._begin = seconds, time.monotonic()
+    def __init__(self, seconds: float | None = None, whose: str = "the budget") -> None:
+        self.seconds, self.whose, self._begin = seconds, whose, time.monotonic()
 
     def check(self) -> None:
         """Raise `PeerUnsupported` where there is no time left."""
         if self.seconds is not None and time.monotonic() - self._begin > self.seconds:
-            raise PeerUnsupported(f"not run: the budget of {self.seconds:g} s was spent")
+            raise PeerUnsupported(f"not run: {self.whose} of {self.seconds:g} s was spent")
 
 
 class Worker:

@@ -71,7 +71,8 @@ def start_run(device: str, versions: Mapping[str, str], ceilings: Mapping[str, f
     now = datetime.datetime.now(datetime.UTC)
     commit, dirty = _commit()
     return Run(
-        run=f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}",
+        # Several commands on one machine, one after the other, may call themselves one run.
+        run=os.environ.get("JLLAMA_RUN") or f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}",
         when=now.isoformat(timespec="seconds"),
         commit=commit,
         dirty=dirty,

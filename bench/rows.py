@@ -16,7 +16,6 @@ def records_of(
     """All records of one implementation: a figure or a reason for every workload, and what opening it cost."""
     stored = {"int4": "int4-g128"}.get(dtype, dtype)
     versions = {**run.versions, **entry.opened.get("versions", {})}
-    choices = entry.opened.get("choices", {})
     out = []
     for load in loads:
         outcome = entry.outcomes.get(load, {})
@@ -32,7 +31,11 @@ def records_of(
             nothing = dict(metric="tokens_per_s", value=None, samples=[], floor=floor, why=why, failed=failed)
             out.append(run.record(**base, **nothing) | {"versions": versions})
             continue
-        more = {"versions": versions, "agreement": outcome["check"].get("agreement"), "backend_per_op": choices}
+        more = {
+            "versions": versions,
+            "agreement": outcome["check"].get("agreement"),
+            "backend_per_op": outcome.get("choices", {}),
+        }
         if any(r.get("idle") is not None for r in outcome["runs"]):
             more["idle_before"] = [r["idle"] for r in outcome["runs"]]  # of all CPUs, just before each run
         made = _figures(load, outcome, floor, first=load is loads[0], entry=entry)

@@ -35,6 +35,7 @@ class Entry:
     opened: dict[str, Any] = field(default_factory=dict)
     startup_s: float = 0.0
     outcomes: dict[Workload, dict[str, Any]] = field(default_factory=dict)
+    clock: Budget = field(default_factory=Budget)
 
     @property
     def ours(self) -> bool:
@@ -124,7 +125,7 @@ def _measure(
     shape = reference.ask("shape", 60, model=path)
     text = None if settings.preset else reference.ask("encode", 60, model=path, text="Once upon a time,")["ids"]
     lengths = settings.prompt_len or [len(text) if text else 8]
-    loads = grid(settings.batch, lengths, settings.new_tokens, settings.prefill)
+    loads = grid(settings.batch, lengths, settings.new_tokens, settings.prefill, settings.context)
     if longest := [w for w in loads if w.context > shape["max_seq_len"]]:
         say(f"{name}: skipping {len(longest)} workloads past its context of {shape['max_seq_len']}")
         loads = [w for w in loads if w not in longest]
@@ -134,6 +135,7 @@ def _measure(
         "platform": reference.hello["platform"],
         "batch": max(w.batch for w in loads),
         "max_len": max(w.context for w in loads) + 128,
+        "largest": max(((w.batch, w.context + 128) for w in loads), key=lambda s: s[0] * s[1]),  # of all caches
         "context": shape["max_seq_len"],
         "vocab_size": shape["vocab_size"],
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -144,14 +146,21 @@ def _measure(
     reference.open(job)
     turns = (settings.order or ("turns" if job["platform"] == "cpu" else "one-by-one")) == "turns"
     inputs = {w: prompts(w, shape["vocab_size"], shape["bos_id"], text) for w in loads}
+    records: list[Record] = []
     for group in [entries] if turns else [[e] for e in entries]:
         _run_group(settings, reference, group, loads, inputs, job)
-    if turns:  # the machine may have been busy with other things: the best of before and after is nearer to its ceiling
-        run = dataclasses.replace(run, ceilings=best_of(run.ceilings, reference.ceilings(dtype, weights)))
-    records = [r for e in entries for r in records_of(run, e, name, dtype, loads, shape["dims"])]
+        if turns:  # the machine may have been busy: the best of before and after is nearer to its ceiling
+            run = dataclasses.replace(run, ceilings=best_of(run.ceilings, reference.ceilings(dtype, weights)))
+        made = [r for e in group for r in records_of(run, e, name, dtype, loads, shape["dims"])]
+        append(_results(settings) / "compare.jsonl", made)  # at once: a run that is ended keeps what it has
+        records += made
     reference.close_model()
-    _publish(settings, run, records)
+    _show(settings, run, records)
     return records
+
+
+def _results(settings: argparse.Namespace) -> Path:
+    return Path(settings.results) if settings.results else RESULTS
 
 
 def _run_group(
@@ -173,14 +182,13 @@ def _run_group(
                 _guard(entry, load, functools.partial(_timed, settings, load=load, rows=inputs[load]))
     for entry in group:
         if entry.worker is not None:
-            if entry.ours and entry.why is None:
-                _guard(entry, None, lambda e: e.opened.update(e.worker.ask("chosen", 30, args={}) if e.worker else {}))
             entry.worker.close()
 
 
 def _open(settings: argparse.Namespace, entry: Entry, job: dict[str, Any]) -> None:
     assert entry.python is not None
     settings.clock.check()
+    entry.clock = Budget(settings.share, "one implementation's share")
     say(f"  {entry.impl}: opening")
     entry.worker = Worker(entry.peer, entry.python)
     entry.worker.ask("available", settings.time_limit)  # imports nothing heavy: what follows is the peer's own start
@@ -202,10 +210,14 @@ def _warm_up(
     settings: argparse.Namespace, reference: Reference, entry: Entry, load: Workload, rows: list[list[int]]
 ) -> None:
     """The cold run, which compiles; a second, for what compiles late; and the check of the tokens."""
+    entry.clock.check()
     outcome = entry.outcomes[load] = {"runs": []}
     outcome["cold"] = _generate(settings, entry, load, rows)
     warm = _generate(settings, entry, load, rows)
     outcome["check"] = reference.verify(rows, warm["ids"])
+    if entry.ours:
+        sizes = {"batch": load.batch, "prompt": load.prompt_len, "context": load.context}
+        outcome["choices"] = entry.worker.ask("chosen", 60, args=sizes)["choices"] if entry.worker else {}
     agreed = outcome["check"].get("agreement")
     note = "not checked" if agreed is None else f"{agreed:.1%} of tokens agree"
     speed = (
@@ -232,9 +244,8 @@ def _guard(entry: Entry, load: Workload | None, do: Any) -> None:
             entry.why, entry.failed = str(error), not unsupported
 
 
-def _publish(settings: argparse.Namespace, run: Run, records: list[Record]) -> None:
-    results = Path(settings.results) if settings.results else RESULTS
-    append(results / "compare.jsonl", records)
+def _show(settings: argparse.Namespace, run: Run, records: list[Record]) -> None:
+    results = _results(settings)
     print(table(records))
     print(f"\nrun {run.run} at {run.commit}{' (changed)' if run.dirty else ''}: {len(records)} records in {results}")
     if settings.plots != "-":

@@ -28,10 +28,14 @@ class Workload:
         return self.prompt_len + self.new_tokens / 2
 
 
-def grid(batches: list[int], prompt_lens: list[int], new_tokens: int, prefills: list[int]) -> list[Workload]:
-    """Every decode workload, then the prefills, which are of one row."""
+def grid(
+    batches: list[int], prompt_lens: list[int], new_tokens: int, prefills: list[int], contexts: list[int]
+) -> list[Workload]:
+    """Every decode workload, with the prefills behind the first: what matters most comes first, for runs that do not
+    get to their end. Prefills, and decodes that end at one of ``contexts``, are of one row."""
     decodes = [Workload("decode", b, p, new_tokens) for p in prompt_lens for b in batches]
-    return decodes + [Workload("prefill", 1, p, 1) for p in prefills]
+    decodes += [Workload("decode", 1, c - new_tokens, new_tokens) for c in contexts]
+    return [decodes[0], *(Workload("prefill", 1, p, 1) for p in prefills), *decodes[1:]]
 
 
 def prompts(workload: Workload, vocab_size: int, bos_id: int, text: list[int] | None) -> list[list[int]]:

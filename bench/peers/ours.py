@@ -35,7 +35,8 @@ class Ours:
         dtype = job["dtype"]
         quant = dtype if dtype in ("int8", "int4") else "none"
         float_dtype = DTYPES.get(dtype) or ("float32" if jax.devices()[0].platform == "cpu" else "bfloat16")
-        self.params = load(job["model"], dtype=float_dtype, quant=quant, batch=job["batch"], max_len=job["max_len"])
+        batch, max_len = job["largest"]
+        self.params = load(job["model"], dtype=float_dtype, quant=quant, batch=batch, max_len=max_len)
         jax.block_until_ready(self.params)
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> Output:
@@ -67,12 +68,13 @@ class Ours:
         stats = jax.devices()[0].memory_stats() or {}
         return int(stats.get("peak_bytes_in_use") or process_peak())
 
-    def chosen(self) -> dict[str, Any]:
+    def chosen(self, batch: int, prompt: int, context: int) -> dict[str, Any]:
         """What runs for every op of a prefill and of a decode step, and why."""
         from jllama import backends
 
         assert self.params is not None
-        phases = backends(self.params, batch=self.job["batch"], backend=self.job["backend"])
+        sizes = dict(batch=batch, prompt=prompt, max_len=-(-context // 128) * 128)
+        phases = backends(self.params, backend=self.job["backend"], **sizes)
         return {"choices": {p: {op: [c.impl, c.why] for op, c in ops.items()} for p, ops in phases.items()}}
 
     def hello(self) -> dict[str, Any]:
