@@ -7,6 +7,7 @@ w_gate and of w_up that belong together, and only their product ever reaches mem
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -29,7 +30,7 @@ from pallas_kernels.tiles import (
     swizzled,
     widen,
 )
-from pallas_kernels.wide_plan import CONSUMERS, Problem, WideTiles, check_wide, tiles_for
+from pallas_kernels.wide_plan import CONSUMERS, Pass, Problem, WideTiles, check_wide, passes, tiles_for
 
 __all__ = ["WideTiles", "check_wide", "wide"]
 
@@ -94,7 +95,9 @@ def _wide(x: jax.Array, w: Weight, layer: jax.Array, residual: jax.Array | None,
 
 def _kernel(problem: Problem, tiles: WideTiles, sms: int, interpret: Any) -> Any:
     fmt = problem.fmt
-    count = (problem.rows // tiles.rows) * (problem.out // tiles.out)
+    size = 2 if tiles.pair else 1
+    plan = passes(problem, tiles, sms // size)
+    units = min(sms // size, max(p.count for p in plan))
     part = tiles.part
     finished = (2, CONSUMERS, tiles.chunk, part)
     stage = nbytes((problem.heads * tiles.out, tiles.step), fmt.bits) + nbytes((tiles.rows, tiles.step), 16)
@@ -108,6 +111,8 @@ def _kernel(problem: Problem, tiles: WideTiles, sms: int, interpret: Any) -> Any
         "full": plgpu.Barrier(num_arrivals=problem.heads + 1, num_barriers=depth),
         "free": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=depth),
     }
+    if tiles.pair:  # what one block fetches lands in both: both must have room
+        scratch["free"] = plgpu.ClusterBarrier(collective_axes=("member",), num_arrivals=CONSUMERS, num_barriers=depth)
     if tiles.trade:
         scratch["traded"] = swizzled((2, CONSUMERS, part, tiles.chunk), problem.dtype)
         scratch["given"] = plgpu.Barrier(num_barriers=2 * CONSUMERS)
@@ -119,15 +124,17 @@ def _kernel(problem: Problem, tiles: WideTiles, sms: int, interpret: Any) -> Any
             _body,
             problem=problem,
             tiles=tiles,
-            count=count,
-            blocks=min(sms, count),
+            plan=plan,
+            units=units,
             depth=depth,
             registers=not interpret,
         ),
         out_type=jax.ShapeDtypeStruct((problem.rows, problem.out), problem.out_dtype),
         scratch_types=scratch,
-        grid=(min(sms, count),),
-        grid_names=("block",),
+        grid=(units,),
+        grid_names=("unit",),
+        cluster=(size,),
+        cluster_names=("member",),
         num_threads=CONSUMERS + 1,
         thread_name="warpgroup",
         interpret=interpret,
@@ -136,46 +143,64 @@ def _kernel(problem: Problem, tiles: WideTiles, sms: int, interpret: Any) -> Any
     )
 
 
-def _body(*refs: Any, problem: Problem, tiles: WideTiles, count: int, blocks: int, depth: int, registers: bool,
+def _body(*refs: Any, problem: Problem, tiles: WideTiles, plan: list[Pass], units: int, depth: int, registers: bool,
           **scratch: Any) -> None:  # fmt: skip
     layer_ref, x_ref, w_ref, *optional, out_ref = refs
     layer = layer_ref[0]
     scale_ref = optional.pop(0).at[layer] if problem.fmt.quantized else None
     residual_ref = optional.pop(0) if problem.residual else None
-    block, me = lax.axis_index("block"), lax.axis_index("warpgroup")
-    turns = (count - block + blocks - 1) // blocks
-    grid = (problem.rows // tiles.rows, problem.out // tiles.out)
+    unit, me = lax.axis_index("unit"), lax.axis_index("warpgroup")
+    size = 2 if tiles.pair else 1
+    member = lax.axis_index("member") if tiles.pair else 0
+    grid = (problem.rows // tiles.rows, problem.out // tiles.out // size)
 
-    def tile(turn: Any) -> tuple[Any, Any]:
-        """First row and first output of the tile that this block computes at this turn."""
-        row, out = plgpu.planar_snake(turn * blocks + block, grid, 0, min(tiles.band, grid[0]))
-        return row * tiles.rows, out * tiles.out
+    def tile(p: Pass, turn: Any) -> tuple[Any, Any]:
+        """First row and first output of the tile that this block computes at this turn of a pass."""
+        index = p.first + turn * units + unit
+        row, out = plgpu.planar_snake(index // p.parts, grid, 0, min(tiles.band, grid[0]))
+        return row * tiles.rows + lax.rem(index, p.parts) * p.tiles.rows, (out * size + member) * tiles.out
+
+    def each_pass(work: Callable[..., None]) -> Any:
+        """Do ``work`` on the tiles of every pass; returns how many stages of the ring that took."""
+        done = jnp.int32(0)
+        for p in plan:
+            turns = (p.count - unit + units - 1) // units
+            work(turns, done, functools.partial(tile, p), p.tiles)
+            done += turns * problem.stages(tiles)
+        return done
 
     @pl.when(me == CONSUMERS)
     def _() -> None:
         if registers:
             plgpu.set_max_registers(40, action="decrease")
-        _produce(x_ref, w_ref.at[layer], residual_ref, turns, tile, problem, tiles, depth, **scratch)
+        produce = functools.partial(_produce, x_ref, w_ref.at[layer], residual_ref, problem, depth)
+        done = each_pass(functools.partial(produce, **scratch))
+
+        def drain(i: Any, _: Any) -> None:  # a barrier's every completion must be awaited before the block ends
+            plgpu.barrier_wait(scratch["free"].at[lax.rem(i, depth)])
+
+        lax.fori_loop(jnp.maximum(done - depth, 0), done, drain, None)
 
     @pl.when(me < CONSUMERS)
     def _() -> None:
         if registers:
             plgpu.set_max_registers(232, action="increase")
-        _consume(me, scale_ref, out_ref, turns, tile, problem, tiles, depth, **scratch)
+        consume = functools.partial(_consume, me, scale_ref, out_ref, problem, depth)
+        each_pass(functools.partial(consume, **scratch))
+        plgpu.wait_smem_to_gmem(0)
 
 
-def _produce(x_ref: Any, w_ref: Any, residual_ref: Any, turns: Any, tile: Any, problem: Problem, tiles: WideTiles,
-             depth: int, *, w_ring: Any, x_ring: Any, full: Any, free: Any, **_: Any) -> None:  # fmt: skip
+def _produce(x_ref: Any, w_ref: Any, residual_ref: Any, problem: Problem, depth: int, turns: Any, done: Any, tile: Any,
+             tiles: WideTiles, *, w_ring: Any, x_ring: Any, full: Any, free: Any, **_: Any) -> None:  # fmt: skip
     """Keep the ring full, across tiles. What is to be added to a tile travels behind its inputs, in the same ring."""
-    steps = problem.inner // tiles.step
-    stages = steps + problem.behind(tiles)
-    half = tiles.rows // 2
+    steps, stages = problem.inner // tiles.step, problem.stages(tiles)
+    rows, half = pl.ds(0, tiles.rows), tiles.rows // 2
 
     def turn(t: Any, _: Any) -> None:
         row, out = tile(t)
 
         def next_slot(k: Any) -> Any:
-            i = t * stages + k
+            i = done + t * stages + k
             slot = lax.rem(i, depth)
 
             @pl.when(i >= depth)
@@ -187,7 +212,12 @@ def _produce(x_ref: Any, w_ref: Any, residual_ref: Any, turns: Any, tile: Any, p
         def stage(k: Any, _: Any) -> None:
             slot = next_slot(k)
             inputs = pl.ds(k * tiles.step, tiles.step)
-            plgpu.copy_gmem_to_smem(x_ref.at[pl.ds(row, tiles.rows), inputs], x_ring.at[slot], full.at[slot])
+            plgpu.copy_gmem_to_smem(
+                x_ref.at[pl.ds(row, tiles.rows), inputs],
+                x_ring.at[slot, rows],
+                full.at[slot],
+                collective_axes="member" if tiles.pair else None,
+            )
             for head in range(problem.heads):
                 plgpu.copy_gmem_to_smem(
                     w_ref.at[pl.ds(head * problem.out + out, tiles.out), inputs],
@@ -207,18 +237,12 @@ def _produce(x_ref: Any, w_ref: Any, residual_ref: Any, turns: Any, tile: Any, p
 
     lax.fori_loop(0, turns, turn, None)
 
-    def drain(i: Any, _: Any) -> None:  # a barrier's every completion must be awaited before the block ends
-        plgpu.barrier_wait(free.at[lax.rem(i, depth)])
 
-    lax.fori_loop(jnp.maximum(turns * stages - depth, 0), turns * stages, drain, None)
-
-
-def _consume(me: Any, scales: Any, out_ref: Any, turns: Any, tile: Any, problem: Problem,
-             tiles: WideTiles, depth: int, *, w_ring: Any, x_ring: Any, finished: Any, full: Any, free: Any,
+def _consume(me: Any, scales: Any, out_ref: Any, problem: Problem, depth: int, turns: Any, done: Any, tile: Any,
+             tiles: WideTiles, *, w_ring: Any, x_ring: Any, finished: Any, full: Any, free: Any,
              widened: Any = None, traded: Any = None, given: Any = None, taken: Any = None) -> None:  # fmt: skip
     """Multiply this consumer's half of every tile, and write it."""
-    fmt, steps = problem.fmt, problem.inner // tiles.step
-    stages = steps + problem.behind(tiles)
+    fmt, steps, stages = problem.fmt, problem.inner // tiles.step, problem.stages(tiles)
     part = tiles.part
     columns = tiles.rows // CONSUMERS if tiles.by_rows else tiles.rows
     first_out = 0 if tiles.by_rows or tiles.trade else me * part
@@ -315,7 +339,7 @@ def _consume(me: Any, scales: Any, out_ref: Any, turns: Any, tile: Any, problem:
 
     def turn(t: Any, _: Any) -> None:
         row, out = tile(t)
-        first = t * stages
+        first = done + t * stages
 
         def scoped(*accs: Any) -> list[jax.Array]:
             (quantized if fmt.quantized else dense)(accs, first, out)
@@ -356,4 +380,3 @@ def _consume(me: Any, scales: Any, out_ref: Any, turns: Any, tile: Any, problem:
             plgpu.barrier_arrive(free.at[slot])
 
     lax.fori_loop(0, turns, turn, None)
-    plgpu.wait_smem_to_gmem(0)

@@ -1,7 +1,7 @@
 """The plan of a product for many rows: its sizes, its tiles, and whether `pallas_kernels.wide` can run it."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -15,7 +15,9 @@ CONSUMERS = 2
 @dataclass(frozen=True)
 class WideTiles:
     """``out`` x ``rows``: the tile of a block; ``step``: inputs a stage; ``by_rows``: the two consumers halve the rows
-    (else the outputs); ``band``: tiles of rows that are walked through together, so that they share what L2 holds."""
+    (else the outputs); ``band``: tiles of rows that are walked through together, so that they share what L2 holds;
+    ``pair``: two blocks with neighbouring outputs form a cluster, and each fetches half of the activations for both;
+    ``parts``: the rows of a tile are cut so often where the last tiles would leave blocks without any."""
 
     out: int
     rows: int
@@ -23,6 +25,8 @@ class WideTiles:
     by_rows: bool = False
     trade: bool = False  # SwiGLU: one consumer has the gate's tile, the other up's; they trade halves of the results
     band: int = 8
+    pair: bool = False
+    parts: int = 1
     chunk: int = 32  # rows that are written at a time
     depth: int = 8
 
@@ -30,6 +34,16 @@ class WideTiles:
     def part(self) -> int:
         """Outputs of one consumer."""
         return self.out if self.by_rows or self.trade else self.out // CONSUMERS
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Tiles of one size: ``count`` of them from ``first``, numbered as if all were of this size."""
+
+    tiles: WideTiles
+    parts: int
+    first: int
+    count: int
 
 
 @dataclass(frozen=True)
@@ -53,6 +67,19 @@ class Problem:
     def behind(self, tiles: WideTiles) -> int:
         """Stages that follow a tile's inputs, with what is added to it."""
         return tiles.out // tiles.step if self.residual else 0
+
+    def stages(self, tiles: WideTiles) -> int:
+        """Turns of the ring that a tile takes."""
+        return self.inner // tiles.step + self.behind(tiles)
+
+
+def passes(problem: Problem, tiles: WideTiles, units: int) -> list[Pass]:
+    """The tiles in the order in which they are computed; ``units`` take them side by side: blocks, or pairs of them."""
+    count = (problem.rows // tiles.rows) * (problem.out // tiles.out) // (2 if tiles.pair else 1)
+    whole = count if tiles.parts == 1 else count // units * units
+    fine = replace(tiles, rows=tiles.rows // tiles.parts)
+    both = [Pass(tiles, 1, 0, whole), Pass(fine, tiles.parts, whole * tiles.parts, (count - whole) * tiles.parts)]
+    return [p for p in both if p.count]
 
 
 def tiles_for(fmt: Format, rows: int, out: int, swiglu: bool, sms: int) -> WideTiles:
