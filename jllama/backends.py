@@ -16,7 +16,7 @@ def backends(
 
     Raises `pallas_kernels.Unsupported` where ``backend="pallas"`` cannot be had.
     """
-    cache = jax.eval_shape(lambda: init_cache(params.config, batch, max_len, params.dtype))
+    cache = jax.eval_shape(lambda: init_cache(params.config, batch, max_len, params.dtype, stacked=params.stacked))
     choices = {}
     for phase, length in (("prefill", prompt), ("decode", 1)):
         tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)

@@ -1,4 +1,4 @@
-"""The key/value cache: an array of keys and one of values for every layer, a length for every row."""
+"""The key/value cache: keys and values of every layer, a length for every row."""
 
 from dataclasses import replace
 
@@ -8,31 +8,50 @@ from flax import struct
 from jax import lax
 
 from jllama.config import LlamaConfig
+from pallas_kernels import Indexed
+
+
+Layers = tuple[jax.Array, ...] | jax.Array  # one array a layer, or all on a leading axis
 
 
 @struct.dataclass
 class KVCache:
     """Keys and values seen so far. Slots at or past a row's length are free: their content is never read.
 
-    Like the weights, a tuple of arrays for XLA, which copies every slice of a stacked one before a product."""
+    Like the weights, a tuple of arrays for XLA, which copies every slice of a stacked one before a product, or one
+    array with a leading axis for kernels that index it themselves."""
 
-    k: tuple[jax.Array, ...]  # of every layer, [B, kv_heads, S, head_dim], after rotary
-    v: tuple[jax.Array, ...]  # of every layer, [B, kv_heads, S, head_dim]
+    k: Layers  # of every layer, [B, kv_heads, S, head_dim], after rotary
+    v: Layers  # of every layer, [B, kv_heads, S, head_dim]
     lengths: jax.Array  # [B] int32
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the layers are on a leading axis."""
+        return not isinstance(self.k, tuple)
 
     @property
     def max_len(self) -> int:
         """How many positions every row can hold."""
-        return self.k[0].shape[-2]
+        return self.k[0].shape[-2] if isinstance(self.k, tuple) else self.k.shape[-2]
+
+    def layer(self, index: int) -> tuple[jax.Array, jax.Array] | tuple[Indexed, Indexed]:
+        """Keys and values of a layer as ops take them; nothing is copied."""
+        if isinstance(self.k, tuple):
+            return self.k[index], self.v[index]
+        return Indexed(self.k, index), Indexed(self.v, index)  # pyright: ignore[reportArgumentType]
 
     def write(self, layer: int, k: jax.Array, v: jax.Array) -> "KVCache":
         """Put k and v [B, T, kv_heads, head_dim] behind each row's length, which stays; what has no room is dropped."""
         return replace(self, k=self._write(self.k, layer, k), v=self._write(self.v, layer, v))
 
-    def _write(self, arrays: tuple[jax.Array, ...], layer: int, new: jax.Array) -> tuple[jax.Array, ...]:
-        B, T = new.shape[:2]
-        rows = jnp.arange(B)[:, None]
-        slots = self.lengths[:, None] + jnp.arange(T)  # [B, T]
+    def _write(self, arrays: Layers, layer: int, new: jax.Array) -> Layers:
+        B, T, kv_heads, _ = new.shape
+        rows, slots = jnp.arange(B)[:, None], self.lengths[:, None] + jnp.arange(T)  # [B, T]
+        if not isinstance(arrays, tuple):
+            # Every axis but the last is indexed, in order: else XLA on a GPU transposes, and so copies, the whole.
+            places = arrays.at[layer, rows[:, :, None], jnp.arange(kv_heads), slots[:, :, None]]
+            return places.set(new.astype(arrays.dtype), mode="drop", unique_indices=True)
         old = arrays[layer]
         written = old.at[rows, :, slots].set(new.astype(old.dtype), mode="drop", unique_indices=True)
         # Attention reads what is written here. Without the barrier XLA's CPU backend fuses the write into that read as
@@ -44,11 +63,18 @@ class KVCache:
         )
 
 
-def init_cache(config: LlamaConfig, batch: int, max_len: int, dtype: jnp.dtype | type) -> KVCache:
-    """An empty cache with room for ``max_len`` positions a row, or a few more."""
+def init_cache(
+    config: LlamaConfig, batch: int, max_len: int, dtype: jnp.dtype | type, *, stacked: bool = False
+) -> KVCache:
+    """An empty cache with room for ``max_len`` positions a row, or a few more; ``stacked`` as the params are."""
     shape = (batch, config.n_kv_heads, _whole_tiles(max_len), config.head_dim)
-    k, v = (tuple(jnp.zeros(shape, dtype) for _ in range(config.n_layers)) for _ in "kv")
-    return KVCache(k, v, jnp.zeros(batch, jnp.int32))
+
+    def empty() -> Layers:
+        if stacked:
+            return jnp.zeros((config.n_layers, *shape), dtype)
+        return tuple(jnp.zeros(shape, dtype) for _ in range(config.n_layers))
+
+    return KVCache(empty(), empty(), jnp.zeros(batch, jnp.int32))
 
 
 def _whole_tiles(max_len: int) -> int:
@@ -58,9 +84,12 @@ def _whole_tiles(max_len: int) -> int:
 
 def grow(cache: KVCache, max_len: int) -> KVCache:
     """The same content with room for ``max_len`` positions."""
-    room = [(0, 0), (0, 0), (0, _whole_tiles(max_len) - cache.max_len), (0, 0)]
-    k, v = (tuple(jnp.pad(a, room) for a in arrays) for arrays in (cache.k, cache.v))
-    return replace(cache, k=k, v=v)
+    room = _whole_tiles(max_len) - cache.max_len
+
+    def wider(a: jax.Array) -> jax.Array:
+        return jnp.pad(a, [(0, 0)] * (a.ndim - 2) + [(0, room), (0, 0)])
+
+    return replace(cache, k=jax.tree.map(wider, cache.k), v=jax.tree.map(wider, cache.v))
 
 
 def cache_bytes(config: LlamaConfig, batch: int, max_len: int, dtype: jnp.dtype | type) -> int:

@@ -23,7 +23,7 @@ from jllama.device import default_device, free_bytes
 from jllama.errors import InputError
 from jllama.params import QUANT_BITS, Layer, Params, quantizer
 from jllama.stream import PREFILL_PIECE
-from pallas_kernels import QuantizedTensor, Weight, group_size
+from pallas_kernels import QuantizedTensor, Weight, cut_out, group_size
 
 DTYPES = ("float32", "bfloat16", "float16")
 QUANTS = ("none", *QUANT_BITS)
@@ -175,7 +175,7 @@ def _unfused(params: Params) -> Iterator[tuple[str, Tensor]]:
         yield "lm_head", _tensor("lm_head", params.lm_head)
     shapes = expected_shapes(params.config)
     for i in range(params.config.n_layers):
-        layer = params.layer(i)
+        layer = cut_out(params.layer(i))
         for field, parts in FUSED.items():
             at = 0
             for name in (f"layers.{i}.{part}" for part in parts):

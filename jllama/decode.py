@@ -162,7 +162,7 @@ def generate(
     stops = jnp.asarray(stop_table(B, config.eos_ids if stop_ids is None else stop_ids))
     seen = tokens_seen(tokens, lengths, config.vocab_size) if sampling.repetition_penalty is not None else None
 
-    cache = init_cache(config, B, T + max_new_tokens, params.dtype)
+    cache = init_cache(config, B, T + max_new_tokens, params.dtype, stacked=params.stacked)
     logits = jnp.zeros((B, config.vocab_size), jnp.float32)
     logits, cache = prefill(params, tokens, lengths, logits, cache, backend=backend)
     state, first = begin(logits, cache, sampling, jnp.full(B, max_new_tokens, jnp.int32), stops, seen)

@@ -9,6 +9,7 @@ from jllama.cache import KVCache
 from jllama.config import LlamaConfig
 from jllama.params import Layer, Params
 from jllama.rope import rotate, rotations
+from jllama.step import whole_step
 from pallas_kernels import (
     DECODE_QUERIES,
     attention,
@@ -39,7 +40,16 @@ def forward(
     lengths = jnp.full(B, T, jnp.int32) if lengths is None else lengths
     rotation = rotations(start[:, None] + jnp.arange(T), params.config)
 
+    def last(x: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
+
     x = params.embed[tokens]
+    if cache is not None and T <= DECODE_QUERIES:
+        done = whole_step.attempt(x, params, cache, *rotation, backend=backend)
+        if done is not None:  # in one launch
+            logits, stepped = done
+            return last(logits) if last_only else logits, replace(stepped, lengths=start + lengths)
+
     for i in range(params.config.n_layers):
         layer = params.layer(i)
         x, cache = attend(x, layer, i, cache, start, rotation, params.config, backend)
@@ -53,10 +63,10 @@ def forward(
         )
 
     if last_only:  # before the head: its product is the widest of all
-        x = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
+        x = last(x)
     x = rms_norm(x, params.norm, eps=params.config.norm_eps, backend=backend)
     logits = matmul(x, params.head, out_dtype=jnp.float32, backend=backend)
-    return logits, None if cache is None else replace(cache, lengths=cache.lengths + lengths)
+    return logits, None if cache is None else replace(cache, lengths=start + lengths)
 
 
 def attend(
@@ -80,7 +90,7 @@ def attend(
         keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
     else:
         cache = cache.write(index, k, v)
-        keys, values = cache.k[index], cache.v[index]
+        keys, values = cache.layer(index)
     op = decode_attention if cache is not None and T <= DECODE_QUERIES else attention
     out = op(q, keys, values, start, backend=backend)
     return x + matmul(out.reshape(B, T, -1), layer.wo, backend=backend), cache

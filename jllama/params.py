@@ -5,16 +5,17 @@ and w_up. One read of a long weight runs nearer to the memory's speed than three
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax import lax
 
 from jllama.config import LlamaConfig
-from pallas_kernels import QuantizedTensor, Weight, group_size, quantize
+from pallas_kernels import Indexed, QuantizedTensor, Weight, cut_out, group_size, quantize
 
 QUANT_BITS = {"int8": 8, "int4": 4}
 
@@ -34,7 +35,8 @@ class Layer:
 @struct.dataclass
 class Params:
     """A whole model. ``layers`` is a tuple for XLA, which copies every slice of a stacked weight, or one `Layer` with
-    a leading axis for kernels that index it themselves. ``config`` is static: it is part of the tree's structure."""
+    a leading axis for kernels that index it themselves: the whole decode step in one launch needs that form.
+    ``config`` is static: it is part of the tree's structure."""
 
     embed: jax.Array  # [vocab_size, dim]
     layers: tuple[Layer, ...] | Layer
@@ -42,11 +44,20 @@ class Params:
     lm_head: Weight | None  # [vocab_size, dim]; None: tied to embed
     config: LlamaConfig = struct.field(pytree_node=False)
 
+    @property
+    def stacked(self) -> bool:
+        """Whether the layers are on a leading axis."""
+        return isinstance(self.layers, Layer)
+
     def layer(self, index: int) -> Layer:
-        """Layer ``index``, whichever way the layers are held."""
+        """Layer ``index`` as ops take it: weights of a stacked model are `Indexed`, and nothing is copied."""
         if isinstance(self.layers, tuple):
             return self.layers[index]
-        return jax.tree.map(lambda a: a[index], self.layers)
+
+        def one(a: Weight) -> Any:
+            return Indexed(a, index) if a.ndim > 2 else a[index]
+
+        return jax.tree.map(one, self.layers, is_leaf=_is_weight)
 
     @property
     def head(self) -> Weight:
@@ -59,8 +70,13 @@ class Params:
         return self.embed.dtype
 
 
+def _is_weight(x: Any) -> bool:
+    return isinstance(x, QuantizedTensor)
+
+
 def stack(params: Params) -> Params:
-    """The same model with its layers on a leading axis. Holds both copies while it runs."""
+    """The same model with its layers on a leading axis. Both are held until the caller drops the first; `init` and
+    `load` with ``stacked=True`` never make the first."""
     if not isinstance(params.layers, tuple):
         return params
     return replace(params, layers=jax.tree.map(lambda *a: jnp.stack(a), *params.layers))
@@ -68,12 +84,28 @@ def stack(params: Params) -> Params:
 
 def unstack(params: Params) -> Params:
     """The same model with a tuple of layers."""
-    return replace(params, layers=tuple(params.layer(i) for i in range(params.config.n_layers)))
+    return replace(params, layers=tuple(cut_out(params.layer(i)) for i in range(params.config.n_layers)))
+
+
+def stack_one_by_one(layers: Iterable[Layer], count: int) -> Layer:
+    """The ``count`` layers on a leading axis, each let go of once it is in: never more than all and one more."""
+    stacked = None
+    for i, layer in enumerate(layers):
+        if stacked is None:
+            stacked = jax.tree.map(lambda a: jnp.zeros((count, *a.shape), a.dtype), layer)
+        stacked = _put(stacked, layer, i)
+    assert stacked is not None
+    return stacked
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(stacked: Layer, layer: Layer, index: int) -> Layer:
+    return jax.tree.map(lambda s, a: lax.dynamic_update_index_in_dim(s, a, index, 0), stacked, layer)
 
 
 def weight_bytes(params: Params, *, per_token: bool = False) -> int:
     """Bytes of all weights; ``per_token``: those that one decode step reads (of an untied embedding, only a row)."""
-    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, QuantizedTensor))
+    leaves = jax.tree.leaves(params, is_leaf=_is_weight)
     total = sum(leaf.nbytes for leaf in leaves)
     return total - params.embed.nbytes if per_token and params.lm_head is not None else total
 
@@ -117,6 +149,7 @@ def init(
     dtype: jnp.dtype | type = jnp.float32,
     quant: str = "none",
     group: int | None = None,
+    stacked: bool = False,
 ) -> Params:
     """Random weights, scaled so that a deep model starts stable: for training, tests and benchmarks."""
     to_weight = quantizer(quant, group)
@@ -137,9 +170,10 @@ def init(
 
     embed_key, head_key, layers_key = jax.random.split(key, 3)
     vocabulary = (config.vocab_size, config.dim)
+    made = (one_layer(jax.random.fold_in(layers_key, i)) for i in range(config.n_layers))
     return Params(
         embed=normal(embed_key, vocabulary),
-        layers=tuple(one_layer(jax.random.fold_in(layers_key, i)) for i in range(config.n_layers)),
+        layers=stack_one_by_one(made, config.n_layers) if stacked else tuple(made),
         norm=jnp.ones(config.dim, dtype),
         lm_head=None if config.tie_embeddings else to_weight(normal(head_key, vocabulary)),
         config=config,

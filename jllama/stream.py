@@ -176,7 +176,8 @@ class Session:
         # No more room than this run can use: attention reads all of it.
         size = min(bucket(tokens, MIN_CACHE), self.max_len)
         if self._cache is None:
-            return init_cache(self.params.config, self.batch, size, self.params.dtype)
+            params = self.params
+            return init_cache(params.config, self.batch, size, params.dtype, stacked=params.stacked)
         return self._cache if size <= self._cache.max_len else grow(self._cache, size)
 
     def _seen(self, prompts: Sequence[Sequence[int]]) -> jnp.ndarray:

@@ -17,6 +17,8 @@ from typing import Any
 
 import jax
 
+from pallas_kernels.indexed import cut_out
+
 BACKENDS = ("auto", "xla", "pallas")
 
 
@@ -26,7 +28,8 @@ class Unsupported(Exception):
 
 @dataclass(frozen=True)
 class Choice:
-    """What ran for one op: ``impl`` is ``"xla"`` or ``"pallas"``, ``why`` explains it."""
+    """What ran for one op: ``impl`` is ``"xla"``, ``"pallas"``, or ``"ops"`` where several smaller ops took its place;
+    ``why`` explains it."""
 
     impl: str
     why: str
@@ -92,11 +95,29 @@ class Op:
         return Choice("pallas", "asked for" if backend == "pallas" else "kernel runs here")
 
     def __call__(self, *args: Any, backend: str = "auto", **kwargs: Any) -> Any:
-        choice = self.choose(backend, *args, **kwargs)
-        choices = _recorder.get()
-        if choices is not None:
-            choices[self.name] = choice
+        choice = self._note(self.choose(backend, *args, **kwargs))
         if choice.impl == "xla":
+            args, kwargs = cut_out((args, kwargs))
             return self.reference(*args, **kwargs)
         assert self.kernel is not None
         return self.kernel(*args, **kwargs)
+
+    def attempt(self, *args: Any, backend: str = "auto", **kwargs: Any) -> Any | None:
+        """What the kernel gives, or None where it is refused, whatever the backend: for a caller that then goes by
+        smaller ops, which face an explicit backend each by itself."""
+        try:
+            choice = self.choose(backend, *args, **kwargs)
+        except Unsupported as reason:
+            choice = Choice("xla", str(reason).removeprefix(f"{self.name}: "))
+        if choice.impl == "xla":
+            self._note(Choice("ops", choice.why))
+            return None
+        self._note(choice)
+        assert self.kernel is not None
+        return self.kernel(*args, **kwargs)
+
+    def _note(self, choice: Choice) -> Choice:
+        choices = _recorder.get()
+        if choices is not None:
+            choices[self.name] = choice
+        return choice

@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.dispatch import Unsupported
+from pallas_kernels.indexed import Indexed, in_place
 from pallas_kernels.softmax_tiles import (
     ROWS,
     Ref,
@@ -49,7 +50,7 @@ class Tiles:
 TILES = {64: Tiles(stages=4), 128: Tiles()}  # by head_dim
 
 
-def check(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array) -> None:
+def check(q: jax.Array, k: jax.Array | Indexed, v: jax.Array | Indexed, start: jax.Array) -> None:
     """Raise `Unsupported` where `flash_attention` cannot run these arguments."""
     del start
     D, heads, kv_heads = q.shape[-1], q.shape[2], k.shape[1]
@@ -65,8 +66,8 @@ def check(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array) -> None:
 @functools.partial(jax.jit, static_argnames=("tiles", "interpret"))
 def flash_attention(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    k: jax.Array | Indexed,
+    v: jax.Array | Indexed,
     start: jax.Array,
     *,
     tiles: Tiles | None = None,
@@ -77,7 +78,8 @@ def flash_attention(
     A cache whose S is a multiple of 8 is read where it lies; any other is copied first.
     """
     T = q.shape[1]
-    q, k, v = pad_rows(q, 1), pad_rows(k, 2), pad_rows(v, 2)
+    (k, layer), (v, _) = in_place(k), in_place(v)
+    q, k, v = pad_rows(q, 1), pad_rows(k, 3), pad_rows(v, 3)
     B, padded, heads, D = q.shape
     tiles = tiles or TILES[D]
     ring = {"num_barriers": tiles.stages}
@@ -104,11 +106,12 @@ def flash_attention(
         interpret=interpret,
         kernel_name="flash_attention",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
-    )(start, q, k, v)
+    )(layer, start, q, k, v)
     return out[:, :T]
 
 
 def block(
+    layer_ref: Ref,
     start_ref: Ref,
     q_ref: Ref,
     k_ref: Ref,
@@ -124,6 +127,7 @@ def block(
     tiles: Tiles,
 ) -> None:
     """What the three warpgroups of a block do."""
+    k_ref, v_ref = k_ref.at[layer_ref[0]], v_ref.at[layer_ref[0]]
     T, D, S = q_ref.shape[1], q_ref.shape[3], k_ref.shape[2]
     wg = lax.axis_index("wg")
     b, head, first = place(lax.axis_index("block"), q_ref.shape, k_ref.shape, tiles)

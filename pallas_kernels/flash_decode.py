@@ -17,6 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import flash_attention
 from pallas_kernels.dispatch import Unsupported
+from pallas_kernels.indexed import Indexed, in_place
 from pallas_kernels.softmax_tiles import ROWS, hide, no_keys, pad_rows, rescale, soften, swizzled, weigh
 
 
@@ -34,7 +35,7 @@ FUSED_SPLITS = 16  # more parts than this are joined by reductions
 TILES = {64: Tiles(stages=5), 128: Tiles()}  # by head_dim
 
 
-def check(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array) -> None:
+def check(q: jax.Array, k: jax.Array | Indexed, v: jax.Array | Indexed, start: jax.Array) -> None:
     """Raise `Unsupported` where `flash_decode` cannot run these arguments."""
     flash_attention.check(q, k, v, start)
     rows = q.shape[1] * q.shape[2] // k.shape[1]
@@ -46,8 +47,8 @@ def check(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array) -> None:
 @functools.partial(jax.jit, static_argnames=("tiles", "interpret"))
 def flash_decode(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    k: jax.Array | Indexed,
+    v: jax.Array | Indexed,
     start: jax.Array,
     *,
     tiles: Tiles | None = None,
@@ -78,8 +79,8 @@ def join(parts: jax.Array, logs: jax.Array) -> jax.Array:
 
 def decode_parts(
     q: jax.Array,  # [B, kv_heads, rows, D], rows in order of the query, then of the head
-    k: jax.Array,
-    v: jax.Array,
+    k: jax.Array | Indexed,
+    v: jax.Array | Indexed,
     start: jax.Array,
     *,
     queries: int,
@@ -90,17 +91,18 @@ def decode_parts(
     [B, kv_heads, splits, ROWS], both in float32."""
     B, kv_heads, rows, D = q.shape
     q = q if rows < 8 else pad_rows(q, 2)
-    k, v = pad_rows(k, 2), pad_rows(v, 2)
-    S, group = k.shape[2], rows // queries
+    (k, layer), (v, _) = in_place(k), in_place(v)
+    k, v = pad_rows(k, 3), pad_rows(v, 3)
+    S, group = k.shape[3], rows // queries
     rows = q.shape[2]
     splits = max(1, min(tiles.blocks // (B * kv_heads), pl.cdiv(S, tiles.keys)))
     scale = D**-0.5 * math.log2(math.e)
 
-    def body(start_ref, q_ref, k_ref, v_ref, part_ref, log_ref, q_smem, shared, log_smem, p_smem, barriers):
+    def body(layer_ref, start_ref, q_ref, k_ref, v_ref, part_ref, log_ref, q_smem, shared, log_smem, p_smem, barriers):
         (k_smem, v_smem), out_smem = shared
         q_full, k_full, v_full = barriers
         b, head, split = (lax.axis_index(name) for name in ("b", "head", "split"))
-        begin = start_ref[b]
+        begin, layer = start_ref[b], layer_ref[0]
         # Tiles with a key that some query sees, and this block's share of them; the first `whole` are seen by all.
         count = lax.div(jnp.minimum(begin + queries, S) - 1, tiles.keys) + 1
         low, high = lax.div(split * count, splits), lax.div((split + 1) * count, splits)
@@ -108,8 +110,8 @@ def decode_parts(
 
         def load(j):
             slot, keys = lax.rem(j - low, tiles.stages), pl.ds(j * tiles.keys, tiles.keys)
-            plgpu.copy_gmem_to_smem(k_ref.at[b, head, keys], k_smem.at[slot], k_full.at[slot])
-            plgpu.copy_gmem_to_smem(v_ref.at[b, head, keys], v_smem.at[slot], v_full.at[slot])
+            plgpu.copy_gmem_to_smem(k_ref.at[layer, b, head, keys], k_smem.at[slot], k_full.at[slot])
+            plgpu.copy_gmem_to_smem(v_ref.at[layer, b, head, keys], v_smem.at[slot], v_full.at[slot])
 
         # Copies fill the rows behind q's with zeros, and drop those behind the result's. JAX 0.12 refuses such slices
         # where their start is a constant.
@@ -178,4 +180,4 @@ def decode_parts(
         interpret=interpret,
         kernel_name="flash_decode",
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(start, q, k, v)
+    )(layer, start, q, k, v)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.dispatch import Op
+from pallas_kernels.indexed import Indexed
 from pallas_kernels.quantized import QuantizedTensor, dequantize
 from pallas_kernels.skinny import MAX_ROWS, check_skinny, skinny
 from pallas_kernels.tiles import Weight
@@ -35,8 +36,9 @@ def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
     return lax.dot_general(x, w, contract_last, precision=precision, preferred_element_type=jnp.float32)
 
 
-def check_product(x: jax.Array, w: Weight, *, swiglu: bool = False, **_: Any) -> None:
+def check_product(x: jax.Array, w: Weight | Indexed, *, swiglu: bool = False, **_: Any) -> None:
     """Raise `Unsupported` where `product` cannot run."""
+    w = w.stacked if isinstance(w, Indexed) else w
     x = jax.ShapeDtypeStruct((math.prod(x.shape[:-1]), x.shape[-1]), x.dtype)
     if x.shape[0] <= MAX_ROWS:
         check_skinny(x, w)
@@ -44,14 +46,15 @@ def check_product(x: jax.Array, w: Weight, *, swiglu: bool = False, **_: Any) ->
         check_wide(x, w, swiglu=swiglu)
 
 
-def product(x: jax.Array, w: Weight, *, residual: jax.Array | None = None, **options: Any) -> jax.Array:
+def product(x: jax.Array, w: Weight | Indexed, *, residual: jax.Array | None = None, **options: Any) -> jax.Array:
     """`matmul_reference` by the kernel that fits the number of rows; ``options`` are those of `skinny` and `wide`."""
+    w, layer = (w.stacked, w.index) if isinstance(w, Indexed) else (w, None)
     lead = x.shape[:-1]
     x = x.reshape(-1, x.shape[-1])
     if residual is not None:
         residual = residual.reshape(-1, residual.shape[-1])
     kernel = skinny if x.shape[0] <= MAX_ROWS else wide
-    return kernel(x, w, residual=residual, **options).reshape(*lead, -1)
+    return kernel(x, w, layer=layer, residual=residual, **options).reshape(*lead, -1)
 
 
 matmul = Op("matmul", matmul_reference, kernel=product, check=check_product)

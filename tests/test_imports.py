@@ -24,10 +24,11 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("jllama/rope.py", ("jllama.config", "jllama.errors")),
     ("jllama/sampling.py", ("jllama.errors",)),
     ("jllama/params.py", ("jllama.config", "jllama.errors", "pallas_kernels")),
-    ("jllama/cache.py", ("jllama.config", "jllama.errors")),
+    ("jllama/cache.py", ("jllama.config", "jllama.errors", "pallas_kernels")),
+    ("jllama/step.py", ("jllama.cache", "jllama.params", "pallas_kernels")),
     (
         "jllama/model.py",
-        ("jllama.cache", "jllama.config", "jllama.errors", "jllama.params", "jllama.rope", "pallas_kernels"),
+        (*(f"jllama.{name}" for name in ("cache", "config", "errors", "params", "rope", "step")), "pallas_kernels"),
     ),
     (
         "jllama/decode.py",
