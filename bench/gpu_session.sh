@@ -1,33 +1,60 @@
 #!/usr/bin/env bash
-# The full comparison on one GPU, in about eight minutes: the 7B shape in bf16 through our backends and the peers that
-# are installed, then the operations. Usage: bench/gpu_session.sh COMMIT FOLDER [models|ops|all]. COMMIT names this
-# tree, for a copy without its history, and FOLDER receives the records and charts. What does not fit the budgets
-# (seconds: COMPARE_S, OPS_S, LAYER_S, MATMUL_S) is skipped and says so. The environment changes what is run: DTYPE,
-# BATCH, PREFILL, BACKENDS, PEERS.
+# The comparisons on one GPU, in parts that each end within their seconds; what does not fit is skipped and says so.
+#
+#   bench/gpu_session.sh COMMIT FOLDER PART...
+#     models  the 7B shape in bf16: our backends and the peers that are installed     MODELS_S (default 500)
+#     quant   the same in int8 and int4: ours                                         QUANT_S (default 200)
+#     ops     attention, feed-forward, layer, products, beside other libraries'       OPS_S (default 330)
+#
+# COMMIT names this tree, for a copy without its history. FOLDER receives the records; `python -m bench.report` makes
+# tables and charts of them elsewhere. All parts of a call are one run: one machine, one after the other. The random
+# weights stay in /tmp/bench-weights for the next call. The environment changes what is run: PRESET, BATCH, CONTEXT,
+# PREFILL, NEW_TOKENS, RUNS, SHARE, PEERS, SEQ, ITERATIONS.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-export JLLAMA_COMMIT=${1:?commit} XDG_CACHE_HOME=${XDG_CACHE_HOME:-/tmp/bench-cache}
+export JLLAMA_COMMIT=${1:?commit} JLLAMA_RUN=${JLLAMA_RUN:-$(date -u +%Y%m%d-%H%M%S)-gpu}
 out=${2:?folder}
-part=${3:-all}
+shift 2
 python=${PYTHON:-python3}
-weights=/tmp/bench-weights
-mkdir -p "$out" "$weights"
-trap 'rm -rf "$weights"' EXIT
+mkdir -p "$out" /tmp/bench-weights
 
-if [ "$part" != ops ]; then
-  $python -m bench.compare --preset 7b --dtype "${DTYPE:-bf16}" --batch "${BATCH:-1}" --prompt-len 128 \
-    --new-tokens 129 --prefill "${PREFILL:-2048}" --runs 5 --backends "${BACKENDS:-xla,auto}" \
-    --peers "${PEERS:-torch-graph,hf-eager,hf-compile}" --time-limit 150 --budget "${COMPARE_S:-260}" \
-    --cache-dir "$weights" --results "$out"
-  echo "compare: exit $?"
-fi
-if [ "$part" != models ]; then
-  ops="$python -m bench.ops --model 7b --dtype bf16 --time-limit 60 --results $out"
-  $ops --op attention,decode-attention,ffn --seq 512,1024,2048,4096 --peers torch,cudnn,tokamax,jax-example \
-    --budget "${OPS_S:-130}"
-  echo "ops: exit $?"
-  $ops --op layer --seq 512,2048 --backends xla,auto --peers torch --budget "${LAYER_S:-40}"
-  echo "ops layer: exit $?"
-  $ops --op matmul --seq 1,2048 --peers torch --budget "${MATMUL_S:-40}"
-  echo "ops matmul: exit $?"
-fi
+limited() { # SECONDS NAME COMMAND...: the command's own budget, and an end to it should it not keep to that
+  local seconds=$1 name=$2 begin=$SECONDS
+  shift 2
+  timeout "$((seconds + 45))" "$python" -m "$@" --budget "$seconds" --results "$out" --plots -
+  echo "$name: exit $?, $((SECONDS - begin)) s"
+}
+compare() {
+  limited "$1" "$2" bench.compare --preset "${PRESET:-7b}" --prompt-len 128 --new-tokens "${NEW_TOKENS:-256}" \
+    --runs "${RUNS:-5}" --time-limit 150 --cache-dir /tmp/bench-weights "${@:3}"
+}
+ops() {
+  limited "$1" "$2" bench.ops --model "${PRESET:-7b}" --iterations "${ITERATIONS:-50}" --time-limit 60 "${@:3}"
+}
+
+for part in "${@:-models}"; do
+  case $part in
+    models)
+      compare "${MODELS_S:-500}" models --dtype bf16 --batch "${BATCH:-1,8,64}" --context "${CONTEXT:-4000}" \
+        --prefill "${PREFILL:-512,2048}" --backends pallas,xla --share "${SHARE:-90}" \
+        --peers "${PEERS:-torch-graph,llama.cpp,hf-compile,hf-eager,vllm,sglang,tensorrt-llm,maxtext}"
+      ;;
+    quant)
+      compare "${QUANT_S:-200}" quant --dtype int8,int4 --batch "${BATCH:-1,8,64}" --context "${CONTEXT:-4000}" \
+        --prefill "${PREFILL:-512,2048}" --backends pallas --peers none
+      ;;
+    ops)
+      third=$((${OPS_S:-330} / 3))
+      ops "$third" attention --op attention,decode-attention --seq "${SEQ:-512,1024,2048,4096,8192}" \
+        --peers torch,cudnn,tokamax
+      ops "$third" ffn --op ffn,layer --seq "${SEQ:-512,1024,2048,4096}" --peers torch,tokamax
+      ops "$((third / 2))" products --op matmul --seq 1 --dtype bf16,int8,int4 --peers torch
+      ops "$((third / 2))" f16 --op attention --dtype f16 --seq "${SEQ:-1024,2048,4096,8192}" --backends pallas \
+        --peers jax-example
+      ;;
+    *)
+      echo "gpu_session.sh: expected models, quant or ops, found $part" >&2
+      exit 2
+      ;;
+  esac
+done
