@@ -38,6 +38,8 @@ _HOME = {
     "make_sampling": "jllama.sampling",
     "preset": "jllama.config",
     "save": "jllama.checkpoint",
+    "stack": "jllama.params",
+    "unstack": "jllama.params",
 }
 
 __all__ = [*_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
@@ -68,6 +70,8 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from jllama.params import Layer as Layer
     from jllama.params import Params as Params
     from jllama.params import init as init
+    from jllama.params import stack as stack
+    from jllama.params import unstack as unstack
     from jllama.sampling import Sampling as Sampling
     from jllama.sampling import make_sampling as make_sampling
     from jllama.stream import Session as Session

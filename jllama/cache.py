@@ -10,7 +10,6 @@ from jax import lax
 from jllama.config import LlamaConfig
 from pallas_kernels import Indexed
 
-
 Layers = tuple[jax.Array, ...] | jax.Array  # one array a layer, or all on a leading axis
 
 

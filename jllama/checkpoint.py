@@ -21,7 +21,8 @@ from jllama.cache import cache_bytes
 from jllama.config import LlamaConfig
 from jllama.device import default_device, free_bytes
 from jllama.errors import InputError
-from jllama.params import QUANT_BITS, Layer, Params, quantizer
+from jllama.params import QUANT_BITS, Layer, Params, put, quantizer
+from jllama.step import runs_whole
 from jllama.stream import PREFILL_PIECE
 from pallas_kernels import QuantizedTensor, Weight, cut_out, group_size
 
@@ -39,6 +40,7 @@ def load(
     group: int | None = None,
     batch: int = 1,
     max_len: int | None = None,
+    stacked: bool | None = False,
     progress: Progress | None = None,
 ) -> Params:
     """Load a checkpoint onto the default device.
@@ -46,6 +48,7 @@ def load(
     ``dtype``: of activations, cache and unquantised weights (default: the checkpoint's on a GPU, float32 on a CPU).
     ``quant``: ``none``, ``int8`` (a scale per output channel) or ``int4`` (per group of 128); ``group`` changes that.
     ``batch`` and ``max_len`` (default: the model's context) size the cache that must fit beside the weights.
+    ``stacked``: the form of the layers (see `Params`); None: stacked where a decode step then runs in one launch.
     """
     source = path if isinstance(path, Source) else open_source(path)
     dtype = dtype or default_dtype(source)
@@ -57,8 +60,31 @@ def load(
         raise InputError(
             f"quant: expected 'none' for {source.path}, whose weights have {source.quant.bits} bits already"
         )
-    check_memory(source, dtype, quant, group, batch, max_len or source.config.max_seq_len)
-    return _assemble(source, dtype, quantizer(quant, group), progress or (lambda names, _: names))
+    max_len = max_len or source.config.max_seq_len
+    check_memory(source, dtype, quant, group, batch, max_len)
+    if stacked is None:
+        form = _stored(source) if quant == "none" else (quant, group)
+        stacked = _alike(source) and runs_whole(source.config, dtype, *form, batch=batch, max_len=max_len)
+    elif stacked and not _alike(source):
+        raise InputError(f"{source.path}: stacked: expected every layer stored like the first, found another format")
+    return _assemble(source, dtype, quantizer(quant, group), progress or (lambda names, _: names), stacked)
+
+
+def _stored(source: Source) -> tuple[str, int | None]:
+    """How the layers' weights are stored, in the words of `load`."""
+    if source.quant is None:
+        return "none", None
+    return {bits: name for name, bits in QUANT_BITS.items()}[source.quant.bits], source.quant.group
+
+
+def _alike(source: Source) -> bool:
+    """Whether every layer is stored like the first, so that one array can hold them all."""
+    layers = (
+        [source.tensors[f"layers.{i}.{part}"].quant for parts in FUSED.values() for part in parts]
+        for i in range(source.config.n_layers)
+    )
+    first = next(layers)
+    return all(layer == first for layer in layers)
 
 
 def default_dtype(source: Source) -> str:
@@ -71,6 +97,7 @@ def _assemble(
     dtype: str,
     to_weight: Callable[[jax.Array], Weight],
     progress: Progress,
+    stacked: bool,
 ) -> Params:
     config = source.config
     fields = [(i, name) for i in range(config.n_layers) for name in FUSED]
@@ -82,8 +109,15 @@ def _assemble(
         parts = [f"{prefix}.{part}" for part in FUSED[field]] if prefix else [name]
         # Norms are vectors and the embedding is looked up, not multiplied with: both stay floats.
         plain = name == "embed" or field.endswith("norm")
-        loaded[name] = _place(source, parts, dtype, None if plain else to_weight)
-    layers = tuple(Layer(**{name: loaded[f"layers.{i}.{name}"] for name in FUSED}) for i in range(config.n_layers))
+        weight = _place(source, parts, dtype, None if plain else to_weight)
+        if prefix and stacked:
+            loaded[field] = put(loaded.get(field), weight, int(prefix.removeprefix("layers.")), config.n_layers)
+        else:
+            loaded[name] = weight
+    if stacked:
+        layers = Layer(**{name: loaded[name] for name in FUSED})
+    else:
+        layers = tuple(Layer(**{name: loaded[f"layers.{i}.{name}"] for name in FUSED}) for i in range(config.n_layers))
     return Params(loaded["embed"], layers, loaded["norm"], loaded.get("lm_head"), config)
 
 
@@ -131,8 +165,7 @@ def check_memory(source: Source, dtype: str, quant: str, group: int | None, batc
     if free is None:
         return
     config = source.config
-    stored = "none" if source.quant is None else {bits: name for name, bits in QUANT_BITS.items()}[source.quant.bits]
-    quant = stored if quant == "none" else quant
+    quant = _stored(source)[0] if quant == "none" else quant
 
     def need(quant: str, max_len: int) -> int:
         rest = cache_bytes(config, batch, max_len, jnp.dtype(dtype)) + workspace_bytes(config, batch, max_len, dtype)

@@ -87,20 +87,17 @@ def unstack(params: Params) -> Params:
     return replace(params, layers=tuple(cut_out(params.layer(i)) for i in range(params.config.n_layers)))
 
 
-def stack_one_by_one(layers: Iterable[Layer], count: int) -> Layer:
-    """The ``count`` layers on a leading axis, each let go of once it is in: never more than all and one more."""
-    stacked = None
-    for i, layer in enumerate(layers):
-        if stacked is None:
-            stacked = jax.tree.map(lambda a: jnp.zeros((count, *a.shape), a.dtype), layer)
-        stacked = _put(stacked, layer, i)
-    assert stacked is not None
-    return stacked
+def put[T](stacked: T | None, entry: T, index: int, count: int) -> T:
+    """``entry`` as number ``index`` of ``count`` on the leading axis of ``stacked``, which is changed in place; None is
+    a new one. What is put together so never takes more than itself and one entry."""
+    if stacked is None:
+        stacked = jax.tree.map(lambda a: jnp.zeros((count, *a.shape), a.dtype), entry)
+    return _put(stacked, entry, index)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _put(stacked: Layer, layer: Layer, index: int) -> Layer:
-    return jax.tree.map(lambda s, a: lax.dynamic_update_index_in_dim(s, a, index, 0), stacked, layer)
+def _put(stacked: Any, entry: Any, index: int) -> Any:
+    return jax.tree.map(lambda s, a: lax.dynamic_update_index_in_dim(s, a, index, 0), stacked, entry)
 
 
 def weight_bytes(params: Params, *, per_token: bool = False) -> int:
@@ -151,7 +148,8 @@ def init(
     group: int | None = None,
     stacked: bool = False,
 ) -> Params:
-    """Random weights, scaled so that a deep model starts stable: for training, tests and benchmarks."""
+    """Random weights, scaled so that a deep model starts stable: for training, tests and benchmarks. ``stacked``: made
+    in that form, see `Params`."""
     to_weight = quantizer(quant, group)
 
     def normal(key: jax.Array, shape: tuple[int, ...], scale: float = 1.0) -> jax.Array:
@@ -173,11 +171,19 @@ def init(
     made = (one_layer(jax.random.fold_in(layers_key, i)) for i in range(config.n_layers))
     return Params(
         embed=normal(embed_key, vocabulary),
-        layers=stack_one_by_one(made, config.n_layers) if stacked else tuple(made),
+        layers=_stack_one_by_one(made, config.n_layers) if stacked else tuple(made),
         norm=jnp.ones(config.dim, dtype),
         lm_head=None if config.tie_embeddings else to_weight(normal(head_key, vocabulary)),
         config=config,
     )
+
+
+def _stack_one_by_one(layers: Iterable[Layer], count: int) -> Layer:
+    stacked = None
+    for i, layer in enumerate(layers):
+        stacked = put(stacked, layer, i, count)
+    assert stacked is not None
+    return stacked
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))

@@ -50,6 +50,7 @@ def open_model(args: argparse.Namespace, *, batch: int = 1, quiet: bool = False)
         quant=args.quant,
         batch=batch,
         max_len=max_len,
+        stacked=False if args.backend == "xla" else None,
         progress=None if quiet else progress_bar,
     )
     jax.block_until_ready(params)

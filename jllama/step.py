@@ -6,10 +6,14 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from jllama.cache import KVCache
-from jllama.params import Params
+from jllama.cache import KVCache, init_cache
+from jllama.config import LlamaConfig
+from jllama.params import Params, init
 from pallas_kernels import Op, StepWeights, Unsupported, decode_step
+from pallas_kernels.decode_step import check, decode_step_kernel, decode_step_reference
+from pallas_kernels.dispatch import require_hopper
 
 
 def step_weights(params: Params) -> StepWeights:
@@ -37,9 +41,31 @@ def _over_params(function: Callable[..., Any]) -> Callable[..., Any]:
 # with the new keys and values, its lengths as they were.
 whole_step = Op(
     decode_step.name,
-    *(
-        _over_params(function)
-        for function in (decode_step.reference, decode_step.kernel, decode_step.check)
-        if function
-    ),
+    _over_params(decode_step_reference),
+    kernel=_over_params(decode_step_kernel),
+    check=_over_params(check),
 )
+
+
+def runs_whole(
+    config: LlamaConfig,
+    dtype: str,
+    quant: str = "none",
+    group: int | None = None,
+    *,
+    batch: int = 1,
+    max_len: int = 1024,
+) -> bool:
+    """Whether a step of ``batch`` tokens would be one launch here, were such a model stacked. Nothing is made."""
+    try:
+        require_hopper()
+    except Unsupported:
+        return False
+
+    def arguments() -> tuple[Any, ...]:
+        params = init(config, jax.random.key(0), dtype=jnp.dtype(dtype), quant=quant, group=group, stacked=True)
+        rotation = jnp.zeros((batch, 1, config.head_dim // 2))
+        cache = init_cache(config, batch, max_len, params.dtype, stacked=True)
+        return jnp.zeros((batch, 1, config.dim), params.dtype), params, cache, rotation, rotation
+
+    return whole_step.choose("auto", *jax.eval_shape(arguments)).impl == "pallas"
