@@ -36,7 +36,8 @@ class Ours:
         quant = dtype if dtype in ("int8", "int4") else "none"
         float_dtype = DTYPES.get(dtype) or ("float32" if jax.devices()[0].platform == "cpu" else "bfloat16")
         batch, max_len = job["largest"]
-        self.params = load(job["model"], dtype=float_dtype, quant=quant, batch=batch, max_len=max_len)
+        stacked = False if job["backend"] == "xla" else None  # None: as the command line
+        self.params = load(job["model"], dtype=float_dtype, quant=quant, batch=batch, max_len=max_len, stacked=stacked)
         jax.block_until_ready(self.params)
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> Output:
