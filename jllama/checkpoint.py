@@ -88,8 +88,11 @@ def _alike(source: Source) -> bool:
 
 
 def default_dtype(source: Source) -> str:
-    """float32 on a CPU, where 16-bit arithmetic is slow; elsewhere what the checkpoint holds."""
-    return "float32" if default_device().platform == "cpu" or source.quant is not None else source.dtype
+    """float32 on a CPU, where 16-bit arithmetic is slow; elsewhere what the checkpoint holds, and bfloat16 beside
+    quantised weights: no kernel takes float32."""
+    if default_device().platform == "cpu":
+        return "float32"
+    return source.dtype if source.quant is None else "bfloat16"
 
 
 def _assemble(
