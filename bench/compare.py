@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--runs", type=int, default=5, help="measured runs of each (default: 5)")
     p.add_argument("--time-limit", type=float, default=90, help="seconds for any one step of a peer (default: 90)")
     p.add_argument("--budget", type=float, default=None, metavar="S", help="skip what is left after so many seconds")
-    p.add_argument("--share", type=float, default=None, metavar="S", help="likewise, for each implementation alone")
+    p.add_argument("--share", type=float, default=None, metavar="S", help="likewise, for each peer alone")
     p.add_argument(
         "--wait-quiet", type=float, default=0, metavar="S", help="wait up to so long for idle CPUs, each run"
     )

@@ -3,15 +3,20 @@
 Every chart names the device and the versions, and draws the ceiling of the same run.
 """
 
+import functools
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.names import cores, is_cpu, latest, plain_name, short
 from bench.record import Record
+from bench.roofline import best_of
 
-COLOURS = {"xla": "#1f77b4", "pallas": "#d62728", "auto": "#9467bd"}
-OTHERS = ("#2ca02c", "#ff7f0e", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf", "#aec7e8")
+COLOURS = {"xla": "#1f77b4", "pallas": "#d62728", "auto": "#9467bd", "torch": "#ff7f0e", "torch-graph": "#ff7f0e"}
+COLOURS |= {"hf-eager": "#c5b0d5", "hf-compile": "#8c564b", "llama.cpp": "#2ca02c", "llama2.c": "#bcbd22"}
+COLOURS |= {"cudnn": "#2ca02c", "tokamax": "#17becf", "jax-example": "#7f7f7f", "llama2.c-1t": "#dbdb8d"}
+OTHERS = ("#e377c2", "#aec7e8", "#98df8a", "#ffbb78")
 MARKERS = "os^Dvp*hX<>"
 
 
@@ -22,23 +27,26 @@ def unavailable() -> str | None:
     return None if find_spec("matplotlib") else "matplotlib is not installed (pip install jllama[bench])"
 
 
-def figure(width: float, height: float) -> tuple[Any, Any]:
-    """A figure that needs no display and leaves no state behind."""
+def figure(width: float, height: float, columns: int = 1) -> tuple[Any, list[Any]]:
+    """A figure that needs no display and leaves no state behind, and its panels in a row."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     fig = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(fig)
-    return fig, fig.add_subplot()
+    return fig, [fig.add_subplot(1, columns, i + 1) for i in range(columns)]
 
 
 def save(fig: Any, folder: Path, name: str) -> list[Path]:
     """Write PNG and SVG, without the date, so that equal charts are equal files."""
+    from matplotlib import rc_context
+
     folder.mkdir(parents=True, exist_ok=True)
     stem = re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
     paths = [folder / f"{stem}.png", folder / f"{stem}.svg"]
     fig.savefig(paths[0], dpi=110, metadata={"Software": None})
-    fig.savefig(paths[1], metadata={"Date": None})
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "jllama"}):
+        fig.savefig(paths[1], metadata={"Date": None})
     return paths
 
 
@@ -50,13 +58,27 @@ def label(records: Sequence[Record]) -> str:
         versions |= record["versions"]
     shown = [f"{n} {versions[n]}" for n in ("jax", "torch", "transformers", "tokamax") if n in versions]
     runs = sorted({r["run"] for r in records})
-    return f"{first['device']} · {', '.join(shown)}\ncommit {first['commit']}, run {runs[-1]}"
+    return f"{first['device']}\n{', '.join(shown)}\ncommit {first['commit']}, run {runs[-1]}"
 
 
 def colour(impl: str, impls: Sequence[str]) -> str:
-    """Ours have fixed colours, others one each."""
+    """The same in every chart for those that are known, one each for others."""
     rest = [i for i in impls if i not in COLOURS]
     return COLOURS[impl] if impl in COLOURS else OTHERS[rest.index(impl) % len(OTHERS)]
+
+
+def newest(records: Sequence[Record], folder: Path) -> Iterator[Path]:
+    """Every chart, of the newest runs."""
+    measured = [r for r in records if r["value"] is not None and r.get("ceilings") and "work" in r]
+    whole = [r for r in measured if r["suite"] == "compare" and r["metric"] == "tokens_per_s"]
+    single = [r for r in measured if r["suite"] == "ops" and r["metric"] == "ms"]
+    for group in latest(whole, ("device", "model", "dtype")):
+        yield from compare_plots(group, folder)
+    groups = latest(single, ("device", "case", "dtype"))
+    for device, dtype in dict.fromkeys((g[0]["device"], g[0]["dtype"]) for g in groups):
+        mine = [r for g in groups for r in g if (r["device"], r["dtype"]) == (device, dtype)]
+        steps = [g for g in latest(whole, ("device", "model", "dtype")) if g[0]["device"] == device]
+        yield from ops_plots(mine, folder, [r for g in steps for r in g if r["dtype"] == dtype])
 
 
 def compare_plots(records: Sequence[Record], folder: Path) -> Iterator[Path]:
@@ -73,50 +95,50 @@ def compare_plots(records: Sequence[Record], folder: Path) -> Iterator[Path]:
         )
 
 
-def ops_plots(records: Sequence[Record], folder: Path) -> Iterator[Path]:
-    """Speed-up over XLA against length for every operation, and all of them on the roofline."""
+def ops_plots(records: Sequence[Record], folder: Path, steps: Sequence[Record] = ()) -> Iterator[Path]:
+    """Speed-up over XLA against length for every operation; all of them, and whole ``steps``, on the roofline."""
     good = [r for r in records if r["value"] is not None]
     for dtype in sorted({r["dtype"] for r in good}):
         mine = [r for r in good if r["dtype"] == dtype]
         for case in sorted({r["case"] for r in mine}):
             chosen = [r for r in mine if r["case"] == case]
+            if len({r["context"] for r in chosen if "xla" in r["speedup"]}) < 2:
+                continue
             fig = speedups(chosen, case)
             yield from save(fig, folder, f"speedup-{case}-{chosen[0]['model']}-{dtype}-{short_device(chosen[0])}")
-        yield from save(roofline(mine), folder, f"roofline-ops-{dtype}-{short_device(mine[0])}")
+        yield from save(roofline([*mine, *steps]), folder, f"roofline-ops-{dtype}-{short_device(mine[0])}")
 
 
 def short_device(record: Record) -> str:
     """A device's name for a file's."""
-    return "cpu" if "core" in record["device"] else record["device"].replace("NVIDIA ", "")
+    return f"cpu-{cores(record['device'])}" if is_cpu(record) else record["device"].replace("NVIDIA ", "")
 
 
 def bars(records: Sequence[Record], case: str) -> Any:
-    """One group of bars for every batch and prompt length; the line above each group is the floor's speed."""
-    groups = sorted({(r["batch"], r["seq"]) for r in records})
+    """A panel for every batch and length, the fastest on top; the dashed line is what the run's ceilings allow."""
+    groups = sorted({(r["batch"], r["seq"], r["context"]) for r in records}, key=lambda g: (g[2] > 1024, g))
     impls = list(dict.fromkeys(r["impl"] for r in records))
-    fig, ax = figure(max(6.5, 1.1 * len(groups) * max(len(impls), 2) / 1.6 + 2), 4.6)
-    width = 0.8 / len(impls)
-    for g, group in enumerate(groups):
-        mine = [r for r in records if (r["batch"], r["seq"]) == group]
-        for r in mine:
-            at = g + (impls.index(r["impl"]) - (len(impls) - 1) / 2) * width
+    fig, axes = figure(2.2 + 3.6 * len(groups), 1.6 + 0.36 * len(impls), columns=len(groups))
+    for ax, group in zip(axes, groups, strict=True):
+        mine = sorted((r for r in records if (r["batch"], r["seq"], r["context"]) == group), key=lambda r: r["value"])
+        for at, r in enumerate(mine):
             low, high = r["value"] - min(r["samples"]), max(r["samples"]) - r["value"]
-            name = r["impl"] if g == 0 else None
-            ax.bar(at, r["value"], width * 0.92, color=colour(r["impl"], impls), label=name)
-            ax.errorbar(at, r["value"], yerr=[[low], [high]], color="black", capsize=2, linewidth=0.8)
-            text = f"{r['value']:,.0f}" if r["value"] >= 100 else f"{r['value']:.1f}"
-            ax.annotate(text, (at, max(r["samples"])), (0, 4), textcoords="offset points", ha="center", fontsize=8)
-        ax.plot(
-            [g - 0.45, g + 0.45], [mine[0]["floor"]] * 2, "k--", lw=1, label=None if g else "what the ceilings allow"
-        )
-    top = max(max(r["samples"]) for r in records)
-    if max(r["floor"] for r in records) < 4 * top:
-        top = max(top, *(r["floor"] for r in records))
-    ax.set_ylim(0, top * 1.15)
-    ax.set_xticks(range(len(groups)), [f"batch {b}, prompt {s}" for b, s in groups])
-    ax.set_ylabel("tokens/s (median; bar: range)")
-    ax.set_title(f"{case}, {records[0]['model']} {records[0]['dtype']}\n{label(records)}", fontsize=9, loc="left")
-    ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+            ax.barh(at, r["value"], 0.72, color=colour(r["impl"], impls))
+            ax.errorbar(r["value"], at, xerr=[[low], [high]], color="black", capsize=2, linewidth=0.8)
+            box = dict(facecolor="white", edgecolor="none", pad=1)
+            end = (max(r["samples"]), at)
+            ax.annotate(short(r["value"]), end, (6, -3), textcoords="offset points", fontsize=8, bbox=box)
+        top = max(max(r["samples"]) for r in mine)
+        if (floor := mine[0]["floor"]) and floor < 4 * top:
+            ax.axvline(floor, color="black", ls="--", lw=1)
+            top = max(top, floor)
+        ax.set_xlim(0, top * 1.22)
+        ax.set_yticks(range(len(mine)), [plain_name(r["impl"]) for r in mine], fontsize=8)
+        ax.tick_params(axis="x", labelsize=8)
+        ax.set_title(f"batch {group[0]}, prompt {group[1]:,}", fontsize=9)
+        ax.spines[["top", "right"]].set_visible(False)
+    fig.supxlabel("tokens/s: median and range; dashed: what the ceilings of the run allow", fontsize=8)
+    fig.suptitle(f"{case}, {records[0]['model']} {records[0]['dtype']}\n{label(records)}", fontsize=9)
     return fig
 
 
@@ -124,14 +146,14 @@ def speedups(records: Sequence[Record], case: str) -> Any:
     """Times as fast as XLA, by length."""
     impls = list(dict.fromkeys(r["impl"] for r in records))
     models = sorted({(r["model"], r["batch"]) for r in records})
-    fig, ax = figure(7, 4.4)
+    fig, (ax,) = figure(7, 4.4)
     for impl in impls:
         for m, key in enumerate(models):
             mine = [
                 r for r in records if r["impl"] == impl and (r["model"], r["batch"]) == key and "xla" in r["speedup"]
             ]
             mine.sort(key=lambda r: r["context"])
-            name = impl if len(models) == 1 else f"{impl}, {key[0]} batch {key[1]}"
+            name = plain_name(impl) + ("" if len(models) == 1 else f", {key[0]} batch {key[1]}")
             x, y = [r["context"] for r in mine], [r["speedup"]["xla"] for r in mine]
             ax.plot(x, y, marker=MARKERS[m % len(MARKERS)], color=colour(impl, impls), label=name if mine else None)
     ax.set_xscale("log", base=2)
@@ -148,9 +170,9 @@ def speedups(records: Sequence[Record], case: str) -> Any:
 
 def roofline(records: Sequence[Record]) -> Any:
     """Everything that was measured, by what it does a byte and what it reached, under the ceilings of its run."""
-    ceilings = records[0]["ceilings"]
+    ceilings = functools.reduce(best_of, (r["ceilings"] for r in records))
     bandwidth, matrix = max(ceilings["copy"], ceilings["read"]), ceilings["matrix"]
-    fig, ax = figure(8.4, 5)
+    fig, (ax,) = figure(8.4, 5)
     impls = list(dict.fromkeys(r["impl"] for r in records))
     cases = list(dict.fromkeys(r["case"] for r in records))
     points = []
@@ -172,7 +194,7 @@ def roofline(records: Sequence[Record]) -> Any:
     ax.set_ylabel("TFLOP/s")
     ax.grid(alpha=0.3, which="both")
     for impl in impls:
-        ax.plot([], [], "o", color=colour(impl, impls), label=impl)
+        ax.plot([], [], "o", color=colour(impl, impls), label=plain_name(impl))
     for number, case in enumerate(cases):
         ax.plot([], [], MARKERS[number % len(MARKERS)], color="black", label=case)
     ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))

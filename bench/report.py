@@ -1,10 +1,11 @@
-"""``python -m bench.report``: Markdown tables from the records, put between markers; and regressions between commits.
+"""``python -m bench.report``: tables and charts from the records, put between markers; regressions between commits.
 
 A file says ``<!-- bench:NAME -->`` and ``<!-- /bench -->``; what stands between the two is replaced by the table of
 that name. No number is typed by hand.
 """
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -49,10 +50,21 @@ def main(argv: list[str] | None = None) -> None:
             lines, worse = against(records, args.against)
             print("\n".join(lines))
             sys.exit(int(worse))
+        if not args.check:
+            _draw(records, Path(args.results) / "plots")
         stale = [path for path in _files(args.files) if _update(path, records, write=not args.check)]
         for path in stale:
             print(f"{path}: {'out of date' if args.check else 'updated'}")
         sys.exit(int(args.check and bool(stale)))
+
+
+def _draw(records: Sequence[Record], folder: Path) -> None:
+    from bench import plots
+
+    if (why := plots.unavailable()) is not None:
+        print(f"no plots: {why}")
+        return
+    print(f"{len(list(plots.newest(records, folder)))} charts in {folder}")
 
 
 def _files(given: Sequence[str]) -> list[Path]:
@@ -79,7 +91,8 @@ def fill(text: str, records: Sequence[Record], where: str = "text") -> str:
         name = match["name"]
         if name not in TABLES:
             raise InputError(f"{where}: bench:{name}: expected one of {', '.join(TABLES)}")
-        return f"{match['open']}{TABLES[name](records)}\n{match['close']}"
+        made = TABLES[name](records).replace("](plots/", f"]({os.path.relpath(RESULTS / 'plots', Path(where).parent)}/")
+        return f"{match['open']}{made}\n{match['close']}"
 
     return MARKER.sub(table, text)
 

@@ -135,7 +135,8 @@ def _measure(
         "platform": reference.hello["platform"],
         "batch": max(w.batch for w in loads),
         "max_len": max(w.context for w in loads) + 128,
-        "largest": max(((w.batch, w.context + 128) for w in loads), key=lambda s: s[0] * s[1]),  # of all caches
+        # By batch, what a cache must hold.
+        "rooms": {str(w.batch): max(o.context + 128 for o in loads if o.batch == w.batch) for w in loads},
         "context": shape["max_seq_len"],
         "vocab_size": shape["vocab_size"],
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -188,7 +189,7 @@ def _run_group(
 def _open(settings: argparse.Namespace, entry: Entry, job: dict[str, Any]) -> None:
     assert entry.python is not None
     settings.clock.check()
-    entry.clock = Budget(settings.share, "one implementation's share")
+    entry.clock = Budget(settings.share, "a peer's share")
     say(f"  {entry.impl}: opening")
     entry.worker = Worker(entry.peer, entry.python)
     entry.worker.ask("available", settings.time_limit)  # imports nothing heavy: what follows is the peer's own start
@@ -210,7 +211,8 @@ def _warm_up(
     settings: argparse.Namespace, reference: Reference, entry: Entry, load: Workload, rows: list[list[int]]
 ) -> None:
     """The cold run, which compiles; a second, for what compiles late; and the check of the tokens."""
-    entry.clock.check()
+    if not entry.ours:
+        entry.clock.check()
     outcome = entry.outcomes[load] = {"runs": []}
     outcome["cold"] = _generate(settings, entry, load, rows)
     warm = _generate(settings, entry, load, rows)
@@ -220,9 +222,8 @@ def _warm_up(
         outcome["choices"] = entry.worker.ask("chosen", 60, args=sizes)["choices"] if entry.worker else {}
     agreed = outcome["check"].get("agreement")
     note = "not checked" if agreed is None else f"{agreed:.1%} of tokens agree"
-    speed = (
-        load.batch * (load.new_tokens - 1) / warm["decode_s"] if warm["decode_s"] else load.prompt_len / warm["first_s"]
-    )
+    steps = load.new_tokens - 1
+    speed = load.batch * (steps / warm["decode_s"] if steps else load.prompt_len / warm["first_s"])
     say(f"  {entry.impl}: {load.case} batch {load.batch} prompt {load.prompt_len}: about {speed:,.0f} tokens/s, {note}")
     if not outcome["check"]["passed"]:
         raise PeerFailed(

@@ -1,25 +1,12 @@
 """The Markdown tables that `bench.report` writes, by name."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
-from bench.record import HIGHER_IS_BETTER, Record
+from bench.glance import NEWEST, glance
+from bench.names import commit_of, cores, is_cpu, is_ours, latest, markdown, name_of, short
+from bench.record import HIGHER_IS_BETTER, RESULTS, Record
 
-NONE = "*nothing recorded yet*"
-NAMES = {
-    "xla": "**jllama, XLA**",
-    "pallas": "**jllama, Pallas kernels**",
-    "auto": "**jllama, auto**",
-    "hf-eager": "HF transformers, eager",
-    "hf-compile": "HF transformers, static cache + compile",
-    "torch-graph": "plain PyTorch (CUDA graph on a GPU)",
-    "llama2.c": "llama2.c, all cores",
-    "llama2.c-1t": "llama2.c, one thread",
-    "cudnn": "cuDNN (`jax.nn`)",
-    "torch": "PyTorch",
-    "tokamax": "tokamax",
-    "jax-example": "JAX's example kernel",
-}
-GROUP = ("device", "model", "dtype", "batch", "seq")
+GROUP = ("device", "model", "dtype", "context", "batch", "seq")
 
 # What other projects publish about themselves: source, hardware, model, figure, unit; and the case, model and rows of
 # ours that answers it. No hardware of theirs is ours: the device of every figure is named.
@@ -39,75 +26,32 @@ PUBLISHED: tuple[tuple[str, str, str, str, tuple[str, str, str]], ...] = (
 )
 
 
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table; figures to the right."""
-    rows = list(rows)
-    if not rows:
-        return NONE
-    figures = [all(_is_figure(row[i]) for row in rows) and any(row[i] for row in rows) for i in range(len(head))]
-    lines = ["| " + " | ".join(head) + " |", "|" + "|".join("---:" if f else "---" for f in figures) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(r) + " |" for r in rows])
-
-
-def _is_figure(cell: str) -> bool:
-    return not cell or cell.removesuffix(" %").replace(",", "").replace(".", "").replace("e+", "").isdigit()
-
-
-def latest(records: Sequence[Record], keys: Sequence[str]) -> list[list[Record]]:
-    """Records in groups of equal ``keys``, of each group only its newest run: what stands together ran together."""
-    groups: dict[tuple[object, ...], list[Record]] = {}
-    for record in records:
-        groups.setdefault(tuple(record[k] for k in keys), []).append(record)
-    newest = {key: max(rows, key=lambda r: r["when"])["run"] for key, rows in groups.items()}
-    return [[r for r in rows if r["run"] == newest[key]] for key, rows in groups.items()]
-
-
-def is_cpu(record: Record) -> bool:
-    """Devices of jax's CPU platform carry the number of cores in their name."""
-    return " core" in record["device"]
-
-
-def name_of(impl: str) -> str:
-    """What a reader calls it."""
-    return NAMES.get(impl, impl)
-
-
-def commit_of(record: Record) -> str:
-    """The commit, and whether code had changed since."""
-    return f"`{record['commit']}`" + (" + changes" if record["dirty"] else "")
-
-
 def _speeds(records: Sequence[Record], case: str, keep: Callable[[Record], bool]) -> str:
     """Tokens/s: a row an implementation, in the groups that ran side by side."""
     chosen = [r for r in records if r["suite"] == "compare" and r["case"] == case and keep(r)]
     chosen = [r for r in chosen if r["metric"] == "tokens_per_s" and r["value"] is not None]
     head = ("on", "model", "dtype", "batch", "prompt", "implementation", "tokens/s", "range", "% of floor")
     rows = []
-    for group in sorted(
-        latest(chosen, GROUP), key=lambda g: (g[0]["device"], g[0]["model"], g[0]["batch"], g[0]["seq"])
-    ):
+    chosen = [r for group in latest(chosen, NEWEST) for r in group]
+    for group in sorted(latest(chosen, GROUP), key=lambda g: [g[0][k] for k in GROUP]):
         for r in sorted(group, key=lambda r: -r["value"]):
             agreed = "not checked" if r.get("agreement") is None else f"{100 * r['agreement']:.0f} %"
             start = (
-                r["device"].split(", ")[-1],
+                cores(r["device"]),
                 r["model"],
                 r["dtype"],
                 str(r["batch"]),
                 str(r["seq"]),
                 name_of(r["impl"]),
             )
-            between = f"{_short(min(r['samples']))} to {_short(max(r['samples']))}"
-            rows.append((*start, _short(r["value"]), between, _share(r), agreed, commit_of(r)))
+            between = f"{short(min(r['samples']))} to {short(max(r['samples']))}"
+            rows.append((*start, short(r["value"]), between, _share(r), agreed, commit_of(r)))
     return markdown((*head, "tokens agree", "commit"), rows) + _where(chosen)
 
 
 def _share(r: Record) -> str:
     """How much of its floor a rate reaches, in percent; nothing where no ceiling was measured."""
     return "" if not r["floor"] else f"{100 * r['value'] / r['floor']:.0f}"
-
-
-def _short(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
 def _where(records: Sequence[Record]) -> str:
@@ -162,6 +106,7 @@ def _ops(records: Sequence[Record], *cases: str) -> str:
     chosen = [r for r in records if r["suite"] == "ops" and r["case"].startswith(cases) and r["value"] is not None]
     head = ("device", "case", "dtype", "batch", "rows", "keys", "implementation", "ms", "p95", "TFLOP/s", "TB/s")
     rows = []
+    chosen = [r for group in latest(chosen, ("device", "model", "case", "dtype")) for r in group]
     keys = ("device", "case", "model", "dtype", "batch", "seq", "context", "metric")
     for group in sorted(latest(chosen, keys), key=lambda g: [g[0][k] for k in keys]):
         for r in sorted(group, key=lambda r: -r["value"] if r["metric"] in HIGHER_IS_BETTER else r["value"]):
@@ -195,7 +140,7 @@ def _published(records: Sequence[Record]) -> str:
         ours = [
             r for r in records if r["case"] == case and r["model"] == model and r["metric"] == metric and r["value"]
         ]
-        ours = [r for r in ours if r["impl"] in ("xla", "pallas", "auto") and r["batch"] == 1 and not is_cpu(r)]
+        ours = [r for r in ours if is_ours(r["impl"]) and r["batch"] == 1 and not is_cpu(r)]
         rows.append((source, hardware, size, figure, *_best(ours, metric)))
     return markdown(("published by", "on", "size", "their figure", "ours", "on", "commit"), rows)
 
@@ -220,8 +165,19 @@ def _best(ours: Sequence[Record], metric: str) -> tuple[str, str, str]:
     return f"{best['value']:,.0f} tokens/s ({best['dtype']}, {best['impl']})", best["device"], commit_of(best)
 
 
+def _charts(*patterns: str) -> str:
+    """The charts that `bench.report` has drawn, by name; `report` knows the way to their folder."""
+    found = [p for pattern in patterns for p in sorted((RESULTS / "plots").glob(f"{pattern}.png"))]
+    return "\n".join(f"![{p.stem.replace('-', ' ')}](plots/{p.name})" for p in found)
+
+
 Table = Callable[[Sequence[Record]], str]
 TABLES: dict[str, Table] = {
+    "glance-cpu": lambda records: glance(records, is_cpu),
+    "glance-gpu": lambda records: glance(records, lambda r: not is_cpu(r)),
+    "chart-decode-gpu": lambda _: _charts("decode-7b-bf16-h*"),
+    "charts-models-gpu": lambda _: _charts("decode-*-h[0-9]*", "prefill-*-h[0-9]*"),
+    "charts-ops-gpu": lambda _: _charts("roofline-ops-*-h[0-9]*", "speedup-*-h[0-9]*"),
     "decode-cpu": lambda records: _speeds(records, "decode", is_cpu),
     "decode-gpu": lambda records: _speeds(records, "decode", lambda r: not is_cpu(r)),
     "prefill-cpu": lambda records: _speeds(records, "prefill", is_cpu),

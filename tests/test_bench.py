@@ -277,8 +277,8 @@ def test_compare_survives_its_peers(fakes: None, tmp_path: Path, capsys: pytest.
     assert whys["fake-refuse"] == ("not on a Tuesday", False)
     for impl in ("xla", *whys):
         assert impl in shown
-    assert (tmp_path / "out" / "plots" / "decode-stories260k-f32-cpu.png").stat().st_size > 5000
-    assert (tmp_path / "out" / "plots" / "roofline-stories260k-f32-cpu.svg").exists()
+    for chart in ("decode-stories260k-f32-cpu-*.png", "roofline-stories260k-f32-cpu-*.svg"):
+        assert [p.stat().st_size > 5000 for p in (tmp_path / "out" / "plots").glob(chart)] == [True]
 
 
 def test_ops_check_and_time_and_place_on_the_roofline(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -298,7 +298,7 @@ def test_ops_check_and_time_and_place_on_the_roofline(tmp_path: Path, capsys: py
     assert not any(r.get("failed") for r in rows)
     assert "memory_reduction" in done["attention-prefill"]
     assert "ffn" in capsys.readouterr().out
-    assert (tmp_path / "plots" / "roofline-ops-f32-cpu.png").exists()
+    assert len(list((tmp_path / "plots").glob("roofline-ops-f32-cpu-*.png"))) == 1
 
 
 # The notebook

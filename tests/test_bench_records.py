@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import record, regressions, report
+from bench import plots, record, regressions, report, tables
 from bench.tables import TABLES
 
 
@@ -84,10 +84,59 @@ def test_markers_are_filled_and_filled_again() -> None:
         report.fill(text.replace("decode-gpu", "speed"), rows)
 
 
+def test_at_a_glance() -> None:
+    """A row an implementation and dtype, a column a workload, the best of a column in bold, the newest run alone."""
+    long = dict(seq=3744, context=4000)
+    rows = [
+        a_record(value=90.0, samples=[90.0]),
+        a_record(impl="hf-eager", value=50.0, samples=[50.0]),
+        a_record(batch=8, value=600.0, samples=[600.0]),
+        a_record(case="prefill", seq=512, context=513, value=3e4, samples=[3e4], floor=None),
+        a_record(dtype="int8", value=150.0, samples=[150.0], run="r2"),
+        a_record(**long, value=80.0, samples=[80.0]),
+        a_record(impl="pallas", value=999.0, samples=[999.0], run="r0", when="2025"),
+        a_record(impl="vllm", value=None, samples=[], why="not installed"),
+    ]
+    shown = TABLES["glance-gpu"](rows).splitlines()
+    assert shown[0] == "| tokens/s (% of floor) | batch 1 | batch 8 | batch 1, 4,000 tokens | prefill 512 |"
+    assert shown[2:5] == [
+        "| **jllama, XLA**, int8 | **150** (50) |  |  |  |",
+        "| **jllama, XLA**, bf16 | 90.0 (30) | **600** (200) | **80.0** (27) | **30,000** |",
+        "| HF transformers, eager, bf16 | 50.0 (17) |  |  |  |",
+    ]
+    assert "`r1`, `r2`" in shown[-1]
+    assert "`r0`" not in shown[-1]
+    assert TABLES["glance-cpu"](rows).startswith("*nothing")
+
+
+def test_charts_are_found_from_where_they_are_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for module in (report, tables):
+        monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+    (tmp_path / "results" / "plots").mkdir(parents=True)
+    (tmp_path / "results" / "plots" / "decode-7b-bf16-h200.png").touch()
+    text = "<!-- bench:chart-decode-gpu -->\n<!-- /bench -->\n"
+    for page, way in (("README.md", "results/plots"), ("docs/benchmarks.md", "../results/plots")):
+        assert f"]({way}/decode-7b-bf16-h200.png)" in report.fill(text, [], str(tmp_path / page))
+
+
+def test_every_chart_of_the_newest_runs(tmp_path: Path) -> None:
+    ceilings = dict(copy=4e12, read=4e12, matrix=7e14, launch=1e-5, kernel=1e-6)
+    more = dict(ceilings=ceilings, work={"bytes": 1e10, "flops": 1e10, "tokens": 1})
+    op = more | dict(suite="ops", case="ffn", metric="ms", value=0.5, samples=[0.5], speedup={"xla": 1.0})
+    rows = [a_record(**more), a_record(**more, batch=8), a_record(**op), a_record(**op, seq=16, context=32)]
+    names = {path.name for path in plots.newest(rows, tmp_path) if path.suffix == ".png"}
+    assert names == {
+        "decode-7b-bf16-h200.png",
+        "roofline-7b-bf16-h200.png",
+        "speedup-ffn-7b-bf16-h200.png",
+        "roofline-ops-bf16-h200.png",
+    }
+
+
 @pytest.mark.parametrize("name", sorted(TABLES))
 def test_every_table_can_be_made_of_nothing_and_of_what_is_recorded(name: str) -> None:
-    assert TABLES[name]([])
-    assert TABLES[name](list(record.read(record.RESULTS)))
+    assert TABLES[name]([]) or name.startswith("chart")
+    assert TABLES[name](list(record.read(record.RESULTS))) or name.startswith("chart")
 
 
 def test_report_writes_files_and_checks_them(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -25,19 +25,31 @@ class Ours:
     """`jllama` as a peer."""
 
     def __init__(self, job: dict[str, Any]) -> None:
-        self.job, self.params = job, None
-        if job.get("model") is None:
-            return
+        self.job, self.params, self.batch = job, None, 0
+        if job.get("model") is not None:
+            self._load(int(next(iter(job["rooms"]))))
+
+    def _load(self, batch: int) -> None:
+        """As the command line does for ``batch`` rows: the form of the weights depends on it."""
         import jax
 
         from jllama.checkpoint import load
 
-        dtype = job["dtype"]
+        if self.batch == batch or (self.batch and self.job["backend"] == "xla"):
+            return
+        self.params, self.batch = None, batch
+        dtype = self.job["dtype"]
         quant = dtype if dtype in ("int8", "int4") else "none"
         float_dtype = DTYPES.get(dtype) or ("float32" if jax.devices()[0].platform == "cpu" else "bfloat16")
-        batch, max_len = job["largest"]
-        stacked = False if job["backend"] == "xla" else None  # None: as the command line
-        self.params = load(job["model"], dtype=float_dtype, quant=quant, batch=batch, max_len=max_len, stacked=stacked)
+        stacked = False if self.job["backend"] == "xla" else None
+        self.params = load(
+            self.job["model"],
+            dtype=float_dtype,
+            quant=quant,
+            batch=batch,
+            max_len=self.job["rooms"][str(batch)],
+            stacked=stacked,
+        )
         jax.block_until_ready(self.params)
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> Output:
@@ -45,6 +57,7 @@ class Ours:
         from jllama.stream import Session
         from pallas_kernels import Unsupported
 
+        self._load(len(prompts))
         assert self.params is not None
         room = -(-(len(prompts[0]) + new_tokens) // 128) * 128
         chunk = even_chunk(new_tokens - 1)

@@ -1,0 +1,105 @@
+"""The results at one glance: a row an implementation, a column a workload."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from bench.names import commit_of, cores, is_cpu, is_ours, latest, markdown, name_of, short
+from bench.record import Record
+
+Column = tuple[Any, ...]  # what a record must have to stand in it
+COLUMN = ("device", "model", "case", "batch", "seq", "context")
+NEWEST = ("device", "model", "dtype")
+
+
+def glance(records: Sequence[Record], keep: Callable[[Record], bool]) -> str:
+    """Tokens/s of the newest run of every device, model and dtype, with the share of the floor in brackets."""
+    chosen = [r for r in records if r["suite"] == "compare" and r["metric"] == "tokens_per_s" and keep(r)]
+    chosen = [r for group in latest(chosen, NEWEST) for r in group if r["value"] is not None]
+    columns = _columns(chosen)
+    cells = {(_row(r), _column(r)): r for r in chosen}
+    rows = sorted({_row(r) for r in chosen}, key=lambda row: _rank(row, columns, cells))
+    dtypes = {dtype for _, dtype in rows}
+    best = {c: max(r["value"] for r in chosen if _column(r) == c) for c in columns}
+    lines = []
+    for impl, dtype in rows:
+        of_row = [cells.get(((impl, dtype), column)) for column in columns]
+        name = name_of(impl) if len(dtypes) == 1 else f"{name_of(impl)}, {dtype}"
+        lines.append([name, *(_cell(r, best) for r in of_row)])
+    return markdown(("tokens/s (% of floor)", *_heads(columns, chosen)), lines, right=range(1, 99)) + _foot(chosen)
+
+
+def _row(r: Record) -> tuple[str, str]:
+    return r["impl"], r["dtype"]
+
+
+def _column(r: Record) -> Column:
+    return tuple(r[k] for k in COLUMN)
+
+
+def _columns(records: Sequence[Record]) -> list[Column]:
+    """Larger models first, decoding before prefill, and one row before many."""
+
+    def order(r: Record) -> tuple[Any, ...]:
+        size = r.get("work", {}).get("bytes", 0) / (r["batch"] if r["case"] == "prefill" else 1)
+        model = max((o.get("work", {}).get("bytes", 0) for o in records if o["model"] == r["model"]), default=size)
+        return (-model, r["model"], r["device"], r["case"], r["context"] > 1024, r["batch"], r["seq"], r["context"])
+
+    return list(dict.fromkeys(_column(r) for r in sorted(records, key=order)))
+
+
+def _rank(row: tuple[str, str], columns: Sequence[Column], cells: dict[Any, Record]) -> tuple[Any, ...]:
+    """The fastest first, by the first column that the row stands in."""
+    for number, column in enumerate(columns):
+        if found := cells.get((row, column)):
+            return number, -found["value"]
+    return len(columns), 0.0
+
+
+def _heads(columns: Sequence[Column], records: Sequence[Record]) -> list[str]:
+    """A column's name says what not all columns share."""
+    named: list[dict[str, Any]] = [dict(zip(COLUMN, c, strict=True)) for c in columns]
+    several = {k for k in COLUMN if len({n[k] for n in named}) > 1}
+    heads = []
+    for n in named:
+        parts = [n["model"]] if "model" in several else []
+        parts += [cores(n["device"]) if is_cpu(n) else n["device"]] if "device" in several else []
+        if n["case"] == "prefill":
+            parts.append(f"prefill {n['seq']:,}")
+        elif {"batch", "case"} & several or len(columns) == 1:
+            parts.append(f"batch {n['batch']}")
+        alike = [m for m in named if all(m[k] == n[k] for k in ("device", "model", "case", "batch"))]
+        if n["case"] == "decode" and len(alike) > 1 and n != min(alike, key=lambda m: m["context"]):
+            parts.append(f"{n['context']:,} tokens")
+        heads.append(", ".join(parts) or n["model"])
+    return heads
+
+
+def _cell(r: Record | None, best: dict[Column, float]) -> str:
+    if r is None:
+        return ""
+    figure = f"**{short(r['value'])}**" if r["value"] == best[_column(r)] else short(r["value"])
+    return figure + (f" ({100 * r['value'] / r['floor']:.0f})" if r["floor"] else "")
+
+
+def _foot(records: Sequence[Record]) -> str:
+    """Where, with what, in which runs and at which commits."""
+    if not records:
+        return ""
+    versions: dict[str, set[str]] = {}
+    for r in records:
+        for name in ("jax", "torch", "transformers", "llama_cpp_python"):
+            if name in r["versions"]:
+                versions.setdefault(name, set()).add(r["versions"][name])
+    parts = [", ".join(sorted({r["device"].split(", ")[0] for r in records}))]
+    parts.append(", ".join(f"{n} {'/'.join(sorted(v))}" for n, v in versions.items()))
+    parts += [f"prompt of {p} tokens" for p in [_prompt(records)] if p]
+    parts.append("runs " + ", ".join(f"`{r}`" for r in sorted({r["run"] for r in records})))
+    ours = [r for r in records if is_ours(r["impl"])] or records
+    parts.append("commit " + ", ".join(sorted({commit_of(r) for r in ours})))
+    parts += sorted({r["note"] for r in records if "note" in r})
+    return f"\n\n<sub>{'; '.join(parts)}.</sub>"
+
+
+def _prompt(records: Sequence[Record]) -> str:
+    lengths = sorted({r["seq"] for r in records if r["case"] == "decode" and r["context"] <= 1024})
+    return " or ".join(str(n) for n in lengths)
