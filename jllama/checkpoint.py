@@ -66,7 +66,7 @@ def load(
         form = _stored(source) if quant == "none" else (quant, group)
         stacked = _alike(source) and runs_whole(source.config, dtype, *form, batch=batch, max_len=max_len)
     elif stacked and not _alike(source):
-        raise InputError(f"{source.path}: stacked: expected every layer stored like the first, found another format")
+        raise InputError(f"{source.path}: stacked: expected every layer in the format of the first, found another")
     return _assemble(source, dtype, quantizer(quant, group), progress or (lambda names, _: names), stacked)
 
 

@@ -15,6 +15,7 @@ from flax import struct
 from jax import lax
 
 from jllama.config import LlamaConfig
+from jllama.errors import InputError
 from pallas_kernels import Indexed, QuantizedTensor, Weight, cut_out, group_size, quantize
 
 QUANT_BITS = {"int8": 8, "int4": 4}
@@ -79,6 +80,9 @@ def stack(params: Params) -> Params:
     `load` with ``stacked=True`` never make the first."""
     if not isinstance(params.layers, tuple):
         return params
+    formats = [jax.tree.map(lambda a: (a.shape, a.dtype), layer) for layer in params.layers]
+    if any(form != formats[0] for form in formats):
+        raise InputError("stack: expected every layer in the format of the first, found another")
     return replace(params, layers=jax.tree.map(lambda *a: jnp.stack(a), *params.layers))
 
 

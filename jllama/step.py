@@ -10,40 +10,55 @@ import jax.numpy as jnp
 
 from jllama.cache import KVCache, init_cache
 from jllama.config import LlamaConfig
-from jllama.params import Params, init
+from jllama.errors import InputError
+from jllama.params import Params, init, stack
 from pallas_kernels import Op, StepWeights, Unsupported, decode_step
 from pallas_kernels.decode_step import check, decode_step_kernel, decode_step_reference
 from pallas_kernels.dispatch import require_hopper
 
 
 def step_weights(params: Params) -> StepWeights:
-    """The weights as the kernel takes them. Nothing is copied."""
-    if not params.stacked:
-        raise Unsupported("weights are held layer by layer: jllama.stack joins them")
+    """Stacked weights as the kernel takes them. Nothing is copied."""
     return StepWeights(**vars(params.layers), norm=params.norm, head=params.head)
 
 
 def _over_params(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` of a step's arrays as one of params and cache."""
+
     @functools.wraps(function)
     def call(
         x: jax.Array, params: Params, cache: KVCache, cos: jax.Array, sin: jax.Array, **options: Any
-    ) -> tuple[jax.Array, KVCache] | None:
+    ) -> tuple[jax.Array, KVCache]:
         weights = step_weights(params)
-        if not cache.stacked:
-            raise Unsupported("the cache is held layer by layer: init_cache(..., stacked=True) joins it")
-        out = function(x, weights, cache.k, cache.v, cache.lengths, cos, sin, eps=params.config.norm_eps, **options)
-        return None if out is None else (out[0], replace(cache, k=out[1], v=out[2]))
+        logits, k, v = function(
+            x, weights, cache.k, cache.v, cache.lengths, cos, sin, eps=params.config.norm_eps, **options
+        )
+        return logits, replace(cache, k=k, v=v)
 
     return call
+
+
+def _check(x: jax.Array, params: Params, cache: KVCache, cos: jax.Array, sin: jax.Array) -> None:
+    """What forbids the step even if all were stacked comes first: else users would stack in vain."""
+
+    def joined(params: Params, cache: KVCache) -> tuple[StepWeights, jax.Array, jax.Array]:
+        return step_weights(stack(params)), jnp.stack(cache.k), jnp.stack(cache.v)
+
+    try:
+        weights, k, v = jax.eval_shape(joined, params, cache)
+        check(x, weights, k, v, cache.lengths, cos, sin, eps=params.config.norm_eps)
+    except InputError as reason:
+        raise Unsupported(str(reason)) from None
+    if not params.stacked:
+        raise Unsupported("weights are held layer by layer: jllama.stack joins them")
+    if not cache.stacked:
+        raise Unsupported("the cache is held layer by layer: init_cache(..., stacked=True) joins it")
 
 
 # x [B, T, dim], params, cache, cos and sin [B, T, head_dim / 2] -> float32 logits [B, T, vocab_size], and the cache
 # with the new keys and values, its lengths as they were.
 whole_step = Op(
-    decode_step.name,
-    _over_params(decode_step_reference),
-    kernel=_over_params(decode_step_kernel),
-    check=_over_params(check),
+    decode_step.name, _over_params(decode_step_reference), kernel=_over_params(decode_step_kernel), check=_check
 )
 
 

@@ -25,7 +25,7 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("jllama/sampling.py", ("jllama.errors",)),
     ("jllama/params.py", ("jllama.config", "jllama.errors", "pallas_kernels")),
     ("jllama/cache.py", ("jllama.config", "jllama.errors", "pallas_kernels")),
-    ("jllama/step.py", ("jllama.cache", "jllama.config", "jllama.params", "pallas_kernels")),
+    ("jllama/step.py", (*(f"jllama.{name}" for name in ("cache", "config", "errors", "params")), "pallas_kernels")),
     (
         "jllama/model.py",
         (*(f"jllama.{name}" for name in ("cache", "config", "errors", "params", "rope", "step")), "pallas_kernels"),

@@ -108,8 +108,9 @@ def test_layers_in_several_formats_stay_apart(tmp_path: Path) -> None:
     other = first.replace(wo=init(tiny.CONFIG, jax.random.key(1)).layer(0).wo)
     save(params.replace(layers=(first, other)), tmp_path / "model")
     assert load(tmp_path / "model", stacked=None).layer(1).wo.dtype == jnp.float32
-    with pytest.raises(InputError, match="stacked: expected every layer stored like the first"):
-        load(tmp_path / "model", stacked=True)
+    for refused in (lambda: load(tmp_path / "model", stacked=True), lambda: stack(load(tmp_path / "model"))):
+        with pytest.raises(InputError, match="expected every layer in the format of the first"):
+            refused()
 
 
 # The cache
@@ -207,6 +208,11 @@ def test_why_a_step_goes_op_by_op(monkeypatch: pytest.MonkeyPatch) -> None:
             jax.eval_shape(lambda p, t, c: forward(p, t, c), params, jnp.zeros((1, 3), jnp.int32),
                            init_cache(SMALL, 1, 64, jnp.bfloat16))  # fmt: skip
         assert "init_cache(..., stacked=True)" in choices["decode_step"].why
+        # Stacking would not help: the other reason is told.
+        half = init(SMALL, jax.random.key(0), dtype=jnp.float16)
+        assert choice(half) == Choice("ops", "x must be bfloat16, found float16")
+        mixed = half.replace(layers=(half.layer(0), init(SMALL, jax.random.key(0), dtype=jnp.float32).layer(0)))
+        assert choice(mixed) == Choice("ops", "stack: expected every layer in the format of the first, found another")
 
 
 @pytest.mark.timeout(120)
@@ -289,4 +295,4 @@ def test_greedy_text_on_gpu(name: str, quant: str) -> None:
     ids = run(params, prompt, new)
     assert len(ids) == new
     assert ids == run(params, prompt, new)
-    agree(params, prompt, ids, rounding=0.1)
+    agree(params, prompt, ids, rounding=0.5)
