@@ -6,7 +6,7 @@ last: at a launch for every op the memory idles between them.
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from pallas_kernels.attention import attention_reference
 from pallas_kernels.dispatch import Op, Unsupported
 from pallas_kernels.ffn import ffn_reference
 from pallas_kernels.matmul import matmul_reference
-from pallas_kernels.persistent_launch import WEIGHTS, buffers, launch_per_phase, one_launch
+from pallas_kernels.persistent_launch import WEIGHTS, buffers, empty, launch_per_phase, one_launch
 from pallas_kernels.persistent_plan import ROWS, Plan, Shape, Tiles, plan
 from pallas_kernels.quantized import QuantizedTensor
 from pallas_kernels.rms_norm import rms_norm_reference
@@ -148,6 +148,8 @@ def _check_dtypes(x: jax.Array, weights: StepWeights, k: jax.Array, v: jax.Array
             raise Unsupported(f"all weights must have one format: wqkv has {fmt}, {name} has {other}")
     if not fmt.quantized and fmt.dtype != jnp.bfloat16:
         raise Unsupported(f"weights must be bfloat16 or quantised, found {fmt.dtype}")
+    if fmt.grouped and weights.wqkv.scale.dtype != jnp.float16:
+        raise Unsupported(f"scales of groups must be float16, found {weights.wqkv.scale.dtype}")
 
 
 def _check_sizes(s: Shape, tiles: Tiles) -> None:
@@ -163,9 +165,8 @@ def _check_sizes(s: Shape, tiles: Tiles) -> None:
         if inner % tiles.step:
             raise Unsupported(f"{name} must be a multiple of {tiles.step}, found {inner}")
     for name, out in {"dim": s.dim, "hidden": s.hidden, "vocab": s.vocab}.items():
-        grain = WGMMA_ROWS if s.fmt.grouped else 8
-        if out % grain:
-            raise Unsupported(f"{name} must be a multiple of {grain}, found {out}")
+        if out % 8:
+            raise Unsupported(f"{name} must be a multiple of 8, found {out}")
     if s.fmt.group is not None and (tiles.step % s.fmt.group or s.fmt.group % 32):
         raise Unsupported(f"groups of {s.fmt.group} inputs: must be a multiple of 32 and divide {tiles.step}")
 
@@ -188,26 +189,34 @@ def decode_step_kernel(
     that owns the cache, it is changed in place."""
     shape = shape_of(x, weights, k, eps)
     B, T = x.shape[:2]
-    how = plan_of(shape, tiles, blocks)
-    missing = ROWS - shape.rows
+    how = replace(plan_of(shape, tiles, blocks), interpret=bool(interpret))
+    state = {name: empty(how, name) for name in buffers(how)}
+    width = state["x"].shape[1]
 
     def tokens_first(a: jax.Array) -> jax.Array:
-        return jnp.pad(a.reshape(shape.rows, a.shape[-1]), ((0, missing), (0, 0)))
+        return jnp.pad(a.reshape(shape.rows, a.shape[-1]), ((0, ROWS - shape.rows), (0, 0)))
+
+    def whole_units(a: jax.Array) -> jax.Array:
+        return jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, width - a.shape[-1])])
 
     inputs = {"start": start.astype(jnp.int32), "cos": tokens_first(cos), "sin": tokens_first(sin)}
-    inputs |= {name: getattr(weights, name) for name in ("attn_norm", "ffn_norm", "norm")}
+    inputs |= {name: whole_units(getattr(weights, name)) for name in ("attn_norm", "ffn_norm", "norm")}
     for name in WEIGHTS.values():
         w = getattr(weights, name)
         if isinstance(w, QuantizedTensor):
-            inputs |= {name: w.data, f"{name}_scale": w.scale}
+            inputs |= {name: w.data, f"{name}_scale": lines_of_16(w.scale) if shape.fmt.grouped else w.scale}
         else:
             inputs[name] = w
-    empty = functools.partial(jnp.full, fill_value=jnp.nan) if interpret else jax.lax.empty
-    state = {name: empty(a.shape, dtype=a.dtype) for name, a in buffers(how).items()}
-    state |= {"x": tokens_first(x), "k": k, "v": v}
+    state |= {"x": whole_units(tokens_first(x)), "k": k, "v": v}
     launch = launch_per_phase if interpret and how.blocks > 1 else one_launch
     done = launch(how, inputs, state, interpret)
     return done["logits"][: shape.rows].reshape(B, T, -1), done["k"], done["v"]
+
+
+def lines_of_16(scales: jax.Array) -> jax.Array:
+    """Scales [..., out, groups] as they lie in memory, in the form of `scales_shape`."""
+    *lead, out, groups = scales.shape
+    return scales.reshape(*lead, out // 8, groups // 2, 16)
 
 
 decode_step = Op("decode_step", decode_step_reference, kernel=decode_step_kernel, check=check)

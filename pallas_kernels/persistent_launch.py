@@ -17,7 +17,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import persistent_attention as attention
 from pallas_kernels import persistent_ends as ends
 from pallas_kernels import persistent_products as products
-from pallas_kernels.persistent_plan import ROWS, Plan
+from pallas_kernels.persistent_layouts import outputs
+from pallas_kernels.persistent_plan import ROWS, TAKING_TURNS, Plan, scales_shape, sums_shape
 from pallas_kernels.tiles import WGMMA_ROWS, swizzled
 
 LAYER_PHASES = ("qkv", "attend", "join", "o", "gate_up", "down")
@@ -29,19 +30,39 @@ Refs = dict[str, Any]
 
 
 def buffers(plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
-    """What the phases leave for one another, in the device's memory. ``x`` comes in, ``logits`` go out."""
-    s = plan.shape
+    """What the phases leave for one another, in the device's memory. ``x`` comes in, ``logits`` go out. What a product
+    reads in whole units of columns ends in zeros."""
+    s, p = plan.shape, plan.products
     wide = s.heads * s.head_dim
+    dim = max(p[name].padded for name in ("qkv", "gate_up", "head"))
     return {
-        "x": jax.ShapeDtypeStruct((ROWS, s.dim), jnp.bfloat16),
-        "x_mid": jax.ShapeDtypeStruct((ROWS, s.dim), jnp.bfloat16),  # between the halves of a block
+        "x": jax.ShapeDtypeStruct((ROWS, dim), jnp.bfloat16),
+        "x_mid": jax.ShapeDtypeStruct((ROWS, dim), jnp.bfloat16),  # between the halves of a block
         "qkv": jax.ShapeDtypeStruct((ROWS, wide + 2 * s.kv_heads * s.head_dim), jnp.bfloat16),
         "parts": jax.ShapeDtypeStruct((plan.splits, ROWS, wide), jnp.float32),
         "logs": jax.ShapeDtypeStruct((plan.splits, s.heads, ROWS), jnp.float32),
-        "attention": jax.ShapeDtypeStruct((ROWS, wide), jnp.bfloat16),
-        "hidden": jax.ShapeDtypeStruct((ROWS, s.hidden), jnp.bfloat16),
+        "attention": jax.ShapeDtypeStruct((ROWS, p["o"].padded), jnp.bfloat16),
+        "hidden": jax.ShapeDtypeStruct((ROWS, p["down"].padded), jnp.bfloat16),
         "logits": jax.ShapeDtypeStruct((ROWS, s.vocab), jnp.float32),
     }
+
+
+def width(plan: Plan, name: str) -> int:
+    """Columns of a buffer that a phase writes; what follows is zero."""
+    s = plan.shape
+    return {"x": s.dim, "x_mid": s.dim, "attention": s.heads * s.head_dim, "hidden": s.hidden}[name]
+
+
+PADDED = ("x_mid", "attention", "hidden")
+
+
+def empty(plan: Plan, name: str) -> jax.Array:
+    """A buffer before a step: anything may be in it. The interpreter gets what is sure to be noticed."""
+    buffer = buffers(plan)[name]
+    if not plan.interpret:
+        return lax.empty(buffer.shape, dtype=buffer.dtype)
+    nothing = jnp.full(buffer.shape, jnp.nan, buffer.dtype)
+    return nothing.at[:, width(plan, name) :].set(0) if name in PADDED else nothing
 
 
 def one_launch(
@@ -80,11 +101,12 @@ def _one_phase(plan: Plan, interpret: Any, name: str, layer: jax.Array, inputs: 
 
         @pl.when(me == plan.tiles.consumers)
         def _() -> None:
-            products.drain(plan, _produce(plan, name, layer, block, jnp.int32(0), everything, smem), smem)
+            count = _produce(plan, name, layer, jnp.int32(0), block, jnp.int32(0), everything, smem)
+            products.drain(plan, count, (name,) if name in WEIGHTS else (), smem)
 
         @pl.when(me < plan.tiles.consumers)
         def _() -> None:
-            _consume(plan, name, layer, block, me, jnp.int32(0), everything, smem)
+            _prepare(plan, name, layer, block, me, jnp.int32(0), everything, smem)()
 
     _kernel(plan, body, f"decode_step_{name}", interpret)(layer, *inputs.values(), *refs.values())
     return {key: jax.freeze(ref) for key, ref in refs.items()}
@@ -115,11 +137,21 @@ def _everything(plan: Plan, refs: Refs, smem: Refs, *, registers: bool) -> None:
 
         def layer(index: Any, count: Any) -> Any:
             for name in LAYER_PHASES:
-                count = _produce(plan, name, index, block, count, refs, smem)
+                uses = 2 * index + (name in ("gate_up", "down"))
+                count = _produce(plan, name, index, uses, block, count, refs, smem)
             return count
 
         count = lax.fori_loop(0, layers, layer, jnp.int32(0))
-        products.drain(plan, _produce(plan, "head", 0, block, count, refs, smem), smem)
+        count = _produce(plan, "head", 0, 2 * layers, block, count, refs, smem)
+        products.drain(plan, count, tuple(WEIGHTS), smem)
+
+    @pl.when((me == 0) & (block == 0))
+    def _() -> None:
+        for name in PADDED:
+            buffer, begin = refs[name], width(plan, name)
+            if begin < buffer.shape[1]:
+                rest = (ROWS, buffer.shape[1] - begin)
+                buffer[:, pl.ds(begin, rest[1])] = plgpu.layout_cast(jnp.zeros(rest, buffer.dtype), outputs())
 
     @pl.when(me < consumers)
     def _() -> None:
@@ -128,14 +160,18 @@ def _everything(plan: Plan, refs: Refs, smem: Refs, *, registers: bool) -> None:
 
         def layer(index: Any, count: Any) -> Any:
             for i, name in enumerate(LAYER_PHASES):
-                enter(index * len(LAYER_PHASES) + i)
-                count = _consume(plan, name, index, block, me, count, refs, smem)
-                leave()
+                run = _prepare(plan, name, index, block, me, count, refs, smem)
+                with jax.named_scope(f"wait_{name}"):
+                    enter(index * len(LAYER_PHASES) + i)
+                with jax.named_scope(name):
+                    count = run()
+                    leave()
             return count
 
         count = lax.fori_loop(0, layers, layer, jnp.int32(0))
+        run = _prepare(plan, "head", 0, block, me, count, refs, smem)
         enter(layers * len(LAYER_PHASES))
-        _consume(plan, "head", 0, block, me, count, refs, smem)
+        run()
 
 
 def consumer_registers(consumers: int) -> int:
@@ -144,76 +180,91 @@ def consumer_registers(consumers: int) -> int:
     return min(240, (each + (each - PRODUCER_REGISTERS) // consumers) // 8 * 8)
 
 
-def _produce(plan: Plan, name: str, layer: Any, block: Any, count: Any, refs: Refs, smem: Refs) -> Any:
+def _produce(plan: Plan, name: str, layer: Any, uses: Any, block: Any, count: Any, refs: Refs, smem: Refs) -> Any:
     if name not in WEIGHTS:
         return count
-    weight = refs[WEIGHTS[name]]
-    weight = weight if name == "head" else weight.at[layer]
-    return products.stream(plan.products[name], weight, plan, block, count, smem)
+    weight, scales = (refs.get(key) for key in (WEIGHTS[name], f"{WEIGHTS[name]}_scale"))
+    if name != "head":
+        weight, scales = (a if a is None else a.at[layer] for a in (weight, scales))
+    return products.stream(name, weight, scales, uses, plan, block, count, smem)
 
 
-def _consume(plan: Plan, name: str, layer: Any, block: Any, me: Any, count: Any, refs: Refs, smem: Refs) -> Any:
+def _prepare(plan: Plan, name: str, layer: Any, block: Any, me: Any, count: Any, refs: Refs, smem: Refs) -> Any:
+    """What a consumer does in a phase: what it can do before the phase begins now, the rest in what is returned."""
     if name not in WEIGHTS:
 
-        @pl.when(me == 0)
-        def _() -> None:
-            if name == "attend":
-                attention.attend(plan, layer, block, refs, smem)
-            else:
-                attention.join(plan, block, refs)
+        def attend() -> Any:
+            @pl.when(me == 0)
+            def _() -> None:
+                if name == "attend":
+                    attention.attend(plan, layer, block, refs, smem)
+                else:
+                    attention.join(plan, block, refs)
 
-        return count
+            return count
+
+        return attend
 
     p = plan.products[name]
     scales = refs.get(f"{WEIGHTS[name]}_scale")
     if scales is not None and name != "head":
         scales = scales.at[layer]
-    scale = ends.scaling(scales, p, plan.shape.fmt.grouped)
     if name == "qkv":
-        fill = ends.normalised(refs["x"], refs["attn_norm"].at[layer], p, plan.shape.eps)
-        finish = ends.store(refs["qkv"], scale)
+        fill = ends.normalised(plan, p, refs["x"], refs["attn_norm"].at[layer], me, smem)
+        finish = ends.store(refs["qkv"])
     elif name == "o":
-        fill, finish = ends.plain(refs["attention"], p), ends.add_to(refs["x"], refs["x_mid"], scale)
+        fill, finish = ends.plain(plan, refs["attention"]), ends.add_to(refs["x"], refs["x_mid"])
     elif name == "gate_up":
-        fill = ends.normalised(refs["x_mid"], refs["ffn_norm"].at[layer], p, plan.shape.eps)
-        finish = ends.swiglu(refs["hidden"], scale)
+        fill = ends.normalised(plan, p, refs["x_mid"], refs["ffn_norm"].at[layer], me, smem)
+        finish = ends.swiglu(refs["hidden"])
     elif name == "down":
-        fill, finish = ends.plain(refs["hidden"], p), ends.add_to(refs["x_mid"], refs["x"], scale)
+        fill, finish = ends.plain(plan, refs["hidden"]), ends.add_to(refs["x_mid"], refs["x"])
     else:
-        fill = ends.normalised(refs["x"], refs["norm"], p, plan.shape.eps)
-        finish = ends.store(refs["logits"], scale)
-    return products.product(p, scales, fill, finish, plan, block, me, count, smem)
+        fill = ends.normalised(plan, p, refs["x"], refs["norm"], me, smem)
+        finish = ends.store(refs["logits"])
+    return products.product(name, scales, fill, finish, plan, block, me, count, smem)
 
 
 def _kernel(plan: Plan, body: Any, name: str, interpret: Any) -> Any:
     s, t = plan.shape, plan.tiles
     bf16 = jnp.dtype(jnp.bfloat16)
-    # x is dead during attention, what attention holds during products, and keys once a part is done.
-    x = swizzled((t.chunk // t.step, ROWS, t.step), bf16, run=s.fmt.group)
+    # x is dead during attention and once it is multiplied, what attention holds during products, keys once a part is
+    # done; the scales of a phase once the phase after it is under way.
+    cuts = sorted({p.cuts for p in plan.products.values()})
+    xs = [swizzled((t.chunk // t.step // n, n * ROWS, t.step), bf16, run=s.fmt.group) for n in cuts]
+    sums = [plgpu.SMEM(sums_shape(p, t), jnp.float32) for p in plan.products.values()]
     q, keys = swizzled((WGMMA_ROWS, s.head_dim), bf16), swizzled((t.stages, t.keys, s.head_dim), bf16)
+    part = plgpu.SMEM((WGMMA_ROWS, s.head_dim), jnp.float32)
     scratch = {
-        "shared_place": plgpu.RefUnion(x, (q, keys, keys), plgpu.SMEM((WGMMA_ROWS, s.head_dim), jnp.float32)),
+        "shared_place": plgpu.RefUnion(*xs, *sums, (q, keys, keys), part),
         "ring": swizzled((plan.depth, WGMMA_ROWS, t.step), s.fmt.dtype),
         "log": plgpu.SMEM((WGMMA_ROWS,), jnp.float32),
         "new_k": plgpu.SMEM((ROWS, s.head_dim), jnp.bfloat16),
         "new_v": plgpu.SMEM((ROWS, s.head_dim), jnp.bfloat16),
-        "sums": plgpu.SMEM((2, ROWS, WGMMA_ROWS), jnp.float32),
-        "full": plgpu.Barrier(num_arrivals=1, num_barriers=plan.depth),
+        "squares": plgpu.SMEM((t.consumers, 4), jnp.float32),
+        "full": plgpu.Barrier(num_arrivals=plan.most_pieces, num_barriers=plan.depth),
         "free": plgpu.Barrier(num_arrivals=1, num_barriers=plan.depth),
         "keys_full": plgpu.Barrier(num_arrivals=2, num_barriers=t.stages),
         "together": plgpu.Barrier(num_arrivals=t.consumers),
     }
-    if t.consumers > 1:
-        scratch["shares"] = plgpu.SMEM((t.consumers - 1, WGMMA_ROWS, ROWS), jnp.float32)
-        scratch["shared"] = plgpu.Barrier(num_arrivals=t.consumers - 1)
-        scratch["taken"] = plgpu.Barrier(num_arrivals=1)
+    if s.fmt.grouped:
+        for turn, names in enumerate(TAKING_TURNS):
+            places = [plgpu.SMEM(scales_shape(plan.products[n], plan), jnp.float16) for n in names]
+            scratch[f"scales_{turn}"] = plgpu.RefUnion(*places)
+        scratch["scales_full"] = plgpu.Barrier(num_arrivals=2, num_barriers=2)
+        scratch["scales_free"] = plgpu.Barrier(num_arrivals=t.consumers, num_barriers=2)
     if interpret:  # it has no wgmma with its left operand in registers
         scratch["weights"] = swizzled((WGMMA_ROWS, t.keys), bf16)
         if s.fmt.quantized:
             scratch["widened"] = swizzled((t.consumers, WGMMA_ROWS, t.step), bf16, run=s.fmt.group)
 
     def unpacked(*args: Any, shared_place: Any, **smem: Any) -> None:
-        smem["x"], (smem["q"], smem["k"], smem["v"]), smem["part"] = shared_place
+        *views, (smem["q"], smem["k"], smem["v"]), smem["part"] = shared_place
+        smem["x"] = dict(zip(cuts, views, strict=False))
+        smem["sums"] = dict(zip(plan.products, views[len(cuts) :], strict=True))
+        if s.fmt.grouped:
+            for turn, names in enumerate(TAKING_TURNS):
+                smem |= {f"scales_{n}": ref for n, ref in zip(names, smem[f"scales_{turn}"], strict=True)}
         body(*args, **smem)
 
     return plgpu.kernel(

@@ -1,8 +1,12 @@
-"""How small arrays lie in the registers of a warpgroup: [8 token rows, columns] throughout."""
+"""How small arrays lie in the registers of a warpgroup: [8 token rows, columns], or one row."""
 
 from typing import Any
 
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+UNIT = plgpu.Layout.TILED(  # [4, 256], a row of 1024 columns: a warp has 256 of them, a thread 8
+    plgpu.Tiling(((4, 256), (8,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1
+)
 
 REPLICATED = plgpu.Replicated(4)  # all 4 warps hold the same
 

@@ -1,25 +1,29 @@
 """How a decode step is cut up for one launch: plain arithmetic, no kernel.
 
 A product gives every block one strip of output rows, a multiple of the 8 rows of a TMA tile, as even as that allows.
-A strip is walked in tiles of 64 rows (a wgmma tile), a tile in *stages* of ``step`` inputs; the producer and the
-consumers of a block walk it in the same order, each by itself, so that nothing but the ring passes between them.
+A strip that does not fill wgmma's tiles of 64 rows is stacked: gate above up, or the ranges of the inputs one above the
+other, each with columns of x of its own. A tile is walked in *stages* of ``step`` inputs; the producer and the consumers
+of a block walk all in the same order, each by itself, so that nothing but the ring passes between them.
 """
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pallas_kernels.tiles import SHARED_BYTES, WGMMA_ROWS, Format, nbytes
 
 ROWS = 8  # token rows of a step: the least that wgmma takes, so that 1 costs what 8 cost
 SMALL = 8192  # bytes of shared memory for barriers, and for scratch that the compiler adds
 MAX_SPLITS = 16  # parts of a row's keys
+MAX_CUTS = 3  # ranges of the inputs
+ROW_UNIT = 1024  # columns of one token that a warpgroup reads at a time: 8 a thread
+TAKING_TURNS = (("qkv", "gate_up", "head"), ("o", "down"))  # products whose scales share a place
 
 
 @dataclass(frozen=True)
 class Tiles:
     """What can be tuned. ``step``: inputs a stage; ``consumers``: warpgroups that multiply; ``chunk``: inputs of x that
-    are held at a time; ``keys``: cached keys a tile; ``stages``: tiles of keys in flight; ``depth``: the most stages of
+    are held at a time, in all cuts; ``keys``: cached keys a tile; ``stages``: tiles of keys in flight; ``depth``: the most stages of
     weights in flight."""
 
     step: int = 128
@@ -59,26 +63,77 @@ class Shape:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """Rows of a tile that are neighbours in memory: ``rows`` of them at ``row`` of the strip, in ``half`` and ``cut``."""
+
+    place: int  # first row within the tile
+    half: int
+    cut: int
+    row: int
+    rows: int
+
+
+@dataclass(frozen=True)
 class Product:
-    """One weight's part of a phase: ``halves`` is 2 where gate and up are multiplied side by side."""
+    """One weight's part of a phase. A block has a strip of the output rows of each of ``halves`` (2 where gate and up
+    are multiplied side by side), over each of ``cuts`` ranges of the inputs. All of them are stacked and walked in
+    tiles of 64 rows: wgmma takes no fewer, and multiplies whatever a tile lacks for nothing."""
 
     inner: int
     out: int  # of each half
     halves: int
     strip: int
+    cuts: int
     step: int
-    chunk: int
+    chunk: int  # inputs of x that are held at a time
 
-    def tiles(self) -> Iterator[tuple[int, int]]:
-        """First row within a strip, and rows, of each tile."""
-        for first in range(0, self.strip, WGMMA_ROWS):
-            yield first, min(WGMMA_ROWS, self.strip - first)
+    @property
+    def stacked(self) -> int:
+        """Rows of the stack: halves, in them cuts, in them the strip."""
+        return self.halves * self.cuts * self.strip
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of 64 rows that hold the stack."""
+        return math.ceil(self.stacked / WGMMA_ROWS)
+
+    @property
+    def cut_steps(self) -> int:
+        """Stages over a range of the inputs. The last range may have fewer: x is zero there."""
+        return math.ceil(self.inner / self.step / self.cuts)
+
+    @property
+    def held_steps(self) -> int:
+        """Stages of each range whose x is held at a time."""
+        return self.chunk // self.cuts // ROW_UNIT * ROW_UNIT // self.step
+
+    @property
+    def padded(self) -> int:
+        """Inputs that `chunks` may read, in whole units of `ROW_UNIT`."""
+        return ROW_UNIT * math.ceil((max(self.unit_columns()) + ROW_UNIT) / ROW_UNIT)
+
+    def unit_columns(self) -> Iterator[int]:
+        """First column of every unit of a row that is read, in the order in which they are."""
+        for first, steps in self.chunks():
+            for cut in range(self.cuts):
+                for i in range(math.ceil(steps * self.step / ROW_UNIT)):
+                    yield (cut * self.cut_steps + first) * self.step + i * ROW_UNIT
+
+    def pieces(self, tile: int) -> Iterator[Piece]:
+        """What a tile is made of."""
+        start = tile * WGMMA_ROWS
+        end = min(start + WGMMA_ROWS, self.stacked)
+        at = start
+        while at < end:
+            part, row = divmod(at, self.strip)
+            rows = min(self.strip - row, end - at)
+            yield Piece(at - start, part // self.cuts, part % self.cuts, row, rows)
+            at += rows
 
     def chunks(self) -> Iterator[tuple[int, int]]:
-        """First step and number of steps of each range of inputs that is held in shared memory at a time."""
-        steps, most = self.inner // self.step, self.chunk // self.step
-        for first in range(0, steps, most):
-            yield first, min(most, steps - first)
+        """First stage and number of stages of each part of the ranges whose x is held at a time."""
+        for first in range(0, self.cut_steps, self.held_steps):
+            yield first, min(self.held_steps, self.cut_steps - first)
 
 
 @dataclass(frozen=True)
@@ -91,6 +146,12 @@ class Plan:
     splits: int
     depth: int
     products: dict[str, Product]
+    interpret: bool = False
+
+    @property
+    def most_pieces(self) -> int:
+        """Copies of a stage, at most."""
+        return max(len(list(p.pieces(tile))) for p in self.products.values() for tile in range(p.tiles))
 
     @property
     def items(self) -> int:
@@ -108,21 +169,48 @@ def plan(shape: Shape, tiles: Tiles, blocks: int) -> Plan:
         "down": (shape.hidden, shape.dim, 1),
         "head": (shape.dim, shape.vocab, 1),
     }
-    products = {
-        name: Product(inner, out, halves, 8 * math.ceil(out / 8 / blocks), tiles.step, tiles.chunk)
-        for name, (inner, out, halves) in sizes.items()
-    }
+    products = {name: product(*size, tiles, blocks) for name, size in sizes.items()}
     splits = max(1, min(blocks // (shape.batch * shape.kv_heads), MAX_SPLITS, math.ceil(shape.max_len / tiles.keys)))
     stage = nbytes((WGMMA_ROWS, tiles.step), shape.fmt.bits)
-    room = SHARED_BYTES - SMALL - shared_bytes(shape, tiles)
-    depth = min(tiles.depth, room // stage) // tiles.consumers * tiles.consumers
-    return Plan(shape, tiles, blocks, splits, depth, products)
+    made = Plan(shape, tiles, blocks, splits, 0, products)
+    room = SHARED_BYTES - SMALL - shared_bytes(made)
+    return replace(made, depth=min(tiles.depth, room // stage) // tiles.consumers * tiles.consumers)
 
 
-def shared_bytes(shape: Shape, tiles: Tiles) -> int:
-    """Bytes of shared memory beside the ring of weights: x or what attention needs, and sums on their way out."""
+def product(inner: int, out: int, halves: int, tiles: Tiles, blocks: int) -> Product:
+    """The number of cuts that fills the tiles best; as few as give nearly that."""
+    strip = 8 * math.ceil(out / 8 / blocks)
+
+    def cut(cuts: int) -> Product:
+        return Product(inner, out, halves, strip, cuts, tiles.step, tiles.chunk)
+
+    def waste(p: Product) -> float:
+        return p.tiles * WGMMA_ROWS / p.stacked
+
+    candidates = [cut(cuts) for cuts in range(1, min(MAX_CUTS, inner // tiles.step, tiles.chunk // ROW_UNIT) + 1)]
+    least = min(map(waste, candidates))
+    return next(p for p in candidates if waste(p) <= least + 0.1)
+
+
+def shared_bytes(plan: Plan) -> int:
+    """Bytes of shared memory beside the ring of weights: x, or sums on their way out, or what attention needs; scales
+    of two phases."""
+    shape, tiles = plan.shape, plan.tiles
     x = nbytes((ROWS, tiles.chunk), 16)
+    sums = max(nbytes(sums_shape(p, tiles), 32) for p in plan.products.values())
     attention = nbytes((WGMMA_ROWS + 2 * tiles.stages * tiles.keys, shape.head_dim), 16)
     new = nbytes((2, ROWS, shape.head_dim), 16)
-    sums = nbytes((max(1, tiles.consumers - 1) + 2, WGMMA_ROWS, ROWS), 32)
-    return max(x, attention) + new + sums
+    scales = sum(max(nbytes(scales_shape(plan.products[n], plan), 16) for n in names) for names in TAKING_TURNS)
+    return max(x, sums, attention) + new + (scales if shape.fmt.grouped else 0)
+
+
+def sums_shape(p: Product, tiles: Tiles) -> tuple[int, ...]:
+    """All consumers' sums of a phase, a token's outputs side by side."""
+    return tiles.consumers, p.cuts * ROWS, p.tiles * WGMMA_ROWS
+
+
+def scales_shape(p: Product, plan: Plan) -> tuple[int, ...]:
+    """A strip's scales as they lie in memory, 8 rows side by side and cut into lines of 16: every size a multiple of
+    what the copy engine takes."""
+    group = plan.shape.fmt.group or p.inner
+    return p.halves, p.strip // 8, p.inner // group // 2, 16

@@ -1,7 +1,8 @@
 """The product phases of a decode step as functions over tiles.
 
 Every phase is: fill x into shared memory (all of it, or a chunk at a time), multiply the stages of weights that the
-producer keeps coming, finish the sums of a tile. What x is and what becomes of the sums is in `persistent_ends`.
+producer keeps coming, add up what the consumers have, finish. What x is and what becomes of the sums is in
+`persistent_ends`.
 """
 
 import functools
@@ -14,10 +15,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.persistent_ends import Fill, Finish, batch_of, load
+from pallas_kernels.persistent_ends import Fill, Finish, load
+from pallas_kernels.persistent_lanes import put_row, scale_rows
 from pallas_kernels.persistent_layouts import outputs
-from pallas_kernels.persistent_plan import ROWS, Plan, Product
-from pallas_kernels.tiles import WGMMA_ROWS, load_integers, scale_column, spread, widen
+from pallas_kernels.persistent_plan import ROW_UNIT, ROWS, TAKING_TURNS, Plan, Product
+from pallas_kernels.tiles import WGMMA_ROWS, spread, widen_shuffled
 
 Refs = dict[str, Any]
 
@@ -33,89 +35,147 @@ def steps_of(p: Product, block: Any, steps: int) -> Any:
     return jnp.where(block * p.strip < p.out, steps, 0)
 
 
-def stream(p: Product, weight: Any, plan: Plan, block: Any, count: Any, smem: Refs) -> Any:
-    """The producer's part: copy this block's weights into the ring, in the order in which `multiply` takes them.
+# The producer
+
+
+def stream(name: str, weight: Any, scales: Any, uses: Any, plan: Plan, block: Any, count: Any, smem: Refs) -> Any:
+    """Copy this block's weights into the ring, in the order in which `multiply` takes them.
 
     ``count`` stages went before; it does not wait for other blocks, so that the ring fills during a barrier too."""
-    row = first_row(p, block)
-    for offset, rows in p.tiles():
-        for half in range(p.halves):
+    p = plan.products[name]
+    strip = first_row(p, block)
+    if plan.shape.fmt.grouped:
+        fetch_scales(name, scales, uses, plan, block, smem)
+    for first, steps in p.chunks():
+        for tile in range(p.tiles):
+            pieces = list(p.pieces(tile))
 
-            def stage(k: Any, count: Any, first: Any = half * p.out + row + offset, rows: int = rows) -> Any:
+            def stage(k: Any, count: Any, pieces: Any = pieces, first: int = first) -> Any:
                 slot = lax.rem(count, plan.depth)
 
                 @pl.when(count >= plan.depth)
                 def _() -> None:
                     plgpu.barrier_wait(smem["free"].at[slot])
 
-                source = weight.at[pl.ds(pl.multiple_of(first, 8), rows), pl.ds(k * p.step, p.step)]
-                plgpu.copy_gmem_to_smem(source, smem["ring"].at[slot, pl.ds(0, rows)], smem["full"].at[slot])
+                for piece in pieces:
+                    # A range with a step less than the others ends with any weights: x is zero there.
+                    step = jnp.minimum(piece.cut * p.cut_steps + first + k, p.inner // p.step - 1)
+                    rows = pl.ds(pl.multiple_of(piece.half * p.out + strip + piece.row, 8), piece.rows)
+                    source = weight.at[rows, pl.ds(step * p.step, p.step)]
+                    target = smem["ring"].at[slot, pl.ds(piece.place, piece.rows)]
+                    plgpu.copy_gmem_to_smem(source, target, smem["full"].at[slot])
+                for _ in range(plan.most_pieces - len(pieces)):
+                    plgpu.barrier_arrive(smem["full"].at[slot])
                 return count + 1
 
-            count = lax.fori_loop(0, steps_of(p, block, p.inner // p.step), stage, count)
+            count = lax.fori_loop(0, steps_of(p, block, steps), stage, count)
     return count
 
 
-def drain(plan: Plan, count: Any, smem: Refs) -> None:
-    """Wait for the last stages to be used: a barrier's every completion must be awaited before the block ends."""
+def fetch_scales(name: str, scales: Any, uses: Any, plan: Plan, block: Any, smem: Refs) -> None:
+    """The scales of a whole phase at once. Two phases take turns, so that this may run a phase ahead; ``uses`` is how
+    often this phase's place was filled before."""
+    p, turn = plan.products[name], turn_of(name)
+    strip = first_row(p, block)
+
+    @pl.when(uses > 0)
+    def _() -> None:
+        plgpu.barrier_wait(smem["scales_free"].at[turn])
+
+    # Blocks that are left without a strip take part: otherwise each would have its own count of uses.
+    for half in range(p.halves):
+        rows = pl.ds((half * p.out + strip) // 8, p.strip // 8)
+        plgpu.copy_gmem_to_smem(scales.at[rows], smem[f"scales_{name}"].at[half], smem["scales_full"].at[turn])
+    for _ in range(2 - p.halves):
+        plgpu.barrier_arrive(smem["scales_full"].at[turn])
+
+
+def turn_of(name: str) -> int:
+    """Which of the two places for scales a phase uses."""
+    return next(i for i, names in enumerate(TAKING_TURNS) if name in names)
+
+
+def drain(plan: Plan, count: Any, names: tuple[str, ...], smem: Refs) -> None:
+    """Wait for the last stages, and scales of ``names``, to be used: a barrier's every completion must be awaited
+    before the block ends."""
 
     def wait(i: Any, _: Any) -> None:
         plgpu.barrier_wait(smem["free"].at[lax.rem(i, plan.depth)])
 
     lax.fori_loop(jnp.maximum(count - plan.depth, 0), count, wait, None)
+    if plan.shape.fmt.grouped:
+        for turn in {turn_of(name) for name in names}:
+            plgpu.barrier_wait(smem["scales_free"].at[turn])
 
 
-def product(p: Product, scales: Any, fill: Fill, finish: Finish, plan: Plan, block: Any, me: Any, count: Any,
-            smem: Refs) -> Any:  # fmt: skip
-    """The consumers' part: x · weightᵀ over this block's strip, tile by tile, in one fixed order of sums."""
-    row, chunks = first_row(p, block), list(p.chunks())
-    tiles = list(p.tiles())
+# The consumers
 
-    def fill_chunk(chunk: tuple[int, int]) -> None:
-        start, steps = chunk
 
-        def put(i: Any, _: Any) -> None:
-            step = (i * plan.tiles.consumers + me) * batch
+def product(name: str, scales: Any, fill: Fill, finish: Finish, plan: Plan, block: Any, me: Any, count: Any,
+            smem: Refs) -> Callable[[], Any]:  # fmt: skip
+    """The consumers' part: x · weightᵀ over this block's strip, in one fixed order of sums. What can be read before
+    the phase begins is read now; the rest is in the function that is returned, which gives the new count."""
+    p, fmt = plan.products[name], plan.shape.fmt
+    mine = share_of(p, plan)
+    row = pl.multiple_of(jnp.minimum(me * mine, p.strip - mine), 8)
+    outer = pl.multiple_of(first_row(p, block) + row, 8)
+    columns = []
+    if fmt.quantized and not fmt.grouped:
+        columns = [
+            load(scales.at[pl.ds(half * p.out + outer, mine), 0], outputs().reduce(0))
+            for half in range(p.halves)
+        ]
 
-            @pl.when(step < steps)
-            def _() -> None:
-                values = fill(start + step, batch)
-                for j in range(batch):
-                    smem["x"][step + j] = values[:, j * p.step : (j + 1) * p.step]
-
-        batch = batch_of(steps, p.step)
-        together(plan, smem)  # the last readers of x, or of what shares its place, are done
-        lax.fori_loop(0, -(-steps // batch // plan.tiles.consumers), put, None)
-        plgpu.commit_smem()
+    def run() -> Any:
+        totals, after = multiply(name, fill, plan, block, me, count, smem)
+        before = None
+        if finish.residual is not None:
+            before = load(finish.residual.at[:, pl.ds(outer, mine)], outputs()).astype(jnp.float32)
+        sums = smem["sums"][name]
+        together(plan, smem)  # the last readers of x, which has the same place, are done
+        for tile, total in enumerate(totals):
+            place = sums.at[me, :, pl.ds(tile * WGMMA_ROWS, WGMMA_ROWS)]
+            place.T[...] = plgpu.layout_cast(total, plgpu.Layout.WGMMA_TRANSPOSED)
         together(plan, smem)
 
-    if len(chunks) == 1:
-        fill_chunk(chunks[0])
-    for offset, rows in tiles:
-        halves = []
-        for half in range(p.halves):
-            out = half * p.out + row + offset
-            before = (lambda _: None) if len(chunks) == 1 else fill_chunk
-            total, count = multiply(p, scales, out, before, plan, block, me, count, smem)
-            halves.append(add_up(total, half, rows, plan, me, smem))
+        def whole(half: int) -> jax.Array:
+            """The consumers' shares and the cuts, in their order."""
+            parts = [
+                load(sums.at[other, pl.ds(cut * ROWS, ROWS), pl.ds((half * p.cuts + cut) * p.strip + row, mine)], outputs())
+                for other in range(plan.tiles.consumers)
+                for cut in range(p.cuts)
+            ]  # fmt: skip
+            total = functools.reduce(jnp.add, parts)
+            if fmt.quantized and not fmt.grouped:
+                total = total * lax.broadcast_in_dim(columns[half].astype(jnp.float32), total.shape, (1,))
+            return total
 
-        @pl.when((me == plan.tiles.consumers - 1) & (block * p.strip < p.out))
-        def _(offset: int = offset, rows: int = rows, halves: list[Any] = halves) -> None:
-            finish(row + offset, rows, [load() for load in halves])
+        @pl.when(block * p.strip < p.out)
+        def _() -> None:
+            done = finish.combine([whole(half) for half in range(p.halves)], before)
+            finish.out[:, pl.ds(outer, mine)] = done.astype(finish.out.dtype)
 
-    return count
+        return after
+
+    return run
 
 
-def multiply(p: Product, scales: Any, out: Any, before: Callable[[tuple[int, int]], None], plan: Plan, block: Any,
-             me: Any, count: Any, smem: Refs) -> tuple[jax.Array, Any]:  # fmt: skip
-    """This consumer's share of a tile's sums [64, 8], and the count after the tile's stages.
+def share_of(p: Product, plan: Plan) -> int:
+    """Outputs of a strip that one consumer finishes. The last consumers' may overlap: they write the same values."""
+    return 8 * -(-p.strip // 8 // plan.tiles.consumers)
+
+
+def multiply(name: str, fill: Fill, plan: Plan, block: Any, me: Any, count: Any, smem: Refs) -> tuple[list, Any]:
+    """This consumer's share of the sums of every tile, [64, 8 * cuts] each, and the count after all stages.
 
     Consumers take stages in turn. A slot always belongs to the same one: a warpgroup keeps count of a barrier's phases
     by waiting for each of them."""
-    fmt, consumers = plan.shape.fmt, plan.tiles.consumers
+    p, fmt, consumers = plan.products[name], plan.shape.fmt, plan.tiles.consumers
+    x = smem["x"][p.cuts]
+    columns = p.cuts * ROWS
 
     def each(steps: int, count: Any, stage: Callable[[Any, Any, Any], Any], carry: Any) -> Any:
-        """Fold ``stage(step, slot, carry)`` over the stages of a chunk that are this consumer's."""
+        """Fold ``stage(step, slot, carry)`` over the stages of a tile that are this consumer's."""
         first = lax.rem(me + consumers - lax.rem(count, consumers), consumers)
         mine = (steps_of(p, block, steps) - first + consumers - 1) // consumers
 
@@ -129,49 +189,89 @@ def multiply(p: Product, scales: Any, out: Any, before: Callable[[tuple[int, int
 
         return lax.fori_loop(0, mine, body, carry)
 
-    accumulator = plgpu.ACC((WGMMA_ROWS, ROWS), jnp.float32)
+    def walk(stage: Callable[..., Any], carry: list) -> list:
+        """``stage`` over all stages, in the order in which the producer brings them."""
+        gone, unit = 0, 0
+        for first, steps in p.chunks():
+            unit = fill_chunk(fill, plan, p, first, steps, unit, me, smem)
+            for tile in range(p.tiles):
+                tile_stage = functools.partial(stage, tile, first)
+                carry[tile] = each(steps, count + steps_of(p, block, gone), tile_stage, carry[tile])
+                gone += steps
+        return carry
 
-    def one_scale_a_row(acc: Any) -> jax.Array:
-        def stage(step: Any, slot: Any, carry: Any) -> Any:
-            plgpu.wgmma(acc, operand(slot, plan, me, smem), smem["x"].at[step].T)
+    def one_scale_a_row(*sums: Any) -> list[jax.Array]:
+        def stage(tile: int, _: int, step: Any, slot: Any, carry: Any) -> Any:
+            plgpu.wgmma(sums[tile], operand(slot, plan, me, smem), x.at[step].T)
             plgpu.wgmma_wait(0)
             return carry
 
-        for chunk, done in passes:
-            before(chunk)
-            each(chunk[1], count + done, stage, None)
-        return acc[...]
+        walk(stage, [None] * p.tiles)
+        return [total[...] for total in sums]
 
-    def one_scale_a_group() -> jax.Array:
+    def one_scale_a_group() -> list[jax.Array]:
         groups = p.step // fmt.group
 
-        def stage(step: Any, slot: Any, total: Any, start: int) -> Any:
+        def stage(tile: int, first: int, step: Any, slot: Any, total: Any) -> Any:
             weights = operand(slot, plan, me, smem)
-            for g in range(groups):
-                inputs = slice(g * fmt.group, (g + 1) * fmt.group)
 
-                def part(acc: Any, inputs: slice = inputs) -> jax.Array:
-                    a = weights.at[:, inputs] if "widened" in smem else weights[:, inputs]
-                    plgpu.wgmma(acc, a, smem["x"].at[step, :, inputs].T)
-                    plgpu.wgmma_wait(0)
-                    return acc[...]
+            def scoped(*sums: Any) -> list[jax.Array]:
+                for g, part in enumerate(sums):
+                    inputs = slice(g * fmt.group, (g + 1) * fmt.group)
+                    left = weights.at[:, inputs] if plan.interpret else weights[:, inputs]
+                    plgpu.wgmma(part, left, x.at[step, :, inputs].T)
+                    if plan.interpret:
+                        plgpu.wgmma_wait(0)
+                plgpu.wgmma_wait(0)
+                return [part[...] for part in sums]
 
-                scale = scale_column(scales, out, (start + step) * groups + g, WGMMA_ROWS)
-                total = total + pl.run_scoped(part, accumulator) * spread(scale, (WGMMA_ROWS, ROWS))
+            parts = pl.run_scoped(scoped, *[accumulator] * groups)
+            for g, part in enumerate(parts):
+                scale = scale_rows(plan, p, smem[f"scales_{name}"], tile, (first + step) * groups + g)
+                total = total + part * spread(scale, (WGMMA_ROWS, columns))
             return total
 
-        total = plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, ROWS), jnp.float32), plgpu.Layout.WGMMA)
-        for chunk, done in passes:
-            before(chunk)
-            total = each(chunk[1], count + done, functools.partial(stage, start=chunk[0]), total)
-        return total
+        zero = plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, columns), jnp.float32), plgpu.Layout.WGMMA)
+        turn = turn_of(name)
 
-    passes, steps = [], 0
-    for chunk in p.chunks():
-        passes.append((chunk, steps_of(p, block, steps) if steps else 0))
-        steps += chunk[1]
-    total = one_scale_a_group() if fmt.grouped else pl.run_scoped(one_scale_a_row, accumulator)
-    return total, count + steps_of(p, block, steps)
+        plgpu.barrier_wait(smem["scales_full"].at[turn])
+        totals = walk(stage, [zero] * p.tiles)
+        plgpu.barrier_arrive(smem["scales_free"].at[turn])
+        return totals
+
+    accumulator = plgpu.ACC((WGMMA_ROWS, columns), jnp.float32)
+    totals = one_scale_a_group() if fmt.grouped else pl.run_scoped(one_scale_a_row, *[accumulator] * p.tiles)
+    return totals, count + steps_of(p, block, p.tiles * p.cut_steps)
+
+
+def fill_chunk(fill: Fill, plan: Plan, p: Product, first: int, steps: int, index: int, me: Any, smem: Refs) -> int:
+    """Put the x of some stages of every cut into shared memory. Consumers share the tokens, or the columns of a single
+    one. ``index`` units of the phase went before; returns how many have gone then."""
+    units = -(-steps * p.step // ROW_UNIT)
+
+    def token(row: Any, lone: bool) -> None:
+        x = fill(row)
+        for i in range(p.cuts * units):
+            cut, at = divmod(i, units)
+
+            def put(i: int = i, cut: int = cut, at: int = at) -> None:
+                values = x((cut * p.cut_steps + first) * p.step + at * ROW_UNIT, index + i)
+                put_row(plan, p, smem["x"][p.cuts], values, cut, at * (ROW_UNIT // p.step), row)
+
+            if lone:
+                pl.when(me == i % plan.tiles.consumers)(put)
+            else:
+                put()
+
+    together(plan, smem)  # the last readers of x, or of what shares its place, are done
+    if plan.shape.rows == 1:
+        token(jnp.int32(0), lone=True)
+    else:
+        turns = (plan.shape.rows - me + plan.tiles.consumers - 1) // plan.tiles.consumers
+        lax.fori_loop(0, turns, lambda i, _: token(me + i * plan.tiles.consumers, lone=False), None)
+    plgpu.commit_smem()
+    together(plan, smem)
+    return index + p.cuts * units
 
 
 def operand(slot: Any, plan: Plan, me: Any, smem: Refs) -> Any:
@@ -179,37 +279,12 @@ def operand(slot: Any, plan: Plan, me: Any, smem: Refs) -> Any:
     weights = smem["ring"].at[slot]
     if not plan.shape.fmt.quantized:
         return weights
-    if "widened" not in smem:
-        return widen(load_integers(weights, plan.shape.fmt), jnp.bfloat16)
+    if not plan.interpret:
+        return widen_shuffled(weights, jnp.bfloat16)
     # The interpreter has no wgmma with an operand in registers.
     smem["widened"][me] = weights[...].astype(jnp.bfloat16)
     plgpu.commit_smem()
     return smem["widened"].at[me]
-
-
-def add_up(total: jax.Array, half: int, rows: int, plan: Plan, me: Any, smem: Refs) -> Callable[[], jax.Array]:
-    """Add the consumers' shares in the order of the consumers; the last gets how to load the sum as [8, rows]."""
-    last = plan.tiles.consumers - 1
-    if last:
-
-        @pl.when(me < last)
-        def _() -> None:
-            smem["shares"][me] = total
-            plgpu.barrier_arrive(smem["shared"])
-            plgpu.barrier_wait(smem["taken"])
-
-    @pl.when(me == last)
-    def _() -> None:
-        whole = total
-        if last:
-            plgpu.barrier_wait(smem["shared"])
-            for other in range(last):
-                whole = whole + plgpu.load(smem["shares"].at[other], layout=plgpu.Layout.WGMMA)
-            plgpu.barrier_arrive(smem["taken"])
-        # From here on a token's outputs are neighbours.
-        smem["sums"].at[half].T[...] = plgpu.layout_cast(whole, plgpu.Layout.WGMMA_TRANSPOSED)
-
-    return lambda: load(smem["sums"].at[half, :, pl.ds(0, rows)], outputs())
 
 
 def together(plan: Plan, smem: Refs) -> None:

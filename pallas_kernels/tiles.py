@@ -75,13 +75,16 @@ def check_product(x: jax.Array, w: Weight) -> None:
 
 
 def swizzled(shape: tuple[int, ...], dtype: Any, run: int | None = None) -> Any:
-    """Shared memory in the layout that TMA writes and wgmma reads: 8-row tiles, swizzled over up to 128 bytes.
+    """Shared memory in the layout that TMA writes and wgmma reads: see `transforms_of`."""
+    return plgpu.SMEM(shape, dtype, transforms=transforms_of(shape[-1], dtype, run))
 
-    ``run`` is the shortest range of the last axis that will be sliced off (default: all of it)."""
+
+def transforms_of(columns: int, dtype: Any, run: int | None = None) -> tuple[Any, ...]:
+    """8-row tiles, swizzled over up to 128 bytes; ``run`` is the shortest range of the last axis that will be sliced
+    off (default: all of it)."""
     bits = jnp.iinfo(dtype).bits if jnp.issubdtype(dtype, jnp.integer) else 8 * jnp.dtype(dtype).itemsize
-    swizzle = plgpu.find_swizzle((run or shape[-1]) * bits)
-    transforms = (plgpu.TilingTransform((8, swizzle * 8 // bits)), plgpu.SwizzleTransform(swizzle))
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
+    swizzle = plgpu.find_swizzle((run or columns) * bits)
+    return plgpu.TilingTransform((8, swizzle * 8 // bits)), plgpu.SwizzleTransform(swizzle)
 
 
 def nbytes(shape: tuple[int, ...], bits: int) -> int:
@@ -105,10 +108,19 @@ def widen(integers: jax.Array, dtype: Any) -> jax.Array:
     return plgpu.layout_cast(integers, plgpu.Layout.WGMMA).astype(dtype)
 
 
+def load_shuffled(tile: Any) -> jax.Array:
+    """A tile of integers from shared memory for `widen_loaded`: of 32 inputs, each of 4 threads holds 8 in a row."""
+    return plgpu.load(tile, layout=plgpu.Layout.WGMMA_UPCAST_4X)
+
+
 def widen_shuffled(tile: Any, dtype: Any) -> jax.Array:
-    """`load_integers` and `widen`, without the exchange between threads: every 32 inputs come out in the order that
-    `shuffle_inputs` gives the activations. A sum does not mind the order of its terms."""
-    quad = plgpu.Layout.WGMMA_UPCAST_4X  # of 32 inputs, each of 4 neighbouring threads holds 8 in a row
+    """`load_shuffled`, then `widen_loaded`."""
+    return widen_loaded(load_shuffled(tile), dtype)
+
+
+def widen_loaded(integers: jax.Array, dtype: Any) -> jax.Array:
+    """What `load_shuffled` gave, as wgmma's left operand, without an exchange between threads: every 32 inputs come out
+    in the order that `shuffle_inputs` gives the activations. A sum does not mind the order of its terms."""
 
     def reinterpret(_: Any, integers: Any) -> Any:
         floats = integers.astype(dtype_to_ir_type(jnp.dtype(dtype)))
@@ -119,8 +131,9 @@ def widen_shuffled(tile: Any, dtype: Any) -> jax.Array:
                 registers[place] = vector_slice(eight, slice(2 * pair, 2 * pair + 2))
         return FragmentedArray(_registers=registers, _layout=WGMMA_LAYOUT, _is_signed=None)
 
-    floats = plgpu.ShapeDtypeStruct(tile.shape, dtype, layout=plgpu.Layout.WGMMA)
-    return plgpu.inline_mgpu(arg_types=(quad,), return_type=floats)(reinterpret)(plgpu.load(tile, layout=quad))
+    floats = plgpu.ShapeDtypeStruct(integers.shape, dtype, layout=plgpu.Layout.WGMMA)
+    arguments = (plgpu.Layout.WGMMA_UPCAST_4X,)
+    return plgpu.inline_mgpu(arg_types=arguments, return_type=floats)(reinterpret)(integers)
 
 
 def shuffle_inputs(x: jax.Array) -> jax.Array:

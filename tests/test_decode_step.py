@@ -140,10 +140,10 @@ class Case:
 SMALL_CASES = {
     "one-launch": Case((70,), 128, blocks=1, size=dict(layers=2)),  # all phases, the ring running ahead
     "one-launch-in-chunks": Case(
-        (0, 65), 128, queries=3, blocks=1, size=dict(layers=2), tiles=dict(chunk=128, consumers=1)
+        (0, 65), 128, queries=3, blocks=1, size=dict(layers=2, hidden=1280), tiles=dict(chunk=1024, consumers=1)
     ),
     "ragged-from-empty": Case((0, 5, 64), 72, blocks=5, tiles=dict(stages=1)),
-    "many-tokens-past-the-end": Case((61,), queries=4, size=dict(head_dim=128, heads=2), tiles=dict(chunk=128)),
+    "many-tokens-past-the-end": Case((61,), queries=4, size=dict(head_dim=128, heads=2), tiles=dict(chunk=1024)),
     "int8": Case((9,), fmt="int8", blocks=1),
     "int4": Case((9,), fmt="int4-g128", queries=2, blocks=1, size=dict(dim=256, heads=4, kv_heads=2)),
 }
@@ -153,7 +153,7 @@ SMALL_CASES = {
 def test_phases_interpreted(name: str) -> None:
     case = SMALL_CASES[name]
     args = case.arguments()
-    tiles = Tiles(**(dict(depth=4, chunk=256, consumers=2) | case.tiles))
+    tiles = Tiles(**(dict(depth=4, chunk=2048, consumers=2) | case.tiles))
     even = SMALL["dim"] // 8 % case.blocks == 0
     interpret = plgpu.InterpretGPUParams(detect_races=even)
     out = decode_step_kernel(*args, eps=EPS, tiles=tiles, blocks=case.blocks, interpret=interpret)
