@@ -227,7 +227,7 @@ def test_steps_through_the_interpreted_kernel(monkeypatch: pytest.MonkeyPatch) -
     stacked = state.replace(cache=cache.replace(k=jnp.stack(cache.k), v=jnp.stack(cache.v)))
     wanted, drawn = decode_chunk(params, state, steps=3, backend="xla")
 
-    options = dict(blocks=1, tiles=Tiles(depth=4, chunk=256, consumers=2), interpret=plgpu.InterpretGPUParams())
+    options = dict(blocks=1, tiles=Tiles(depth=4, consumers=2), interpret=plgpu.InterpretGPUParams())
     interpreted = dataclasses.replace(whole_step, kernel=functools.partial(whole_step.kernel, **options))  # type: ignore
     monkeypatch.setattr("jllama.model.whole_step", interpreted)
     monkeypatch.setattr(dispatch, "require_hopper", lambda: None)
@@ -263,7 +263,8 @@ def test_a_chunk_lowers_to_one_launch_a_step(monkeypatch: pytest.MonkeyPatch, qu
 
 
 def agree(params: Params, prompt: list[int], ids: list[int], rounding: float) -> None:
-    """Each of ``ids`` is what XLA would draw after the ones before, or as good as that but for rounding."""
+    """Each of ``ids`` is what XLA would draw after the ones before, or as good as that but for rounding. On the 7B the
+    logits spread by 1.3 and the two ways differ by 0.03: of 256 draws 22 were others, the worst 0.14 behind."""
     tokens = jnp.asarray([prompt + ids])
     logits = jax.jit(functools.partial(forward, backend="xla"))(params, tokens)[0][0, len(prompt) - 1 : -1]
     drawn = np.take_along_axis(np.asarray(logits), np.asarray(ids)[:, None], axis=1)[:, 0]
