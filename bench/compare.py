@@ -40,7 +40,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--wait-quiet", type=float, default=0, metavar="S", help="wait up to so long for idle CPUs, each run"
     )
-    p.add_argument("--order", choices=("turns", "one-by-one"), default=None, help="default: turns on a CPU")
+    orders = ("turns", "one-by-one", "warm-together")
+    p.add_argument("--order", choices=orders, default=None, help="default: turns on a CPU, else one-by-one")
     p.add_argument("--cache-dir", default=None, help="where random weights are kept (default: the user's cache folder)")
     p.add_argument("--results", default=None, metavar="DIR", help="where records are appended (default: bench/results)")
     p.add_argument(
