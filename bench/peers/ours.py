@@ -41,12 +41,13 @@ class Ours:
         quant = dtype if dtype in ("int8", "int4") else "none"
         float_dtype = DTYPES.get(dtype) or ("float32" if jax.devices()[0].platform == "cpu" else "bfloat16")
         source = open_source(self.job["model"])
-        sizes = dict(batch=batch, max_len=room)
-        stacked = self.job["backend"] != "xla" and runs_whole(source.config, float_dtype, quant, **sizes)
+        stacked = self.job["backend"] != "xla" and runs_whole(
+            source.config, float_dtype, quant, batch=batch, max_len=room
+        )
         if self.params is not None and self.params.stacked == stacked:
             return
         self.params = None  # before the next: the device need not hold both
-        self.params = load(source, dtype=float_dtype, quant=quant, stacked=stacked, **sizes)
+        self.params = load(source, dtype=float_dtype, quant=quant, stacked=stacked, batch=batch, max_len=room)
         jax.block_until_ready(self.params)
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> Output:
