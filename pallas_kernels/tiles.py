@@ -105,10 +105,19 @@ def widen(integers: jax.Array, dtype: Any) -> jax.Array:
     return plgpu.layout_cast(integers, plgpu.Layout.WGMMA).astype(dtype)
 
 
+def load_shuffled(tile: Any) -> jax.Array:
+    """A tile of integers from shared memory for `widen_loaded`: of 32 inputs, each of 4 threads holds 8 in a row."""
+    return plgpu.load(tile, layout=plgpu.Layout.WGMMA_UPCAST_4X)
+
+
 def widen_shuffled(tile: Any, dtype: Any) -> jax.Array:
-    """`load_integers` and `widen`, without the exchange between threads: every 32 inputs come out in the order that
-    `shuffle_inputs` gives the activations. A sum does not mind the order of its terms."""
-    quad = plgpu.Layout.WGMMA_UPCAST_4X  # of 32 inputs, each of 4 neighbouring threads holds 8 in a row
+    """`load_shuffled`, then `widen_loaded`."""
+    return widen_loaded(load_shuffled(tile), dtype)
+
+
+def widen_loaded(integers: jax.Array, dtype: Any) -> jax.Array:
+    """What `load_shuffled` gave, as wgmma's left operand, without an exchange between threads: every 32 inputs come out
+    in the order that `shuffle_inputs` gives the activations. A sum does not mind the order of its terms."""
 
     def reinterpret(_: Any, integers: Any) -> Any:
         floats = integers.astype(dtype_to_ir_type(jnp.dtype(dtype)))
@@ -119,8 +128,9 @@ def widen_shuffled(tile: Any, dtype: Any) -> jax.Array:
                 registers[place] = vector_slice(eight, slice(2 * pair, 2 * pair + 2))
         return FragmentedArray(_registers=registers, _layout=WGMMA_LAYOUT, _is_signed=None)
 
-    floats = plgpu.ShapeDtypeStruct(tile.shape, dtype, layout=plgpu.Layout.WGMMA)
-    return plgpu.inline_mgpu(arg_types=(quad,), return_type=floats)(reinterpret)(plgpu.load(tile, layout=quad))
+    floats = plgpu.ShapeDtypeStruct(integers.shape, dtype, layout=plgpu.Layout.WGMMA)
+    arguments = (plgpu.Layout.WGMMA_UPCAST_4X,)
+    return plgpu.inline_mgpu(arg_types=arguments, return_type=floats)(reinterpret)(integers)
 
 
 def shuffle_inputs(x: jax.Array) -> jax.Array:
