@@ -11,6 +11,7 @@ from pathlib import Path
 
 from jllama.errors import InputError, reported
 
+DEMO_S = 90  # of the run without arguments, which is to end within two minutes on any machine
 DTYPES = ("f32", "bf16", "f16", "int8", "int4")
 
 
@@ -35,12 +36,19 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--runs", type=int, default=5, help="measured runs of each (default: 5)")
     p.add_argument("--time-limit", type=float, default=90, help="seconds for any one step of a peer (default: 90)")
-    p.add_argument("--budget", type=float, default=None, metavar="S", help="skip what is left after so many seconds")
+    p.add_argument(
+        "--budget",
+        type=float,
+        default=None,
+        metavar="S",
+        help=f"skip what is left after so many seconds (default: {DEMO_S} for the embedded model, else none)",
+    )
     p.add_argument("--share", type=float, default=None, metavar="S", help="likewise, for each peer alone")
     p.add_argument(
         "--wait-quiet", type=float, default=0, metavar="S", help="wait up to so long for idle CPUs, each run"
     )
-    p.add_argument("--order", choices=("turns", "one-by-one"), default=None, help="default: turns on a CPU")
+    orders = ("turns", "one-by-one", "warm-together")
+    p.add_argument("--order", choices=orders, default=None, help="default: turns on a CPU, else one-by-one")
     p.add_argument("--cache-dir", default=None, help="where random weights are kept (default: the user's cache folder)")
     p.add_argument("--results", default=None, metavar="DIR", help="where records are appended (default: bench/results)")
     p.add_argument(
@@ -62,6 +70,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def checked(args: argparse.Namespace) -> argparse.Namespace:
     """The arguments with their lists taken apart and held against what is known."""
+    if args.budget is None and not args.model and not args.preset:
+        args.budget = DEMO_S
     args.batch = integers("--batch", args.batch)
     args.prompt_len = integers("--prompt-len", args.prompt_len) if args.prompt_len else []
     args.prefill = integers("--prefill", args.prefill) if args.prefill else []

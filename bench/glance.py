@@ -65,7 +65,7 @@ def _heads(columns: Sequence[Column], records: Sequence[Record]) -> list[str]:
         parts += [cores(n["device"]) if is_cpu(n) else n["device"]] if "device" in several else []
         if n["case"] == "prefill":
             parts.append(f"prefill {n['seq']:,}")
-        elif {"batch", "case"} & several or len(columns) == 1:
+        elif len(columns) == 1 or sum((m["device"], m["model"]) == (n["device"], n["model"]) for m in named) > 1:
             parts.append(f"batch {n['batch']}")
         alike = [m for m in named if all(m[k] == n[k] for k in ("device", "model", "case", "batch"))]
         if n["case"] == "decode" and len(alike) > 1 and n != min(alike, key=lambda m: m["context"]):

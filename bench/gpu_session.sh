@@ -2,14 +2,14 @@
 # The comparisons on one GPU, in parts that each end within their seconds; what does not fit is skipped and says so.
 #
 #   bench/gpu_session.sh COMMIT FOLDER PART...
-#     models  the 7B shape in bf16: our backends and the peers that are installed     MODELS_S (default 500)
-#     quant   the same in int8 and int4: ours                                         QUANT_S (default 200)
-#     ops     attention, feed-forward, layer, products, beside other libraries'       OPS_S (default 330)
+#     models  the 7B shape in bf16: our backends and the peers that are installed         MODELS_S (default 280)
+#     quant   the same in int8 and int4: ours                                             QUANT_S (default 130)
+#     ops     attention, feed-forward, layer, products, beside other libraries'           OPS_S (default 170)
 #
-# COMMIT names this tree, for a copy without its history. FOLDER receives the records; `python -m bench.report` makes
-# tables and charts of them elsewhere. All parts of a call are one run: one machine, one after the other. The random
-# weights stay in /tmp/bench-weights for the next call. The environment changes what is run: PRESET, BATCH, CONTEXT,
-# PREFILL, NEW_TOKENS, RUNS, SHARE, PEERS, SEQ, ITERATIONS.
+# All three fit one call of ten minutes. COMMIT names this tree, for a copy without its history. FOLDER receives the
+# records; `python -m bench.report` makes tables and charts of them elsewhere. All parts of a call are one run: one
+# machine, one after the other. The random weights stay in /tmp/bench-weights for the next call. The environment
+# changes what is run: PRESET, BATCH, CONTEXT, PREFILL, NEW_TOKENS, RUNS, SHARE, PEERS, OPS, ITERATIONS, BACKENDS.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export JLLAMA_COMMIT=${1:?commit} JLLAMA_RUN=${JLLAMA_RUN:-$(date -u +%Y%m%d-%H%M%S)-gpu}
@@ -21,12 +21,12 @@ mkdir -p "$out" /tmp/bench-weights
 limited() { # SECONDS NAME COMMAND...: the command's own budget, and an end to it should it not keep to that
   local seconds=$1 name=$2 begin=$SECONDS
   shift 2
-  timeout "$((seconds + 45))" "$python" -m "$@" --budget "$seconds" --results "$out" --plots -
+  timeout "$((seconds + 40))" "$python" -m "$@" --budget "$seconds" --results "$out" --plots -
   echo "$name: exit $?, $((SECONDS - begin)) s"
 }
 compare() {
   limited "$1" "$2" bench.compare --preset "${PRESET:-7b}" --prompt-len 128 --new-tokens "${NEW_TOKENS:-256}" \
-    --runs "${RUNS:-5}" --time-limit 150 --cache-dir /tmp/bench-weights "${@:3}"
+    --runs "${RUNS:-5}" --time-limit 120 --order warm-together --cache-dir /tmp/bench-weights "${@:3}"
 }
 ops() {
   limited "$1" "$2" bench.ops --model "${PRESET:-7b}" --iterations "${ITERATIONS:-50}" --time-limit 60 "${@:3}"
@@ -35,21 +35,21 @@ ops() {
 for part in "${@:-models}"; do
   case $part in
     models)
-      compare "${MODELS_S:-500}" models --dtype bf16 --batch "${BATCH:-1,8,64}" --context "${CONTEXT:-4000}" \
-        --prefill "${PREFILL:-512,2048}" --backends pallas,xla --share "${SHARE:-90}" \
+      compare "${MODELS_S:-280}" models --dtype "${DTYPE:-bf16}" --batch "${BATCH:-1,8}" --context "${CONTEXT:-4000}" \
+        --prefill "${PREFILL:-512,2048}" --backends "${BACKENDS:-pallas,xla}" --share "${SHARE:-35}" \
         --peers "${PEERS:-torch-graph,llama.cpp,hf-compile,hf-eager,vllm,sglang,tensorrt-llm,maxtext}"
       ;;
     quant)
-      compare "${QUANT_S:-200}" quant --dtype int8,int4 --batch "${BATCH:-1,8,64}" --context "${CONTEXT:-4000}" \
-        --prefill "${PREFILL:-512,2048}" --backends pallas --peers none
+      compare "${QUANT_S:-130}" quant --dtype int8,int4 --batch "${BATCH:-1,8}" --prefill "${PREFILL:-512,2048}" \
+        --backends "${BACKENDS:-pallas}" --peers none
       ;;
     ops)
-      third=$((${OPS_S:-330} / 3))
-      ops "$third" attention --op attention,decode-attention --seq "${SEQ:-512,1024,2048,4096,8192}" \
+      seconds=${OPS_S:-170}
+      most=attention:512/1024/2048/4096/8192,decode-attention:1024/4096/8192,ffn:512/1024/2048/4096,layer:512/2048
+      ops "$((seconds * 7 / 10))" ops --op "${OPS:-$most,matmul:1}" --backends "${BACKENDS:-pallas,xla}" \
         --peers torch,cudnn,tokamax
-      ops "$third" ffn --op ffn,layer --seq "${SEQ:-512,1024,2048,4096}" --peers torch,tokamax
-      ops "$((third / 2))" products --op matmul --seq 1 --dtype bf16,int8,int4 --peers torch
-      ops "$((third / 2))" f16 --op attention --dtype f16 --seq "${SEQ:-1024,2048,4096,8192}" --backends pallas \
+      ops "$((seconds * 15 / 100))" ops-quantised --op matmul:1 --dtype int8,int4 --backends pallas --peers none
+      ops "$((seconds * 15 / 100))" ops-f16 --op attention:1024/4096/8192 --dtype f16 --backends pallas \
         --peers jax-example
       ;;
     *)

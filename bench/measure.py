@@ -1,8 +1,9 @@
 """Timing that is right on devices that run asynchronously, and the statistics of what was timed.
 
-A figure is the time of one compiled call divided by the operations inside it. Short operations are chained in a loop
-within the call, each fed with the one before it, so that neither the host's dispatch nor a compiler that removes or
-reorders work is measured. Inputs rotate through more bytes than the last cache holds, and are random, never zeros.
+An iteration is some compiled calls that are under way together, and its figure their time divided by the operations
+inside. These are chained within a call, each fed with the one before it, so that neither the host's dispatch nor a
+compiler that removes or reorders work is measured: straight, not in a loop, whose every turn costs a GPU microseconds.
+Inputs rotate through more bytes than the last cache holds, and are random, never zeros.
 """
 
 import statistics
@@ -14,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-SHORT_S = 300e-6  # an operation below this is looped inside the compiled call
-CALL_S = 3e-3  # how long a call with a loop should take: host overhead is under a percent of it
+ITERATION_S = 10e-3  # how long an iteration should take: what the host adds at its end is under a percent of it
+MAX_CHAIN = 24  # operations in one compiled call
+MAX_CALLS = 8  # calls of an iteration, under way at once
 MAX_SETS = 12  # input sets to rotate through
-MAX_LOOP = 256
 
 
 @dataclass(frozen=True)
@@ -109,32 +110,32 @@ def time_jax_op(
     *,
     warmup: int = 10,
     iterations: int = 50,
+    single: Callable[..., Any] | None = None,
 ) -> tuple[list[float], dict[str, Any]]:
     """Seconds of one ``op(x, *rest)``, for every iteration, and how they were taken.
 
-    ``sets`` are inputs (x first) to rotate through; ``advance(x, out)`` makes the next x of an operation's output.
+    ``sets`` are inputs (x first) to rotate through; ``advance(x, out)`` makes the next x of an operation's output;
+    ``single`` is ``op`` compiled, where the caller has it.
     """
     import jax
 
-    def independent(sets):
-        return [op(*inputs) for inputs in sets]  # all are returned, so none is removed
+    def chained(sets, length):
+        x = sets[0][0]
+        for i in range(length):
+            # The barrier ties the weights to this step: what is made of them alone is not shared between steps.
+            x, *rest = jax.lax.optimization_barrier((x, *sets[i % len(sets)][1:]))
+            x = advance(x, op(x, *rest))
+        return x
 
-    def chained(sets, loops):
-        def once(x):
-            for _, *rest in sets:
-                x = advance(x, op(x, *rest))
-            return x
+    once = single or jax.jit(op)
+    rough = min(time_calls(lambda: once(*sets[0]), jax.block_until_ready, warmup=2, iterations=3))
+    length = max(1, min(MAX_CHAIN, round(ITERATION_S / rough)))
+    calls = max(1, min(MAX_CALLS, round(ITERATION_S / (rough * length))))
+    compiled = jax.jit(chained, static_argnums=1)
 
-        return jax.lax.fori_loop(0, loops, lambda _, x: once(x), sets[0][0])
+    def iteration() -> list[Any]:
+        return [compiled(sets, length) for _ in range(calls)]
 
-    plain = jax.jit(independent)
-    rough = min(time_calls(lambda: plain(sets), jax.block_until_ready, warmup=2, iterations=3)) / len(sets)
-    if rough >= SHORT_S:
-        call, per_call = lambda: plain(sets), len(sets)
-    else:
-        loops = max(1, min(MAX_LOOP, round(CALL_S / (rough * len(sets)))))
-        looped = jax.jit(chained, static_argnums=1)
-        call, per_call = lambda: looped(sets, loops), len(sets) * loops
-    samples = time_calls(call, jax.block_until_ready, warmup=warmup, iterations=iterations)
-    how = {"sets": len(sets), "ops_per_call": per_call, "chained": rough < SHORT_S}
-    return [s / per_call for s in samples], how
+    samples = time_calls(iteration, jax.block_until_ready, warmup=warmup, iterations=iterations)
+    how = {"sets": len(sets), "ops_per_call": length, "calls": calls}
+    return [s / (length * calls) for s in samples], how

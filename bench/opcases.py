@@ -4,7 +4,7 @@ A case has ``op``, ``name``, ``dtype``, ``seed`` and its sizes; `arrays` makes i
 peer in another interpreter computes on the same numbers.
 """
 
-import functools
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -59,12 +59,21 @@ def shapes(case: Case) -> dict[str, tuple[int, ...]]:
 
 def arrays(case: Case, *, variant: int = 0) -> dict[str, np.ndarray]:
     """Random float32 inputs; ``variant`` makes another set of the same kind."""
-    seed = case["seed"] + 1000 * variant
-    return {name: _array(name, shape, seed) for name, shape in shapes(case).items()}
+    seed, folder = case["seed"] + 1000 * variant, case.get("folder")
+    return {name: _array(name, shape, seed, folder) for name, shape in shapes(case).items()}
 
 
-@functools.lru_cache(maxsize=8)  # cases that differ in rows alone share their weights, which take seconds to draw
-def _array(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
+def _array(name: str, shape: tuple[int, ...], seed: int, folder: str | None) -> np.ndarray:
+    """From ``folder``, where it is drawn once for all cases and processes: a weight takes seconds to draw."""
+    path = folder and f"{folder}/{name}-{'-'.join(map(str, shape))}-{seed}.npy"
+    if not path:
+        return _drawn(name, shape, seed)
+    if not os.path.exists(path):
+        np.save(path, _drawn(name, shape, seed))
+    return np.load(path, mmap_mode="c")
+
+
+def _drawn(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     draw = np.random.default_rng([seed, *name.encode()])
     made = draw.standard_normal(shape, np.float32)
     if name.endswith("norm"):

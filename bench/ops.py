@@ -16,7 +16,9 @@ OPS = ("attention", "decode-attention", "ffn", "layer", "matmul")
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser("python -m bench.ops", description=(__doc__ or "").split("\n")[0])
-    p.add_argument("--op", default="all", help=f"any of {','.join(OPS)}, or all (default)")
+    p.add_argument(
+        "--op", default="all", help=f"any of {','.join(OPS)}, or all (default); ffn:512/2048 has its own --seq"
+    )
     p.add_argument("--model", default="7b", help="presets whose sizes to use: 7b,13b,70b,... (default: 7b)")
     p.add_argument("--seq", default=None, help="rows or keys (default: 512,1024,2048,4096; on a CPU 128,256)")
     p.add_argument("--batch", default="1", help="default: 1")
@@ -41,8 +43,8 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line; exits with 1 where one of our own backends failed."""
     with reported("bench.ops"):
         args = parser().parse_args(argv)
-        args.op = list(OPS) if args.op == "all" else names("--op", args.op, OPS)
         args.seq = integers("--seq", args.seq) if args.seq else []
+        args.op = sized(",".join(OPS) if args.op == "all" else args.op)
         args.batch = integers("--batch", args.batch)
         args.dtype = names("--dtype", args.dtype, DTYPES) if args.dtype else []
         args.backends = names("--backends", args.backends, ("xla", "pallas", "auto"))
@@ -55,6 +57,13 @@ def main(argv: list[str] | None = None) -> None:
         from bench import ops_runner  # after the arguments: nothing heavy for --help
 
         sys.exit(ops_runner.run(args))
+
+
+def sized(text: str) -> list[tuple[str, list[int]]]:
+    """Operations, each with its own rows or keys where they are given: ``ffn,matmul:1/2048``."""
+    parts = [part.strip().partition(":") for part in text.split(",")]
+    names("--op", ",".join(op for op, _, _ in parts), OPS)
+    return [(op, integers("--op", sizes.replace("/", ",")) if colon else []) for op, colon, sizes in parts]
 
 
 if __name__ == "__main__":

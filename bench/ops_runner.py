@@ -34,10 +34,11 @@ def run(settings: argparse.Namespace) -> int:
             cases = [
                 case
                 for model in settings.model.split(",")
-                for op in settings.op
-                for case in opcases.cases(op, model, model_sizes(model), dtype, settings.batch, seqs)
+                for op, own in settings.op
+                for case in opcases.cases(op, model, model_sizes(model), dtype, settings.batch, own or seqs)
                 if op in ("ffn", "matmul") or dtype not in ("int8", "int4")  # attention has no weights
             ]
+            cases = [case | {"folder": folder} for case in cases]
             ceilings = reference.ask("ceilings", 300, args={"dtype": dtype, "working_set": 0})
             started = start_run(hello["device"], hello["versions"], ceilings)
             say(f"{hello['device']}, {dtype}: {len(cases)} cases, run {started.run}")

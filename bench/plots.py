@@ -168,23 +168,28 @@ def speedups(records: Sequence[Record], case: str) -> Any:
     return fig
 
 
+def _kind(record: Record) -> str:
+    """What shares a marker: all products do."""
+    return "matmul" if record["case"].startswith("matmul") else record["case"]
+
+
 def roofline(records: Sequence[Record]) -> Any:
     """Everything that was measured, by what it does a byte and what it reached, under the ceilings of its run."""
     ceilings = functools.reduce(best_of, (r["ceilings"] for r in records))
     bandwidth, matrix = max(ceilings["copy"], ceilings["read"]), ceilings["matrix"]
     fig, (ax,) = figure(8.4, 5)
     impls = list(dict.fromkeys(r["impl"] for r in records))
-    cases = list(dict.fromkeys(r["case"] for r in records))
+    cases = list(dict.fromkeys(_kind(r) for r in records))
     points = []
     for r in records:
         seconds = r["value"] / 1e3 if r["metric"] == "ms" else r["work"]["tokens"] / r["value"]
         intensity = r["work"]["flops"] / r["work"]["bytes"]
         points.append((intensity, r["work"]["flops"] / seconds / 1e12))
-        ax.plot(*points[-1], MARKERS[cases.index(r["case"]) % len(MARKERS)], color=colour(r["impl"], impls), alpha=0.75)
+        ax.plot(*points[-1], MARKERS[cases.index(_kind(r)) % len(MARKERS)], color=colour(r["impl"], impls), alpha=0.75)
     knee = matrix / bandwidth
     left, right = min(min(p[0] for p in points), knee) / 4, max(max(p[0] for p in points), knee) * 4
     ax.plot([left, knee, right], [left * bandwidth / 1e12, matrix / 1e12, matrix / 1e12], "k-", lw=1.5)
-    ax.annotate(f"{bandwidth / 1e9:,.0f} GB/s", (left * 1.3, left * 1.3 * bandwidth / 1e12 * 1.9), fontsize=8)
+    ax.annotate(f"{bandwidth / 1e9:,.0f} GB/s", (left, left * 3 * bandwidth / 1e12), fontsize=8)
     ax.annotate(f"{matrix / 1e12:,.2f} TFLOP/s", (right, matrix / 1e12 * 1.15), fontsize=8, ha="right")
     ax.set_xscale("log")
     ax.set_yscale("log")

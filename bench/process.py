@@ -30,6 +30,12 @@ class Budget:
     def __init__(self, seconds: float | None = None, whose: str = "the budget") -> None:
         self.seconds, self.whose, self._begin = seconds, whose, time.monotonic()
 
+    def part(self, share: float) -> "Budget":
+        """The same, with a share of the seconds."""
+        part = Budget(None if self.seconds is None else share * self.seconds, self.whose)
+        part._begin = self._begin
+        return part
+
     def check(self) -> None:
         """Raise `PeerUnsupported` where there is no time left."""
         if self.seconds is not None and time.monotonic() - self._begin > self.seconds:

@@ -1,5 +1,6 @@
 """The process that knows the truth: our XLA path, which checks every other's tokens, and measures the ceilings."""
 
+import threading
 from typing import Any
 
 from bench.process import PeerFailed, Worker
@@ -16,6 +17,7 @@ class Reference:
 
     def __init__(self) -> None:
         self.worker = Worker("ours")
+        self._lock = threading.Lock()  # several peers may be warming up at once
         self.worker.ask("open", 120, job={"model": None})
         self.hello: dict[str, Any] = self.ask("hello", 120)
         self.dtype = ""
@@ -23,7 +25,8 @@ class Reference:
 
     def ask(self, do: str, limit_s: float, **args: Any) -> dict[str, Any]:
         """One of what `bench.peers.ours.Ours` offers."""
-        return self.worker.ask(do, limit_s, args=args)
+        with self._lock:
+            return self.worker.ask(do, limit_s, args=args)
 
     def ceilings(self, dtype: str, working_set: int) -> dict[str, float]:
         """Measured now, with no model loaded."""

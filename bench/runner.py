@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -145,14 +146,19 @@ def _measure(
     run = start_run(reference.hello["device"], reference.hello["versions"], reference.ceilings(dtype, weights))
     say(f"{name} {dtype}: run {run.run}, {len(loads)} workloads, load average {run.load_average}")
     reference.open(job)
-    turns = (settings.order or ("turns" if job["platform"] == "cpu" else "one-by-one")) == "turns"
+    order = settings.order or ("turns" if job["platform"] == "cpu" else "one-by-one")
+    turns, together = order == "turns", order == "warm-together"
     inputs = {w: prompts(w, shape["vocab_size"], shape["bos_id"], text) for w in loads}
     records: list[Record] = []
+    if together:
+        _warm_all(settings, reference, entries, loads, inputs, job)
     for group in [entries] if turns else [[e] for e in entries]:
-        _run_group(settings, reference, group, loads, inputs, job)
+        if not together:
+            _open_all(settings, group, job)
+        _run_group(settings, reference, group, loads, inputs, warmed=together)
         if turns:  # the machine may have been busy: the best of before and after is nearer to its ceiling
             run = dataclasses.replace(run, ceilings=best_of(run.ceilings, reference.ceilings(dtype, weights)))
-        made = [r for e in group for r in records_of(run, e, name, dtype, loads, shape["dims"])]
+        made = [r | {"order": order} for e in group for r in records_of(run, e, name, dtype, loads, shape["dims"])]
         append(_results(settings) / "compare.jsonl", made)  # at once: a run that is ended keeps what it has
         records += made
     reference.close_model()
@@ -164,20 +170,52 @@ def _results(settings: argparse.Namespace) -> Path:
     return Path(settings.results) if settings.results else RESULTS
 
 
+def _open_all(settings: argparse.Namespace, group: list[Entry], job: dict[str, Any]) -> None:
+    for entry in (e for e in group if e.why is None):
+        _guard(entry, None, lambda e: _open(settings, e, job))
+
+
+def _warm_all(
+    settings: argparse.Namespace,
+    reference: Reference,
+    entries: list[Entry],
+    loads: list[Workload],
+    inputs: dict[Workload, list[list[int]]],
+    job: dict[str, Any],
+) -> None:
+    """Open all, and run all workloads cold and warm, at the same time: compiling takes most of a session. What is
+    measured once, cold, is measured beside the others' then; what is measured warm is not."""
+
+    def warm(entry: Entry) -> None:
+        _open_all(settings, [entry], job)
+        for load in loads:
+            if entry.why is None:
+                _guard(entry, load, functools.partial(_warm_up, settings, reference, load=load, rows=inputs[load]))
+
+    whole, settings.clock = settings.clock, settings.clock.part(0.6)  # so that there is time to measure
+    with ThreadPoolExecutor(len(entries)) as pool:
+        list(pool.map(warm, entries))
+    settings.clock = whole
+
+
 def _run_group(
     settings: argparse.Namespace,
     reference: Reference,
     group: list[Entry],
     loads: list[Workload],
     inputs: dict[Workload, list[list[int]]],
-    job: dict[str, Any],
+    *,
+    warmed: bool,
 ) -> None:
-    """Open all of the group, run its workloads in turns, close all."""
-    for entry in (e for e in group if e.why is None):
-        _guard(entry, None, lambda e: _open(settings, e, job))
+    """Run the workloads of open implementations in turns, close all."""
+    for entry in group:
+        entry.clock = Budget(settings.share, "a peer's share")
     for load in loads:
         for entry in (e for e in group if e.why is None):
-            _guard(entry, load, functools.partial(_warm_up, settings, reference, load=load, rows=inputs[load]))
+            if not entry.ours and "why" not in entry.outcomes.get(load, {}):
+                _guard(entry, load, lambda e: e.clock.check())
+            if not warmed and load not in entry.outcomes:
+                _guard(entry, load, functools.partial(_warm_up, settings, reference, load=load, rows=inputs[load]))
         for _ in range(settings.runs):
             for entry in (e for e in group if e.why is None and "why" not in e.outcomes.get(load, {})):
                 _guard(entry, load, functools.partial(_timed, settings, load=load, rows=inputs[load]))
@@ -189,7 +227,6 @@ def _run_group(
 def _open(settings: argparse.Namespace, entry: Entry, job: dict[str, Any]) -> None:
     assert entry.python is not None
     settings.clock.check()
-    entry.clock = Budget(settings.share, "a peer's share")
     say(f"  {entry.impl}: opening")
     entry.worker = Worker(entry.peer, entry.python)
     entry.worker.ask("available", settings.time_limit)  # imports nothing heavy: what follows is the peer's own start
@@ -211,8 +248,6 @@ def _warm_up(
     settings: argparse.Namespace, reference: Reference, entry: Entry, load: Workload, rows: list[list[int]]
 ) -> None:
     """The cold run, which compiles; a second, for what compiles late; and the check of the tokens."""
-    if not entry.ours:
-        entry.clock.check()
     outcome = entry.outcomes[load] = {"runs": []}
     outcome["cold"] = _generate(settings, entry, load, rows)
     warm = _generate(settings, entry, load, rows)

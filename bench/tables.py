@@ -69,6 +69,7 @@ def _where(records: Sequence[Record]) -> str:
             parts.append(f"{c['matrix'] / 1e12:,.2f} TFLOP/s")
         if is_cpu(r) and r.get("load_average"):
             parts.append(f"load average {r['load_average'][0]:.1f} at its start")
+        parts += [r["note"]] if "note" in r else []
         lines.append(f"<sub>{r['model']} {r['dtype']}: {', '.join(parts)}; run `{r['run']}`.</sub><br>")
     return "\n\n" + "\n".join(dict.fromkeys(lines)) if lines else ""
 

@@ -31,12 +31,11 @@ class Workload:
 def grid(
     batches: list[int], prompt_lens: list[int], new_tokens: int, prefills: list[int], contexts: list[int]
 ) -> list[Workload]:
-    """Decodes of every batch and prompt; prefills, and decodes that end at one of ``contexts``, of one row. Small
-    batches come first: what matters most, for runs that do not get to their end."""
-    loads = [Workload("decode", b, p, new_tokens) for p in prompt_lens for b in batches]
-    loads += [Workload("prefill", 1, p, 1) for p in prefills]
-    loads += [Workload("decode", 1, c - new_tokens, new_tokens) for c in contexts]
-    return sorted(loads, key=lambda w: w.batch)
+    """Every decode workload, with the prefills behind the first, then decodes that end at one of ``contexts``: what
+    matters most comes first, for runs that do not get to their end. Prefills and contexts are of one row."""
+    decodes = [Workload("decode", b, p, new_tokens) for p in prompt_lens for b in batches]
+    decodes += [Workload("decode", 1, c - new_tokens, new_tokens) for c in contexts]
+    return [decodes[0], *(Workload("prefill", 1, p, 1) for p in prefills), *decodes[1:]]
 
 
 def prompts(workload: Workload, vocab_size: int, bos_id: int, text: list[int] | None) -> list[list[int]]:

@@ -112,6 +112,7 @@ def _fields(source: Source) -> list[bytes]:
         return fields + _vocabulary_fields(padded(vocabulary, config.vocab_size))
     # Ids that the tokenizer, wherever it is, will need.
     ids = (("bos", config.bos_id), ("eos", config.eos_ids[0]))
+    fields.append(_field("tokenizer.ggml.model", "text", "none"))  # without this, llama.cpp refuses the file
     return fields + [_field(f"tokenizer.ggml.{name}_token_id", "u32", value) for name, value in ids]
 
 

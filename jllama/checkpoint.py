@@ -45,7 +45,8 @@ def load(
 ) -> Params:
     """Load a checkpoint onto the default device.
 
-    ``dtype``: of activations, cache and unquantised weights (default: the checkpoint's on a GPU, float32 on a CPU).
+    ``dtype``: of activations, cache and unquantised weights (default: float32 on a CPU; on a GPU the checkpoint's, or
+    bfloat16 beside quantised weights).
     ``quant``: ``none``, ``int8`` (a scale per output channel) or ``int4`` (per group of 128); ``group`` changes that.
     ``batch`` and ``max_len`` (default: the model's context) size the cache that must fit beside the weights.
     ``stacked``: the form of the layers (see `Params`); None: stacked where a decode step then runs in one launch.

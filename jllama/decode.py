@@ -85,7 +85,8 @@ def begin(
 
 
 def decode_step(params: Params, state: DecodeState, *, backend: str = "auto") -> tuple[DecodeState, Drawn]:
-    """One token for every row that is not done."""
+    """One token for every row that is not done. One that is gets its key and value behind its length, too, where they
+    are never seen."""
     alive = (~state.done).astype(jnp.int32)
     logits, cache = forward(
         params,

@@ -1,7 +1,7 @@
 """RMSNorm as a kernel, with the residual add before it: every element is read once and written once.
 
-Nothing is shared between rows, and a row fits the registers of a warpgroup: so a block is one warpgroup with a few
-rows, and enough blocks stand on a multiprocessor that some load while others reduce. There is no pipeline to write.
+Nothing is shared between rows, and a row fits the registers of a warpgroup: so a block is one warpgroup with one row,
+and enough blocks stand on a multiprocessor that some load while others reduce. There is no pipeline to write.
 """
 
 import functools
@@ -34,59 +34,44 @@ def check_norm(x: jax.Array, weight: jax.Array, *, delta: jax.Array | None = Non
 
 
 def norm_rows(
-    x: jax.Array,
-    weight: jax.Array,
-    *,
-    eps: float,
-    delta: jax.Array | None = None,
-    rows: int | None = None,
-    interpret: Any = False,
+    x: jax.Array, weight: jax.Array, *, eps: float, delta: jax.Array | None = None, interpret: Any = False
 ) -> Any:
-    """The normed x [..., dim]; with ``delta`` (x + delta, which is what is normed, and its norm).
-
-    ``rows``: how many a block has."""
-    flat = [a.reshape(-1, x.shape[-1]) for a in (x, delta) if a is not None]
-    count = flat[0].shape[0]
-    out = _norm_rows(flat, weight, eps=eps, rows=rows or (2 if count >= 1024 else 1), interpret=interpret)
-    out = [a.reshape(x.shape) for a in out]
+    """The norm of x [..., dim]; with ``delta``, x + delta and its norm."""
+    terms = [a.reshape(-1, x.shape[-1]) for a in (x, delta) if a is not None]
+    out = [a.reshape(x.shape) for a in _norm_rows(terms, weight, eps=eps, interpret=interpret)]
     return out[0] if delta is None else tuple(out)
 
 
 # Compiled as a function of its own: the layers of a model then share one trace and one lowering.
-@functools.partial(jax.jit, static_argnames=("eps", "interpret", "rows"))
-def _norm_rows(x: list[jax.Array], weight: jax.Array, *, eps: float, rows: int, interpret: Any) -> list[jax.Array]:
-    count, dim = x[0].shape
+@functools.partial(jax.jit, static_argnames=("eps", "interpret"))
+def _norm_rows(terms: list[jax.Array], weight: jax.Array, *, eps: float, interpret: Any) -> list[jax.Array]:
     return plgpu.kernel(
-        functools.partial(_body, terms=len(x), eps=eps, rows=rows),
-        out_type=[jax.ShapeDtypeStruct(x[0].shape, x[0].dtype) for _ in x],
-        grid=(math.ceil(count / rows),),
-        grid_names=("block",),
+        functools.partial(_body, eps=eps),
+        out_type=[jax.ShapeDtypeStruct(a.shape, a.dtype) for a in terms],
+        grid=(terms[0].shape[0],),
+        grid_names=("row",),
         num_threads=1,
         thread_name="warpgroup",
         interpret=interpret,
         kernel_name="norm_rows",
-    )(*x, weight)
+    )(*terms, weight)
 
 
-def _body(*refs: Any, terms: int, eps: float, rows: int) -> None:
-    terms_of_x, weight_ref, (*sum_ref, normed_ref) = refs[:terms], refs[terms], refs[terms + 1 :]
-    count, dim = normed_ref.shape
-    a_thread = dim // THREADS
-    layout = plgpu.Layout.WG_STRIDED((dim,), vec_size=math.gcd(a_thread, 8))
+def _body(*refs: Any, eps: float) -> None:
+    """One row. ``refs``: x, maybe delta, the weight, maybe their sum, the norm."""
+    (*term_refs, weight_ref), (*sum_ref, normed_ref) = refs[: len(refs) // 2 + 1], refs[len(refs) // 2 + 1 :]
+    row, dim = lax.axis_index("row"), normed_ref.shape[1]
+    layout = plgpu.Layout.WG_STRIDED((dim,), vec_size=math.gcd(dim // THREADS, 8))
 
     def load(ref: Any) -> jax.Array:
         return plgpu.load(ref, layout=layout, optimized=False)
 
-    # The last block is moved up where it would pass the end: two blocks then write the same values there.
-    first = jnp.maximum(jnp.minimum(lax.axis_index("block") * rows, count - rows), 0)
-    mine = [first + i for i in range(min(rows, count))]
-    loaded = [[load(ref.at[row]) for ref in terms_of_x] for row in mine]  # all before the first is used
-    gain = load(weight_ref)
-    for row, values in zip(mine, loaded, strict=True):
-        x = values[0]
-        if sum_ref:
-            x = (x.astype(jnp.float32) + values[1].astype(jnp.float32)).astype(x.dtype)
-            sum_ref[0][row] = x
-        x = x.astype(jnp.float32)
-        inv_rms = lax.rsqrt(jnp.sum(x * x) / dim + eps)
-        normed_ref[row] = (x * inv_rms * gain.astype(jnp.float32)).astype(normed_ref.dtype)
+    terms = [load(ref.at[row]) for ref in term_refs]
+    gain = load(weight_ref).astype(jnp.float32)
+    x = terms[0]
+    if sum_ref:
+        x = (x.astype(jnp.float32) + terms[1].astype(jnp.float32)).astype(x.dtype)
+        sum_ref[0][row] = x
+    x = x.astype(jnp.float32)
+    inv_rms = lax.rsqrt(jnp.sum(x * x) / dim + eps)
+    normed_ref[row] = (x * inv_rms * gain).astype(normed_ref.dtype)

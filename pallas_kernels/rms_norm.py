@@ -1,10 +1,16 @@
-"""RMSNorm: ``x / rms(x) * weight``, statistics in float32."""
+"""RMSNorm: ``x / rms(x) * weight``, statistics in float32; alone, and with the residual add before it."""
+
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.dispatch import Op
+from pallas_kernels.dispatch import BACKENDS, Choice, Op
+from pallas_kernels.norm_rows import check_norm, norm_rows
+
+ENOUGH_ROWS = 256  # below, a launch costs more than the fusion saves
 
 
 def rms_norm_reference(x: jax.Array, weight: jax.Array, *, eps: float) -> jax.Array:
@@ -14,7 +20,26 @@ def rms_norm_reference(x: jax.Array, weight: jax.Array, *, eps: float) -> jax.Ar
     return (x32 * inv_rms * weight.astype(jnp.float32)).astype(x.dtype)
 
 
-rms_norm = Op("rms_norm", rms_norm_reference)
+def add_rms_norm_reference(
+    x: jax.Array, weight: jax.Array, *, delta: jax.Array, eps: float
+) -> tuple[jax.Array, jax.Array]:
+    """x and delta [..., dim], weight [dim] -> x + delta, and its norm."""
+    x = x + delta
+    return x, rms_norm_reference(x, weight, eps=eps)
+
+
+class _Norm(Op):
+    """A norm of few rows is not worth a launch: like an op that has no kernel, it is XLA's on every backend."""
+
+    def choose(self, backend: str, *args: Any, **kwargs: Any) -> Choice:
+        few = math.prod(args[0].shape[:-1]) < ENOUGH_ROWS
+        if few and backend in BACKENDS and backend != "xla":
+            return Choice("xla", f"fewer than {ENOUGH_ROWS} rows: XLA fuses it with its neighbours")
+        return super().choose(backend, *args, **kwargs)
+
+
+rms_norm = _Norm("rms_norm", rms_norm_reference, kernel=norm_rows, check=check_norm)
+add_rms_norm = _Norm("add_rms_norm", add_rms_norm_reference, kernel=norm_rows, check=check_norm)
 
 CASES = {
     "7b-decode": dict(rows=1, dim=4096),

@@ -5,6 +5,8 @@ pieces, so the 132 blocks of an H200 are busy to 95 % or more whatever the shape
 the inputs are cut, the partial sums are added in one fixed order afterwards, in the operation that transposes the
 (small) result, so the same arguments always give the same bits.
 
+Where the inputs are not cut, as for most shapes, the kernel finishes its sums itself and no operation follows it.
+
 Inside a block one warpgroup issues TMA copies into a ring of stages; the others take the stages in turn, each with
 accumulators of its own, and add those up through shared memory when the piece is done.
 """
@@ -20,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.dispatch import Unsupported
+from pallas_kernels.skinny_consume import consume
 from pallas_kernels.skinny_plan import Plan, SkinnyTiles, plan, tiles_for
 from pallas_kernels.tiles import (
     WGMMA_ROWS,
@@ -28,13 +31,10 @@ from pallas_kernels.tiles import (
     check_product,
     format_of,
     layer_index,
-    scale_column,
     shuffle_inputs,
     sm_count,
     split,
-    spread,
     swizzled,
-    widen_shuffled,
 )
 
 MAX_ROWS = 64
@@ -51,9 +51,8 @@ def check_skinny(x: jax.Array, w: Weight, *, tiles: SkinnyTiles | None = None) -
         raise Unsupported(f"at most {MAX_ROWS} rows, found {rows}")
     if inner % tiles.step:
         raise Unsupported(f"{inner} inputs: must be a multiple of {tiles.step}")
-    grain = WGMMA_ROWS if fmt.grouped else 8
-    if out % grain:
-        raise Unsupported(f"{out} outputs: must be a multiple of {grain}")
+    if out % 8 or (fmt.quantized and out < WGMMA_ROWS):
+        raise Unsupported(f"{out} outputs: must be a multiple of 8" + ", at least 64" * fmt.quantized)
     if fmt.group is not None and tiles.step % fmt.group:
         raise Unsupported(f"groups of {fmt.group} inputs: must divide {tiles.step}")
 
@@ -100,22 +99,29 @@ def _skinny(x: jax.Array, w: Weight, layer: jax.Array, residual: jax.Array | Non
     data, scale = split(w)
     x = jnp.pad(x, ((0, padded - rows), (0, 0)))
     arguments = [layer, shuffle_inputs(x) if fmt.quantized and not interpret else x, data]
-    if fmt.grouped:
+    if fmt.grouped or (fmt.quantized and p.direct):
         arguments.append(scale)
-    parts = _kernel(fmt, p, tiles, x.dtype, interpret)(*arguments)
-    # All that follows works on the small sums and is one XLA fusion.
-    y = functools.reduce(jnp.add, [parts[i] for i in range(p.cuts)])[:, :rows]  # a fixed order
-    if scale is not None and not fmt.grouped:
-        y = y * scale[layer[0]].astype(jnp.float32)
+    # What follows a finished product, if anything, or what works on the small parts, is one XLA fusion.
+    if p.direct:
+        done = jax.ShapeDtypeStruct((rows, p.out), jnp.float32 if swiglu or residual is not None else out_dtype)
+        y = _kernel(fmt, p, tiles, x.dtype, done, interpret)(*arguments)
+    else:
+        done = jax.ShapeDtypeStruct((p.cuts, p.out, p.rows), jnp.float32)
+        parts = _kernel(fmt, p, tiles, x.dtype, done, interpret)(*arguments)
+        y = functools.reduce(jnp.add, [parts[i] for i in range(p.cuts)])[:, :rows]  # a fixed order
+        if scale is not None and not fmt.grouped:
+            y = y * scale[layer[0]].astype(jnp.float32)
+        y = y.T
     if swiglu:
-        gate, up = jnp.split(y, 2)
+        gate, up = jnp.split(y, 2, axis=-1)
         y = jax.nn.silu(gate) * up
-    y = y.T if residual is None else y.T + residual.astype(jnp.float32)
+    if residual is not None:
+        y = y + residual.astype(jnp.float32)
     return y.astype(out_dtype)
 
 
-def _kernel(fmt: Format, p: Plan, tiles: SkinnyTiles, dtype: Any, interpret: Any) -> Any:
-    """The launch: partial sums, float32 [cuts, out, rows]."""
+def _kernel(fmt: Format, p: Plan, tiles: SkinnyTiles, dtype: Any, done: jax.ShapeDtypeStruct, interpret: Any) -> Any:
+    """The launch. It leaves finished sums [rows, out], or float32 parts [cuts, out, padded rows]."""
     others = tiles.consumers - 1
     scratch = {
         "w_ring": swizzled((p.depth, p.height, tiles.step), fmt.dtype),
@@ -127,11 +133,14 @@ def _kernel(fmt: Format, p: Plan, tiles: SkinnyTiles, dtype: Any, interpret: Any
     if others:
         scratch["summed"] = plgpu.Barrier(num_arrivals=others)
         scratch["stored"] = plgpu.Barrier(num_arrivals=1)
+    if p.direct:
+        scratch["turned"] = plgpu.SMEM((p.rows, p.height), jnp.float32)
+        scratch["finished"] = plgpu.SMEM((p.rows, p.strip), done.dtype)
     if interpret and fmt.quantized:
         scratch["widened"] = swizzled((tiles.consumers, WGMMA_ROWS, tiles.step), dtype, run=fmt.group)
     return plgpu.kernel(
         functools.partial(_body, fmt=fmt, p=p, tiles=tiles, dtype=dtype, interpret=interpret),
-        out_type=jax.ShapeDtypeStruct((p.cuts, p.out, p.rows), jnp.float32),
+        out_type=done,
         scratch_types=scratch,
         grid=(p.blocks,),
         grid_names=("block",),
@@ -170,7 +179,7 @@ def _body(*refs: Any, fmt: Format, p: Plan, tiles: SkinnyTiles, dtype: Any, inte
             spare = (registers - 24) // tiles.consumers
             plgpu.set_max_registers(min(240, (registers + spare) // 8 * 8), action="increase")
         scales = scale_ref[0].at[layer] if scale_ref else None
-        _consume(me, scales, out_ref, turns, piece, fmt, p, tiles, dtype, **scratch)
+        consume(me, scales, out_ref, turns, piece, fmt, p, tiles, dtype, **scratch)
 
 
 def _produce(x_ref: Any, w_ref: Any, turns: Any, piece: Any, p: Plan, step: int, *, w_ring: Any, x_ring: Any,
@@ -179,6 +188,7 @@ def _produce(x_ref: Any, w_ref: Any, turns: Any, piece: Any, p: Plan, step: int,
 
     def turn(t: Any, count: Any) -> Any:
         row, _, start, end = piece(t)
+        place = pl.ds(p.shift(row), p.strip)
 
         def stage(i: Any, count: Any) -> Any:
             slot = lax.rem(count, p.depth)
@@ -188,9 +198,7 @@ def _produce(x_ref: Any, w_ref: Any, turns: Any, piece: Any, p: Plan, step: int,
                 plgpu.barrier_wait(free.at[slot])
 
             inputs = pl.ds(i * step, step)
-            plgpu.copy_gmem_to_smem(
-                w_ref.at[pl.ds(row, p.strip), inputs], w_ring.at[slot, pl.ds(0, p.strip)], full.at[slot]
-            )
+            plgpu.copy_gmem_to_smem(w_ref.at[pl.ds(row, p.strip), inputs], w_ring.at[slot, place], full.at[slot])
             plgpu.copy_gmem_to_smem(x_ref.at[:, inputs], x_ring.at[slot], full.at[slot])
             return count + 1
 
@@ -202,124 +210,3 @@ def _produce(x_ref: Any, w_ref: Any, turns: Any, piece: Any, p: Plan, step: int,
         plgpu.barrier_wait(free.at[lax.rem(i, p.depth)])
 
     lax.fori_loop(jnp.maximum(count - p.depth, 0), count, drain, None)
-
-
-def _consume(me: Any, scales: Any, out_ref: Any, turns: Any, piece: Any, fmt: Format, p: Plan, tiles: SkinnyTiles,
-             dtype: Any, *, w_ring: Any, x_ring: Any, sums: Any, full: Any, free: Any, summed: Any = None,
-             stored: Any = None, widened: Any = None) -> None:  # fmt: skip
-    """Multiply the stages whose turn it is, then add up what the consumers have."""
-    tiles_of_64 = p.height // WGMMA_ROWS
-    last = tiles.consumers - 1
-    accumulators = [plgpu.ACC((WGMMA_ROWS, p.rows), jnp.float32)] * tiles_of_64
-
-    def operand(slot: Any, tile: int) -> Any:
-        """One 64-row tile of a stage, as wgmma's left operand: where it lies, or widened in registers."""
-        weights = w_ring.at[slot, pl.ds(tile * WGMMA_ROWS, WGMMA_ROWS)]
-        if not fmt.quantized:
-            return weights
-        if widened is None:
-            return widen_shuffled(weights, dtype)
-        # The interpreter has no wgmma with an operand in registers.
-        widened[me] = weights[...].astype(dtype)
-        plgpu.commit_smem()
-        return widened.at[me]
-
-    def multiply(acc: Any, weights: Any, slot: Any, group: slice = slice(None)) -> None:
-        """acc += a tile of weights, over one group of its inputs."""
-        in_registers = fmt.quantized and widened is None
-        weights = weights[:, group] if in_registers else weights.at[:, group]
-        plgpu.wgmma(acc, weights, x_ring.at[slot, :, group].T)
-        if widened is not None:
-            plgpu.wgmma_wait(0)
-
-    def my_stages(start: Any, end: Any, count: Any, stage: Any, carry: Any) -> Any:
-        """Fold ``stage(step, slot, carry)`` over the stages of a piece that are this consumer's.
-
-        A slot of the ring always belongs to the same consumer, across pieces too: a warpgroup keeps count of a
-        barrier's phases by waiting for each of them."""
-        first = lax.rem(me + tiles.consumers - lax.rem(count, tiles.consumers), tiles.consumers)
-
-        def body(j: Any, carry: Any) -> Any:
-            offset = first + j * tiles.consumers
-            slot = lax.rem(count + offset, p.depth)
-            plgpu.barrier_wait(full.at[slot])
-            carry = stage(start + offset, slot, carry)
-            plgpu.barrier_arrive(free.at[slot])
-            return carry
-
-        return lax.fori_loop(0, (end - start - first + last) // tiles.consumers, body, carry)
-
-    def one_scale_a_row(start: Any, end: Any, count: Any) -> Any:
-        def scoped(*accs: Any) -> list[jax.Array]:
-            def stage(_: Any, slot: Any, carry: Any) -> Any:
-                for tile, acc in enumerate(accs):
-                    multiply(acc, operand(slot, tile), slot)
-                plgpu.wgmma_wait(0)
-                return carry
-
-            my_stages(start, end, count, stage, None)
-            return [acc[...] for acc in accs]
-
-        return pl.run_scoped(scoped, *accumulators)
-
-    def one_scale_a_group(start: Any, end: Any, count: Any, row: Any) -> Any:
-        groups = tiles.step // fmt.group
-
-        together = math.gcd(groups, max(1, WGMMA_ROWS // p.rows))  # groups in flight: as registers allow
-
-        def stage(step: Any, slot: Any, totals: Any) -> Any:
-            totals = list(totals)
-            for tile in range(tiles_of_64):
-                weights = operand(slot, tile)
-                for g in range(0, groups, together):
-
-                    def scoped(*accs: Any, weights: Any = weights, g: int = g) -> list[jax.Array]:
-                        for i, acc in enumerate(accs):
-                            multiply(acc, weights, slot, slice((g + i) * fmt.group, (g + i + 1) * fmt.group))
-                        plgpu.wgmma_wait(0)
-                        return [acc[...] for acc in accs]
-
-                    for i, part in enumerate(pl.run_scoped(scoped, *[accumulators[tile]] * together)):
-                        scale = scale_column(scales, row + tile * WGMMA_ROWS, step * groups + g + i, WGMMA_ROWS)
-                        totals[tile] = totals[tile] + part * spread(scale, part.shape)
-            return totals
-
-        zero = plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, p.rows), jnp.float32), plgpu.Layout.WGMMA)
-        return my_stages(start, end, count, stage, [zero] * tiles_of_64)
-
-    def turn(t: Any, count: Any) -> Any:
-        row, cut, start, end = piece(t)
-        totals = one_scale_a_group(start, end, count, row) if fmt.grouped else one_scale_a_row(start, end, count)
-
-        def save() -> None:
-            for tile, total in enumerate(totals):
-                sums[me, pl.ds(tile * WGMMA_ROWS, WGMMA_ROWS)] = total
-
-        if not last:
-            save()
-        else:
-
-            @pl.when(me < last)
-            def _() -> None:
-                save()
-                plgpu.barrier_arrive(summed)
-                plgpu.barrier_wait(stored)
-
-        @pl.when(me == last)
-        def _() -> None:
-            if last:
-                plgpu.barrier_wait(summed)
-                for tile, total in enumerate(totals):
-                    part = pl.ds(tile * WGMMA_ROWS, WGMMA_ROWS)
-                    for other in range(last):
-                        total = total + plgpu.load(sums.at[other, part], layout=plgpu.Layout.WGMMA)
-                    sums[0, part] = total  # where each thread has just read
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(sums.at[0, pl.ds(0, p.strip)], out_ref.at[cut, pl.ds(row, p.strip)])
-            plgpu.wait_smem_to_gmem(0)
-            if last:
-                plgpu.barrier_arrive(stored)
-
-        return count + end - start
-
-    lax.fori_loop(0, turns, turn, jnp.int32(0))

@@ -7,10 +7,16 @@ what the busiest block has to do, whose constants were fitted to measurements on
 import itertools
 import math
 from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
 from pallas_kernels.tiles import SHARED_BYTES, WGMMA_ROWS, Format, nbytes
 
 PIECE_COST = 20_000  # finishing a piece takes as long as so many bytes of a block's share of the bandwidth
+FUSION_COST = 53_000  # likewise what follows the kernel where it leaves parts: a launch, and all sums once more
+MULTIPLY_COST = {4: 0.63, 8: 0.9, 16: 0.2}  # likewise of a weight of so many bits: widening an integer, wgmma
 L2_COST = 0.3  # of a byte that comes from the cache, in bytes that come from memory
 ENOUGH_IN_FLIGHT = 48_000  # bytes that a block must have asked for to keep its share of the memory busy
 
@@ -48,35 +54,52 @@ class Plan:
 
     @property
     def height(self) -> int:
-        """Rows of a tile in shared memory: wgmma takes 64 at a time, the surplus is never loaded nor stored."""
-        return WGMMA_ROWS * math.ceil(self.strip / WGMMA_ROWS)
+        """Rows of a stage in shared memory: wgmma takes 64 at a time."""
+        return max(self.strip, WGMMA_ROWS)
+
+    @property
+    def tiles(self) -> tuple[int, ...]:
+        """Where each 64 rows begin. The last are moved up where they would pass the end: some sums are formed twice."""
+        return tuple(min(i, self.height - WGMMA_ROWS) for i in range(0, self.strip, WGMMA_ROWS))
+
+    def shift(self, row: Any) -> Any:
+        """How far down in a stage the strip lies that begins at ``row``. Scales are read 64 rows at a time, and near
+        the end those rows begin before the strip."""
+        if self.strip >= WGMMA_ROWS or self.out < WGMMA_ROWS:
+            return 0
+        return pl.multiple_of(jnp.maximum(row + WGMMA_ROWS - self.out, 0), 8)
+
+    @property
+    def direct(self) -> bool:
+        """Whether the kernel finishes its sums itself."""
+        return self.cuts == 1 and self.rows == 8
 
 
 def plan(out: int, inner: int, rows: int, fmt: Format, tiles: SkinnyTiles, sms: int) -> Plan:
     """The cut that keeps the busiest block least busy."""
-    # Scales of a group are read in whole wgmma tiles; a surplus there could lie beyond the array.
-    grain = WGMMA_ROWS if fmt.grouped else 8
     steps = inner // tiles.step
 
     def piece(strip: int, cuts: int) -> Plan:
         strips = math.ceil(out / strip)
-        height = WGMMA_ROWS * math.ceil(strip / WGMMA_ROWS)
+        height = max(strip, WGMMA_ROWS)
         stage = nbytes((height, tiles.step), fmt.bits) + nbytes((rows, tiles.step), 16)
-        room = SHARED_BYTES - 4096 - max(1, tiles.consumers - 1) * nbytes((height, rows), 32)
+        sums = max(1, tiles.consumers - 1) + (2 if cuts == 1 else 0)
+        room = SHARED_BYTES - 4096 - sums * nbytes((height, rows), 32)
         depth = min(tiles.depth, room // stage) // tiles.consumers * tiles.consumers
         return Plan(out, rows, steps, strip, strips, cuts, min(sms, strips * cuts), depth)
 
     def cost(p: Plan) -> float:
         """What the busiest block reads, in bytes, and everything else as so many bytes."""
         turns, stages = math.ceil(p.strips * p.cuts / p.blocks), math.ceil(steps / p.cuts)
-        surplus = (p.height - p.strip) * (0.4 if fmt.quantized else 0.1)  # costs widening and room, no bandwidth
-        weights = nbytes((math.ceil(p.strip + surplus), tiles.step), fmt.bits)
+        multiplied = nbytes((WGMMA_ROWS * len(p.tiles), tiles.step), 8) * MULTIPLY_COST[fmt.bits]
+        weights = max(nbytes((p.strip, tiles.step), fmt.bits), multiplied)  # one waits for the other
         activations = nbytes((rows, tiles.step), 16) * L2_COST
         in_flight = p.depth * nbytes((p.strip, tiles.step), fmt.bits)
         reading = turns * stages * (weights + activations) * max(1, ENOUGH_IN_FLIGHT / in_flight)
-        return reading + turns * PIECE_COST + p.cuts * nbytes((out, rows), 2 * 32) / sms
+        fusion = 0 if p.direct else FUSION_COST + p.cuts * nbytes((out, rows), 2 * 32) / sms
+        return reading + turns * PIECE_COST + fusion
 
-    strips = range(grain, min(tiles.strip, out) + 1, grain)
+    strips = range(8, min(tiles.strip, out) + 1, 8)
     cuts = range(1, min(tiles.cuts, steps) + 1)
     candidates = (piece(*c) for c in itertools.product(strips, cuts))
     return min((p for p in candidates if p.depth), key=cost)

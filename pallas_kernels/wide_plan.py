@@ -86,10 +86,14 @@ def tiles_for(fmt: Format, rows: int, out: int, swiglu: bool, sms: int) -> WideT
     """The measured choice for one H200."""
     if swiglu and rows <= 128:
         return WideTiles(out=64, rows=128, trade=True)
-    if swiglu:  # float weights are best shared by the consumers, widened ones must not be
-        return WideTiles(out=64, rows=256, by_rows=not fmt.quantized, trade=fmt.quantized)
-    large_tiles_fill = math.ceil(rows / 256) * (out // 128) >= 0.9 * sms
-    return WideTiles(out=128, rows=256 if large_tiles_fill else 128)
+    if swiglu and not fmt.quantized:  # float weights are best shared by the consumers, widened ones must not be
+        return WideTiles(out=64, rows=256, by_rows=True, pair=rows >= 4096 and out % 128 == 0 and sms % 2 == 0)
+    large = WideTiles(out=64, rows=256, trade=True) if swiglu else WideTiles(out=128, rows=256)
+    count = math.ceil(rows / large.rows) * (out // large.out)
+    if not swiglu and count < 0.9 * sms:
+        return replace(large, rows=128)
+    # Halves of the tiles that are left over, where one wave can take them all.
+    return replace(large, parts=2 if count > sms and 0 < 2 * (count % sms) <= sms else 1)
 
 
 def check_wide(x: jax.Array, w: Weight, *, swiglu: bool = False, tiles: WideTiles | None = None) -> None:
@@ -100,7 +104,10 @@ def check_wide(x: jax.Array, w: Weight, *, swiglu: bool = False, tiles: WideTile
     tiles = tiles or tiles_for(fmt, x.shape[0], out, swiglu, 132)
     if x.shape[1] % tiles.step:
         raise Unsupported(f"{x.shape[1]} inputs: must be a multiple of {tiles.step}")
-    if out % tiles.out:
-        raise Unsupported(f"{out} outputs: must be a multiple of {tiles.out}")
+    side_by_side = tiles.out * (2 if tiles.pair else 1)
+    if out % side_by_side:
+        raise Unsupported(f"{out} outputs: must be a multiple of {side_by_side}")
+    if tiles.pair and fmt.quantized:  # their stages are read by ordinary loads, which a pair's barrier does not await
+        raise Unsupported("pairs of blocks are for float weights")
     if fmt.group is not None and fmt.group % tiles.step and tiles.step % fmt.group:
         raise Unsupported(f"groups of {fmt.group} inputs do not fit steps of {tiles.step}")

@@ -64,17 +64,17 @@ def test_inputs_rotate_past_the_cache_within_the_limit() -> None:
     assert measure.sets_needed(1000, 100, 10_000) == 1
 
 
-@pytest.mark.parametrize("short", [True, False])
-def test_every_operation_of_a_timed_call_runs(short: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("seconds", [1e-9, 1e9])
+def test_every_operation_of_an_iteration_runs(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
     import jax
     import jax.numpy as jnp
 
-    monkeypatch.setattr(measure, "SHORT_S", 1e9 if short else 0.0)
-    monkeypatch.setattr(measure, "MAX_LOOP", 3)
+    monkeypatch.setattr(measure, "ITERATION_S", seconds)
+    monkeypatch.setattr(measure, "MAX_CHAIN", 5)
     ran = []
 
     def op(x: jax.Array, w: jax.Array) -> jax.Array:
-        jax.debug.callback(lambda: ran.append(1))
+        jax.debug.callback(lambda w: ran.append(float(w[0])), w)
         return x * w
 
     sets = [(jnp.full(4, 2.0), jnp.full(4, 1.0 + i)) for i in range(2)]
@@ -82,8 +82,21 @@ def test_every_operation_of_a_timed_call_runs(short: bool, monkeypatch: pytest.M
     jax.effects_barrier()
     assert len(samples) == 4
     assert all(s > 0 for s in samples)
-    assert how["chained"] is short
-    assert len(ran) == 5 * len(sets) + 5 * how["ops_per_call"]  # the rough timing, then warm-up and iterations
+    length, calls = (5, measure.MAX_CALLS) if seconds > 1 else (1, 1)
+    assert how == {"sets": 2, "ops_per_call": length, "calls": calls}
+    assert len(ran) == 5 + 5 * length * calls  # the rough timing, then warm-up and iterations
+    assert (2.0 in ran) == (length > 1)  # inputs rotate
+
+
+def test_workloads_in_the_order_of_what_matters() -> None:
+    loads = workloads.grid([1, 8], [128], 256, [512], [4000])
+    shown = [(w.case, w.batch, w.prompt_len, w.context) for w in loads]
+    assert shown == [
+        ("decode", 1, 128, 384),
+        ("prefill", 1, 512, 513),
+        ("decode", 8, 128, 384),
+        ("decode", 1, 3744, 4000),
+    ]
 
 
 # Floors
@@ -235,6 +248,7 @@ def test_help_imports_nothing_heavy(module: str) -> None:
         (compare.main, ["--runs", "0"], "--runs: expected at least 1"),
         (compare.main, ["--peer-python", "hf"], "--peer-python: expected PEER=PATH"),
         (ops.main, ["--op", "conv"], "--op: expected any of"),
+        (ops.main, ["--op", "ffn:0/512"], "--op: expected whole numbers above 0"),
         (report.main, ["missing.md"], "missing.md: no such file"),
     ],
 )
@@ -247,7 +261,8 @@ def test_bad_arguments_are_one_line(main: object, argv: list[str], says: str, ca
     assert err.count("\n") == 1
 
 
-def test_compare_survives_its_peers(fakes: None, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize("order", ["turns", "warm-together"])
+def test_compare_survives_its_peers(fakes: None, order: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     argv = [
         "--preset",
         "stories260k",
@@ -259,6 +274,7 @@ def test_compare_survives_its_peers(fakes: None, tmp_path: Path, capsys: pytest.
         "fakes.crash,fakes.wrong,fakes.refuse",
     ]
     argv += ["--cache-dir", str(tmp_path), "--results", str(tmp_path / "out"), "--prefill", "16", "--time-limit", "60"]
+    argv += ["--order", order]
     with pytest.raises(SystemExit) as end:
         compare.main(argv)
     assert end.value.code == 0
@@ -282,7 +298,20 @@ def test_compare_survives_its_peers(fakes: None, tmp_path: Path, capsys: pytest.
 
 
 def test_ops_check_and_time_and_place_on_the_roofline(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    argv = ["--model", "stories260k", "--seq", "16", "--warmup", "1", "--iterations", "3", "--peers", "none"]
+    argv = [
+        "--model",
+        "stories260k",
+        "--seq",
+        "16",
+        "--op",
+        "attention,decode-attention,ffn,layer,matmul:1",
+        "--warmup",
+        "1",
+        "--iterations",
+        "3",
+        "--peers",
+        "none",
+    ]
     with pytest.raises(SystemExit) as end:
         ops.main([*argv, "--results", str(tmp_path)])
     assert end.value.code == 0
@@ -296,6 +325,7 @@ def test_ops_check_and_time_and_place_on_the_roofline(tmp_path: Path, capsys: py
         assert r["speedup"] == {"xla": 1.0}
     assert all("Hopper" in r["why"] or "kernel" in r["why"] for r in rows if r["impl"] == "pallas")
     assert not any(r.get("failed") for r in rows)
+    assert {r["seq"] for r in rows if r["case"].startswith("matmul")} == {1}
     assert "memory_reduction" in done["attention-prefill"]
     assert "ffn" in capsys.readouterr().out
     assert len(list((tmp_path / "plots").glob("roofline-ops-f32-cpu-*.png"))) == 1

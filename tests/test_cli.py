@@ -103,6 +103,7 @@ def test_json_says_all(run) -> None:
     assert {"load_s", "compile_s", "prefill_s", "decode_s", "tokens_per_s"} <= set(got["timings"])
     assert got["backend"]["decode"]["matmul"]["impl"] == "xla"
     assert "Hopper" in got["backend"]["decode"]["matmul"]["why"]
+    assert got["backend"]["decode"]["decode_step"]["impl"] == "ops"
     tokenizer = jllama.load_tokenizer(jllama.DEMO / "tokenizer.model")
     assert tokenizer.decode(got["prompt_ids"] + got["ids"]) == PROMPT + got["text"]
 

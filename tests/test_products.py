@@ -4,6 +4,8 @@ Small shapes run in Pallas's GPU interpreter, with its race detector; the real s
 one, which finds what the interpreter cannot: layouts, tile sizes, shared memory; on a Hopper GPU they run (marker gpu).
 """
 
+import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -18,12 +20,17 @@ from pallas_kernels import QuantizedTensor, Unsupported, dequantize, ffn, matmul
 from pallas_kernels.ffn import CASES as FFN_CASES
 from pallas_kernels.ffn import check_ffn, ffn_kernel, ffn_reference
 from pallas_kernels.matmul import CASES, check_product, product
+from pallas_kernels.norm_rows import check_norm, norm_rows
+from pallas_kernels.rms_norm import CASES as NORM_CASES
+from pallas_kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_reference
 from pallas_kernels.skinny import SkinnyTiles, check_skinny, plan, skinny
 from pallas_kernels.skinny import tiles_for as skinny_tiles_for
 from pallas_kernels.tiles import format_of
 from pallas_kernels.wide import WideTiles, check_wide, wide
 
 pytestmark = pytest.mark.timeout(120)
+# The interpreter's warpgroups wait for one another in the CPU client's thread pool, which has a thread a core.
+os.environ.setdefault("PJRT_NPROC", "16")
 
 FORMATS = {"bf16": {}, "int8": dict(bits=8), "int8-g32": dict(bits=8, group=32), "int4-g128": dict(bits=4, group=128)}
 SMS = 132  # of an H200
@@ -91,12 +98,19 @@ def lower(f: Callable[..., Any], *args: Any) -> None:
 # The interpreter: small shapes, every path
 
 
-@pytest.mark.parametrize("rows", [1, 33])
+@pytest.mark.parametrize(
+    ("rows", "out", "tiles", "sms"),
+    [
+        (1, 192, SkinnyTiles(step=128, consumers=2, strip=64, cuts=1, depth=4), 3),  # finished in the kernel
+        (2, 160, SkinnyTiles(step=128, consumers=1, strip=32, cuts=1, depth=2), 3),  # less than a wgmma tile
+        (8, 176, SkinnyTiles(step=256, consumers=3, strip=88, cuts=1, depth=3), 1),  # tiles that overlap
+        (33, 192, SkinnyTiles(step=128, consumers=2, strip=64, depth=4), 3),  # parts
+    ],
+)
 @pytest.mark.parametrize("fmt", FORMATS)
-def test_skinny_interpreted(fmt: str, rows: int) -> None:
-    x, w = normal(0, rows, 512), weight(fmt, 192, 512)
-    tiles = SkinnyTiles(step=128, consumers=2, depth=4)
-    y = race_free(skinny(x, w, out_dtype=jnp.float32, tiles=tiles, sms=3, interpret=interpreter()))
+def test_skinny_interpreted(fmt: str, rows: int, out: int, tiles: SkinnyTiles, sms: int) -> None:
+    x, w = normal(0, rows, 512), weight(fmt, out, 512)
+    y = race_free(skinny(x, w, out_dtype=jnp.float32, tiles=tiles, sms=sms, interpret=interpreter()))
     assert error(y, exact(x, w)) < 1e-5
 
 
@@ -139,11 +153,29 @@ def test_wide_interpreted(fmt: str, swiglu: bool, how: str) -> None:
     assert error(y, exact(x, w, swiglu=swiglu, rounded=True)) < (3e-3 if how == "trade" else 1e-5)
 
 
-def test_wide_interpreted_with_residual() -> None:
-    x, w, residual = normal(0, 64, 128), weight("bf16", 2, 128, 128), normal(2, 64, 128)
-    tiles = WideTiles(out=128, rows=64, depth=2)
-    y = race_free(wide(x, w, layer=1, residual=residual, tiles=tiles, sms=1, interpret=interpreter()))
+@pytest.mark.parametrize(
+    ("tiles", "sms"),
+    [
+        (WideTiles(out=128, rows=64, depth=2), 1),
+        (WideTiles(out=128, rows=128, depth=3, parts=2), 2),  # two whole tiles of four, two cut
+        (WideTiles(out=128, rows=128, depth=3, parts=2, pair=True), 4),
+    ],
+)
+def test_wide_interpreted_with_residual(tiles: WideTiles, sms: int) -> None:
+    x, w, residual = normal(0, 192, 128), weight("bf16", 2, 256, 128), normal(2, 192, 256)
+    y = race_free(wide(x, w, layer=1, residual=residual, tiles=tiles, sms=sms, interpret=interpreter()))
     assert error(y, exact(x, w[1], residual=residual)) < 3e-3
+
+
+@pytest.mark.parametrize(("rows", "dim"), [(5, 256), (2, 384)])
+def test_norm_interpreted(rows: int, dim: int) -> None:
+    x, delta, w = normal(0, rows, dim), normal(1, rows, dim), normal(2, dim)
+    y = race_free(norm_rows(x, w, eps=1e-5, interpret=interpreter()))
+    assert error(y, rms_norm_reference(x, w, eps=1e-5)) < 1e-3
+    total, y = norm_rows(x, w, delta=delta, eps=1e-5, interpret=interpreter())
+    expected = add_rms_norm.reference(x, w, delta=delta, eps=1e-5)
+    np.testing.assert_array_equal(total, expected[0])
+    assert error(race_free(y), expected[1]) < 1e-3
 
 
 @pytest.mark.parametrize("rows", [2, 65])
@@ -165,6 +197,26 @@ def test_real_shapes_lower(fmt: str, case: str, rows: int) -> None:
     x, w = jax.ShapeDtypeStruct((rows, inner), jnp.bfloat16), abstract(fmt, out, inner)
     check_product(x, w)
     lower(lambda x, w: product(x, w, out_dtype=jnp.float32), x, w)
+
+
+@pytest.mark.parametrize("rows", [512, 1024, 4096])
+@pytest.mark.parametrize("fmt", ["bf16", "int8"])
+def test_tiles_that_fill_the_gpu_lower(fmt: str, rows: int) -> None:
+    """Pairs of blocks, and halves of the tiles that are left over."""
+    for out, swiglu in ((12288, False), (22016, True)):
+        x, w = jax.ShapeDtypeStruct((rows, 4096), jnp.bfloat16), abstract(fmt, out, 4096)
+        check_wide(x, w, swiglu=swiglu)
+        lower(lambda x, w, swiglu=swiglu: wide(x, w, swiglu=swiglu), x, w)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("case", NORM_CASES)
+def test_norm_lowers(case: str, dtype: Any) -> None:
+    rows, dim = NORM_CASES[case]["rows"], NORM_CASES[case]["dim"]
+    x, w = jax.ShapeDtypeStruct((rows, dim), dtype), jax.ShapeDtypeStruct((dim,), dtype)
+    check_norm(x, w, delta=x)
+    lower(lambda x, w: norm_rows(x, w, eps=1e-5), x, w)
+    lower(lambda x, w, d: norm_rows(x, w, delta=d, eps=1e-5), x, w, x)
 
 
 @pytest.mark.parametrize("rows", [1, 512])
@@ -220,7 +272,49 @@ def test_refused_rows_and_inputs() -> None:
         check_ffn(jax.ShapeDtypeStruct((1, 4096), jnp.bfloat16), jnp.ones(8), w, w)
 
 
+def test_refused_pairs() -> None:
+    x, pair = jax.ShapeDtypeStruct((512, 4096), jnp.bfloat16), WideTiles(out=128, rows=256, pair=True)
+    with pytest.raises(Unsupported, match="384 outputs: must be a multiple of 256"):
+        check_wide(x, abstract("bf16", 384, 4096), tiles=pair)
+    with pytest.raises(Unsupported, match="for float weights"):
+        check_wide(x, abstract("int8", 512, 4096), tiles=pair)
+
+
+@pytest.mark.parametrize(
+    ("dim", "dtype", "delta", "reason"),
+    [
+        (4096, jnp.float32, None, "must be bfloat16 or float16"),
+        (4100, jnp.bfloat16, None, "4100 features: must be a multiple of 128"),
+        (4096, jnp.bfloat16, (2, 4096), "delta is bfloat16 .2, 4096. but"),
+    ],
+)
+def test_refused_norms(dim: int, dtype: Any, delta: Any, reason: str) -> None:
+    x, w = jax.ShapeDtypeStruct((1, dim), dtype), jax.ShapeDtypeStruct((dim,), dtype)
+    with pytest.raises(Unsupported, match=reason):
+        check_norm(x, w, delta=delta and jax.ShapeDtypeStruct(delta, dtype))
+
+
+def test_few_rows_are_normed_by_xla_on_every_backend() -> None:
+    few, many, w = jnp.ones((4, 128)), jnp.ones((512, 128)), jnp.ones(128)
+    for op, options in ((rms_norm, {}), (add_rms_norm, {"delta": few})):
+        assert op.choose("pallas", few, w, eps=1e-5, **options).why.startswith("fewer than")
+    with pytest.raises(Unsupported, match="rms_norm: "):
+        rms_norm(many, w, eps=1e-5, backend="pallas")
+
+
 # Compiled, on a Hopper GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [256, 4096])
+@pytest.mark.parametrize("dim", [2048, 4096, 5120, 8192])
+def test_norm_on_gpu(dim: int, rows: int) -> None:
+    x, delta, w = normal(0, rows, dim), normal(1, rows, dim), normal(2, dim)
+    total, y = add_rms_norm(x, w, delta=delta, eps=1e-5, backend="pallas")
+    reference = rms_norm_reference(total.astype(jnp.float32), w.astype(jnp.float32), eps=1e-5)
+    np.testing.assert_array_equal(np.asarray(total, np.float32), np.asarray(x + delta, np.float32))
+    assert error(y, reference) < 3e-3
+    np.testing.assert_array_equal(rms_norm(total, w, eps=1e-5, backend="pallas"), y)
 
 
 @pytest.mark.gpu
@@ -231,9 +325,10 @@ def test_product_on_gpu(case: str, fmt: str, rows: int) -> None:
     out, inner = CASES[case]["out"], CASES[case]["inner"]
     x, w = normal(0, rows, inner), jax.jit(lambda: weight(fmt, out, inner))()
     run = jax.jit(lambda x, w: matmul(x, w, out_dtype=jnp.float32, backend="pallas"))
-    y, reference = run(x, w), exact(x, w, rounded=rows > 64)
+    y, reference = run(x, w), jax.jit(functools.partial(exact, rounded=rows > 64))(x, w)
     assert error(y, reference) < 1e-4
-    assert error(matmul(x, w, backend="pallas"), reference) < 3e-3
+    if rows in (8, 512):  # a compilation takes seconds
+        assert error(matmul(x, w, backend="pallas"), reference) < 3e-3
     for _ in range(3):
         np.testing.assert_array_equal(run(x, w), y)
 

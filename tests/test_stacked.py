@@ -202,6 +202,8 @@ def test_why_a_step_goes_op_by_op(monkeypatch: pytest.MonkeyPatch) -> None:
         )
         assert "all weights must have one format" in choice(tied).why
         assert runs_whole(SMALL, "bfloat16")
+        assert not runs_whole(preset("7b"), "bfloat16", "int8")
+        monkeypatch.setattr("jllama.step.SLOWER_WHOLE", ())
         assert runs_whole(preset("7b"), "bfloat16", "int8")
         assert not runs_whole(SMALL, "float32")
         with record() as choices:
@@ -227,7 +229,7 @@ def test_steps_through_the_interpreted_kernel(monkeypatch: pytest.MonkeyPatch) -
     stacked = state.replace(cache=cache.replace(k=jnp.stack(cache.k), v=jnp.stack(cache.v)))
     wanted, drawn = decode_chunk(params, state, steps=3, backend="xla")
 
-    options = dict(blocks=1, tiles=Tiles(depth=4, chunk=256, consumers=2), interpret=plgpu.InterpretGPUParams())
+    options = dict(blocks=1, tiles=Tiles(depth=4, consumers=2), interpret=plgpu.InterpretGPUParams())
     interpreted = dataclasses.replace(whole_step, kernel=functools.partial(whole_step.kernel, **options))  # type: ignore
     monkeypatch.setattr("jllama.model.whole_step", interpreted)
     monkeypatch.setattr(dispatch, "require_hopper", lambda: None)
@@ -243,6 +245,7 @@ def test_steps_through_the_interpreted_kernel(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("quant", ["none", "int4"])
 def test_a_chunk_lowers_to_one_launch_a_step(monkeypatch: pytest.MonkeyPatch, quant: str) -> None:
     monkeypatch.setattr(dispatch, "require_hopper", lambda: None)
+    monkeypatch.setattr("jllama.step.SLOWER_WHOLE", ())
     params = jax.eval_shape(
         lambda: init(preset("7b"), jax.random.key(0), dtype=jnp.bfloat16, quant=quant, stacked=True)
     )
@@ -263,7 +266,8 @@ def test_a_chunk_lowers_to_one_launch_a_step(monkeypatch: pytest.MonkeyPatch, qu
 
 
 def agree(params: Params, prompt: list[int], ids: list[int], rounding: float) -> None:
-    """Each of ``ids`` is what XLA would draw after the ones before, or as good as that but for rounding."""
+    """Each of ``ids`` is what XLA would draw after the ones before, or as good as that but for rounding. On the 7B the
+    logits spread by 1.3 and the two ways differ by 0.03: of 256 draws 22 were others, the worst 0.14 behind."""
     tokens = jnp.asarray([prompt + ids])
     logits = jax.jit(functools.partial(forward, backend="xla"))(params, tokens)[0][0, len(prompt) - 1 : -1]
     drawn = np.take_along_axis(np.asarray(logits), np.asarray(ids)[:, None], axis=1)[:, 0]
@@ -286,7 +290,8 @@ GPU_MODELS = {
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("quant", ["none", "int8", "int4"])
 @pytest.mark.parametrize("name", GPU_MODELS)
-def test_greedy_text_on_gpu(name: str, quant: str) -> None:
+def test_greedy_text_on_gpu(monkeypatch: pytest.MonkeyPatch, name: str, quant: str) -> None:
+    monkeypatch.setattr("jllama.step.SLOWER_WHOLE", ())
     config, new = GPU_MODELS[name]
     params = init(config, jax.random.key(0), dtype=jnp.bfloat16, quant=quant, stacked=True)
     assert runs_whole(config, "bfloat16", quant)

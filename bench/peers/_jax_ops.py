@@ -46,7 +46,7 @@ class JaxOps:
         size = "cpu" if platform == "cpu" else "gpu"
         count = sets_needed(opcases.nbytes(case), CACHE[size], LIMIT[size])
         sets = [inputs, *(varied(inputs, i) for i in range(1, count))]
-        samples, how = time_jax_op(op, sets, advance(case), warmup=warmup, iterations=iterations)
+        samples, how = time_jax_op(op, sets, advance(case), single=compiled, warmup=warmup, iterations=iterations)
         return reply | {"samples": samples, "how": how}
 
 

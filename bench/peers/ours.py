@@ -25,55 +25,58 @@ class Ours:
     """`jllama` as a peer."""
 
     def __init__(self, job: dict[str, Any]) -> None:
-        self.job, self.params, self.batch = job, None, 0
+        self.job, self.params = job, None
         if job.get("model") is not None:
             self._load(int(next(iter(job["rooms"]))))
 
     def _load(self, batch: int) -> None:
-        """As the command line does for ``batch`` rows: the form of the weights depends on it."""
+        """As the command line does for ``batch`` rows: whether the layers are stacked depends on it."""
         import jax
 
+        from convert import open_source
         from jllama.checkpoint import load
+        from jllama.step import runs_whole
 
-        if self.batch == batch or (self.batch and self.job["backend"] == "xla"):
-            return
-        self.params, self.batch = None, batch
-        dtype = self.job["dtype"]
+        dtype, room = self.job["dtype"], self.job["rooms"][str(batch)]
         quant = dtype if dtype in ("int8", "int4") else "none"
         float_dtype = DTYPES.get(dtype) or ("float32" if jax.devices()[0].platform == "cpu" else "bfloat16")
-        stacked = False if self.job["backend"] == "xla" else None
-        self.params = load(
-            self.job["model"],
-            dtype=float_dtype,
-            quant=quant,
-            batch=batch,
-            max_len=self.job["rooms"][str(batch)],
-            stacked=stacked,
+        source = open_source(self.job["model"])
+        stacked = self.job["backend"] != "xla" and runs_whole(
+            source.config, float_dtype, quant, batch=batch, max_len=room
         )
+        if self.params is not None and self.params.stacked == stacked:
+            return
+        self.params = None  # before the next: the device need not hold both
+        self.params = load(source, dtype=float_dtype, quant=quant, stacked=stacked, batch=batch, max_len=room)
         jax.block_until_ready(self.params)
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> Output:
-        """Through the same `Session` that the command line uses."""
+        """Through the same `Session` that the command line uses. Decoding is what all tokens take beyond the first:
+        when the first arrives, later ones are under way, and on a CPU maybe done."""
+        self._load(len(prompts))
+        ids, first = self._run(prompts, 1, room=len(prompts[0]) + new_tokens, chunk=1)
+        if new_tokens == 1:
+            return Output(ids, first, 0.0)
+        ids, total = self._run(prompts, new_tokens, room=len(prompts[0]) + new_tokens, chunk=even_chunk(new_tokens - 1))
+        return Output(ids, first, max(total - first, 1e-9))
+
+    def _run(self, prompts: list[list[int]], new_tokens: int, room: int, chunk: int) -> tuple[list[list[int]], float]:
         from jllama.stream import Session
         from pallas_kernels import Unsupported
 
-        self._load(len(prompts))
         assert self.params is not None
-        room = -(-(len(prompts[0]) + new_tokens) // 128) * 128
-        chunk = even_chunk(new_tokens - 1)
-        session = Session(self.params, max_len=room, batch=len(prompts), backend=self.job["backend"], chunk=chunk)
+        session = Session(
+            self.params, max_len=-(-room // 128) * 128, batch=len(prompts), backend=self.job["backend"], chunk=chunk
+        )
         ids: list[list[int]] = [[] for _ in prompts]
         begin = time.perf_counter()
-        first = 0.0
         try:
             for tokens in session.run(prompts, new_tokens):
-                first = first or time.perf_counter() - begin
                 for row, new in zip(ids, tokens.ids, strict=True):
                     row.extend(new)
         except Unsupported as reason:
             raise NotSupported(str(reason)) from None
-        total = time.perf_counter() - begin
-        return Output(ids, first, total - first)
+        return ids, time.perf_counter() - begin
 
     def peak_bytes(self) -> int:
         """Of the device; on a CPU, of the process."""
