@@ -19,7 +19,7 @@ from pallas_kernels.persistent_layouts import UNIT
 from pallas_kernels.persistent_plan import ROW_UNIT, Plan, Product
 
 Refs = dict[str, Any]
-Units = Callable[[int, int], jax.Array]  # first column, which of the phase's units -> [4, 256] bf16
+Units = Callable[[Any, int], jax.Array]  # first column, which of the phase's units -> [4, 256] bf16
 Fill = Callable[[Any], Units]  # token -> its x
 
 
@@ -28,7 +28,7 @@ def load(ref: Any, layout: Any) -> jax.Array:
     return plgpu.load(ref, layout=layout, optimized=False)
 
 
-def unit(plan: Plan, row: Any, column: int) -> jax.Array:
+def unit(plan: Plan, row: Any, column: Any) -> jax.Array:
     """1024 columns of one token as [4, 256]: neighbours stay together in a thread."""
     columns = row.at[pl.ds(column, ROW_UNIT)]
     if plan.interpret:  # it reshapes arrays, but no references
@@ -41,7 +41,8 @@ def unit(plan: Plan, row: Any, column: int) -> jax.Array:
 
 def normalised(plan: Plan, p: Product, x: Any, weight: Any, me: Any, smem: Refs) -> Fill:
     """RMSNorm of x [8, dim]."""
-    gains = [unit(plan, weight, column) for column in p.unit_columns()]
+    columns = list(p.unit_columns())
+    gains = [unit(plan, weight, column) for column in columns] if len(list(p.chunks())) == 1 else []
 
     def fill(row: Any) -> Units:
         values = [unit(plan, x.at[row], i * ROW_UNIT).astype(jnp.float32) for i in range(x.shape[1] // ROW_UNIT)]
@@ -54,7 +55,8 @@ def normalised(plan: Plan, p: Product, x: Any, weight: Any, me: Any, smem: Refs)
 
         def units(column: Any, index: int) -> jax.Array:
             part = unit(plan, x.at[row], column).astype(jnp.float32) * scale
-            return (part * gains[index].astype(jnp.float32)).astype(jnp.bfloat16)
+            gain = gains[index] if gains else unit(plan, weight, column)
+            return (part * gain.astype(jnp.float32)).astype(jnp.bfloat16)
 
         return units
 

@@ -64,7 +64,7 @@ def put_row(plan: Plan, p: Product, x: Any, values: jax.Array, cut: int, step: A
     put(x, values, step, row)
 
 
-def scale_rows(plan: Plan, p: Product, scales: Any, tile: int, group: Any) -> jax.Array:
+def scale_rows(plan: Plan, p: Product, scales: Any, tile: Any, group: Any) -> jax.Array:
     """The scales [64] of a tile's rows for the ``group``-th group of their ranges of inputs, in float32. ``scales`` is
     shared memory in the form of `scales_shape`."""
     groups = p.inner // plan.shape.fmt.group
@@ -77,16 +77,16 @@ def scale_rows(plan: Plan, p: Product, scales: Any, tile: int, group: Any) -> ja
         return flat[((part // p.cuts) * p.strip + row) * groups + column].astype(jnp.float32)
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), SCALAR),
+        arg_types=(plgpu.RefType(), SCALAR, SCALAR),
         return_type=plgpu.ShapeDtypeStruct((WGMMA_ROWS,), jnp.float32, layout=plgpu.Layout.WGMMA.reduce(1)),
     )
-    def read(_: Any, scales: Any, group: Any) -> Any:
-        group, thread = group.registers.item(), thread_in_warpgroup()
+    def read(_: Any, scales: Any, tile: Any, group: Any) -> Any:
+        tile, group, thread = tile.registers.item(), group.registers.item(), thread_in_warpgroup()
         row = plus(times(over(thread, 32), 16), over(rest(thread, 32), 4))
         registers = np.empty(WGMMA_ROW_LAYOUT.registers_shape((WGMMA_ROWS,)), dtype=object)
         for i, index in enumerate(np.ndindex(registers.shape)):  # rows r and r + 8
-            stacked = plus(row, tile * WGMMA_ROWS + 8 * i)
-            if (tile + 1) * WGMMA_ROWS > p.stacked:
+            stacked = plus(plus(row, 8 * i), times(tile, WGMMA_ROWS))
+            if p.tiles * WGMMA_ROWS > p.stacked:
                 stacked = least(stacked, p.stacked - 1)
             part, inside = over(stacked, p.strip), rest(stacked, p.strip)
             half, cut = over(part, p.cuts), rest(part, p.cuts)
@@ -99,7 +99,7 @@ def scale_rows(plan: Plan, p: Product, scales: Any, tile: int, group: Any) -> ja
             registers[index] = vector.broadcast(ir.VectorType.get((1,), ir.F32Type.get()), one)
         return FragmentedArray(_registers=registers, _layout=WGMMA_ROW_LAYOUT, _is_signed=None)
 
-    return read(scales, group)
+    return read(scales, tile, group)
 
 
 def thread_in_warpgroup() -> Any:

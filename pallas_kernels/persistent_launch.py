@@ -228,15 +228,16 @@ def _prepare(plan: Plan, name: str, layer: Any, block: Any, me: Any, count: Any,
 def _kernel(plan: Plan, body: Any, name: str, interpret: Any) -> Any:
     s, t = plan.shape, plan.tiles
     bf16 = jnp.dtype(jnp.bfloat16)
-    # x is dead during attention and once it is multiplied, what attention holds during products, keys once a part is
-    # done; the scales of a phase once the phase after it is under way.
-    cuts = sorted({p.cuts for p in plan.products.values()})
-    xs = [swizzled((t.chunk // t.step // n, n * ROWS, t.step), bf16, run=s.fmt.group) for n in cuts]
-    sums = [plgpu.SMEM(sums_shape(p, t), jnp.float32) for p in plan.products.values()]
+    # x and the sums are dead during attention, what attention holds during products, keys once a part is done; the
+    # scales of a phase once the phase after it is under way.
+    def x(cuts: int) -> Any:
+        return swizzled((t.chunk // t.step // cuts, cuts * ROWS, t.step), bf16, run=s.fmt.group)
+
+    xs = [(x(p.cuts), plgpu.SMEM(sums_shape(p, t), jnp.float32)) for p in plan.products.values()]
     q, keys = swizzled((WGMMA_ROWS, s.head_dim), bf16), swizzled((t.stages, t.keys, s.head_dim), bf16)
     part = plgpu.SMEM((WGMMA_ROWS, s.head_dim), jnp.float32)
     scratch = {
-        "shared_place": plgpu.RefUnion(*xs, *sums, (q, keys, keys), part),
+        "shared_place": plgpu.RefUnion(*xs, (q, keys, keys), part),
         "ring": swizzled((plan.depth, WGMMA_ROWS, t.step), s.fmt.dtype),
         "log": plgpu.SMEM((WGMMA_ROWS,), jnp.float32),
         "new_k": plgpu.SMEM((ROWS, s.head_dim), jnp.bfloat16),
@@ -260,8 +261,7 @@ def _kernel(plan: Plan, body: Any, name: str, interpret: Any) -> Any:
 
     def unpacked(*args: Any, shared_place: Any, **smem: Any) -> None:
         *views, (smem["q"], smem["k"], smem["v"]), smem["part"] = shared_place
-        smem["x"] = dict(zip(cuts, views, strict=False))
-        smem["sums"] = dict(zip(plan.products, views[len(cuts) :], strict=True))
+        smem["x"], smem["sums"] = (dict(zip(plan.products, refs, strict=True)) for refs in zip(*views, strict=True))
         if s.fmt.grouped:
             for turn, names in enumerate(TAKING_TURNS):
                 smem |= {f"scales_{n}": ref for n, ref in zip(names, smem[f"scales_{turn}"], strict=True)}

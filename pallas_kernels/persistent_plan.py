@@ -112,11 +112,16 @@ class Product:
         """Inputs that `chunks` may read, in whole units of `ROW_UNIT`."""
         return ROW_UNIT * math.ceil((max(self.unit_columns()) + ROW_UNIT) / ROW_UNIT)
 
+    @property
+    def held_units(self) -> int:
+        """Units of `ROW_UNIT` columns that are read for a chunk of one range."""
+        return math.ceil(min(self.cut_steps, self.held_steps) * self.step / ROW_UNIT)
+
     def unit_columns(self) -> Iterator[int]:
         """First column of every unit of a row that is read, in the order in which they are."""
-        for first, steps in self.chunks():
+        for first, _ in self.chunks():
             for cut in range(self.cuts):
-                for i in range(math.ceil(steps * self.step / ROW_UNIT)):
+                for i in range(self.held_units):
                     yield (cut * self.cut_steps + first) * self.step + i * ROW_UNIT
 
     def pieces(self, tile: int) -> Iterator[Piece]:
@@ -193,20 +198,19 @@ def product(inner: int, out: int, halves: int, tiles: Tiles, blocks: int) -> Pro
 
 
 def shared_bytes(plan: Plan) -> int:
-    """Bytes of shared memory beside the ring of weights: x, or sums on their way out, or what attention needs; scales
-    of two phases."""
+    """Bytes of shared memory beside the ring of weights: x and sums, or what attention needs; scales of two phases."""
     shape, tiles = plan.shape, plan.tiles
     x = nbytes((ROWS, tiles.chunk), 16)
     sums = max(nbytes(sums_shape(p, tiles), 32) for p in plan.products.values())
     attention = nbytes((WGMMA_ROWS + 2 * tiles.stages * tiles.keys, shape.head_dim), 16)
     new = nbytes((2, ROWS, shape.head_dim), 16)
     scales = sum(max(nbytes(scales_shape(plan.products[n], plan), 16) for n in names) for names in TAKING_TURNS)
-    return max(x, sums, attention) + new + (scales if shape.fmt.grouped else 0)
+    return max(x + sums, attention) + new + (scales if shape.fmt.grouped else 0)
 
 
 def sums_shape(p: Product, tiles: Tiles) -> tuple[int, ...]:
     """All consumers' sums of a phase, a token's outputs side by side."""
-    return tiles.consumers, p.cuts * ROWS, p.tiles * WGMMA_ROWS
+    return tiles.consumers, ROWS, p.tiles * WGMMA_ROWS
 
 
 def scales_shape(p: Product, plan: Plan) -> tuple[int, ...]:

@@ -127,24 +127,19 @@ def product(name: str, scales: Any, fill: Fill, finish: Finish, plan: Plan, bloc
         ]
 
     def run() -> Any:
-        totals, after = multiply(name, fill, plan, block, me, count, smem)
+        after = multiply(name, fill, plan, block, me, count, smem)
         before = None
         if finish.residual is not None:
             before = load(finish.residual.at[:, pl.ds(outer, mine)], outputs()).astype(jnp.float32)
-        sums = smem["sums"][name]
-        together(plan, smem)  # the last readers of x, which has the same place, are done
-        for tile, total in enumerate(totals):
-            place = sums.at[me, :, pl.ds(tile * WGMMA_ROWS, WGMMA_ROWS)]
-            place.T[...] = plgpu.layout_cast(total, plgpu.Layout.WGMMA_TRANSPOSED)
         together(plan, smem)
 
         def whole(half: int) -> jax.Array:
             """The consumers' shares and the cuts, in their order."""
             parts = [
-                load(sums.at[other, pl.ds(cut * ROWS, ROWS), pl.ds((half * p.cuts + cut) * p.strip + row, mine)], outputs())
+                load(smem["sums"][name].at[other, :, pl.ds((half * p.cuts + cut) * p.strip + row, mine)], outputs())
                 for other in range(plan.tiles.consumers)
                 for cut in range(p.cuts)
-            ]  # fmt: skip
+            ]
             total = functools.reduce(jnp.add, parts)
             if fmt.quantized and not fmt.grouped:
                 total = total * lax.broadcast_in_dim(columns[half].astype(jnp.float32), total.shape, (1,))
@@ -165,16 +160,15 @@ def share_of(p: Product, plan: Plan) -> int:
     return 8 * -(-p.strip // 8 // plan.tiles.consumers)
 
 
-def multiply(name: str, fill: Fill, plan: Plan, block: Any, me: Any, count: Any, smem: Refs) -> tuple[list, Any]:
-    """This consumer's share of the sums of every tile, [64, 8 * cuts] each, and the count after all stages.
+def multiply(name: str, fill: Fill, plan: Plan, block: Any, me: Any, count: Any, smem: Refs) -> Any:
+    """Put this consumer's share of the sums of the strip into shared memory; returns the count after all stages.
 
     Consumers take stages in turn. A slot always belongs to the same one: a warpgroup keeps count of a barrier's phases
     by waiting for each of them."""
     p, fmt, consumers = plan.products[name], plan.shape.fmt, plan.tiles.consumers
-    x = smem["x"][p.cuts]
-    columns = p.cuts * ROWS
+    chunks, tile_sums = len(list(p.chunks())), grouped_tile if fmt.grouped else plain_tile
 
-    def each(steps: int, count: Any, stage: Callable[[Any, Any, Any], Any], carry: Any) -> Any:
+    def each(steps: Any, count: Any, stage: Callable[[Any, Any, Any], Any], carry: Any) -> Any:
         """Fold ``stage(step, slot, carry)`` over the stages of a tile that are this consumer's."""
         first = lax.rem(me + consumers - lax.rem(count, consumers), consumers)
         mine = (steps_of(p, block, steps) - first + consumers - 1) // consumers
@@ -189,74 +183,108 @@ def multiply(name: str, fill: Fill, plan: Plan, block: Any, me: Any, count: Any,
 
         return lax.fori_loop(0, mine, body, carry)
 
-    def walk(stage: Callable[..., Any], carry: list) -> list:
-        """``stage`` over all stages, in the order in which the producer brings them."""
-        gone, unit = 0, 0
-        for first, steps in p.chunks():
-            unit = fill_chunk(fill, plan, p, first, steps, unit, me, smem)
-            for tile in range(p.tiles):
-                tile_stage = functools.partial(stage, tile, first)
-                carry[tile] = each(steps, count + steps_of(p, block, gone), tile_stage, carry[tile])
-                gone += steps
-        return carry
+    def chunk(index: Any, count: Any) -> Any:
+        first = index * p.held_steps
+        steps = jnp.minimum(p.cut_steps - first, p.held_steps)
+        fill_chunk(name, fill, plan, first, me, smem)
 
-    def one_scale_a_row(*sums: Any) -> list[jax.Array]:
-        def stage(tile: int, _: int, step: Any, slot: Any, carry: Any) -> Any:
-            plgpu.wgmma(sums[tile], operand(slot, plan, me, smem), x.at[step].T)
+        def tile(number: Any, count: Any) -> Any:
+            total = tile_sums(name, plan, number, first, functools.partial(each, steps, count), me, smem)
+            place = smem["sums"][name].at[me, :, pl.ds(pl.multiple_of(number * WGMMA_ROWS, WGMMA_ROWS), WGMMA_ROWS)].T
+            total = plgpu.layout_cast(own_columns(total, number, p), plgpu.Layout.WGMMA_TRANSPOSED)
+            if chunks > 1:
+                sofar = plgpu.load(place, layout=plgpu.Layout.WGMMA_TRANSPOSED, optimized=False)
+                total = jnp.where(lax.broadcast(first, total.shape) > 0, total + sofar, total)
+            place[...] = total
+            return count + steps_of(p, block, steps)
+
+        return loop(p.tiles, tile, count)
+
+    if fmt.grouped:
+        plgpu.barrier_wait(smem["scales_full"].at[turn_of(name)])
+    count = loop(chunks, chunk, count)
+    if fmt.grouped:
+        plgpu.barrier_arrive(smem["scales_free"].at[turn_of(name)])
+    return count
+
+
+def loop(times: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
+    """A loop whose code is there once, or none where once is enough."""
+    return body(jnp.int32(0), carry) if times == 1 else lax.fori_loop(0, times, body, carry)
+
+
+def accumulator(p: Product) -> Any:
+    return plgpu.ACC((WGMMA_ROWS, p.cuts * ROWS), jnp.float32)
+
+
+def plain_tile(name: str, plan: Plan, _: Any, first: Any, each: Callable[..., Any], me: Any, smem: Refs) -> jax.Array:
+    """A tile's sums [64, 8 * cuts] where weights need no scale, or one a row: that is for whoever finishes."""
+    p = plan.products[name]
+    del first
+
+    def scoped(sums: Any) -> jax.Array:
+        def stage(step: Any, slot: Any, carry: Any) -> Any:
+            plgpu.wgmma(sums, operand(slot, plan, me, smem), smem["x"][name].at[step].T)
             plgpu.wgmma_wait(0)
             return carry
 
-        walk(stage, [None] * p.tiles)
-        return [total[...] for total in sums]
+        each(stage, None)
+        return sums[...]
 
-    def one_scale_a_group() -> list[jax.Array]:
-        groups = p.step // fmt.group
-
-        def stage(tile: int, first: int, step: Any, slot: Any, total: Any) -> Any:
-            weights = operand(slot, plan, me, smem)
-
-            def scoped(*sums: Any) -> list[jax.Array]:
-                for g, part in enumerate(sums):
-                    inputs = slice(g * fmt.group, (g + 1) * fmt.group)
-                    left = weights.at[:, inputs] if plan.interpret else weights[:, inputs]
-                    plgpu.wgmma(part, left, x.at[step, :, inputs].T)
-                    if plan.interpret:
-                        plgpu.wgmma_wait(0)
-                plgpu.wgmma_wait(0)
-                return [part[...] for part in sums]
-
-            parts = pl.run_scoped(scoped, *[accumulator] * groups)
-            for g, part in enumerate(parts):
-                scale = scale_rows(plan, p, smem[f"scales_{name}"], tile, (first + step) * groups + g)
-                total = total + part * spread(scale, (WGMMA_ROWS, columns))
-            return total
-
-        zero = plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, columns), jnp.float32), plgpu.Layout.WGMMA)
-        turn = turn_of(name)
-
-        plgpu.barrier_wait(smem["scales_full"].at[turn])
-        totals = walk(stage, [zero] * p.tiles)
-        plgpu.barrier_arrive(smem["scales_free"].at[turn])
-        return totals
-
-    accumulator = plgpu.ACC((WGMMA_ROWS, columns), jnp.float32)
-    totals = one_scale_a_group() if fmt.grouped else pl.run_scoped(one_scale_a_row, *[accumulator] * p.tiles)
-    return totals, count + steps_of(p, block, p.tiles * p.cut_steps)
+    return pl.run_scoped(scoped, accumulator(p))
 
 
-def fill_chunk(fill: Fill, plan: Plan, p: Product, first: int, steps: int, index: int, me: Any, smem: Refs) -> int:
-    """Put the x of some stages of every cut into shared memory. Consumers share the tokens, or the columns of a single
-    one. ``index`` units of the phase went before; returns how many have gone then."""
-    units = -(-steps * p.step // ROW_UNIT)
+def grouped_tile(
+    name: str, plan: Plan, tile: Any, first: Any, each: Callable[..., Any], me: Any, smem: Refs
+) -> jax.Array:
+    """A tile's sums [64, 8 * cuts] where every group of inputs has a scale."""
+    p, group = plan.products[name], plan.shape.fmt.group
+    groups = p.step // group
+
+    def stage(step: Any, slot: Any, total: Any) -> Any:
+        weights = operand(slot, plan, me, smem)
+
+        def scoped(*sums: Any) -> list[jax.Array]:
+            for g, part in enumerate(sums):
+                inputs = slice(g * group, (g + 1) * group)
+                left = weights.at[:, inputs] if plan.interpret else weights[:, inputs]
+                plgpu.wgmma(part, left, smem["x"][name].at[step, :, inputs].T)
+                if plan.interpret:
+                    plgpu.wgmma_wait(0)
+            plgpu.wgmma_wait(0)
+            return [part[...] for part in sums]
+
+        for g, part in enumerate(pl.run_scoped(scoped, *[accumulator(p)] * groups)):
+            scale = scale_rows(plan, p, smem[f"scales_{name}"], tile, (first + step) * groups + g)
+            total = total + part * spread(scale, part.shape)
+        return total
+
+    zero = jnp.zeros((WGMMA_ROWS, p.cuts * ROWS), jnp.float32)
+    return each(stage, plgpu.layout_cast(zero, plgpu.Layout.WGMMA))
+
+
+def own_columns(total: jax.Array, tile: Any, p: Product) -> jax.Array:
+    """[64, 8] of [64, 8 * cuts]: each row's sums with the x of its own range of inputs."""
+    own = total[:, :ROWS]
+    row = plgpu.broadcasted_iota(jnp.int32, own.shape, 0, layout=plgpu.Layout.WGMMA) + tile * WGMMA_ROWS
+    for cut in range(1, p.cuts):
+        own = jnp.where(lax.rem(lax.div(row, p.strip), p.cuts) == cut, total[:, cut * ROWS : (cut + 1) * ROWS], own)
+    return own
+
+
+def fill_chunk(name: str, fill: Fill, plan: Plan, first: Any, me: Any, smem: Refs) -> None:
+    """Put the x of stages from ``first`` of every cut on into shared memory, as many as fit. Consumers share the
+    tokens, or the columns of a single one."""
+    p = plan.products[name]
 
     def token(row: Any, lone: bool) -> None:
         x = fill(row)
-        for i in range(p.cuts * units):
-            cut, at = divmod(i, units)
+        for i in range(p.cuts * p.held_units):
+            cut, at = divmod(i, p.held_units)
 
             def put(i: int = i, cut: int = cut, at: int = at) -> None:
-                values = x((cut * p.cut_steps + first) * p.step + at * ROW_UNIT, index + i)
-                put_row(plan, p, smem["x"][p.cuts], values, cut, at * (ROW_UNIT // p.step), row)
+                values = x((cut * p.cut_steps + first) * p.step + at * ROW_UNIT, i)
+                put_row(plan, p, smem["x"][name], values, cut, at * (ROW_UNIT // p.step), row)
 
             if lone:
                 pl.when(me == i % plan.tiles.consumers)(put)
@@ -271,7 +299,6 @@ def fill_chunk(fill: Fill, plan: Plan, p: Product, first: int, steps: int, index
         lax.fori_loop(0, turns, lambda i, _: token(me + i * plan.tiles.consumers, lone=False), None)
     plgpu.commit_smem()
     together(plan, smem)
-    return index + p.cuts * units
 
 
 def operand(slot: Any, plan: Plan, me: Any, smem: Refs) -> Any:
