@@ -10,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.persistent_layouts import outputs
 from pallas_kernels.skinny_plan import Plan, SkinnyTiles
-from pallas_kernels.tiles import WGMMA_ROWS, Format, load_shuffled, scale_column, spread, widen_loaded
+from pallas_kernels.tiles import WGMMA_ROWS, Format, load_shuffled, scale_column, spread, widen_shuffled
 
 CHUNK = 128  # inputs that are widened at a time, while the products of the last so many run
 MOST_REGISTERS = 64  # of a thread, for accumulators
@@ -44,7 +44,7 @@ def consume(me: Any, scales: Any, out_ref: Any, turns: Any, piece: Any, fmt: For
             return
         for c in range(0, tiles.step, chunk):
             if widened is None:
-                floats = widen_loaded(integers[:, c : c + chunk], dtype)
+                floats = widen_shuffled(integers[:, c : c + chunk], dtype)
             else:
                 floats = widened.at[me, :, c : c + chunk]
             width = min(group, chunk)

@@ -109,16 +109,11 @@ def widen(integers: jax.Array, dtype: Any) -> jax.Array:
 
 
 def load_shuffled(tile: Any) -> jax.Array:
-    """A tile of integers from shared memory for `widen_loaded`: of 32 inputs, each of 4 threads holds 8 in a row."""
+    """A tile of integers from shared memory for `widen_shuffled`: of 32 inputs, each of 4 threads holds 8 in a row."""
     return plgpu.load(tile, layout=plgpu.Layout.WGMMA_UPCAST_4X)
 
 
-def widen_shuffled(tile: Any, dtype: Any) -> jax.Array:
-    """`load_shuffled`, then `widen_loaded`."""
-    return widen_loaded(load_shuffled(tile), dtype)
-
-
-def widen_loaded(integers: jax.Array, dtype: Any) -> jax.Array:
+def widen_shuffled(integers: jax.Array, dtype: Any) -> jax.Array:
     """What `load_shuffled` gave, as wgmma's left operand, without an exchange between threads: every 32 inputs come out
     in the order that `shuffle_inputs` gives the activations. A sum does not mind the order of its terms."""
 
