@@ -17,8 +17,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import persistent_attention as attention
 from pallas_kernels import persistent_ends as ends
 from pallas_kernels import persistent_products as products
+from pallas_kernels.persistent_lanes import EXPONENT, opaque
 from pallas_kernels.persistent_layouts import outputs
-from pallas_kernels.persistent_plan import ROWS, TAKING_TURNS, Plan, scales_shape, sums_shape
+from pallas_kernels.persistent_plan import ROWS, TAKING_TURNS, Plan, scales_shape, sums_shape, totals_shape
 from pallas_kernels.tiles import WGMMA_ROWS, swizzled
 
 LAYER_PHASES = ("qkv", "attend", "join", "o", "gate_up", "down")
@@ -158,6 +159,9 @@ def _everything(plan: Plan, refs: Refs, smem: Refs, *, registers: bool) -> None:
         if registers:
             plgpu.set_max_registers(consumer_registers(consumers), action="increase")
 
+        if plan.shape.fmt.quantized:
+            smem["exponent"] = opaque(EXPONENT[plan.shape.fmt.bits], refs["start"][0])
+
         def layer(index: Any, count: Any) -> Any:
             for i, name in enumerate(LAYER_PHASES):
                 run = _prepare(plan, name, index, block, me, count, refs, smem)
@@ -233,7 +237,14 @@ def _kernel(plan: Plan, body: Any, name: str, interpret: Any) -> Any:
     def x(cuts: int) -> Any:
         return swizzled((t.chunk // t.step // cuts, cuts * ROWS, t.step), bf16, run=s.fmt.group)
 
-    xs = [(x(p.cuts), plgpu.SMEM(sums_shape(p, t), jnp.float32)) for p in plan.products.values()]
+    xs = [
+        (
+            x(p.cuts),
+            plgpu.SMEM(totals_shape(p, t, s.fmt.group), jnp.float32),
+            plgpu.SMEM(sums_shape(p, t), jnp.float32),
+        )
+        for p in plan.products.values()
+    ]
     q, keys = swizzled((WGMMA_ROWS, s.head_dim), bf16), swizzled((t.stages, t.keys, s.head_dim), bf16)
     part = plgpu.SMEM((WGMMA_ROWS, s.head_dim), jnp.float32)
     scratch = {
@@ -261,7 +272,7 @@ def _kernel(plan: Plan, body: Any, name: str, interpret: Any) -> Any:
 
     def unpacked(*args: Any, shared_place: Any, **smem: Any) -> None:
         *views, (smem["q"], smem["k"], smem["v"]), smem["part"] = shared_place
-        smem["x"], smem["sums"] = (dict(zip(plan.products, refs, strict=True)) for refs in zip(*views, strict=True))
+        smem["x"], smem["totals"], smem["sums"] = (dict(zip(plan.products, refs, strict=True)) for refs in zip(*views, strict=True))
         if s.fmt.grouped:
             for turn, names in enumerate(TAKING_TURNS):
                 smem |= {f"scales_{n}": ref for n, ref in zip(names, smem[f"scales_{turn}"], strict=True)}

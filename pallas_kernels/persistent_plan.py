@@ -205,12 +205,18 @@ def shared_bytes(plan: Plan) -> int:
     attention = nbytes((WGMMA_ROWS + 2 * tiles.stages * tiles.keys, shape.head_dim), 16)
     new = nbytes((2, ROWS, shape.head_dim), 16)
     scales = sum(max(nbytes(scales_shape(plan.products[n], plan), 16) for n in names) for names in TAKING_TURNS)
-    return max(x + sums, attention) + new + (scales if shape.fmt.grouped else 0)
+    totals = max(nbytes(totals_shape(p, tiles, shape.fmt.group), 32) for p in plan.products.values())
+    return max(x + totals + sums, attention) + new + (scales if shape.fmt.grouped else 0)
 
 
 def sums_shape(p: Product, tiles: Tiles) -> tuple[int, ...]:
     """All consumers' sums of a phase, a token's outputs side by side."""
     return tiles.consumers, ROWS, p.tiles * WGMMA_ROWS
+
+
+def totals_shape(p: Product, tiles: Tiles, group: int | None) -> tuple[int, ...]:
+    """What takes the bias of widened weights out of the sums of every group of inputs that x is held of."""
+    return tiles.chunk // p.cuts // (group or tiles.chunk // p.cuts), p.cuts * ROWS
 
 
 def scales_shape(p: Product, plan: Plan) -> tuple[int, ...]:

@@ -16,10 +16,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.persistent_ends import Fill, Finish, load
-from pallas_kernels.persistent_lanes import put_row, scale_rows
+from pallas_kernels.persistent_lanes import BIAS, put_row, scale_rows, widened
 from pallas_kernels.persistent_layouts import outputs
 from pallas_kernels.persistent_plan import ROW_UNIT, ROWS, TAKING_TURNS, Plan, Product
-from pallas_kernels.tiles import WGMMA_ROWS, spread, widen_shuffled
+from pallas_kernels.tiles import WGMMA_ROWS, spread
 
 Refs = dict[str, Any]
 
@@ -256,7 +256,8 @@ def grouped_tile(
 
         for g, part in enumerate(pl.run_scoped(scoped, *[accumulator(p)] * groups)):
             scale = scale_rows(plan, p, smem[f"scales_{name}"], tile, (first + step) * groups + g)
-            total = total + part * spread(scale, part.shape)
+            bias = load(smem["totals"][name].at[step * groups + g], plgpu.Layout.WGMMA.reduce(0))
+            total = total + (part + lax.broadcast_in_dim(bias, part.shape, (1,))) * spread(scale, part.shape)
         return total
 
     zero = jnp.zeros((WGMMA_ROWS, p.cuts * ROWS), jnp.float32)
@@ -284,14 +285,15 @@ def fill_chunk(name: str, fill: Fill, plan: Plan, first: Any, me: Any, smem: Ref
 
             def put(i: int = i, cut: int = cut, at: int = at) -> None:
                 values = x((cut * p.cut_steps + first) * p.step + at * ROW_UNIT, i)
-                put_row(plan, p, smem["x"][name], values, cut, at * (ROW_UNIT // p.step), row)
+                put_row(plan, p, smem["x"][name], smem["totals"][name], values, cut, at * (ROW_UNIT // p.step), row)
 
             if lone:
                 pl.when(me == i % plan.tiles.consumers)(put)
             else:
                 put()
 
-    together(plan, smem)  # the last readers of x, or of what shares its place, are done
+    # Whoever read x, or what shares its place, in the phase before is through: that is why this phase began.
+    pl.when(first > 0)(lambda: together(plan, smem))
     if plan.shape.rows == 1:
         token(jnp.int32(0), lone=True)
     else:
@@ -307,9 +309,10 @@ def operand(slot: Any, plan: Plan, me: Any, smem: Refs) -> Any:
     if not plan.shape.fmt.quantized:
         return weights
     if not plan.interpret:
-        return widen_shuffled(weights, jnp.bfloat16)
+        return widened(plan, weights, smem["exponent"])
     # The interpreter has no wgmma with an operand in registers.
-    smem["widened"][me] = weights[...].astype(jnp.bfloat16)
+    bias = BIAS if plan.shape.fmt.grouped else 0
+    smem["widened"][me] = (weights[...].astype(jnp.float32) + bias).astype(jnp.bfloat16)
     plgpu.commit_smem()
     return smem["widened"].at[me]
 
