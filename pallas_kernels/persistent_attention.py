@@ -1,5 +1,5 @@
-"""The attention phases of a decode step as functions over tiles: parts of the keys, with rotary and the cache write,
-then the parts joined.
+"""The attention phase of a decode step as functions over tiles: parts of the keys, with rotary and the cache write.
+Whoever reads the parts joins them.
 
 An *item* is a row of the batch, a key head and a part of that row's cached keys. Its queries are all 8 token rows of
 all heads that share the key head, whichever row of the batch they belong to: what a row computes against the cache of
@@ -8,6 +8,7 @@ batch, in which a token sees its own row up to itself; the item with the last pa
 """
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -17,92 +18,127 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.persistent_ends import load
-from pallas_kernels.persistent_layouts import line, pairs, tokens
-from pallas_kernels.persistent_plan import ROWS, Plan
+from pallas_kernels.persistent_layouts import few, line, pairs
+from pallas_kernels.persistent_plan import NEW, ROWS, Plan
 from pallas_kernels.persistent_products import Refs
 from pallas_kernels.softmax_tiles import ROWS as TILE
 from pallas_kernels.softmax_tiles import hide, no_keys, rescale, soften, weigh
+
+
+def begin_first(plan: Plan, layer: Any, block: Any, refs: Refs, smem: Refs) -> None:
+    """What can be done before the phase begins: cached keys were written in earlier steps."""
+
+    @pl.when(block < plan.items)
+    def _() -> None:
+        begin(plan, item_of(plan, layer, block, refs), smem)
 
 
 def attend(plan: Plan, layer: Any, block: Any, refs: Refs, smem: Refs) -> None:
     """Every item of this block, by one warpgroup."""
 
     def turn(i: Any, _: Any) -> None:
-        item = i * plan.blocks + block
-        row_and_head, split = item // plan.splits, lax.rem(item, plan.splits)
-        b, head = row_and_head // plan.shape.kv_heads, lax.rem(row_and_head, plan.shape.kv_heads)
-        one_item(plan, layer, b, head, split, refs, smem)
+        item = item_of(plan, layer, i * plan.blocks + block, refs)
+        pl.when(i > 0)(lambda: begin(plan, item, smem))
+        one_item(plan, item, refs, smem)
 
     lax.fori_loop(0, (plan.items - block + plan.blocks - 1) // plan.blocks, turn, None)
 
 
-def one_item(plan: Plan, layer: Any, b: Any, head: Any, split: Any, refs: Refs, smem: Refs) -> None:
+@dataclass(frozen=True)
+class Item:
+    """A row of the batch, a key head, a part of its keys: tiles ``low`` to ``high`` of the ``start`` that are there."""
+
+    b: Any
+    head: Any
+    split: Any
+    start: Any
+    low: Any
+    high: Any
+    k: Any
+    v: Any
+
+    def fetch(self, plan: Plan, j: Any, smem: Refs) -> None:
+        """Start to load tile ``j``."""
+        slot, part = lax.rem(j - self.low, plan.tiles.stages), pl.ds(j * plan.tiles.keys, plan.tiles.keys)
+        plgpu.copy_gmem_to_smem(self.k.at[part], smem["k"].at[slot], smem["keys_full"].at[slot])
+        plgpu.copy_gmem_to_smem(self.v.at[part], smem["v"].at[slot], smem["keys_full"].at[slot])
+
+
+def item_of(plan: Plan, layer: Any, index: Any, refs: Refs) -> Item:
+    """Item ``index`` of all."""
+    row_and_head, split = index // plan.splits, lax.rem(index, plan.splits)
+    b, head = row_and_head // plan.shape.kv_heads, lax.rem(row_and_head, plan.shape.kv_heads)
+    start = refs["start"][b]
+    count = (start + plan.tiles.keys - 1) // plan.tiles.keys
+    low, high = split * count // plan.splits, (split + 1) * count // plan.splits
+    k, v = (refs[name].at[layer, b, head] for name in ("k", "v"))
+    return Item(b, head, split, start, low, high, k, v)
+
+
+def begin(plan: Plan, item: Item, smem: Refs) -> None:
+    """Start to load the first tiles of keys."""
+    plgpu.commit_smem()  # ordinary accesses to what shares this memory are over before TMA writes it
+    high = jnp.minimum(item.low + plan.tiles.stages, item.high)
+    lax.fori_loop(item.low, high, lambda j, _: item.fetch(plan, j, smem), None)
+
+
+def one_item(plan: Plan, item: Item, refs: Refs, smem: Refs) -> None:
     """Attention of the queries over a part of the cache, and over the new keys where it is the last part."""
     shape, keys, stages = plan.shape, plan.tiles.keys, plan.tiles.stages
     scale = shape.head_dim**-0.5 * math.log2(math.e)
-    start = refs["start"][b]
-    count = (start + keys - 1) // keys
-    low, high = split * count // plan.splits, (split + 1) * count // plan.splits
-    k_cache, v_cache = (refs[name].at[layer, b, head] for name in ("k", "v"))
-
-    def fetch(j: Any) -> None:
-        slot, part = lax.rem(j - low, stages), pl.ds(j * keys, keys)
-        plgpu.copy_gmem_to_smem(k_cache.at[part], smem["k"].at[slot], smem["keys_full"].at[slot])
-        plgpu.copy_gmem_to_smem(v_cache.at[part], smem["v"].at[slot], smem["keys_full"].at[slot])
-
-    plgpu.commit_smem()  # ordinary accesses to what shares this memory are over before TMA writes it
-    lax.fori_loop(low, jnp.minimum(low + stages, high), lambda j, _: fetch(j), None)
+    new_tile(plan, item.head, refs, smem)
     for g in range(shape.group):
-        smem["q"].at[pl.ds(g * ROWS, ROWS)][...] = rotated(plan, head * shape.group + g, refs)
+        smem["q"].at[pl.ds(g * ROWS, ROWS)][...] = rotated(plan, item.head * shape.group + g, refs)
     plgpu.commit_smem()
 
-    def scores(slot: Any) -> jax.Array:
+    def scores(k: Any) -> jax.Array:
         def product(acc: Any) -> jax.Array:
-            plgpu.wgmma(acc, smem["q"], smem["k"].at[slot].T)
+            plgpu.wgmma(acc, smem["q"], k.T)
             return acc[...]
 
-        return pl.run_scoped(product, plgpu.ACC((TILE, keys), jnp.float32))
+        return pl.run_scoped(product, plgpu.ACC((TILE, k.shape[0]), jnp.float32))
 
-    def add(s: jax.Array, slot: Any, carry: Any) -> Any:
+    def add(s: jax.Array, v: Any, weights: Any, carry: Any) -> Any:
         acc, m, total = carry
         p, alpha, m, total = soften(s, m, total, scale)
-        acc = weigh(rescale(acc, alpha), p.astype(jnp.bfloat16), smem["v"].at[slot], smem.get("weights"))
-        return acc, m, total
+        return weigh(rescale(acc, alpha), p.astype(jnp.bfloat16), v, weights), m, total
+
+    def new(_: Any, carry: Any) -> Any:
+        k, v = smem["new_keys"], smem["new_values"]
+        return add(visible(scores(k), shape.queries), v, smem.get("few_weights"), carry)
 
     def cached(j: Any, carry: Any) -> Any:
-        slot = lax.rem(j - low, stages)
+        slot = lax.rem(j - item.low, stages)
         plgpu.barrier_wait(smem["keys_full"].at[slot])
-        carry = add(hide(scores(slot), start - 1 - j * keys), slot, carry)
+        s = hide(scores(smem["k"].at[slot]), item.start - 1 - j * keys)
+        carry = add(s, smem["v"].at[slot], smem.get("weights"), carry)
 
-        @pl.when(j + stages < high)
+        @pl.when(j + stages < item.high)
         def _() -> None:
-            fetch(j + stages)
+            item.fetch(plan, j + stages, smem)
 
         return carry
 
-    def new(carry: Any) -> Any:
-        new_tile(plan, head, refs, smem)
-        write_cache(plan, b, start, k_cache, v_cache, smem)
-        slot = jnp.minimum(low, 0)  # 0, but no literal: pallas does not close over those
-        return add(visible(scores(slot), shape.queries), slot, carry)
-
     zeros = plgpu.layout_cast(jnp.zeros((TILE, shape.head_dim), jnp.float32), plgpu.Layout.WGMMA)
-    carry = lax.fori_loop(low, high, cached, (zeros, *no_keys()))
-    last = (split == plan.splits - 1).astype(jnp.int32)
-    acc, m, total = lax.fori_loop(0, last, lambda _, carry: new(carry), carry)
+    last = (item.split == plan.splits - 1).astype(jnp.int32)
+    carry = lax.fori_loop(0, last, new, (zeros, *no_keys()))
+    acc, m, total = lax.fori_loop(item.low, item.high, cached, carry)
+    pl.when(item.split == plan.splits - 1)(lambda: write_cache(plan, item, smem))
 
     share = 1 / jnp.where(total > 0, total, 1.0)  # a part without keys is zero, not 0 / 0
     smem["part"][...] = rescale(acc, share)
     smem["log"][...] = m + jnp.log2(total)
     D = shape.head_dim
     for g in range(shape.group):
-        column = head * shape.group + g
+        column = item.head * shape.group + g
 
         def save(t: Any, _: Any, g: int = g, column: Any = column) -> None:
-            token = b * shape.queries + t
-            place = refs["parts"].at[split, token, pl.ds(column * D, D)]
+            token = item.b * shape.queries + t
+            place = refs["parts"].at[item.split, token, pl.ds(column * D, D)]
             place[...] = load(smem["part"].at[g * ROWS + token], line(D))
-            refs["logs"][split, column, token] = smem["log"][g * ROWS + token]
+            # Once for every 8 columns, as those who join the parts read them.
+            log = jnp.full(D // 8, smem["log"][g * ROWS + token])
+            refs["logs"].at[item.split, token, pl.ds(column * (D // 8), D // 8)][...] = plgpu.layout_cast(log, few(D // 8))
 
         lax.fori_loop(0, shape.queries, save, None)
 
@@ -120,31 +156,31 @@ def rotated(plan: Plan, column: Any, refs: Refs) -> jax.Array:
 
 
 def new_tile(plan: Plan, head: Any, refs: Refs, smem: Refs) -> None:
-    """The new keys and values of a key head as a tile of their own, in the place of the first cached one."""
-    shape, D, rest = plan.shape, plan.shape.head_dim, plan.tiles.keys - ROWS
+    """The new keys and values of a key head, as a tile of their own and once more to be written to the cache."""
+    shape, D = plan.shape, plan.shape.head_dim
     k = rotated(plan, shape.heads + head, refs)
     column = (shape.heads + shape.kv_heads + head) * D
     v = load(refs["qkv"].at[:, pl.ds(column, D)], pairs())
     # Weights of keys that are not there are zero, but zero times what happens to lie there may be no number.
     token = plgpu.broadcasted_iota(jnp.int32, (ROWS, D), 0, layout=pairs())
     v = jnp.where(token < shape.rows, v.astype(jnp.float32), 0.0).astype(jnp.bfloat16)
-    zeros = plgpu.layout_cast(jnp.zeros((rest, D), jnp.bfloat16), pairs())
-    for name, value in (("k", k), ("v", v)):
-        smem[name].at[0, pl.ds(0, ROWS)][...] = value
-        smem[name].at[0, pl.ds(ROWS, rest)][...] = zeros
-        smem[f"new_{name}"][...] = value
-    plgpu.commit_smem()
+    zeros = plgpu.layout_cast(jnp.zeros((NEW - ROWS, D), jnp.bfloat16), pairs())
+    for name, value in (("new_keys", k), ("new_values", v)):
+        smem[name].at[pl.ds(0, ROWS)][...] = value
+        smem[name].at[pl.ds(ROWS, NEW - ROWS)][...] = zeros
+    smem["new_k"][...] = k
+    smem["new_v"][...] = v
 
 
-def write_cache(plan: Plan, b: Any, start: Any, k_cache: Any, v_cache: Any, smem: Refs) -> None:
-    """Put the new keys and values of row ``b`` behind its length; what has no room is dropped."""
+def write_cache(plan: Plan, item: Item, smem: Refs) -> None:
+    """Put the new keys and values of a row behind its length; what has no room is dropped."""
     shape = plan.shape
 
     def token(t: Any, _: Any) -> None:
-        @pl.when(start + t < shape.max_len)
+        @pl.when(item.start + t < shape.max_len)
         def _() -> None:
-            for cache, new in ((k_cache, smem["new_k"]), (v_cache, smem["new_v"])):
-                cache.at[start + t][...] = load(new.at[b * shape.queries + t], line(shape.head_dim))
+            for cache, new in ((item.k, smem["new_k"]), (item.v, smem["new_v"])):
+                cache.at[item.start + t][...] = load(new.at[item.b * shape.queries + t], line(shape.head_dim))
 
     lax.fori_loop(0, shape.queries, token, None)
 
@@ -154,32 +190,3 @@ def visible(s: jax.Array, queries: int) -> jax.Array:
     row = lax.rem(plgpu.broadcasted_iota(jnp.int32, s.shape, 0, layout=plgpu.Layout.WGMMA), ROWS)
     key = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=plgpu.Layout.WGMMA)
     return jnp.where((key <= row) & (lax.div(key, queries) == lax.div(row, queries)), s, -jnp.inf)
-
-
-def join(plan: Plan, block: Any, refs: Refs) -> None:
-    """Attention from its parts, each with weight exp2(log), in the order of the keys; a block takes whole heads."""
-    D = plan.shape.head_dim
-    layout = tokens(D)
-
-    def head(i: Any, _: Any) -> None:
-        column = i * plan.blocks + block
-
-        def part(split: Any) -> tuple[jax.Array, jax.Array]:
-            values = load(refs["parts"].at[split, :, pl.ds(column * D, D)], layout)
-            return values, load(refs["logs"].at[split, column], layout.reduce(1))
-
-        def add(split: Any, carry: Any) -> Any:
-            values, top, total = carry
-            more, log = part(split)
-            new_top = jnp.maximum(top, log)
-            old, weight = jnp.exp2(top - new_top), jnp.exp2(log - new_top)
-            return rescale(values, old) + rescale(more, weight), new_top, total * old + weight
-
-        # The last part is never empty, so that the maximum is a number from the start.
-        values, top = part(plan.splits - 1)
-        one = plgpu.layout_cast(jnp.ones((ROWS,), jnp.float32), layout.reduce(1))
-        values, _, total = lax.fori_loop(0, plan.splits - 1, add, (values, top, one))
-        joined = rescale(values, 1 / total).astype(jnp.bfloat16)
-        refs["attention"].at[:, pl.ds(column * D, D)][...] = joined
-
-    lax.fori_loop(0, (plan.shape.heads - block + plan.blocks - 1) // plan.blocks, head, None)

@@ -5,6 +5,7 @@ acquire order those, and no proxy fence is needed. What no block writes is read 
 loads the gains.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from pallas_kernels.persistent_layouts import UNIT
 from pallas_kernels.persistent_plan import ROW_UNIT, Plan, Product
 
 Refs = dict[str, Any]
-Units = Callable[[Any, int], jax.Array]  # first column, which of the phase's units -> [4, 256] bf16
+Units = Callable[[Any, int], jax.Array]  # first column, which of the phase's units -> [4, 32, 8] bf16
 Fill = Callable[[Any], Units]  # token -> its x
 
 
@@ -29,11 +30,15 @@ def load(ref: Any, layout: Any) -> jax.Array:
 
 
 def unit(plan: Plan, row: Any, column: Any) -> jax.Array:
-    """1024 columns of one token as [4, 256]: neighbours stay together in a thread."""
-    columns = row.at[pl.ds(column, ROW_UNIT)]
+    """1024 columns of one token as [4, 32, 8]: neighbours stay together in a thread."""
+    return reshaped(plan, row.at[pl.ds(column, ROW_UNIT)], (4, 32, 8), UNIT)
+
+
+def reshaped(plan: Plan, ref: Any, shape: tuple[int, ...], layout: Any) -> jax.Array:
+    """An array as another shape of its numbers."""
     if plan.interpret:  # it reshapes arrays, but no references
-        return columns[...].reshape(4, ROW_UNIT // 4)
-    return load(columns.reshape(4, ROW_UNIT // 4), UNIT)
+        return ref[...].reshape(shape)
+    return load(ref.reshape(shape), layout)
 
 
 # What x is
@@ -49,7 +54,7 @@ def normalised(plan: Plan, p: Product, x: Any, weight: Any, me: Any, smem: Refs)
         squares = values[0] * values[0]
         for more in values[1:]:
             squares = squares + more * more
-        smem["squares"].at[me][...] = squares.sum(axis=1)  # one of each warp
+        smem["squares"].at[me][...] = squares.sum(axis=2).sum(axis=1)  # one of each warp
         warps = [smem["squares"][me, i] for i in range(4)]
         scale = lax.rsqrt(((warps[0] + warps[1]) + (warps[2] + warps[3])) * (1 / p.inner) + plan.shape.eps)
 
@@ -66,6 +71,30 @@ def normalised(plan: Plan, p: Product, x: Any, weight: Any, me: Any, smem: Refs)
 def plain(plan: Plan, x: Any) -> Fill:
     """x [8, inner] as it is."""
     return lambda row: lambda column, _: unit(plan, x.at[row], column)
+
+
+def joined(plan: Plan, parts: Any, logs: Any) -> Fill:
+    """Attention from its parts [splits, 8, inner], each with weight exp2(log), in the order of the keys."""
+    splits = range(plan.splits)
+
+    def fill(row: Any) -> Units:
+        def units(column: Any, _: int) -> jax.Array:
+            log = [
+                reshaped(plan, logs.at[i, row, pl.ds(column // 8, ROW_UNIT // 8)], (4, 32), UNIT.reduce(2)) for i in splits
+            ]
+            top = functools.reduce(jnp.maximum, log)  # a number: the last part is never empty
+            weights = [jnp.exp2(one - top) for one in log]
+            share = 1 / functools.reduce(jnp.add, weights)
+            total = None
+            for i in splits:
+                weight = lax.broadcast_in_dim(weights[i] * share, (4, 32, 8), (0, 1))
+                part = unit(plan, parts.at[i, row], column) * weight
+                total = part if total is None else total + part
+            return total.astype(jnp.bfloat16)
+
+        return units
+
+    return fill
 
 
 # What becomes of the sums

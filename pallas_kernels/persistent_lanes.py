@@ -34,7 +34,7 @@ def words(bits: int) -> Any:
 
 
 def put_row(plan: Plan, p: Product, x: Any, totals: Any, values: jax.Array, cut: int, step: Any, row: Any) -> None:
-    """Write ``values`` [4, 256], the next 1024 inputs of one token from ``step`` of a cut on, to x [steps, 8 * cuts,
+    """Write ``values`` [4, 32, 8], the next 1024 inputs of one token from ``step`` of a cut on, to x [steps, 8 * cuts,
     inputs] in shared memory: the row of the token among the cut's 8, in the order in which `widened` brings quantised
     weights. Pallas writes whole tiles of 8 tokens only, and most often there is one.
 

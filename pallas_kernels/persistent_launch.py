@@ -19,10 +19,10 @@ from pallas_kernels import persistent_ends as ends
 from pallas_kernels import persistent_products as products
 from pallas_kernels.persistent_lanes import EXPONENT, opaque
 from pallas_kernels.persistent_layouts import outputs
-from pallas_kernels.persistent_plan import ROWS, TAKING_TURNS, Plan, scales_shape, sums_shape, totals_shape
+from pallas_kernels.persistent_plan import NEW, ROWS, TAKING_TURNS, Plan, scales_shape, sums_shape, totals_shape
 from pallas_kernels.tiles import WGMMA_ROWS, swizzled
 
-LAYER_PHASES = ("qkv", "attend", "join", "o", "gate_up", "down")
+LAYER_PHASES = ("qkv", "attend", "o", "gate_up", "down")
 PHASES = (*LAYER_PHASES, "head")
 WEIGHTS = {"qkv": "wqkv", "o": "wo", "gate_up": "w_gate_up", "down": "w_down", "head": "head"}
 PRODUCER_REGISTERS = 40
@@ -40,21 +40,18 @@ def buffers(plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
         "x": jax.ShapeDtypeStruct((ROWS, dim), jnp.bfloat16),
         "x_mid": jax.ShapeDtypeStruct((ROWS, dim), jnp.bfloat16),  # between the halves of a block
         "qkv": jax.ShapeDtypeStruct((ROWS, wide + 2 * s.kv_heads * s.head_dim), jnp.bfloat16),
-        "parts": jax.ShapeDtypeStruct((plan.splits, ROWS, wide), jnp.float32),
-        "logs": jax.ShapeDtypeStruct((plan.splits, s.heads, ROWS), jnp.float32),
-        "attention": jax.ShapeDtypeStruct((ROWS, p["o"].padded), jnp.bfloat16),
+        "parts": jax.ShapeDtypeStruct((plan.splits, ROWS, p["o"].padded), jnp.float32),
+        "logs": jax.ShapeDtypeStruct((plan.splits, ROWS, p["o"].padded // 8), jnp.float32),
         "hidden": jax.ShapeDtypeStruct((ROWS, p["down"].padded), jnp.bfloat16),
         "logits": jax.ShapeDtypeStruct((ROWS, s.vocab), jnp.float32),
     }
 
 
-def width(plan: Plan, name: str) -> int:
-    """Columns of a buffer that a phase writes; what follows is zero."""
+def written(plan: Plan) -> dict[str, int]:
+    """How many columns of a buffer the phases write; what follows is zero."""
     s = plan.shape
-    return {"x": s.dim, "x_mid": s.dim, "attention": s.heads * s.head_dim, "hidden": s.hidden}[name]
-
-
-PADDED = ("x_mid", "attention", "hidden")
+    wide = s.heads * s.head_dim
+    return {"x_mid": s.dim, "parts": wide, "logs": wide // 8, "hidden": s.hidden}
 
 
 def empty(plan: Plan, name: str) -> jax.Array:
@@ -63,7 +60,18 @@ def empty(plan: Plan, name: str) -> jax.Array:
     if not plan.interpret:
         return lax.empty(buffer.shape, dtype=buffer.dtype)
     nothing = jnp.full(buffer.shape, jnp.nan, buffer.dtype)
-    return nothing.at[:, width(plan, name) :].set(0) if name in PADDED else nothing
+    return nothing.at[..., written(plan)[name] :].set(0) if name in written(plan) else nothing
+
+
+def end_in_zeros(plan: Plan, refs: Refs) -> None:
+    """Put zeros where products read whole units of columns beyond what phases write."""
+    for name, begin in written(plan).items():
+        missing = refs[name].shape[-1] - begin
+        if not missing:
+            continue
+        zeros = plgpu.layout_cast(jnp.zeros((ROWS, missing), refs[name].dtype), outputs())
+        for buffer in [refs[name]] if len(refs[name].shape) == 2 else [refs[name].at[i] for i in range(plan.splits)]:
+            buffer[:, pl.ds(begin, missing)] = zeros
 
 
 def one_launch(
@@ -148,11 +156,7 @@ def _everything(plan: Plan, refs: Refs, smem: Refs, *, registers: bool) -> None:
 
     @pl.when((me == 0) & (block == 0))
     def _() -> None:
-        for name in PADDED:
-            buffer, begin = refs[name], width(plan, name)
-            if begin < buffer.shape[1]:
-                rest = (ROWS, buffer.shape[1] - begin)
-                buffer[:, pl.ds(begin, rest[1])] = plgpu.layout_cast(jnp.zeros(rest, buffer.dtype), outputs())
+        end_in_zeros(plan, refs)
 
     @pl.when(me < consumers)
     def _() -> None:
@@ -197,17 +201,7 @@ def _prepare(plan: Plan, name: str, layer: Any, block: Any, me: Any, count: Any,
     """What a consumer does in a phase: what it can do before the phase begins now, the rest in what is returned."""
     if name not in WEIGHTS:
 
-        def attend() -> Any:
-            @pl.when(me == 0)
-            def _() -> None:
-                if name == "attend":
-                    attention.attend(plan, layer, block, refs, smem)
-                else:
-                    attention.join(plan, block, refs)
-
-            return count
-
-        return attend
+        return _attend(plan, layer, block, me, count, refs, smem)
 
     p = plan.products[name]
     scales = refs.get(f"{WEIGHTS[name]}_scale")
@@ -217,7 +211,7 @@ def _prepare(plan: Plan, name: str, layer: Any, block: Any, me: Any, count: Any,
         fill = ends.normalised(plan, p, refs["x"], refs["attn_norm"].at[layer], me, smem)
         finish = ends.store(refs["qkv"])
     elif name == "o":
-        fill, finish = ends.plain(plan, refs["attention"]), ends.add_to(refs["x"], refs["x_mid"])
+        fill, finish = ends.joined(plan, refs["parts"], refs["logs"]), ends.add_to(refs["x"], refs["x_mid"])
     elif name == "gate_up":
         fill = ends.normalised(plan, p, refs["x_mid"], refs["ffn_norm"].at[layer], me, smem)
         finish = ends.swiglu(refs["hidden"])
@@ -227,6 +221,24 @@ def _prepare(plan: Plan, name: str, layer: Any, block: Any, me: Any, count: Any,
         fill = ends.normalised(plan, p, refs["x"], refs["norm"], me, smem)
         finish = ends.store(refs["logits"])
     return products.product(name, scales, fill, finish, plan, block, me, count, smem)
+
+
+def _attend(plan: Plan, layer: Any, block: Any, me: Any, count: Any, refs: Refs, smem: Refs) -> Any:
+    """The first warpgroup's part of a phase in which the others wait."""
+    products.together(plan, smem)  # all are done with the sums of the phase before, whose place keys now take
+
+    @pl.when(me == 0)
+    def _() -> None:
+        attention.begin_first(plan, layer, block, refs, smem)
+
+    def run() -> Any:
+        @pl.when(me == 0)
+        def _() -> None:
+            attention.attend(plan, layer, block, refs, smem)
+
+        return count
+
+    return run
 
 
 def _kernel(plan: Plan, body: Any, name: str, interpret: Any) -> Any:
@@ -246,9 +258,10 @@ def _kernel(plan: Plan, body: Any, name: str, interpret: Any) -> Any:
         for p in plan.products.values()
     ]
     q, keys = swizzled((WGMMA_ROWS, s.head_dim), bf16), swizzled((t.stages, t.keys, s.head_dim), bf16)
+    new_keys, new_values = swizzled((NEW, s.head_dim), bf16), swizzled((NEW, s.head_dim), bf16, run=NEW)
     part = plgpu.SMEM((WGMMA_ROWS, s.head_dim), jnp.float32)
     scratch = {
-        "shared_place": plgpu.RefUnion(*xs, (q, keys, keys), part),
+        "shared_place": plgpu.RefUnion(*xs, (keys, keys, q, new_keys, new_values), part),
         "ring": swizzled((plan.depth, WGMMA_ROWS, t.step), s.fmt.dtype),
         "log": plgpu.SMEM((WGMMA_ROWS,), jnp.float32),
         "new_k": plgpu.SMEM((ROWS, s.head_dim), jnp.bfloat16),
@@ -267,11 +280,13 @@ def _kernel(plan: Plan, body: Any, name: str, interpret: Any) -> Any:
         scratch["scales_free"] = plgpu.Barrier(num_arrivals=t.consumers, num_barriers=2)
     if interpret:  # it has no wgmma with its left operand in registers
         scratch["weights"] = swizzled((WGMMA_ROWS, t.keys), bf16)
+        scratch["few_weights"] = swizzled((WGMMA_ROWS, NEW), bf16)
         if s.fmt.quantized:
             scratch["widened"] = swizzled((t.consumers, WGMMA_ROWS, t.step), bf16, run=s.fmt.group)
 
     def unpacked(*args: Any, shared_place: Any, **smem: Any) -> None:
-        *views, (smem["q"], smem["k"], smem["v"]), smem["part"] = shared_place
+        *views, attention, smem["part"] = shared_place
+        smem |= dict(zip(("k", "v", "q", "new_keys", "new_values"), attention, strict=True))
         smem["x"], smem["totals"], smem["sums"] = (dict(zip(plan.products, refs, strict=True)) for refs in zip(*views, strict=True))
         if s.fmt.grouped:
             for turn, names in enumerate(TAKING_TURNS):

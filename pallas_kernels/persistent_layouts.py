@@ -4,18 +4,10 @@ from typing import Any
 
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-UNIT = plgpu.Layout.TILED(  # [4, 256], a row of 1024 columns: a warp has 256 of them, a thread 8
-    plgpu.Tiling(((4, 256), (8,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1
+UNIT = plgpu.Layout.TILED(  # [4, 32, 8], a row of 1024 columns: warps, threads, 8 neighbours in a thread
+    plgpu.Tiling(((4, 32, 8),)), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1
 )
-
 REPLICATED = plgpu.Replicated(4)  # all 4 warps hold the same
-
-
-def tokens(width: int) -> Any:
-    """[8, n * width], 2 rows a warp, so that a sum along a row stays in a warp; 16 threads read a row's ``width``."""
-    return plgpu.Layout.TILED(
-        plgpu.Tiling(((8, width), (2, width), (width // 16,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
-    )
 
 
 def pairs() -> Any:
@@ -35,3 +27,9 @@ def line(width: int) -> Any:
     return plgpu.Layout.TILED(
         plgpu.Tiling(((width,), (width // 32,))), warp_dims=(REPLICATED,), lane_dims=(-2,), vector_dim=-1
     )
+
+
+def few(width: int) -> Any:
+    """[width], 8, 16 or 32 numbers: one a thread, the same in every warp and again until all threads have one."""
+    lanes = (-2,) if width == 32 else (-2, plgpu.Replicated(32 // width))
+    return plgpu.Layout.TILED(plgpu.Tiling(((width,), (1,))), warp_dims=(REPLICATED,), lane_dims=lanes, vector_dim=-1)
