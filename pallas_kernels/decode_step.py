@@ -6,6 +6,7 @@ last: at a launch for every op the memory idles between them.
 """
 
 import functools
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,7 +98,7 @@ def shape_of(x: jax.Array, weights: StepWeights, k: jax.Array, eps: float) -> Sh
 
 
 def tiles_for(fmt: Format) -> Tiles:
-    """A choice for one H200, after the prototypes. Not measured: this kernel has not run on a GPU yet."""
+    """A choice for one H200. bf16: 1 consumer 4.19 ms, 2 4.01, steps of 256 4.04. Quantised: after the prototypes."""
     return Tiles(step=256, consumers=3) if fmt.quantized else Tiles(step=128, consumers=2)
 
 
@@ -121,6 +122,7 @@ def check(
     **_: Any,
 ) -> None:
     """Raise `Unsupported` where `decode_step_kernel` cannot run these arguments."""
+    _check_alone()
     shape = shape_of(x, weights, k, eps)
     _check_dtypes(x, weights, k, v)
     if k.shape != v.shape or k.shape[1] != x.shape[0] or start.shape != x.shape[:1]:
@@ -132,6 +134,14 @@ def check(
         raise Unsupported(f"{blocks} blocks on {sm_count()} multiprocessors would wait for one another forever")
     if plan_of(shape, tiles, blocks).depth < 2 * (tiles or tiles_for(shape.fmt)).consumers:
         raise Unsupported("too little shared memory for the ring of weights")
+
+
+def _check_alone() -> None:
+    # Under MPS two processes' kernels share the multiprocessors: of two that wait for all of their blocks, each may get
+    # half of them, and then neither ends. Without it the device gives each process all of them in turn.
+    for name in os.environ:
+        if name.startswith("CUDA_MPS_"):
+            raise Unsupported(f"{name} is set: under MPS not all blocks may be on the device at once")
 
 
 def _check_dtypes(x: jax.Array, weights: StepWeights, k: jax.Array, v: jax.Array) -> None:

@@ -253,6 +253,13 @@ def test_refused_with_the_reason(change: dict[str, int], reason: str) -> None:
         check(*args, eps=EPS)
 
 
+def test_refused_under_mps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", "/tmp/mps")
+    args = abstract("bf16", 1, 1, 1024, **CASES["tinyllama"])
+    with jax.sharding.use_abstract_mesh(H200), pytest.raises(Unsupported, match="CUDA_MPS_PIPE_DIRECTORY"):
+        check(*args, eps=EPS)
+
+
 def test_refused_dtypes_and_grids() -> None:
     args = abstract("bf16", 1, 1, 1024, **CASES["tinyllama"])
     mixed = dataclasses.replace(args[1], head=jax.ShapeDtypeStruct(args[1].head.shape, jnp.float16))
