@@ -5,7 +5,7 @@ multiprocessor has a part of every phase (see `persistent_launch`), so that weig
 last: at a launch for every op the memory idles between them.
 """
 
-import functools
+import os
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -97,8 +97,8 @@ def shape_of(x: jax.Array, weights: StepWeights, k: jax.Array, eps: float) -> Sh
 
 
 def tiles_for(fmt: Format) -> Tiles:
-    """A choice for one H200, after the prototypes. Not measured: this kernel has not run on a GPU yet."""
-    return Tiles(step=256, consumers=3) if fmt.quantized else Tiles(step=128, consumers=2)
+    """A choice for one H200. Not measured in this form."""
+    return Tiles(step=256) if fmt.quantized else Tiles(step=128)
 
 
 def plan_of(shape: Shape, tiles: Tiles | None = None, blocks: int | None = None) -> Plan:
@@ -121,6 +121,7 @@ def check(
     **_: Any,
 ) -> None:
     """Raise `Unsupported` where `decode_step_kernel` cannot run these arguments."""
+    _check_alone()
     shape = shape_of(x, weights, k, eps)
     _check_dtypes(x, weights, k, v)
     if k.shape != v.shape or k.shape[1] != x.shape[0] or start.shape != x.shape[:1]:
@@ -132,6 +133,14 @@ def check(
         raise Unsupported(f"{blocks} blocks on {sm_count()} multiprocessors would wait for one another forever")
     if plan_of(shape, tiles, blocks).depth < 2 * (tiles or tiles_for(shape.fmt)).consumers:
         raise Unsupported("too little shared memory for the ring of weights")
+
+
+def _check_alone() -> None:
+    # Under MPS two processes' kernels share the multiprocessors: of two that wait for all of their blocks, each may get
+    # half of them, and then neither ends. Without it the device gives each process all of them in turn.
+    for name in os.environ:
+        if name.startswith("CUDA_MPS_"):
+            raise Unsupported(f"{name} is set: under MPS not all blocks may be on the device at once")
 
 
 def _check_dtypes(x: jax.Array, weights: StepWeights, k: jax.Array, v: jax.Array) -> None:
@@ -148,8 +157,10 @@ def _check_dtypes(x: jax.Array, weights: StepWeights, k: jax.Array, v: jax.Array
             raise Unsupported(f"all weights must have one format: wqkv has {fmt}, {name} has {other}")
     if not fmt.quantized and fmt.dtype != jnp.bfloat16:
         raise Unsupported(f"weights must be bfloat16 or quantised, found {fmt.dtype}")
-    if fmt.grouped and weights.wqkv.scale.dtype != jnp.float16:
-        raise Unsupported(f"scales of groups must be float16, found {weights.wqkv.scale.dtype}")
+    for name in WEIGHTS.values():
+        w = getattr(weights, name)
+        if isinstance(w, QuantizedTensor) and fmt.grouped and w.scale.dtype != jnp.float16:
+            raise Unsupported(f"{name}: scales of groups must be float16, found {w.scale.dtype}")
 
 
 def _check_sizes(s: Shape, tiles: Tiles) -> None:
@@ -181,15 +192,36 @@ def decode_step_kernel(
     sin: jax.Array,
     *,
     eps: float,
-    tiles: Tiles | None = None,
-    blocks: int | None = None,
-    interpret: Any = None,
+    **options: Any,
 ) -> Result:
     """`decode_step_reference` in one launch; with ``interpret`` and several blocks, in one for each phase. Inside a jit
-    that owns the cache, it is changed in place."""
-    shape = shape_of(x, weights, k, eps)
+    that owns the cache, it is changed in place. ``options`` are those of `phases`."""
+    done = phases(x, weights, k, v, start, cos, sin, eps=eps, **options)
     B, T = x.shape[:2]
-    how = replace(plan_of(shape, tiles, blocks), interpret=bool(interpret))
+    return done["logits"][: B * T].reshape(B, T, -1), done["k"], done["v"]
+
+
+def phases(
+    x: jax.Array,
+    weights: StepWeights,
+    k: jax.Array,
+    v: jax.Array,
+    start: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    *,
+    eps: float,
+    tiles: Tiles | None = None,
+    blocks: int | None = None,
+    patience: int = 0,
+    interpret: Any = None,
+) -> dict[str, jax.Array]:
+    """The step, and what its phases left behind: the arrays of `buffers`, those of the last layer, and the cache.
+
+    With ``patience``, to find out why a step hangs, no block waits for the others longer than so many looks at their
+    count: it prints which phase it waited for, and goes on to wrong results."""
+    shape = shape_of(x, weights, k, eps)
+    how = replace(plan_of(shape, tiles, blocks), interpret=bool(interpret), patience=patience)
     state = {name: empty(how, name) for name in buffers(how)}
     width = state["x"].shape[1]
 
@@ -209,8 +241,7 @@ def decode_step_kernel(
             inputs[name] = w
     state |= {"x": whole_units(tokens_first(x)), "k": k, "v": v}
     launch = launch_per_phase if interpret and how.blocks > 1 else one_launch
-    done = launch(how, inputs, state, interpret)
-    return done["logits"][: shape.rows].reshape(B, T, -1), done["k"], done["v"]
+    return launch(how, inputs, state, interpret)
 
 
 def lines_of_16(scales: jax.Array) -> jax.Array:

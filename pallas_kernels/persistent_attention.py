@@ -138,7 +138,9 @@ def one_item(plan: Plan, item: Item, refs: Refs, smem: Refs) -> None:
             place[...] = load(smem["part"].at[g * ROWS + token], line(D))
             # Once for every 8 columns, as those who join the parts read them.
             log = jnp.full(D // 8, smem["log"][g * ROWS + token])
-            refs["logs"].at[item.split, token, pl.ds(column * (D // 8), D // 8)][...] = plgpu.layout_cast(log, few(D // 8))
+            refs["logs"].at[item.split, token, pl.ds(column * (D // 8), D // 8)][...] = plgpu.layout_cast(
+                log, few(D // 8)
+            )
 
         lax.fori_loop(0, shape.queries, save, None)
 

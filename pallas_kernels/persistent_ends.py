@@ -80,17 +80,15 @@ def joined(plan: Plan, parts: Any, logs: Any) -> Fill:
     def fill(row: Any) -> Units:
         def units(column: Any, _: int) -> jax.Array:
             log = [
-                reshaped(plan, logs.at[i, row, pl.ds(column // 8, ROW_UNIT // 8)], (4, 32), UNIT.reduce(2)) for i in splits
+                reshaped(plan, logs.at[i, row, pl.ds(column // 8, ROW_UNIT // 8)], (4, 32), UNIT.reduce(2))
+                for i in splits
             ]
             top = functools.reduce(jnp.maximum, log)  # a number: the last part is never empty
             weights = [jnp.exp2(one - top) for one in log]
             share = 1 / functools.reduce(jnp.add, weights)
-            total = None
-            for i in splits:
-                weight = lax.broadcast_in_dim(weights[i] * share, (4, 32, 8), (0, 1))
-                part = unit(plan, parts.at[i, row], column) * weight
-                total = part if total is None else total + part
-            return total.astype(jnp.bfloat16)
+            shares = (lax.broadcast_in_dim(one * share, (4, 32, 8), (0, 1)) for one in weights)
+            weighted = [unit(plan, parts.at[i, row], column) * each for i, each in zip(splits, shares, strict=True)]
+            return functools.reduce(jnp.add, weighted).astype(jnp.bfloat16)
 
         return units
 

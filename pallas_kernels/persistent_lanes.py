@@ -26,7 +26,7 @@ EXPONENT = {4: 0x43084308, 8: 0x43004300}  # two bfloat16 of 128; with 8 turns t
 
 
 def words(bits: int) -> Any:
-    """Integers [64 * m, 128 / bits * n] in wgmma's rows: of 4 words in a row, each of 4 neighbouring threads has one."""
+    """Integers [64 * m, 128 / bits * n] in rows as wgmma takes them: each of 4 neighbouring threads has a word of 4."""
     row = 128 // bits
     return plgpu.Layout.TILED(
         plgpu.Tiling(((64, row), (16, row), (8, row), (row // 4,))), warp_dims=(-7,), lane_dims=(-3, -2), vector_dim=-1
@@ -87,7 +87,7 @@ def put_row(plan: Plan, p: Product, x: Any, totals: Any, values: jax.Array, cut:
             group = plus(times(step, p.step // fmt.group), over(first, fmt.group))
             memref.store(total, refs[1], place(group, plus(row, cut * ROWS)))  # its threads write the same
 
-    put(refs, values, step, row)
+    put(refs, values, step, row)  # type: ignore[call-arg]
 
 
 def group_total(eight: Any, group: int) -> Any:
@@ -119,7 +119,8 @@ def widened(plan: Plan, tile: Any, exponent: Any) -> jax.Array:
         if bits == 4:
             return [arith.xori(arith.andi(w, _int(0x000F000F)), exponent) for w in moved]
         above, below = (
-            [as_pair(arith.ori(arith.andi(w, _int(mask)), exponent)) for w in moved] for mask in (0x007F007F, 0x00800080)
+            [as_pair(arith.ori(arith.andi(w, _int(mask)), exponent)) for w in moved]
+            for mask in (0x007F007F, 0x00800080)
         )
         return [arith.subf(*both) for both in zip(above, below, strict=True)]
 
@@ -145,7 +146,9 @@ def opaque(constant: int, start: Any) -> Any:
 def as_pair(word: Any) -> Any:
     """32 bits as two bfloat16."""
     pair = ir.VectorType.get((2,), ir.BF16Type.get())
-    return word if word.type == pair else vector.bitcast(pair, vector.broadcast(ir.VectorType.get((1,), word.type), word))
+    return (
+        word if word.type == pair else vector.bitcast(pair, vector.broadcast(ir.VectorType.get((1,), word.type), word))
+    )
 
 
 def scale_rows(plan: Plan, p: Product, scales: Any, tile: Any, group: Any) -> jax.Array:
@@ -183,7 +186,7 @@ def scale_rows(plan: Plan, p: Product, scales: Any, tile: Any, group: Any) -> ja
             registers[index] = vector.broadcast(ir.VectorType.get((1,), ir.F32Type.get()), one)
         return FragmentedArray(_registers=registers, _layout=WGMMA_ROW_LAYOUT, _is_signed=None)
 
-    return read(scales, tile, group)
+    return read(scales, tile, group)  # type: ignore[call-arg]
 
 
 def thread_in_warpgroup() -> Any:

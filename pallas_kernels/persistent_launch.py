@@ -127,12 +127,16 @@ def _everything(plan: Plan, refs: Refs, smem: Refs, *, registers: bool) -> None:
     consumers, layers = plan.tiles.consumers, plan.shape.layers
     arrived = pl.get_global(plgpu.SemaphoreType.REGULAR) if plan.blocks > 1 else None
 
-    def enter(phases: Any) -> None:
-        """Wait until every block is through with so many phases."""
+    def enter(layer: Any, name: str) -> None:
+        """Wait until every block is through with the phases before."""
         if arrived is None:
             products.together(plan, smem)
+            return
+        before = layer * len(LAYER_PHASES) + PHASES.index(name) % len(LAYER_PHASES)
+        all_of_them = before * (plan.blocks * consumers)
+        if plan.patience:
+            look(plan, arrived, all_of_them, layer, name, block, me, smem)
         else:
-            all_of_them = phases * (plan.blocks * consumers)
             plgpu.semaphore_wait(arrived, all_of_them, decrement=False, memory_scope="gpu")
 
     def leave() -> None:
@@ -163,14 +167,16 @@ def _everything(plan: Plan, refs: Refs, smem: Refs, *, registers: bool) -> None:
         if registers:
             plgpu.set_max_registers(consumer_registers(consumers), action="increase")
 
+        if plan.patience:
+            smem["gave_up"][me] = 0
         if plan.shape.fmt.quantized:
             smem["exponent"] = opaque(EXPONENT[plan.shape.fmt.bits], refs["start"][0])
 
         def layer(index: Any, count: Any) -> Any:
-            for i, name in enumerate(LAYER_PHASES):
+            for name in LAYER_PHASES:
                 run = _prepare(plan, name, index, block, me, count, refs, smem)
                 with jax.named_scope(f"wait_{name}"):
-                    enter(index * len(LAYER_PHASES) + i)
+                    enter(index, name)
                 with jax.named_scope(name):
                     count = run()
                     leave()
@@ -178,8 +184,26 @@ def _everything(plan: Plan, refs: Refs, smem: Refs, *, registers: bool) -> None:
 
         count = lax.fori_loop(0, layers, layer, jnp.int32(0))
         run = _prepare(plan, "head", 0, block, me, count, refs, smem)
-        enter(layers * len(LAYER_PHASES))
+        enter(layers, "head")
         run()
+
+
+def look(plan: Plan, arrived: Any, wanted: Any, layer: Any, name: str, block: Any, me: Any, smem: Refs) -> None:
+    """`enter` for whoever looks for a fault: waits no longer than `Plan.patience`, and says what it waited for. Once it
+    has waited in vain it never waits again."""
+    patience = jnp.where(smem["gave_up"][me] > 0, 0, plan.patience)
+
+    def again(state: Any) -> Any:
+        return (state[0] < patience) & (state[1] < wanted)
+
+    seen = pl.semaphore_read(arrived)
+    _, seen = lax.while_loop(again, lambda state: (state[0] + 1, pl.semaphore_read(arrived)), (jnp.int32(0), seen))
+
+    @pl.when((seen < wanted) & (patience > 0))
+    def _() -> None:
+        message = f"decode_step: block {{}} waited in vain for {name} of layer {{}}: {{}} of {{}} arrived"
+        pl.debug_print(message, block, layer, seen, wanted)
+        smem["gave_up"][me] = 1
 
 
 def consumer_registers(consumers: int) -> int:
@@ -200,7 +224,6 @@ def _produce(plan: Plan, name: str, layer: Any, uses: Any, block: Any, count: An
 def _prepare(plan: Plan, name: str, layer: Any, block: Any, me: Any, count: Any, refs: Refs, smem: Refs) -> Any:
     """What a consumer does in a phase: what it can do before the phase begins now, the rest in what is returned."""
     if name not in WEIGHTS:
-
         return _attend(plan, layer, block, me, count, refs, smem)
 
     p = plan.products[name]
@@ -244,6 +267,7 @@ def _attend(plan: Plan, layer: Any, block: Any, me: Any, count: Any, refs: Refs,
 def _kernel(plan: Plan, body: Any, name: str, interpret: Any) -> Any:
     s, t = plan.shape, plan.tiles
     bf16 = jnp.dtype(jnp.bfloat16)
+
     # x and the sums are dead during attention, what attention holds during products, keys once a part is done; the
     # scales of a phase once the phase after it is under way.
     def x(cuts: int) -> Any:
@@ -272,6 +296,8 @@ def _kernel(plan: Plan, body: Any, name: str, interpret: Any) -> Any:
         "keys_full": plgpu.Barrier(num_arrivals=2, num_barriers=t.stages),
         "together": plgpu.Barrier(num_arrivals=t.consumers),
     }
+    if plan.patience:
+        scratch["gave_up"] = plgpu.SMEM((t.consumers,), jnp.int32)
     if s.fmt.grouped:
         for turn, names in enumerate(TAKING_TURNS):
             places = [plgpu.SMEM(scales_shape(plan.products[n], plan), jnp.float16) for n in names]
@@ -287,7 +313,9 @@ def _kernel(plan: Plan, body: Any, name: str, interpret: Any) -> Any:
     def unpacked(*args: Any, shared_place: Any, **smem: Any) -> None:
         *views, attention, smem["part"] = shared_place
         smem |= dict(zip(("k", "v", "q", "new_keys", "new_values"), attention, strict=True))
-        smem["x"], smem["totals"], smem["sums"] = (dict(zip(plan.products, refs, strict=True)) for refs in zip(*views, strict=True))
+        smem["x"], smem["totals"], smem["sums"] = (
+            dict(zip(plan.products, refs, strict=True)) for refs in zip(*views, strict=True)
+        )
         if s.fmt.grouped:
             for turn, names in enumerate(TAKING_TURNS):
                 smem |= {f"scales_{n}": ref for n, ref in zip(names, smem[f"scales_{turn}"], strict=True)}

@@ -1,9 +1,9 @@
 """How a decode step is cut up for one launch: plain arithmetic, no kernel.
 
 A product gives every block one strip of output rows, a multiple of the 8 rows of a TMA tile, as even as that allows.
-A strip that does not fill wgmma's tiles of 64 rows is stacked: gate above up, or the ranges of the inputs one above the
-other, each with columns of x of its own. A tile is walked in *stages* of ``step`` inputs; the producer and the consumers
-of a block walk all in the same order, each by itself, so that nothing but the ring passes between them.
+A strip that does not fill wgmma's tiles of 64 rows is stacked: gate above up, or the ranges of the inputs one above
+the other, each with columns of x of its own. A tile is walked in *stages* of ``step`` inputs; the producer and the
+consumers of a block walk all in the same order, each by itself, so that nothing but the ring passes between them.
 """
 
 import math
@@ -24,11 +24,11 @@ TAKING_TURNS = (("qkv", "gate_up", "head"), ("o", "down"))  # products whose sca
 @dataclass(frozen=True)
 class Tiles:
     """What can be tuned. ``step``: inputs a stage; ``consumers``: warpgroups that multiply; ``chunk``: inputs of x that
-    are held at a time, in all cuts; ``keys``: cached keys a tile; ``stages``: tiles of keys in flight; ``depth``: the most stages of
-    weights in flight."""
+    are held at a time, in all cuts; ``keys``: cached keys a tile; ``stages``: tiles of keys in flight; ``depth``: the
+    most stages of weights in flight."""
 
     step: int = 128
-    consumers: int = 1
+    consumers: int = 2
     chunk: int = 4096
     keys: int = 64
     stages: int = 2
@@ -65,7 +65,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows of a tile that are neighbours in memory: ``rows`` of them at ``row`` of the strip, in ``half`` and ``cut``."""
+    """Rows of a tile that are neighbours in memory: ``rows`` at ``row`` of the strip, in ``half`` and ``cut``."""
 
     place: int  # first row within the tile
     half: int
@@ -153,6 +153,7 @@ class Plan:
     depth: int
     products: dict[str, Product]
     interpret: bool = False
+    patience: int = 0  # looks at the others' count before a block gives up waiting; 0: it never does
 
     @property
     def most_pieces(self) -> int:

@@ -122,8 +122,7 @@ def product(name: str, scales: Any, fill: Fill, finish: Finish, plan: Plan, bloc
     columns = []
     if fmt.quantized and not fmt.grouped:
         columns = [
-            load(scales.at[pl.ds(half * p.out + outer, mine), 0], outputs().reduce(0))
-            for half in range(p.halves)
+            load(scales.at[pl.ds(half * p.out + outer, mine), 0], outputs().reduce(0)) for half in range(p.halves)
         ]
 
     def run() -> Any:
