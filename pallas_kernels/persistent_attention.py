@@ -86,9 +86,11 @@ def one_item(plan: Plan, item: Item, refs: Refs, smem: Refs) -> None:
     """Attention of the queries over a part of the cache, and over the new keys where it is the last part."""
     shape, keys, stages = plan.shape, plan.tiles.keys, plan.tiles.stages
     scale = shape.head_dim**-0.5 * math.log2(math.e)
+    # All loads before the first store, which they could not pass.
+    q = [rotated(plan, item.head * shape.group + g, refs) for g in range(shape.group)]
     new_tile(plan, item.head, refs, smem)
     for g in range(shape.group):
-        smem["q"].at[pl.ds(g * ROWS, ROWS)][...] = rotated(plan, item.head * shape.group + g, refs)
+        smem["q"].at[pl.ds(g * ROWS, ROWS)][...] = q[g]
     plgpu.commit_smem()
 
     def scores(k: Any) -> jax.Array:

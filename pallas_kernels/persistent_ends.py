@@ -20,7 +20,7 @@ from pallas_kernels.persistent_layouts import UNIT
 from pallas_kernels.persistent_plan import ROW_UNIT, Plan, Product
 
 Refs = dict[str, Any]
-Units = Callable[[Any, int], jax.Array]  # first column, which of the phase's units -> [4, 32, 8] bf16
+Units = Callable[[Any], list[jax.Array]]  # first stage of a chunk -> this consumer's units of it, [4, 32, 8] bf16
 Fill = Callable[[Any], Units]  # token -> its x
 
 
@@ -41,13 +41,28 @@ def reshaped(plan: Plan, ref: Any, shape: tuple[int, ...], layout: Any) -> jax.A
     return load(ref.reshape(shape), layout)
 
 
+def units_of(plan: Plan, p: Product, me: Any) -> list[Any]:
+    """Which units of a token's chunk a consumer has: all of them, or, of a single token, as many as the others. A number
+    behind the last is of none."""
+    count = p.cuts * p.held_units
+    if plan.shape.rows > 1:
+        return [jnp.int32(i) for i in range(count)]
+    return [me + i for i in range(0, count, plan.tiles.consumers)]
+
+
+def columns_of(plan: Plan, p: Product, me: Any, first: Any) -> list[Any]:
+    """First columns of this consumer's units in the chunk that begins with stage ``first`` of every cut."""
+    last = p.cuts * p.held_units - 1
+    return [p.column(first, jnp.minimum(number, last)) for number in units_of(plan, p, me)]
+
+
 # What x is
 
 
 def normalised(plan: Plan, p: Product, x: Any, weight: Any, me: Any, smem: Refs) -> Fill:
     """RMSNorm of x [8, dim]."""
-    columns = list(p.unit_columns())
-    gains = [unit(plan, weight, column) for column in columns] if len(list(p.chunks())) == 1 else []
+    early = len(list(p.chunks())) == 1
+    gains = [unit(plan, weight, column) for column in columns_of(plan, p, me, 0)] if early else []
 
     def fill(row: Any) -> Units:
         values = [unit(plan, x.at[row], i * ROW_UNIT).astype(jnp.float32) for i in range(x.shape[1] // ROW_UNIT)]
@@ -58,41 +73,38 @@ def normalised(plan: Plan, p: Product, x: Any, weight: Any, me: Any, smem: Refs)
         warps = [smem["squares"][me, i] for i in range(4)]
         scale = lax.rsqrt(((warps[0] + warps[1]) + (warps[2] + warps[3])) * (1 / p.inner) + plan.shape.eps)
 
-        def units(column: Any, index: int) -> jax.Array:
-            part = unit(plan, x.at[row], column).astype(jnp.float32) * scale
-            gain = gains[index] if gains else unit(plan, weight, column)
-            return (part * gain.astype(jnp.float32)).astype(jnp.bfloat16)
+        def units(first: Any) -> list[jax.Array]:
+            columns = columns_of(plan, p, me, first)
+            parts = [unit(plan, x.at[row], column) for column in columns]
+            factors = gains or [unit(plan, weight, column) for column in columns]
+            both = zip(parts, factors, strict=True)
+            return [(a.astype(jnp.float32) * scale * b.astype(jnp.float32)).astype(jnp.bfloat16) for a, b in both]
 
         return units
 
     return fill
 
 
-def plain(plan: Plan, x: Any) -> Fill:
+def plain(plan: Plan, p: Product, x: Any, me: Any) -> Fill:
     """x [8, inner] as it is."""
-    return lambda row: lambda column, _: unit(plan, x.at[row], column)
+    return lambda row: lambda first: [unit(plan, x.at[row], column) for column in columns_of(plan, p, me, first)]
 
 
-def joined(plan: Plan, parts: Any, logs: Any) -> Fill:
+def joined(plan: Plan, p: Product, parts: Any, logs: Any, me: Any) -> Fill:
     """Attention from its parts [splits, 8, inner], each with weight exp2(log), in the order of the keys."""
     splits = range(plan.splits)
 
-    def fill(row: Any) -> Units:
-        def units(column: Any, _: int) -> jax.Array:
-            log = [
-                reshaped(plan, logs.at[i, row, pl.ds(column // 8, ROW_UNIT // 8)], (4, 32), UNIT.reduce(2))
-                for i in splits
-            ]
-            top = functools.reduce(jnp.maximum, log)  # a number: the last part is never empty
-            weights = [jnp.exp2(one - top) for one in log]
-            share = 1 / functools.reduce(jnp.add, weights)
-            shares = (lax.broadcast_in_dim(one * share, (4, 32, 8), (0, 1)) for one in weights)
-            weighted = [unit(plan, parts.at[i, row], column) * each for i, each in zip(splits, shares, strict=True)]
-            return functools.reduce(jnp.add, weighted).astype(jnp.bfloat16)
+    def join(column: Any, row: Any) -> jax.Array:
+        lines = pl.ds(pl.multiple_of(lax.div(column, 8), ROW_UNIT // 8), ROW_UNIT // 8)
+        log = [reshaped(plan, logs.at[i, row, lines], (4, 32), UNIT.reduce(2)) for i in splits]
+        values = [unit(plan, parts.at[i, row], column) for i in splits]
+        top = functools.reduce(jnp.maximum, log)  # a number: the last part is never empty
+        weights = [jnp.exp2(one - top) for one in log]
+        share = 1 / functools.reduce(jnp.add, weights)
+        shares = [lax.broadcast_in_dim(one * share, (4, 32, 8), (0, 1)) for one in weights]
+        return functools.reduce(jnp.add, [a * b for a, b in zip(values, shares, strict=True)]).astype(jnp.bfloat16)
 
-        return units
-
-    return fill
+    return lambda row: lambda first: [join(column, row) for column in columns_of(plan, p, me, first)]
 
 
 # What becomes of the sums

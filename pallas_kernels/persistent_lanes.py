@@ -33,7 +33,7 @@ def words(bits: int) -> Any:
     )
 
 
-def put_row(plan: Plan, p: Product, x: Any, totals: Any, values: jax.Array, cut: int, step: Any, row: Any) -> None:
+def put_row(plan: Plan, p: Product, x: Any, totals: Any, values: jax.Array, cut: Any, step: Any, row: Any) -> None:
     """Write ``values`` [4, 32, 8], the next 1024 inputs of one token from ``step`` of a cut on, to x [steps, 8 * cuts,
     inputs] in shared memory: the row of the token among the cut's 8, in the order in which `widened` brings quantised
     weights. Pallas writes whole tiles of 8 tokens only, and most often there is one.
@@ -57,9 +57,9 @@ def put_row(plan: Plan, p: Product, x: Any, totals: Any, values: jax.Array, cut:
     refs = (x, totals) if fmt.grouped else (x,)
     types = (plgpu.RefType(transforms), plgpu.RefType())[: len(refs)]
 
-    @plgpu.inline_mgpu(arg_types=(types, UNIT, SCALAR, SCALAR))
-    def put(_: Any, refs: Any, values: Any, step: Any, row: Any) -> None:
-        step, row = step.registers.item(), row.registers.item()
+    @plgpu.inline_mgpu(arg_types=(types, UNIT, SCALAR, SCALAR, SCALAR))
+    def put(_: Any, refs: Any, values: Any, cut: Any, step: Any, row: Any) -> None:
+        cut, step, row = (a.registers.item() for a in (cut, step, row))
         (eight,) = values.registers.flat  # this thread's inputs: 8 * thread and on
         first = times(thread_in_warpgroup(), 8)
         slab, within = plus(step, over(first, p.step)), rest(first, p.step)
@@ -85,9 +85,9 @@ def put_row(plan: Plan, p: Product, x: Any, totals: Any, values: jax.Array, cut:
         if fmt.grouped:
             total = group_total(eight, fmt.group)
             group = plus(times(step, p.step // fmt.group), over(first, fmt.group))
-            memref.store(total, refs[1], place(group, plus(row, cut * ROWS)))  # its threads write the same
+            memref.store(total, refs[1], place(group, plus(row, times(cut, ROWS))))  # its threads write the same
 
-    put(refs, values, step, row)  # type: ignore[call-arg]
+    put(refs, values, cut, step, row)  # type: ignore[call-arg]
 
 
 def group_total(eight: Any, group: int) -> Any:

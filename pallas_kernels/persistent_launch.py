@@ -234,12 +234,12 @@ def _prepare(plan: Plan, name: str, layer: Any, block: Any, me: Any, count: Any,
         fill = ends.normalised(plan, p, refs["x"], refs["attn_norm"].at[layer], me, smem)
         finish = ends.store(refs["qkv"])
     elif name == "o":
-        fill, finish = ends.joined(plan, refs["parts"], refs["logs"]), ends.add_to(refs["x"], refs["x_mid"])
+        fill, finish = ends.joined(plan, p, refs["parts"], refs["logs"], me), ends.add_to(refs["x"], refs["x_mid"])
     elif name == "gate_up":
         fill = ends.normalised(plan, p, refs["x_mid"], refs["ffn_norm"].at[layer], me, smem)
         finish = ends.swiglu(refs["hidden"])
     elif name == "down":
-        fill, finish = ends.plain(plan, refs["hidden"]), ends.add_to(refs["x_mid"], refs["x"])
+        fill, finish = ends.plain(plan, p, refs["hidden"], me), ends.add_to(refs["x_mid"], refs["x"])
     else:
         fill = ends.normalised(plan, p, refs["x"], refs["norm"], me, smem)
         finish = ends.store(refs["logits"])

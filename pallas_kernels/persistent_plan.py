@@ -9,6 +9,10 @@ consumers of a block walk all in the same order, each by itself, so that nothing
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
+
+from jax import lax
+from jax.experimental import pallas as pl
 
 from pallas_kernels.tiles import SHARED_BYTES, WGMMA_ROWS, Format, nbytes
 
@@ -111,19 +115,19 @@ class Product:
     @property
     def padded(self) -> int:
         """Inputs that `chunks` may read, in whole units of `ROW_UNIT`."""
-        return ROW_UNIT * math.ceil((max(self.unit_columns()) + ROW_UNIT) / ROW_UNIT)
+        first, _ = list(self.chunks())[-1]
+        end = ((self.cuts - 1) * self.cut_steps + first) * self.step + self.held_units * ROW_UNIT
+        return ROW_UNIT * math.ceil(end / ROW_UNIT)
 
     @property
     def held_units(self) -> int:
         """Units of `ROW_UNIT` columns that are read for a chunk of one range."""
         return math.ceil(min(self.cut_steps, self.held_steps) * self.step / ROW_UNIT)
 
-    def unit_columns(self) -> Iterator[int]:
-        """First column of every unit of a row that is read, in the order in which they are."""
-        for first, _ in self.chunks():
-            for cut in range(self.cuts):
-                for i in range(self.held_units):
-                    yield (cut * self.cut_steps + first) * self.step + i * ROW_UNIT
+    def column(self, first: Any, number: Any) -> Any:
+        """Where a chunk's unit begins in a row of x: the units of the first cut, then those of the next."""
+        cut, at = lax.div(number, self.held_units), lax.rem(number, self.held_units)
+        return pl.multiple_of((cut * self.cut_steps + first) * self.step + at * ROW_UNIT, math.gcd(self.step, ROW_UNIT))
 
     def pieces(self, tile: int) -> Iterator[Piece]:
         """What a tile is made of."""

@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.persistent_ends import Fill, Finish, load
+from pallas_kernels.persistent_ends import Fill, Finish, load, units_of
 from pallas_kernels.persistent_lanes import BIAS, put_row, scale_rows, widened
 from pallas_kernels.persistent_layouts import outputs
 from pallas_kernels.persistent_plan import ROW_UNIT, ROWS, TAKING_TURNS, Plan, Product
@@ -162,8 +162,8 @@ def share_of(p: Product, plan: Plan) -> int:
 def multiply(name: str, fill: Fill, plan: Plan, block: Any, me: Any, count: Any, smem: Refs) -> Any:
     """Put this consumer's share of the sums of the strip into shared memory; returns the count after all stages.
 
-    Consumers take stages in turn. A slot always belongs to the same one: a warpgroup keeps count of a barrier's phases
-    by waiting for each of them."""
+    Consumers share the tokens of x, or the columns of a single one. They take stages in turn. A slot always belongs to
+    the same one: a warpgroup keeps count of a barrier's phases by waiting for each of them."""
     p, fmt, consumers = plan.products[name], plan.shape.fmt, plan.tiles.consumers
     chunks, tile_sums = len(list(p.chunks())), grouped_tile if fmt.grouped else plain_tile
 
@@ -182,10 +182,21 @@ def multiply(name: str, fill: Fill, plan: Plan, block: Any, me: Any, count: Any,
 
         return lax.fori_loop(0, mine, body, carry)
 
-    def chunk(index: Any, count: Any) -> Any:
+    def chunk(index: Any, carry: tuple[Any, list[jax.Array]]) -> tuple[Any, list[jax.Array]]:
+        count, values = carry
         first = index * p.held_steps
         steps = jnp.minimum(p.cut_steps - first, p.held_steps)
-        fill_chunk(name, fill, plan, first, me, smem)
+        if chunks > 1:
+            # Not before the first: whoever read what is there is through, or this phase had not begun.
+            pl.when(index > 0)(lambda: together(plan, smem))
+        if lone:
+            put_units(name, values, 0, plan, me, smem)
+        else:
+            lax.fori_loop(0, turns, lambda i, _: token(first, me + i * consumers), None)
+        plgpu.commit_smem()
+        together(plan, smem)
+        if x and chunks > 1:  # the next chunk's x is on its way meanwhile
+            values = x(jnp.minimum(index + 1, chunks - 1) * p.held_steps)
 
         def tile(number: Any, count: Any) -> Any:
             total = tile_sums(name, plan, number, first, functools.partial(each, steps, count), me, smem)
@@ -193,18 +204,35 @@ def multiply(name: str, fill: Fill, plan: Plan, block: Any, me: Any, count: Any,
             total = plgpu.layout_cast(own_columns(total, number, p), plgpu.Layout.WGMMA_TRANSPOSED)
             if chunks > 1:
                 sofar = plgpu.load(place, layout=plgpu.Layout.WGMMA_TRANSPOSED, optimized=False)
-                total = jnp.where(lax.broadcast(first, total.shape) > 0, total + sofar, total)
+                total = jnp.where(lax.broadcast(index, total.shape) > 0, total + sofar, total)
             place[...] = total
             return count + steps_of(p, block, steps)
 
-        return loop(p.tiles, tile, count)
+        return loop(p.tiles, tile, count), values
 
+    def token(first: Any, row: Any) -> None:
+        put_units(name, fill(row)(first), row, plan, me, smem)
+
+    lone = plan.shape.rows == 1
+    x = fill(jnp.int32(0)) if lone else None
+    turns = (plan.shape.rows - me + consumers - 1) // consumers
     if fmt.grouped:
         plgpu.barrier_wait(smem["scales_full"].at[turn_of(name)])
-    count = loop(chunks, chunk, count)
+    count, _ = loop(chunks, chunk, (count, x(jnp.int32(0)) if x else []))
     if fmt.grouped:
         plgpu.barrier_arrive(smem["scales_free"].at[turn_of(name)])
     return count
+
+
+def put_units(name: str, values: list[jax.Array], row: Any, plan: Plan, me: Any, smem: Refs) -> None:
+    """Put this consumer's units of a token into shared memory."""
+    p = plan.products[name]
+    for number, unit in zip(units_of(plan, p, me), values, strict=True):
+
+        @pl.when(number < p.cuts * p.held_units)
+        def _(number: Any = number, unit: jax.Array = unit) -> None:
+            cut, at = lax.div(number, p.held_units), lax.rem(number, p.held_units)
+            put_row(plan, p, smem["x"][name], smem["totals"][name], unit, cut, at * (ROW_UNIT // p.step), row)
 
 
 def loop(times: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
@@ -270,36 +298,6 @@ def own_columns(total: jax.Array, tile: Any, p: Product) -> jax.Array:
     for cut in range(1, p.cuts):
         own = jnp.where(lax.rem(lax.div(row, p.strip), p.cuts) == cut, total[:, cut * ROWS : (cut + 1) * ROWS], own)
     return own
-
-
-def fill_chunk(name: str, fill: Fill, plan: Plan, first: Any, me: Any, smem: Refs) -> None:
-    """Put the x of stages from ``first`` of every cut on into shared memory, as many as fit. Consumers share the
-    tokens, or the columns of a single one."""
-    p = plan.products[name]
-
-    def token(row: Any, lone: bool) -> None:
-        x = fill(row)
-        for i in range(p.cuts * p.held_units):
-            cut, at = divmod(i, p.held_units)
-
-            def put(i: int = i, cut: int = cut, at: int = at) -> None:
-                values = x((cut * p.cut_steps + first) * p.step + at * ROW_UNIT, i)
-                put_row(plan, p, smem["x"][name], smem["totals"][name], values, cut, at * (ROW_UNIT // p.step), row)
-
-            if lone:
-                pl.when(me == i % plan.tiles.consumers)(put)
-            else:
-                put()
-
-    # Whoever read x, or what shares its place, in the phase before is through: that is why this phase began.
-    pl.when(first > 0)(lambda: together(plan, smem))
-    if plan.shape.rows == 1:
-        token(jnp.int32(0), lone=True)
-    else:
-        turns = (plan.shape.rows - me + plan.tiles.consumers - 1) // plan.tiles.consumers
-        lax.fori_loop(0, turns, lambda i, _: token(me + i * plan.tiles.consumers, lone=False), None)
-    plgpu.commit_smem()
-    together(plan, smem)
 
 
 def operand(slot: Any, plan: Plan, me: Any, smem: Refs) -> Any:
