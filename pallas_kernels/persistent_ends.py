@@ -42,7 +42,7 @@ def reshaped(plan: Plan, ref: Any, shape: tuple[int, ...], layout: Any) -> jax.A
 
 
 def units_of(plan: Plan, p: Product, me: Any) -> list[Any]:
-    """Which units of a token's chunk a consumer has: all of them, or, of a single token, as many as the others. A number
+    """Which units of a token's chunk a consumer has: all, or, of a single token, as many as the others. A number
     behind the last is of none."""
     count = p.cuts * p.held_units
     if plan.shape.rows > 1:
