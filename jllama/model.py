@@ -93,7 +93,7 @@ def attend(
         keys, values = cache.layer(index)
     op = decode_attention if cache is not None and T <= DECODE_QUERIES else attention
     out = op(q, keys, values, start, backend=backend)
-    return x + matmul(out.reshape(B, T, -1), layer.wo, backend=backend), cache
+    return matmul(out.reshape(B, T, -1), layer.wo, residual=x, backend=backend), cache
 
 
 def split_heads(qkv: jax.Array, config: LlamaConfig) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -24,7 +24,7 @@ from jllama.sampling import Sampling, make_sampling
 
 MIN_BUCKET = 16  # tokens of a prompt
 MIN_CACHE = 128
-PREFILL_PIECE = 1024  # longer prompts go through in pieces: attention's scores stay bounded, and so do compilations
+PREFILL_PIECE = 2048  # longer prompts go through in pieces: attention's scores stay bounded, and so do compilations
 CHUNK = 16  # tokens a row between two looks at the output
 
 

@@ -20,7 +20,7 @@ def swiglu(gate_up: jax.Array) -> jax.Array:
 def ffn_reference(x: jax.Array, norm: jax.Array, w_gate_up: Weight, w_down: Weight, *, eps: float) -> jax.Array:
     """x [..., dim], norm [dim], w_gate_up [2 * hidden, dim], w_down [dim, hidden] -> [..., dim]."""
     h = rms_norm_reference(x, norm, eps=eps)
-    return x + matmul_reference(swiglu(matmul_reference(h, w_gate_up)), w_down)
+    return matmul_reference(swiglu(matmul_reference(h, w_gate_up)), w_down, residual=x)
 
 
 def check_ffn(x: jax.Array, norm: jax.Array, w_gate_up: Weight | Indexed, w_down: Weight | Indexed, **_: Any) -> None:

@@ -18,14 +18,20 @@ from pallas_kernels.tiles import Weight
 from pallas_kernels.wide import check_wide, wide
 
 
-def matmul_reference(x: jax.Array, w: Weight, *, out_dtype: jnp.dtype | type | None = None) -> jax.Array:
-    """x [..., in] · w [out, in] -> [..., out] in ``out_dtype`` (default: x's)."""
-    out_dtype = out_dtype or x.dtype
+def matmul_reference(
+    x: jax.Array, w: Weight, *, residual: jax.Array | None = None, out_dtype: jnp.dtype | type | None = None
+) -> jax.Array:
+    """x [..., in] · w [out, in] (+ residual [..., out]) -> [..., out] in ``out_dtype`` (default: x's)."""
+    y = _product(x, w).astype(out_dtype or x.dtype)
+    return y if residual is None else residual + y
+
+
+def _product(x: jax.Array, w: Weight) -> jax.Array:
     if isinstance(w, QuantizedTensor):
         if w.scale.shape[-1] == 1:  # one scale a row: it commutes with the sum, so the integers go in as they are
-            return (_dot(x, w.data.astype(x.dtype)) * w.scale[..., 0]).astype(out_dtype)
+            return _dot(x, w.data.astype(x.dtype)) * w.scale[..., 0]
         w = dequantize(w, x.dtype)
-    return _dot(x, w.astype(x.dtype)).astype(out_dtype)
+    return _dot(x, w.astype(x.dtype))
 
 
 def _dot(x: jax.Array, w: jax.Array) -> jax.Array:

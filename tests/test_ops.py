@@ -81,6 +81,13 @@ def test_matmul_with_integers_is_the_product_with_what_they_stand_for(bits: int,
     assert_close(matmul(x, w, backend="xla"), f64(x) @ meant.T, dtype, 256)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_matmul_adds_the_residual(dtype: str) -> None:
+    x, w, residual = random((2, 3, 96), dtype), random((40, 96), dtype, seed=1), random((2, 3, 40), dtype, seed=2)
+    expected = f64(residual) + f64(x) @ f64(w).T
+    assert_close(matmul(x, w, residual=residual, backend="xla"), expected, dtype, 96)
+
+
 def test_matmul_rounds_once_to_the_dtype_asked_for() -> None:
     x, w = random((3, 96), "bfloat16"), random((40, 96), "bfloat16", seed=1)
     assert_close(matmul(x, w, out_dtype=jnp.float32, backend="xla"), f64(x) @ f64(w).T, "float32", 96)
