@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.persistent_ends import load
 from pallas_kernels.persistent_layouts import few, line, pairs
-from pallas_kernels.persistent_plan import NEW, ROWS, Plan
+from pallas_kernels.persistent_plan import ROWS, Plan
 from pallas_kernels.persistent_products import Refs
 from pallas_kernels.softmax_tiles import ROWS as TILE
 from pallas_kernels.softmax_tiles import hide, no_keys, rescale, soften, weigh
@@ -76,9 +76,9 @@ def item_of(plan: Plan, layer: Any, index: Any, refs: Refs) -> Item:
 
 
 def begin(plan: Plan, item: Item, smem: Refs) -> None:
-    """Start to load the first tiles of keys."""
+    """Start to load the first tiles of keys. The last place is the new keys' first."""
     plgpu.commit_smem()  # ordinary accesses to what shares this memory are over before TMA writes it
-    high = jnp.minimum(item.low + plan.tiles.stages, item.high)
+    high = jnp.minimum(item.low + plan.tiles.stages - 1, item.high)
     lax.fori_loop(item.low, high, lambda j, _: item.fetch(plan, j, smem), None)
 
 
@@ -98,22 +98,23 @@ def one_item(plan: Plan, item: Item, refs: Refs, smem: Refs) -> None:
             plgpu.wgmma(acc, smem["q"], k.T)
             return acc[...]
 
-        return pl.run_scoped(product, plgpu.ACC((TILE, k.shape[0]), jnp.float32))
+        return pl.run_scoped(product, plgpu.ACC((TILE, keys), jnp.float32))
 
-    def add(s: jax.Array, v: Any, weights: Any, carry: Any) -> Any:
+    def add(s: jax.Array, slot: Any, carry: Any) -> Any:
         acc, m, total = carry
         p, alpha, m, total = soften(s, m, total, scale)
-        return weigh(rescale(acc, alpha), p.astype(jnp.bfloat16), v, weights), m, total
+        acc = weigh(rescale(acc, alpha), p.astype(jnp.bfloat16), smem["v"].at[slot], smem.get("weights"))
+        return acc, m, total
 
     def new(_: Any, carry: Any) -> Any:
-        k, v = smem["new_keys"], smem["new_values"]
-        return add(visible(scores(k), shape.queries), v, smem.get("few_weights"), carry)
+        slot = jnp.minimum(item.low, 0) + (stages - 1)  # the last, but no literal: pallas does not close over those
+        return add(visible(scores(smem["k"].at[slot]), shape.queries), slot, carry)
 
     def cached(j: Any, carry: Any) -> Any:
         slot = lax.rem(j - item.low, stages)
         plgpu.barrier_wait(smem["keys_full"].at[slot])
         s = hide(scores(smem["k"].at[slot]), item.start - 1 - j * keys)
-        carry = add(s, smem["v"].at[slot], smem.get("weights"), carry)
+        carry = add(s, slot, carry)
 
         @pl.when(j + stages < item.high)
         def _() -> None:
@@ -124,6 +125,8 @@ def one_item(plan: Plan, item: Item, refs: Refs, smem: Refs) -> None:
     zeros = plgpu.layout_cast(jnp.zeros((TILE, shape.head_dim), jnp.float32), plgpu.Layout.WGMMA)
     last = (item.split == plan.splits - 1).astype(jnp.int32)
     carry = lax.fori_loop(0, last, new, (zeros, *no_keys()))
+    plgpu.commit_smem()
+    pl.when(item.low + stages - 1 < item.high)(lambda: item.fetch(plan, item.low + stages - 1, smem))
     acc, m, total = lax.fori_loop(item.low, item.high, cached, carry)
     pl.when(item.split == plan.splits - 1)(lambda: write_cache(plan, item, smem))
 
@@ -160,7 +163,8 @@ def rotated(plan: Plan, column: Any, refs: Refs) -> jax.Array:
 
 
 def new_tile(plan: Plan, head: Any, refs: Refs, smem: Refs) -> None:
-    """The new keys and values of a key head, as a tile of their own and once more to be written to the cache."""
+    """The new keys and values of a key head, as a tile of their own in the last place of the ring, and once more to be
+    written to the cache."""
     shape, D = plan.shape, plan.shape.head_dim
     k = rotated(plan, shape.heads + head, refs)
     column = (shape.heads + shape.kv_heads + head) * D
@@ -168,10 +172,12 @@ def new_tile(plan: Plan, head: Any, refs: Refs, smem: Refs) -> None:
     # Weights of keys that are not there are zero, but zero times what happens to lie there may be no number.
     token = plgpu.broadcasted_iota(jnp.int32, (ROWS, D), 0, layout=pairs())
     v = jnp.where(token < shape.rows, v.astype(jnp.float32), 0.0).astype(jnp.bfloat16)
-    zeros = plgpu.layout_cast(jnp.zeros((NEW - ROWS, D), jnp.bfloat16), pairs())
-    for name, value in (("new_keys", k), ("new_values", v)):
-        smem[name].at[pl.ds(0, ROWS)][...] = value
-        smem[name].at[pl.ds(ROWS, NEW - ROWS)][...] = zeros
+    behind = plan.tiles.keys - ROWS
+    zeros = plgpu.layout_cast(jnp.zeros((behind, D), jnp.bfloat16), pairs())
+    for name, value in (("k", k), ("v", v)):
+        tile = smem[name].at[plan.tiles.stages - 1]
+        tile.at[pl.ds(0, ROWS)][...] = value
+        tile.at[pl.ds(ROWS, behind)][...] = zeros
     smem["new_k"][...] = k
     smem["new_v"][...] = v
 

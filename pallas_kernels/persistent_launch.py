@@ -19,7 +19,7 @@ from pallas_kernels import persistent_ends as ends
 from pallas_kernels import persistent_products as products
 from pallas_kernels.persistent_lanes import EXPONENT, opaque
 from pallas_kernels.persistent_layouts import outputs
-from pallas_kernels.persistent_plan import NEW, ROWS, TAKING_TURNS, Plan, scales_shape, sums_shape, totals_shape
+from pallas_kernels.persistent_plan import ROWS, TAKING_TURNS, Plan, scales_shape, sums_shape, totals_shape
 from pallas_kernels.tiles import WGMMA_ROWS, swizzled
 
 LAYER_PHASES = ("qkv", "attend", "o", "gate_up", "down")
@@ -282,10 +282,9 @@ def _kernel(plan: Plan, body: Any, name: str, interpret: Any) -> Any:
         for p in plan.products.values()
     ]
     q, keys = swizzled((WGMMA_ROWS, s.head_dim), bf16), swizzled((t.stages, t.keys, s.head_dim), bf16)
-    new_keys, new_values = swizzled((NEW, s.head_dim), bf16), swizzled((NEW, s.head_dim), bf16, run=NEW)
     part = plgpu.SMEM((WGMMA_ROWS, s.head_dim), jnp.float32)
     scratch = {
-        "shared_place": plgpu.RefUnion(*xs, (keys, keys, q, new_keys, new_values), part),
+        "shared_place": plgpu.RefUnion(*xs, (keys, keys, q), part),
         "ring": swizzled((plan.depth, WGMMA_ROWS, t.step), s.fmt.dtype),
         "log": plgpu.SMEM((WGMMA_ROWS,), jnp.float32),
         "new_k": plgpu.SMEM((ROWS, s.head_dim), jnp.bfloat16),
@@ -306,13 +305,12 @@ def _kernel(plan: Plan, body: Any, name: str, interpret: Any) -> Any:
         scratch["scales_free"] = plgpu.Barrier(num_arrivals=t.consumers, num_barriers=2)
     if interpret:  # it has no wgmma with its left operand in registers
         scratch["weights"] = swizzled((WGMMA_ROWS, t.keys), bf16)
-        scratch["few_weights"] = swizzled((WGMMA_ROWS, NEW), bf16)
         if s.fmt.quantized:
             scratch["widened"] = swizzled((t.consumers, WGMMA_ROWS, t.step), bf16, run=s.fmt.group)
 
     def unpacked(*args: Any, shared_place: Any, **smem: Any) -> None:
         *views, attention, smem["part"] = shared_place
-        smem |= dict(zip(("k", "v", "q", "new_keys", "new_values"), attention, strict=True))
+        smem |= dict(zip(("k", "v", "q"), attention, strict=True))
         smem["x"], smem["totals"], smem["sums"] = (
             dict(zip(plan.products, refs, strict=True)) for refs in zip(*views, strict=True)
         )

@@ -17,7 +17,6 @@ from jax.experimental import pallas as pl
 from pallas_kernels.tiles import SHARED_BYTES, WGMMA_ROWS, Format, nbytes
 
 ROWS = 8  # token rows of a step: the least that wgmma takes, so that 1 costs what 8 cost
-NEW = 32  # rows of the tile of new keys: the least that a store of pairs and wgmma agree on
 SMALL = 8192  # bytes of shared memory for barriers, and for scratch that the compiler adds
 MAX_SPLITS = 16  # parts of a row's keys
 MAX_CUTS = 3  # ranges of the inputs
@@ -208,7 +207,7 @@ def shared_bytes(plan: Plan) -> int:
     shape, tiles = plan.shape, plan.tiles
     x = nbytes((ROWS, tiles.chunk), 16)
     sums = max(nbytes(sums_shape(p, tiles), 32) for p in plan.products.values())
-    attention = nbytes((WGMMA_ROWS + 2 * tiles.stages * tiles.keys + 2 * NEW, shape.head_dim), 16)
+    attention = nbytes((WGMMA_ROWS + 2 * tiles.stages * tiles.keys, shape.head_dim), 16)
     new = nbytes((2, ROWS, shape.head_dim), 16)
     scales = sum(max(nbytes(scales_shape(plan.products[n], plan), 16) for n in names) for names in TAKING_TURNS)
     totals = max(nbytes(totals_shape(p, tiles, shape.fmt.group), 32) for p in plan.products.values())
