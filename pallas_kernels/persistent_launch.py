@@ -133,15 +133,17 @@ def _everything(plan: Plan, refs: Refs, smem: Refs, *, registers: bool) -> None:
             products.together(plan, smem)
             return
         before = layer * len(LAYER_PHASES) + PHASES.index(name) % len(LAYER_PHASES)
-        all_of_them = before * (plan.blocks * consumers)
+        all_of_them = before * plan.blocks
         if plan.patience:
             look(plan, arrived, all_of_them, layer, name, block, me, smem)
         else:
             plgpu.semaphore_wait(arrived, all_of_them, decrement=False, memory_scope="gpu")
 
     def leave() -> None:
+        """Say that this block is through with a phase."""
         if arrived is not None:
-            plgpu.semaphore_signal(arrived, memory_scope="gpu")
+            products.together(plan, smem)
+            pl.when(me == 0)(lambda: plgpu.semaphore_signal(arrived, memory_scope="gpu"))
 
     @pl.when(me == consumers)
     def _() -> None:
