@@ -20,8 +20,15 @@ from pallas_kernels.persistent_layouts import UNIT
 from pallas_kernels.persistent_plan import ROW_UNIT, Plan, Product
 
 Refs = dict[str, Any]
-Units = Callable[[Any], list[jax.Array]]  # first stage of a chunk -> this consumer's units of it, [4, 32, 8] bf16
-Fill = Callable[[Any], Units]  # token -> its x
+
+
+@dataclass(frozen=True)
+class Fill:
+    """What x is, in two halves, so that loads are on their way while something else is done: ``fetch`` of a token and
+    the first stage of a chunk loads what `make` turns into this consumer's units of the chunk, [4, 32, 8] bf16."""
+
+    fetch: Callable[[Any, Any], Any]
+    make: Callable[[Any], list[jax.Array]]
 
 
 def load(ref: Any, layout: Any) -> jax.Array:
@@ -64,47 +71,53 @@ def normalised(plan: Plan, p: Product, x: Any, weight: Any, me: Any, smem: Refs)
     early = len(list(p.chunks())) == 1
     gains = [unit(plan, weight, column) for column in columns_of(plan, p, me, 0)] if early else []
 
-    def fill(row: Any) -> Units:
-        values = [unit(plan, x.at[row], i * ROW_UNIT).astype(jnp.float32) for i in range(x.shape[1] // ROW_UNIT)]
-        squares = values[0] * values[0]
-        for more in values[1:]:
-            squares = squares + more * more
+    def fetch(row: Any, first: Any) -> Any:
+        columns = columns_of(plan, p, me, first)
+        whole = [unit(plan, x.at[row], i * ROW_UNIT) for i in range(x.shape[1] // ROW_UNIT)]
+        mine = [unit(plan, x.at[row], column) for column in columns]  # once more, now near
+        return whole, mine, gains or [unit(plan, weight, column) for column in columns]
+
+    def make(fetched: Any) -> list[jax.Array]:
+        whole, mine, factors = fetched
+        squares = functools.reduce(jnp.add, [jnp.square(a.astype(jnp.float32)) for a in whole])
         smem["squares"].at[me][...] = squares.sum(axis=2).sum(axis=1)  # one of each warp
         warps = [smem["squares"][me, i] for i in range(4)]
         scale = lax.rsqrt(((warps[0] + warps[1]) + (warps[2] + warps[3])) * (1 / p.inner) + plan.shape.eps)
+        both = zip(mine, factors, strict=True)
+        return [(a.astype(jnp.float32) * scale * b.astype(jnp.float32)).astype(jnp.bfloat16) for a, b in both]
 
-        def units(first: Any) -> list[jax.Array]:
-            columns = columns_of(plan, p, me, first)
-            parts = [unit(plan, x.at[row], column) for column in columns]
-            factors = gains or [unit(plan, weight, column) for column in columns]
-            both = zip(parts, factors, strict=True)
-            return [(a.astype(jnp.float32) * scale * b.astype(jnp.float32)).astype(jnp.bfloat16) for a, b in both]
-
-        return units
-
-    return fill
+    return Fill(fetch, make)
 
 
 def plain(plan: Plan, p: Product, x: Any, me: Any) -> Fill:
     """x [8, inner] as it is."""
-    return lambda row: lambda first: [unit(plan, x.at[row], column) for column in columns_of(plan, p, me, first)]
+
+    def fetch(row: Any, first: Any) -> list[jax.Array]:
+        return [unit(plan, x.at[row], column) for column in columns_of(plan, p, me, first)]
+
+    return Fill(fetch, lambda units: units)
 
 
 def joined(plan: Plan, p: Product, parts: Any, logs: Any, me: Any) -> Fill:
     """Attention from its parts [splits, 8, inner], each with weight exp2(log), in the order of the keys."""
-    splits = range(plan.splits)
 
-    def join(column: Any, row: Any) -> jax.Array:
-        lines = pl.ds(pl.multiple_of(lax.div(column, 8), ROW_UNIT // 8), ROW_UNIT // 8)
-        log = [reshaped(plan, logs.at[i, row, lines], (4, 32), UNIT.reduce(2)) for i in splits]
-        values = [unit(plan, parts.at[i, row], column) for i in splits]
+    def fetch(row: Any, first: Any) -> Any:
+        def one(column: Any, split: int) -> tuple[jax.Array, jax.Array]:
+            lines = pl.ds(pl.multiple_of(lax.div(column, 8), ROW_UNIT // 8), ROW_UNIT // 8)
+            log = reshaped(plan, logs.at[split, row, lines], (4, 32), UNIT.reduce(2))
+            return unit(plan, parts.at[split, row], column), log
+
+        return [[one(column, split) for split in range(plan.splits)] for column in columns_of(plan, p, me, first)]
+
+    def join(several: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
+        values, log = zip(*several, strict=True)
         top = functools.reduce(jnp.maximum, log)  # a number: the last part is never empty
         weights = [jnp.exp2(one - top) for one in log]
         share = 1 / functools.reduce(jnp.add, weights)
         shares = [lax.broadcast_in_dim(one * share, (4, 32, 8), (0, 1)) for one in weights]
         return functools.reduce(jnp.add, [a * b for a, b in zip(values, shares, strict=True)]).astype(jnp.bfloat16)
 
-    return lambda row: lambda first: [join(column, row) for column in columns_of(plan, p, me, first)]
+    return Fill(fetch, lambda fetched: [join(several) for several in fetched])
 
 
 # What becomes of the sums

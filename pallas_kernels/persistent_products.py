@@ -182,21 +182,21 @@ def multiply(name: str, fill: Fill, plan: Plan, block: Any, me: Any, count: Any,
 
         return lax.fori_loop(0, mine, body, carry)
 
-    def chunk(index: Any, carry: tuple[Any, list[jax.Array]]) -> tuple[Any, list[jax.Array]]:
-        count, values = carry
+    def chunk(index: Any, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+        count, fetched = carry
         first = index * p.held_steps
         steps = jnp.minimum(p.cut_steps - first, p.held_steps)
         if chunks > 1:
             # Not before the first: whoever read what is there is through, or this phase had not begun.
             pl.when(index > 0)(lambda: together(plan, smem))
         if lone:
-            put_units(name, values, 0, plan, me, smem)
+            put_units(name, fill.make(fetched), 0, plan, me, smem)
         else:
-            lax.fori_loop(0, turns, lambda i, _: token(first, me + i * consumers), None)
+            put_tokens(name, fill, first, plan, me, smem)
         plgpu.commit_smem()
         together(plan, smem)
-        if x and chunks > 1:  # the next chunk's x is on its way meanwhile
-            values = x(jnp.minimum(index + 1, chunks - 1) * p.held_steps)
+        if lone and chunks > 1:  # the next chunk's x is on its way meanwhile
+            fetched = fill.fetch(0, jnp.minimum(index + 1, chunks - 1) * p.held_steps)
 
         def tile(number: Any, count: Any) -> Any:
             total = tile_sums(name, plan, number, first, functools.partial(each, steps, count), me, smem)
@@ -208,20 +208,28 @@ def multiply(name: str, fill: Fill, plan: Plan, block: Any, me: Any, count: Any,
             place[...] = total
             return count + steps_of(p, block, steps)
 
-        return loop(p.tiles, tile, count), values
-
-    def token(first: Any, row: Any) -> None:
-        put_units(name, fill(row)(first), row, plan, me, smem)
+        return loop(p.tiles, tile, count), fetched
 
     lone = plan.shape.rows == 1
-    x = fill(jnp.int32(0)) if lone else None
-    turns = (plan.shape.rows - me + consumers - 1) // consumers
     if fmt.grouped:
         plgpu.barrier_wait(smem["scales_full"].at[turn_of(name)])
-    count, _ = loop(chunks, chunk, (count, x(jnp.int32(0)) if x else []))
+    count, _ = loop(chunks, chunk, (count, fill.fetch(0, 0) if lone else None))
     if fmt.grouped:
         plgpu.barrier_arrive(smem["scales_free"].at[turn_of(name)])
     return count
+
+
+def put_tokens(name: str, fill: Fill, first: Any, plan: Plan, me: Any, smem: Refs) -> None:
+    """Put this consumer's tokens into shared memory; each is fetched while the one before is made."""
+    rows, consumers = plan.shape.rows, plan.tiles.consumers
+
+    def token(i: Any, fetched: Any) -> Any:
+        row = me + i * consumers
+        ahead = fill.fetch(jnp.minimum(row + consumers, rows - 1), first)
+        put_units(name, fill.make(fetched), row, plan, me, smem)
+        return ahead
+
+    lax.fori_loop(0, (rows - me + consumers - 1) // consumers, token, fill.fetch(jnp.minimum(me, rows - 1), first))
 
 
 def put_units(name: str, values: list[jax.Array], row: Any, plan: Plan, me: Any, smem: Refs) -> None:
