@@ -124,12 +124,12 @@ def product(name: str, scales: Any, fill: Fill, finish: Finish, plan: Plan, bloc
         columns = [
             load(scales.at[pl.ds(half * p.out + outer, mine), 0], outputs().reduce(0)) for half in range(p.halves)
         ]
+    before = None  # the phase before did not write what is added
+    if finish.residual is not None:
+        before = load(finish.residual.at[:, pl.ds(outer, mine)], outputs()).astype(jnp.float32)
 
     def run() -> Any:
         after = multiply(name, fill, plan, block, me, count, smem)
-        before = None
-        if finish.residual is not None:
-            before = load(finish.residual.at[:, pl.ds(outer, mine)], outputs()).astype(jnp.float32)
         together(plan, smem)
 
         def whole(half: int) -> jax.Array:
