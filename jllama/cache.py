@@ -1,5 +1,6 @@
 """The key/value cache: keys and values of every layer, a length for every row."""
 
+import functools
 from dataclasses import replace
 
 import jax
@@ -67,13 +68,18 @@ def init_cache(
 ) -> KVCache:
     """An empty cache with room for ``max_len`` positions a row, or a few more; ``stacked`` as the params are."""
     shape = (batch, config.n_kv_heads, _whole_tiles(max_len), config.head_dim)
+    return _empty(config.n_layers, shape, jnp.dtype(dtype), stacked)
 
-    def empty() -> Layers:
+
+# One program for all layers: their arrays made one by one take longer than a short prompt.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _empty(n_layers: int, shape: tuple[int, ...], dtype: jnp.dtype, stacked: bool) -> KVCache:
+    def arrays() -> Layers:
         if stacked:
-            return jnp.zeros((config.n_layers, *shape), dtype)
-        return tuple(jnp.zeros(shape, dtype) for _ in range(config.n_layers))
+            return jnp.zeros((n_layers, *shape), dtype)
+        return tuple(jnp.zeros(shape, dtype) for _ in range(n_layers))
 
-    return KVCache(empty(), empty(), jnp.zeros(batch, jnp.int32))
+    return KVCache(arrays(), arrays(), jnp.zeros(shape[0], jnp.int32))
 
 
 def _whole_tiles(max_len: int) -> int:

@@ -75,8 +75,10 @@ def make_sampling(
     seeds = list(range(seed, seed + batch)) if isinstance(seed, int) else list(seed)
     if len(seeds) != batch:
         raise InputError(f"seed: expected one value or {batch} (one a row), found {len(seeds)}")
-    keys = jax.vmap(jax.random.key)(jnp.asarray(np.asarray([s % 2**32 for s in seeds], np.uint32)))
-    return Sampling(key=keys, **arrays)
+    return Sampling(key=_keys(np.asarray([s % 2**32 for s in seeds], np.uint32)), **arrays)
+
+
+_keys = jax.jit(jax.vmap(jax.random.key))
 
 
 def check_setting(name: str, value: float) -> float:

@@ -173,8 +173,10 @@ def test_places_that_cannot_be_written(model: Path, capsys: pytest.CaptureFixtur
     assert "no such file or directory" in refused(capsys, model.parent / "nowhere", model.parent / "out")
 
 
+# A suite that runs in the background of a shell is told to ignore interrupts, and its children inherit that.
 SLOW = """
-import os, sys, time
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 real = os.pwrite
 def pwrite(handle, data, at):
     print("writing", flush=True)
