@@ -134,9 +134,10 @@ def _everything(plan: Plan, refs: Refs, smem: Refs, *, registers: bool) -> None:
             return
         before = layer * len(LAYER_PHASES) + PHASES.index(name) % len(LAYER_PHASES)
         all_of_them = before * plan.blocks
-        if plan.patience:
-            look(plan, arrived, all_of_them, layer, name, block, me, smem)
-        else:
+        there = look(plan, arrived, all_of_them, layer, name, block, me, smem) if plan.patience else True
+
+        @pl.when(there)
+        def _() -> None:
             plgpu.semaphore_wait(arrived, all_of_them, decrement=False, memory_scope="gpu")
 
     def leave() -> None:
@@ -190,9 +191,9 @@ def _everything(plan: Plan, refs: Refs, smem: Refs, *, registers: bool) -> None:
         run()
 
 
-def look(plan: Plan, arrived: Any, wanted: Any, layer: Any, name: str, block: Any, me: Any, smem: Refs) -> None:
-    """`enter` for whoever looks for a fault: waits no longer than `Plan.patience`, and says what it waited for. Once it
-    has waited in vain it never waits again."""
+def look(plan: Plan, arrived: Any, wanted: Any, layer: Any, name: str, block: Any, me: Any, smem: Refs) -> Any:
+    """For whoever looks for a fault: whether all arrive within `Plan.patience`. If not it says what it waited for, and
+    does not wait again in later phases."""
     patience = jnp.where(smem["gave_up"][me] > 0, 0, plan.patience)
 
     def again(state: Any) -> Any:
@@ -206,6 +207,8 @@ def look(plan: Plan, arrived: Any, wanted: Any, layer: Any, name: str, block: An
         message = f"decode_step: block {{}} waited in vain for {name} of layer {{}}: {{}} of {{}} arrived"
         pl.debug_print(message, block, layer, seen, wanted)
         smem["gave_up"][me] = 1
+
+    return seen >= wanted
 
 
 def consumer_registers(consumers: int) -> int:
