@@ -175,6 +175,8 @@ def _check_sizes(s: Shape, tiles: Tiles) -> None:
     for name, inner in {"dim": s.dim, "heads * head_dim": s.heads * s.head_dim, "hidden": s.hidden}.items():
         if inner % tiles.step:
             raise Unsupported(f"{name} must be a multiple of {tiles.step}, found {inner}")
+        if s.fmt.group is not None and inner // s.fmt.group % 2:
+            raise Unsupported(f"{name} must be an even number of groups of {s.fmt.group}, found {inner}")
     for name, out in {"dim": s.dim, "hidden": s.hidden, "vocab": s.vocab}.items():
         if out % 8:
             raise Unsupported(f"{name} must be a multiple of 8, found {out}")

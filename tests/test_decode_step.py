@@ -43,7 +43,7 @@ from pallas_kernels.rms_norm import rms_norm_reference
 
 # The interpreter's warpgroups wait for one another in the CPU client's pool, which has as many threads as the machine
 # has cores: on two cores all may wait at once. Read when the first test asks for a device.
-os.environ.setdefault("PJRT_NPROC", "16")
+os.environ.setdefault("PJRT_NPROC", "32")
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -150,8 +150,13 @@ SMALL_CASES = {
     ),
     "ragged-from-empty": Case((0, 5, 64), 72, blocks=5, tiles=dict(stages=1)),
     "many-tokens-past-the-end": Case((61,), queries=4, size=dict(head_dim=128, heads=2), tiles=dict(chunk=1024)),
+    "chunks-of-one-token": Case((5,), blocks=1, size=dict(hidden=1280), tiles=dict(chunk=1024)),
+    "cuts-in-chunks-the-last-shorter": Case((5,), blocks=4, size=dict(hidden=2176)),
     "int8": Case((9,), fmt="int8", blocks=1),
     "int4": Case((9,), fmt="int4-g128", queries=2, blocks=1, size=dict(dim=256, heads=4, kv_heads=2)),
+    "int4-cuts": Case(
+        (5,), fmt="int4-g128", blocks=8, size=dict(dim=256, heads=4, kv_heads=2, hidden=1280), tiles=dict(step=256)
+    ),
 }
 
 
