@@ -18,6 +18,7 @@ from pallas_kernels import persistent_attention as attention
 from pallas_kernels import persistent_ends as ends
 from pallas_kernels import persistent_products as products
 from pallas_kernels.persistent_plan import ROWS, Plan
+from pallas_kernels.ring import consumer_registers, drain
 from pallas_kernels.tiles import WGMMA_ROWS, swizzled
 
 LAYER_PHASES = ("qkv", "attend", "join", "o", "gate_up", "down")
@@ -80,7 +81,8 @@ def _one_phase(plan: Plan, interpret: Any, name: str, layer: jax.Array, inputs: 
 
         @pl.when(me == plan.tiles.consumers)
         def _() -> None:
-            products.drain(plan, _produce(plan, name, layer, block, jnp.int32(0), everything, smem), smem)
+            count = _produce(plan, name, layer, block, jnp.int32(0), everything, smem)
+            drain(count, plan.depth, smem["free"])
 
         @pl.when(me < plan.tiles.consumers)
         def _() -> None:
@@ -119,12 +121,12 @@ def _everything(plan: Plan, refs: Refs, smem: Refs, *, registers: bool) -> None:
             return count
 
         count = lax.fori_loop(0, layers, layer, jnp.int32(0))
-        products.drain(plan, _produce(plan, "head", 0, block, count, refs, smem), smem)
+        drain(_produce(plan, "head", 0, block, count, refs, smem), plan.depth, smem["free"])
 
     @pl.when(me < consumers)
     def _() -> None:
         if registers:
-            plgpu.set_max_registers(consumer_registers(consumers), action="increase")
+            plgpu.set_max_registers(consumer_registers(consumers, PRODUCER_REGISTERS), action="increase")
 
         def layer(index: Any, count: Any) -> Any:
             for i, name in enumerate(LAYER_PHASES):
@@ -136,12 +138,6 @@ def _everything(plan: Plan, refs: Refs, smem: Refs, *, registers: bool) -> None:
         count = lax.fori_loop(0, layers, layer, jnp.int32(0))
         enter(layers * len(LAYER_PHASES))
         _consume(plan, "head", 0, block, me, count, refs, smem)
-
-
-def consumer_registers(consumers: int) -> int:
-    """What a thread of a consumer may have once the producer has given up what it does not need."""
-    each = 65536 // (128 * (consumers + 1)) // 8 * 8
-    return min(240, (each + (each - PRODUCER_REGISTERS) // consumers) // 8 * 8)
 
 
 def _produce(plan: Plan, name: str, layer: Any, block: Any, count: Any, refs: Refs, smem: Refs) -> Any:

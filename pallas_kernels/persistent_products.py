@@ -17,6 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.persistent_ends import Fill, Finish, batch_of, load
 from pallas_kernels.persistent_layouts import outputs
 from pallas_kernels.persistent_plan import ROWS, Plan, Product
+from pallas_kernels.ring import claim, my_stages
 from pallas_kernels.tiles import WGMMA_ROWS, load_integers, scale_column, spread, widen
 
 Refs = dict[str, Any]
@@ -42,27 +43,13 @@ def stream(p: Product, weight: Any, plan: Plan, block: Any, count: Any, smem: Re
         for half in range(p.halves):
 
             def stage(k: Any, count: Any, first: Any = half * p.out + row + offset, rows: int = rows) -> Any:
-                slot = lax.rem(count, plan.depth)
-
-                @pl.when(count >= plan.depth)
-                def _() -> None:
-                    plgpu.barrier_wait(smem["free"].at[slot])
-
+                slot = claim(count, plan.depth, smem["free"])
                 source = weight.at[pl.ds(pl.multiple_of(first, 8), rows), pl.ds(k * p.step, p.step)]
                 plgpu.copy_gmem_to_smem(source, smem["ring"].at[slot, pl.ds(0, rows)], smem["full"].at[slot])
                 return count + 1
 
             count = lax.fori_loop(0, steps_of(p, block, p.inner // p.step), stage, count)
     return count
-
-
-def drain(plan: Plan, count: Any, smem: Refs) -> None:
-    """Wait for the last stages to be used: a barrier's every completion must be awaited before the block ends."""
-
-    def wait(i: Any, _: Any) -> None:
-        plgpu.barrier_wait(smem["free"].at[lax.rem(i, plan.depth)])
-
-    lax.fori_loop(jnp.maximum(count - plan.depth, 0), count, wait, None)
 
 
 def product(p: Product, scales: Any, fill: Fill, finish: Finish, plan: Plan, block: Any, me: Any, count: Any,
@@ -108,26 +95,13 @@ def product(p: Product, scales: Any, fill: Fill, finish: Finish, plan: Plan, blo
 
 def multiply(p: Product, scales: Any, out: Any, before: Callable[[tuple[int, int]], None], plan: Plan, block: Any,
              me: Any, count: Any, smem: Refs) -> tuple[jax.Array, Any]:  # fmt: skip
-    """This consumer's share of a tile's sums [64, 8], and the count after the tile's stages.
-
-    Consumers take stages in turn. A slot always belongs to the same one: a warpgroup keeps count of a barrier's phases
-    by waiting for each of them."""
-    fmt, consumers = plan.shape.fmt, plan.tiles.consumers
+    """This consumer's share of a tile's sums [64, 8], and the count after the tile's stages."""
+    fmt = plan.shape.fmt
 
     def each(steps: int, count: Any, stage: Callable[[Any, Any, Any], Any], carry: Any) -> Any:
         """Fold ``stage(step, slot, carry)`` over the stages of a chunk that are this consumer's."""
-        first = lax.rem(me + consumers - lax.rem(count, consumers), consumers)
-        mine = (steps_of(p, block, steps) - first + consumers - 1) // consumers
-
-        def body(j: Any, carry: Any) -> Any:
-            step = first + j * consumers
-            slot = lax.rem(count + step, plan.depth)
-            plgpu.barrier_wait(smem["full"].at[slot])
-            carry = stage(step, slot, carry)
-            plgpu.barrier_arrive(smem["free"].at[slot])
-            return carry
-
-        return lax.fori_loop(0, mine, body, carry)
+        mine = steps_of(p, block, steps)
+        return my_stages(me, plan.tiles.consumers, count, mine, plan.depth, smem["full"], smem["free"], stage, carry)
 
     accumulator = plgpu.ACC((WGMMA_ROWS, ROWS), jnp.float32)
 
