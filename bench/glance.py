@@ -3,12 +3,11 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from bench.names import commit_of, cores, is_cpu, is_ours, latest, markdown, name_of, short
+from bench.names import NEWEST, commit_of, cores, is_cpu, is_ours, latest, markdown, name_of, short, versions_of
 from bench.record import Record
 
 Column = tuple[Any, ...]  # what a record must have to stand in it
 COLUMN = ("device", "model", "case", "batch", "seq", "context")
-NEWEST = ("device", "model", "dtype")
 
 
 def glance(records: Sequence[Record], keep: Callable[[Record], bool]) -> str:
@@ -85,13 +84,8 @@ def _foot(records: Sequence[Record]) -> str:
     """Where, with what, in which runs and at which commits."""
     if not records:
         return ""
-    versions: dict[str, set[str]] = {}
-    for r in records:
-        for name in ("jax", "torch", "transformers", "llama_cpp_python"):
-            if name in r["versions"]:
-                versions.setdefault(name, set()).add(r["versions"][name])
     parts = [", ".join(sorted({r["device"].split(", ")[0] for r in records}))]
-    parts.append(", ".join(f"{n} {'/'.join(sorted(v))}" for n, v in versions.items()))
+    parts.append(", ".join(versions_of(records, "jax", "torch", "transformers", "llama_cpp_python")))
     parts += [f"prompt of {p} tokens" for p in [_prompt(records)] if p]
     parts.append("runs " + ", ".join(f"`{r}`" for r in sorted({r["run"] for r in records})))
     ours = [r for r in records if is_ours(r["impl"])] or records

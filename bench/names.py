@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 from bench.record import Record
 
+NEWEST = ("device", "model", "dtype")  # what a run is the newest of
 NONE = "*nothing recorded yet*"
 OURS = ("xla", "pallas", "auto")
 NAMES = {
@@ -47,6 +48,16 @@ def latest(records: Sequence[Record], keys: Sequence[str]) -> list[list[Record]]
         groups.setdefault(tuple(record[k] for k in keys), []).append(record)
     newest = {key: max(rows, key=lambda r: r["when"])["run"] for key, rows in groups.items()}
     return [[r for r in rows if r["run"] == newest[key]] for key, rows in groups.items()]
+
+
+def versions_of(records: Iterable[Record], *libraries: str) -> list[str]:
+    """Those of ``libraries`` that the records ran with, each with its version, or versions."""
+    found: dict[str, set[str]] = {}
+    for record in records:
+        for library in libraries:
+            if library in record["versions"]:
+                found.setdefault(library, set()).add(record["versions"][library])
+    return [f"{library} {'/'.join(sorted(found[library]))}" for library in libraries if library in found]
 
 
 def is_cpu(record: Record) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.names import cores, is_cpu, latest, plain_name, short
+from bench.names import NEWEST, cores, is_cpu, latest, plain_name, short, versions_of
 from bench.record import Record
 from bench.roofline import best_of
 
@@ -53,10 +53,7 @@ def save(fig: Any, folder: Path, name: str) -> list[Path]:
 def label(records: Sequence[Record]) -> str:
     """Device, versions, commit and run of what a chart shows."""
     first = records[0]
-    versions: dict[str, str] = {}
-    for record in records:
-        versions |= record["versions"]
-    shown = [f"{n} {versions[n]}" for n in ("jax", "torch", "transformers", "tokamax") if n in versions]
+    shown = versions_of(records, "jax", "torch", "transformers", "tokamax")
     runs = sorted({r["run"] for r in records})
     return f"{first['device']}\n{', '.join(shown)}\ncommit {first['commit']}, run {runs[-1]}"
 
@@ -72,12 +69,12 @@ def newest(records: Sequence[Record], folder: Path) -> Iterator[Path]:
     measured = [r for r in records if r["value"] is not None and r.get("ceilings") and "work" in r]
     whole = [r for r in measured if r["suite"] == "compare" and r["metric"] == "tokens_per_s"]
     single = [r for r in measured if r["suite"] == "ops" and r["metric"] == "ms"]
-    for group in latest(whole, ("device", "model", "dtype")):
+    for group in latest(whole, NEWEST):
         yield from compare_plots(group, folder)
     groups = latest(single, ("device", "case", "dtype"))
     for device, dtype in dict.fromkeys((g[0]["device"], g[0]["dtype"]) for g in groups):
         mine = [r for g in groups for r in g if (r["device"], r["dtype"]) == (device, dtype)]
-        steps = [g for g in latest(whole, ("device", "model", "dtype")) if g[0]["device"] == device]
+        steps = [g for g in latest(whole, NEWEST) if g[0]["device"] == device]
         yield from ops_plots(mine, folder, [r for g in steps for r in g if r["dtype"] == dtype])
 
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
-from bench.glance import NEWEST, glance
-from bench.names import commit_of, cores, is_cpu, is_ours, latest, markdown, name_of, short
+from bench.glance import glance
+from bench.names import NEWEST, commit_of, cores, is_cpu, is_ours, latest, markdown, name_of, short, versions_of
 from bench.record import HIGHER_IS_BETTER, RESULTS, Record
 
 GROUP = ("device", "model", "dtype", "context", "batch", "seq")
@@ -57,13 +57,9 @@ def _share(r: Record) -> str:
 def _where(records: Sequence[Record]) -> str:
     """Under a table: devices, versions, ceilings and load of the newest run of each."""
     lines = []
-    for group in latest(records, ("device", "model", "dtype")):
+    for group in latest(records, NEWEST):
         r = group[0]
-        versions: dict[str, str] = {}
-        for record in group:
-            versions |= record["versions"]
-        parts = [r["device"]]
-        parts += [f"{n} {versions[n]}" for n in ("jax", "torch", "transformers", "tokamax") if n in versions]
+        parts = [r["device"], *versions_of(group, "jax", "torch", "transformers", "tokamax")]
         if c := r.get("ceilings"):
             parts.append(f"ceilings: copy {c['copy'] / 1e9:,.0f} GB/s, read {c['read'] / 1e9:,.0f} GB/s")
             parts.append(f"{c['matrix'] / 1e12:,.2f} TFLOP/s")
@@ -85,7 +81,7 @@ def _startup(records: Sequence[Record]) -> str:
     }
     chosen = [r for r in records if r["suite"] == "compare" and r["value"] is not None and r["case"] in wanted]
     rows = []
-    for group in latest(chosen, ("device", "model", "dtype")):
+    for group in latest(chosen, NEWEST):
         first = min((r["batch"], r["seq"], r["context"]) for r in group)
         for impl in dict.fromkeys(r["impl"] for r in group):
             mine = [r for r in group if r["impl"] == impl and (r["batch"], r["seq"], r["context"]) == first]

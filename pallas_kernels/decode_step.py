@@ -123,15 +123,16 @@ def check(
     """Raise `Unsupported` where `decode_step_kernel` cannot run these arguments."""
     _check_alone()
     shape = shape_of(x, weights, k, eps)
+    tiles = tiles or tiles_for(shape.fmt)
     _check_dtypes(x, weights, k, v)
     if k.shape != v.shape or k.shape[1] != x.shape[0] or start.shape != x.shape[:1]:
         raise Unsupported(f"x {x.shape}, start {start.shape}, k {k.shape} and v {v.shape} do not belong together")
     if cos.shape != sin.shape or cos.shape != (*x.shape[:2], shape.head_dim // 2):
         raise Unsupported(f"cos {cos.shape} and sin {sin.shape} are not {(*x.shape[:2], shape.head_dim // 2)}")
-    _check_sizes(shape, tiles or tiles_for(shape.fmt))
+    _check_sizes(shape, tiles)
     if blocks is not None and blocks > sm_count():
         raise Unsupported(f"{blocks} blocks on {sm_count()} multiprocessors would wait for one another forever")
-    if plan_of(shape, tiles, blocks).depth < 2 * (tiles or tiles_for(shape.fmt)).consumers:
+    if plan_of(shape, tiles, blocks).depth < 2 * tiles.consumers:
         raise Unsupported("too little shared memory for the ring of weights")
 
 

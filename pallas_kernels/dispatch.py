@@ -4,8 +4,8 @@ An `Op` is a reference in plain `jax.numpy` and, where there is one, a kernel th
 `backend` is passed down from the caller and means
 
 * ``"xla"``     the reference;
-* ``"pallas"``  the kernel, or `Unsupported` with the reason: an explicit wish never falls back (an op that has no
-  kernel at all, like a norm that XLA fuses with its neighbours, is no wish that could fail);
+* ``"pallas"``  the kernel, or `Unsupported` with the reason: an explicit wish never falls back (where an op
+  has no kernel, or is better without, like a norm that XLA fuses with its neighbours, there is none to wish for);
 * ``"auto"``    the kernel where it can run, else the reference. `record` tells which and why.
 """
 
@@ -68,13 +68,15 @@ def _device() -> Any:
 class Op:
     """A named operation: ``reference`` is its specification, ``kernel`` its fast equal.
 
-    ``check(*args, **kwargs)`` raises `Unsupported`, before anything is launched, where the kernel cannot run.
+    ``check(*args, **kwargs)`` raises `Unsupported`, before anything is launched, where the kernel cannot run;
+    ``spare(*args, **kwargs)`` says why XLA does without the kernel where it could, on every backend, or None.
     """
 
     name: str
     reference: Callable[..., Any]
     kernel: Callable[..., Any] | None = None
     check: Callable[..., None] | None = None
+    spare: Callable[..., str | None] | None = None
 
     def choose(self, backend: str, *args: Any, **kwargs: Any) -> Choice:
         """Decide, without running anything, which implementation these arguments get."""
@@ -84,6 +86,8 @@ class Op:
             return Choice("xla", "asked for")
         if self.kernel is None:
             return Choice("xla", "has no kernel: XLA fuses it with its neighbours")
+        if self.spare is not None and (why := self.spare(*args, **kwargs)):
+            return Choice("xla", why)
         try:
             require_hopper()
             if self.check is not None:

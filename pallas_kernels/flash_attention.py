@@ -28,13 +28,12 @@ from pallas_kernels.softmax_tiles import (
     pad_rows,
     rescale,
     soften,
-    swizzled,
     weigh,
 )
+from pallas_kernels.tiles import FLOATS, swizzled
 
 CONSUMERS = 2
 BLOCK_ROWS = CONSUMERS * ROWS
-DTYPES = (jnp.bfloat16, jnp.float16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +55,7 @@ def check(q: jax.Array, k: jax.Array | Indexed, v: jax.Array | Indexed, start: j
     D, heads, kv_heads = q.shape[-1], q.shape[2], k.shape[1]
     if D not in TILES:
         raise Unsupported(f"head_dim is one of {', '.join(map(str, TILES))}, found {D}")
-    if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in FLOATS:
         raise Unsupported(f"q, k and v are all bfloat16 or all float16, found {q.dtype}, {k.dtype}, {v.dtype}")
     if heads % kv_heads:
         raise Unsupported(f"{heads} query heads do not divide among {kv_heads} key heads")
@@ -84,7 +83,7 @@ def flash_attention(
     tiles = tiles or TILES[D]
     ring = {"num_barriers": tiles.stages}
     stream = (
-        swizzled(q.dtype, tiles.stages, tiles.keys, D),
+        swizzled((tiles.stages, tiles.keys, D), q.dtype),
         plgpu.Barrier(**ring),
         plgpu.Barrier(num_arrivals=CONSUMERS, **ring),
     )
@@ -92,12 +91,12 @@ def flash_attention(
         functools.partial(block, tiles=tiles),
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
         scratch_types=(
-            swizzled(q.dtype, BLOCK_ROWS, D),
+            swizzled((BLOCK_ROWS, D), q.dtype),
             plgpu.Barrier(),
             stream,
             stream,
             plgpu.Barrier(num_barriers=CONSUMERS),
-            None if interpret is None else swizzled(q.dtype, BLOCK_ROWS, tiles.keys),
+            None if interpret is None else swizzled((BLOCK_ROWS, tiles.keys), q.dtype),
         ),
         grid=(pl.cdiv(padded, BLOCK_ROWS) * B * heads,),
         grid_names=("block",),

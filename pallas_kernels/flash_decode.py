@@ -18,7 +18,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import flash_attention
 from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.indexed import Indexed, in_place
-from pallas_kernels.softmax_tiles import ROWS, hide, no_keys, pad_rows, rescale, soften, swizzled, weigh
+from pallas_kernels.softmax_tiles import ROWS, hide, no_keys, pad_rows, rescale, soften, weigh
+from pallas_kernels.tiles import swizzled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,13 +167,13 @@ def decode_parts(
             jax.ShapeDtypeStruct((B, kv_heads, splits, ROWS), jnp.float32),
         ),
         scratch_types=(
-            swizzled(q.dtype, ROWS, D),
+            swizzled((ROWS, D), q.dtype),
             plgpu.RefUnion(
-                (swizzled(q.dtype, tiles.stages, tiles.keys, D),) * 2,
+                (swizzled((tiles.stages, tiles.keys, D), q.dtype),) * 2,
                 plgpu.SMEM((ROWS, D), jnp.float32),  # written when all tiles are used
             ),
             plgpu.SMEM((ROWS,), jnp.float32),
-            None if interpret is None else swizzled(q.dtype, ROWS, tiles.keys),
+            None if interpret is None else swizzled((ROWS, tiles.keys), q.dtype),
             (plgpu.Barrier(), ring, ring),
         ),
         grid=(splits, kv_heads, B),

@@ -43,5 +43,10 @@ def cut_out(tree: Any) -> Any:
 
 def in_place(array: jax.Array | Indexed) -> tuple[jax.Array, jax.Array]:
     """What a kernel takes for an array: [layers, ...], and int32 [1], the layer to read."""
-    stacked, index = (array.stacked, array.index) if isinstance(array, Indexed) else (array[None], 0)
-    return stacked, jnp.asarray(index, jnp.int32).reshape(1)  # type: ignore[return-value]
+    stacked, index = (array.stacked, array.index) if isinstance(array, Indexed) else (array[None], None)
+    return stacked, layer_index(index)  # type: ignore[return-value]
+
+
+def layer_index(layer: jax.Array | int | None) -> jax.Array:
+    """The layer to read, as the array that a kernel takes."""
+    return jnp.asarray(0 if layer is None else layer, jnp.int32).reshape(1)

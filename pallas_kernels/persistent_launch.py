@@ -20,6 +20,7 @@ from pallas_kernels import persistent_products as products
 from pallas_kernels.persistent_lanes import EXPONENT, opaque
 from pallas_kernels.persistent_layouts import outputs
 from pallas_kernels.persistent_plan import ROWS, TAKING_TURNS, Plan, scales_shape, sums_shape, totals_shape
+from pallas_kernels.ring import consumer_registers
 from pallas_kernels.tiles import WGMMA_ROWS, swizzled
 
 LAYER_PHASES = ("qkv", "attend", "o", "gate_up", "down")
@@ -168,7 +169,7 @@ def _everything(plan: Plan, refs: Refs, smem: Refs, *, registers: bool) -> None:
     @pl.when(me < consumers)
     def _() -> None:
         if registers:
-            plgpu.set_max_registers(consumer_registers(consumers), action="increase")
+            plgpu.set_max_registers(consumer_registers(consumers, PRODUCER_REGISTERS), action="increase")
 
         if plan.patience:
             smem["gave_up"][me] = 0
@@ -209,12 +210,6 @@ def look(plan: Plan, arrived: Any, wanted: Any, layer: Any, name: str, block: An
         smem["gave_up"][me] = 1
 
     return seen >= wanted
-
-
-def consumer_registers(consumers: int) -> int:
-    """What a thread of a consumer may have once the producer has given up what it does not need."""
-    each = 65536 // (128 * (consumers + 1)) // 8 * 8
-    return min(240, (each + (each - PRODUCER_REGISTERS) // consumers) // 8 * 8)
 
 
 def _produce(plan: Plan, name: str, layer: Any, uses: Any, block: Any, count: Any, refs: Refs, smem: Refs) -> Any:

@@ -15,10 +15,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import ring
 from pallas_kernels.persistent_ends import Fill, Finish, load, units_of
 from pallas_kernels.persistent_lanes import BIAS, put_row, scale_rows, widened
 from pallas_kernels.persistent_layouts import outputs
 from pallas_kernels.persistent_plan import ROW_UNIT, ROWS, TAKING_TURNS, Plan, Product
+from pallas_kernels.ring import claim, my_stages
 from pallas_kernels.tiles import WGMMA_ROWS, spread
 
 Refs = dict[str, Any]
@@ -51,12 +53,7 @@ def stream(name: str, weight: Any, scales: Any, uses: Any, plan: Plan, block: An
             pieces = list(p.pieces(tile))
 
             def stage(k: Any, count: Any, pieces: Any = pieces, first: int = first) -> Any:
-                slot = lax.rem(count, plan.depth)
-
-                @pl.when(count >= plan.depth)
-                def _() -> None:
-                    plgpu.barrier_wait(smem["free"].at[slot])
-
+                slot = claim(count, plan.depth, smem["free"])
                 for piece in pieces:
                     # A range with a step less than the others ends with any weights: x is zero there.
                     step = jnp.minimum(piece.cut * p.cut_steps + first + k, p.inner // p.step - 1)
@@ -98,11 +95,7 @@ def turn_of(name: str) -> int:
 def drain(plan: Plan, count: Any, names: tuple[str, ...], smem: Refs) -> None:
     """Wait for the last stages, and scales of ``names``, to be used: a barrier's every completion must be awaited
     before the block ends."""
-
-    def wait(i: Any, _: Any) -> None:
-        plgpu.barrier_wait(smem["free"].at[lax.rem(i, plan.depth)])
-
-    lax.fori_loop(jnp.maximum(count - plan.depth, 0), count, wait, None)
+    ring.drain(count, plan.depth, smem["free"])
     if plan.shape.fmt.grouped:
         for turn in {turn_of(name) for name in names}:
             plgpu.barrier_wait(smem["scales_free"].at[turn])
@@ -162,25 +155,14 @@ def share_of(p: Product, plan: Plan) -> int:
 def multiply(name: str, fill: Fill, plan: Plan, block: Any, me: Any, count: Any, smem: Refs) -> Any:
     """Put this consumer's share of the sums of the strip into shared memory; returns the count after all stages.
 
-    Consumers share the tokens of x, or the columns of a single one. They take stages in turn. A slot always belongs to
-    the same one: a warpgroup keeps count of a barrier's phases by waiting for each of them."""
+    Consumers share the tokens of x, or the columns of a single one."""
     p, fmt, consumers = plan.products[name], plan.shape.fmt, plan.tiles.consumers
     chunks, tile_sums = len(list(p.chunks())), grouped_tile if fmt.grouped else plain_tile
 
     def each(steps: Any, count: Any, stage: Callable[[Any, Any, Any], Any], carry: Any) -> Any:
         """Fold ``stage(step, slot, carry)`` over the stages of a tile that are this consumer's."""
-        first = lax.rem(me + consumers - lax.rem(count, consumers), consumers)
-        mine = (steps_of(p, block, steps) - first + consumers - 1) // consumers
-
-        def body(j: Any, carry: Any) -> Any:
-            step = first + j * consumers
-            slot = lax.rem(count + step, plan.depth)
-            plgpu.barrier_wait(smem["full"].at[slot])
-            carry = stage(step, slot, carry)
-            plgpu.barrier_arrive(smem["free"].at[slot])
-            return carry
-
-        return lax.fori_loop(0, mine, body, carry)
+        mine = steps_of(p, block, steps)
+        return my_stages(me, consumers, count, mine, plan.depth, smem["full"], smem["free"], stage, carry)
 
     def chunk(index: Any, carry: tuple[Any, Any]) -> tuple[Any, Any]:
         count, fetched = carry

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.dispatch import BACKENDS, Choice, Op
+from pallas_kernels.dispatch import Op
 from pallas_kernels.norm_rows import check_norm, norm_rows
 
 ENOUGH_ROWS = 256  # below, a launch costs more than the fusion saves
@@ -28,18 +28,14 @@ def add_rms_norm_reference(
     return x, rms_norm_reference(x, weight, eps=eps)
 
 
-class _Norm(Op):
-    """A norm of few rows is not worth a launch: like an op that has no kernel, it is XLA's on every backend."""
-
-    def choose(self, backend: str, *args: Any, **kwargs: Any) -> Choice:
-        few = math.prod(args[0].shape[:-1]) < ENOUGH_ROWS
-        if few and backend in BACKENDS and backend != "xla":
-            return Choice("xla", f"fewer than {ENOUGH_ROWS} rows: XLA fuses it with its neighbours")
-        return super().choose(backend, *args, **kwargs)
+def few_rows(x: jax.Array, *_: Any, **__: Any) -> str | None:
+    """Why XLA norms so few rows, if it does."""
+    few = math.prod(x.shape[:-1]) < ENOUGH_ROWS
+    return f"fewer than {ENOUGH_ROWS} rows: XLA fuses it with its neighbours" if few else None
 
 
-rms_norm = _Norm("rms_norm", rms_norm_reference, kernel=norm_rows, check=check_norm)
-add_rms_norm = _Norm("add_rms_norm", add_rms_norm_reference, kernel=norm_rows, check=check_norm)
+rms_norm = Op("rms_norm", rms_norm_reference, kernel=norm_rows, check=check_norm, spare=few_rows)
+add_rms_norm = Op("add_rms_norm", add_rms_norm_reference, kernel=norm_rows, check=check_norm, spare=few_rows)
 
 CASES = {
     "7b-decode": dict(rows=1, dim=4096),

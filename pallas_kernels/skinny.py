@@ -22,6 +22,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.dispatch import Unsupported
+from pallas_kernels.indexed import layer_index
+from pallas_kernels.ring import claim, consumer_registers, drain
 from pallas_kernels.skinny_consume import consume
 from pallas_kernels.skinny_plan import Plan, SkinnyTiles, plan, tiles_for
 from pallas_kernels.tiles import (
@@ -30,7 +32,6 @@ from pallas_kernels.tiles import (
     Weight,
     check_product,
     format_of,
-    layer_index,
     shuffle_inputs,
     sm_count,
     split,
@@ -38,6 +39,7 @@ from pallas_kernels.tiles import (
 )
 
 MAX_ROWS = 64
+PRODUCER_REGISTERS = 24
 
 
 def check_skinny(x: jax.Array, w: Weight, *, tiles: SkinnyTiles | None = None) -> None:
@@ -165,19 +167,16 @@ def _body(*refs: Any, fmt: Format, p: Plan, tiles: SkinnyTiles, dtype: Any, inte
         row = pl.multiple_of(jnp.minimum(strip * p.strip, p.out - p.strip), 8)
         return row, cut, cut * p.steps // p.cuts, (cut + 1) * p.steps // p.cuts
 
-    registers = 65536 // (128 * (tiles.consumers + 1)) // 8 * 8  # what the launch gives each thread
-
     @pl.when(me == tiles.consumers)
     def _() -> None:
         if tiles.consumers > 1 and not interpret:
-            plgpu.set_max_registers(24, action="decrease")
+            plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
         _produce(x_ref, w_ref.at[layer], turns, piece, p, tiles.step, **scratch)
 
     @pl.when(me < tiles.consumers)
     def _() -> None:
         if tiles.consumers > 1 and not interpret:
-            spare = (registers - 24) // tiles.consumers
-            plgpu.set_max_registers(min(240, (registers + spare) // 8 * 8), action="increase")
+            plgpu.set_max_registers(consumer_registers(tiles.consumers, PRODUCER_REGISTERS), action="increase")
         scales = scale_ref[0].at[layer] if scale_ref else None
         consume(me, scales, out_ref, turns, piece, fmt, p, tiles, dtype, **scratch)
 
@@ -191,12 +190,7 @@ def _produce(x_ref: Any, w_ref: Any, turns: Any, piece: Any, p: Plan, step: int,
         place = pl.ds(p.shift(row), p.strip)
 
         def stage(i: Any, count: Any) -> Any:
-            slot = lax.rem(count, p.depth)
-
-            @pl.when(count >= p.depth)
-            def _() -> None:
-                plgpu.barrier_wait(free.at[slot])
-
+            slot = claim(count, p.depth, free)
             inputs = pl.ds(i * step, step)
             plgpu.copy_gmem_to_smem(w_ref.at[pl.ds(row, p.strip), inputs], w_ring.at[slot, place], full.at[slot])
             plgpu.copy_gmem_to_smem(x_ref.at[:, inputs], x_ring.at[slot], full.at[slot])
@@ -204,9 +198,4 @@ def _produce(x_ref: Any, w_ref: Any, turns: Any, piece: Any, p: Plan, step: int,
 
         return lax.fori_loop(start, end, stage, count)
 
-    count = lax.fori_loop(0, turns, turn, jnp.int32(0))
-
-    def drain(i: Any, _: Any) -> None:  # a barrier's every completion must be awaited before the block ends
-        plgpu.barrier_wait(free.at[lax.rem(i, p.depth)])
-
-    lax.fori_loop(jnp.maximum(count - p.depth, 0), count, drain, None)
+    drain(lax.fori_loop(0, turns, turn, jnp.int32(0)), p.depth, free)

@@ -9,6 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.persistent_layouts import outputs
+from pallas_kernels.ring import first_of_mine, my_stages
 from pallas_kernels.skinny_plan import Plan, SkinnyTiles
 from pallas_kernels.tiles import WGMMA_ROWS, Format, load_shuffled, scale_column, spread, widen_shuffled
 
@@ -62,25 +63,13 @@ def consume(me: Any, scales: Any, out_ref: Any, turns: Any, piece: Any, fmt: For
                 integers = integers_of(slot, tile + 1)
         plgpu.wgmma_wait(0)
 
-    def my_stages(start: Any, end: Any, count: Any, stage: Any, carry: Any) -> Any:
-        """Fold ``stage(step, slot, carry)`` over the stages of a piece that are this consumer's.
+    def fold(start: Any, end: Any, count: Any, stage: Any, carry: Any) -> Any:
+        """``stage(step, slot, carry)`` over the stages of a piece that are this consumer's."""
 
-        A slot of the ring always belongs to the same consumer, across pieces too: a warpgroup keeps count of a
-        barrier's phases by waiting for each of them."""
-        first = first_of_mine(count)
+        def one(number: Any, slot: Any, carry: Any) -> Any:
+            return stage(start + number, slot, carry)
 
-        def body(j: Any, carry: Any) -> Any:
-            offset = first + j * tiles.consumers
-            slot = lax.rem(count + offset, p.depth)
-            plgpu.barrier_wait(full.at[slot])
-            carry = stage(start + offset, slot, carry)
-            plgpu.barrier_arrive(free.at[slot])
-            return carry
-
-        return lax.fori_loop(0, (end - start - first + last) // tiles.consumers, body, carry)
-
-    def first_of_mine(count: Any) -> Any:
-        return lax.rem(me + tiles.consumers - lax.rem(count, tiles.consumers), tiles.consumers)
+        return my_stages(me, tiles.consumers, count, end - start, p.depth, full, free, one, carry)
 
     def scale_of(row: Any, tile: int, column: Any) -> jax.Array:
         return scale_column(scales, row - p.shift(row) + p.tiles[tile], column, WGMMA_ROWS)
@@ -94,7 +83,7 @@ def consume(me: Any, scales: Any, out_ref: Any, turns: Any, piece: Any, fmt: For
                 multiply_all(slot, [[acc] for acc in accs], range(len(accs)))
                 return carry
 
-            my_stages(start, end, count, stage, None)
+            fold(start, end, count, stage, None)
             return [acc[...] for acc in accs]
 
         totals = pl.run_scoped(scoped, *[accumulator] * len(p.tiles))
@@ -127,8 +116,8 @@ def consume(me: Any, scales: Any, out_ref: Any, turns: Any, piece: Any, fmt: For
             return totals, following
 
         zero = plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, p.rows), jnp.float32), plgpu.Layout.WGMMA)
-        carry = [zero] * len(p.tiles), scales_of(start + first_of_mine(count))
-        return my_stages(start, end, count, stage, carry)[0]
+        carry = [zero] * len(p.tiles), scales_of(start + first_of_mine(me, tiles.consumers, count))
+        return fold(start, end, count, stage, carry)[0]
 
     def turn(t: Any, count: Any) -> Any:
         row, cut, start, end = piece(t)

@@ -9,6 +9,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.ring import claim, drain
+
 ROWS = 64  # query rows of one warpgroup: a wgmma tile
 LOWEST = -1e30  # a maximum of nothing: finite, so that differences of maxima are numbers
 
@@ -35,11 +37,8 @@ class Ring:
     def fetch(self, j: jax.Array, source: Ref) -> None:
         """Start to load tile j where it will not hurt a tile in use."""
 
-        @pl.when(j >= self.stages)
-        def _() -> None:
-            plgpu.barrier_wait(self.free.at[self.slot(j)])
-
-        plgpu.copy_gmem_to_smem(source, self.tile(j), self.full.at[self.slot(j)])
+        slot = claim(j, self.stages, self.free)
+        plgpu.copy_gmem_to_smem(source, self.smem.at[slot], self.full.at[slot])
 
     def wait(self, j: jax.Array | int) -> None:
         """Wait for tile j."""
@@ -52,9 +51,7 @@ class Ring:
     def drain(self, count: jax.Array) -> None:
         """Wait until the last of ``count`` tiles are released: whoever waits on a barrier sees all its phases."""
 
-        @pl.loop(jnp.maximum(count - self.stages, 0), count)
-        def _(j: jax.Array) -> None:
-            plgpu.barrier_wait(self.free.at[self.slot(j)])
+        drain(count, self.stages, self.free)
 
 
 def no_keys() -> tuple[jax.Array, jax.Array]:
@@ -94,11 +91,6 @@ def weigh(acc: jax.Array, p: jax.Array, values: Ref, p_smem: Ref | None) -> jax.
         return ref[...]
 
     return acc + pl.run_scoped(product, plgpu.ACC(acc.shape, jnp.float32))
-
-
-def swizzled(dtype: jnp.dtype, *shape: int) -> Any:
-    """Shared memory as wgmma reads it."""
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
 
 
 def pad_rows(x: jax.Array, axis: int) -> jax.Array:

@@ -56,11 +56,6 @@ def split(w: Weight) -> tuple[jax.Array, jax.Array | None]:
     return stacked[0], stacked[1]
 
 
-def layer_index(layer: jax.Array | int | None) -> jax.Array:
-    """The layer to read, as the array that a kernel takes."""
-    return jnp.asarray(0 if layer is None else layer, jnp.int32).reshape(1)
-
-
 def check_product(x: jax.Array, w: Weight) -> None:
     """Raise `Unsupported` unless a kernel has code for this pair of dtypes and shapes."""
     fmt = format_of(w)

@@ -16,11 +16,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.indexed import layer_index
+from pallas_kernels.ring import claim, drain
 from pallas_kernels.tiles import (
     SHARED_BYTES,
     Weight,
     format_of,
-    layer_index,
     nbytes,
     sm_count,
     split,
@@ -171,11 +172,7 @@ def _body(*refs: Any, problem: Problem, tiles: WideTiles, plan: list[Pass], unit
         if registers:
             plgpu.set_max_registers(40, action="decrease")
         done = each_pass(functools.partial(_produce, x_ref, w_ref.at[layer], residual_ref, problem, depth, **scratch))
-
-        def drain(i: Any, _: Any) -> None:  # a barrier's every completion must be awaited before the block ends
-            plgpu.barrier_wait(scratch["free"].at[lax.rem(i, depth)])
-
-        lax.fori_loop(jnp.maximum(done - depth, 0), done, drain, None)
+        drain(done, depth, scratch["free"])
 
     @pl.when(me < CONSUMERS)
     def _() -> None:
@@ -195,14 +192,7 @@ def _produce(x_ref: Any, w_ref: Any, residual_ref: Any, problem: Problem, depth:
         row, out = tile(t)
 
         def next_slot(k: Any) -> Any:
-            i = done + t * stages + k
-            slot = lax.rem(i, depth)
-
-            @pl.when(i >= depth)
-            def _() -> None:
-                plgpu.barrier_wait(free.at[slot])
-
-            return slot
+            return claim(done + t * stages + k, depth, free)
 
         def stage(k: Any, _: Any) -> None:
             slot = next_slot(k)

@@ -6,6 +6,10 @@ from pathlib import Path
 import jax
 import pytest
 
+# The warpgroups of Pallas's GPU interpreter wait for one another in the CPU client's pool, which has as many threads as
+# the machine has cores: on two cores all may wait at once. Read when the first device is asked for.
+os.environ.setdefault("PJRT_NPROC", "32")
+
 ROOT = Path(__file__).parents[1]
 
 

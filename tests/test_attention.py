@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from h200 import H200
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -14,9 +15,6 @@ from pallas_kernels import Unsupported, attention, decode_attention, flash_atten
 from pallas_kernels.attention import CASES, attention_reference
 
 TOLERANCE = 5e-3  # of the norm, for 16-bit inputs and outputs
-HOPPER = jax.sharding.AbstractMesh(
-    (), (), abstract_device=jax.sharding.AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=132)
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +120,7 @@ def test_interpreted(kind: str, name: str) -> None:
 @pytest.mark.parametrize(("kind", "name"), [case for case in FULL if case not in SMALL])
 def test_lowers_for_hopper(kind: str, name: str) -> None:
     case, kernel = find(kind, name)
-    with jax.sharding.use_abstract_mesh(HOPPER):
+    with jax.sharding.use_abstract_mesh(H200):
         text = jax.jit(kernel).trace(*case.shapes()).lower(lowering_platforms=("cuda",)).as_text()
     assert "mosaic_gpu" in text
 

@@ -6,13 +6,13 @@ one, as the single launch that a GPU runs; on a Hopper GPU they run (marker gpu)
 
 import dataclasses
 import functools
-import os
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from h200 import H200, SMS
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -41,18 +41,10 @@ from pallas_kernels.persistent_launch import buffers
 from pallas_kernels.persistent_plan import Tiles
 from pallas_kernels.rms_norm import rms_norm_reference
 
-# The interpreter's warpgroups wait for one another in the CPU client's pool, which has as many threads as the machine
-# has cores: on two cores all may wait at once. Read when the first test asks for a device.
-os.environ.setdefault("PJRT_NPROC", "32")
-
 pytestmark = pytest.mark.timeout(60)
 
 EPS = 1e-5
 FORMATS = {"bf16": {}, "int8": dict(bits=8), "int4-g128": dict(bits=4, group=128)}
-SMS = 132
-H200 = jax.sharding.AbstractMesh(
-    (), (), abstract_device=jax.sharding.AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=SMS)
-)
 SMALL = dict(dim=128, hidden=256, heads=2, kv_heads=1, head_dim=64, vocab=128, layers=1)
 
 

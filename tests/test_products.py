@@ -5,7 +5,6 @@ one, which finds what the interpreter cannot: layouts, tile sizes, shared memory
 """
 
 import functools
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from h200 import H200, SMS
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -29,11 +29,8 @@ from pallas_kernels.tiles import format_of
 from pallas_kernels.wide import WideTiles, check_wide, wide
 
 pytestmark = pytest.mark.timeout(120)
-# The interpreter's warpgroups wait for one another in the CPU client's thread pool, which has a thread a core.
-os.environ.setdefault("PJRT_NPROC", "16")
 
 FORMATS = {"bf16": {}, "int8": dict(bits=8), "int8-g32": dict(bits=8, group=32), "int4-g128": dict(bits=4, group=128)}
-SMS = 132  # of an H200
 Array = jax.Array
 
 
@@ -90,8 +87,7 @@ def race_free(y: Array) -> Array:
 
 def lower(f: Callable[..., Any], *args: Any) -> None:
     """Lower for an H200, on a machine that has none."""
-    h200 = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=SMS)
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=h200)):
+    with jax.sharding.use_abstract_mesh(H200):
         jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",))
 
 

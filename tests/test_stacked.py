@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from h200 import H200
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jllama.backends import backends
@@ -29,11 +29,6 @@ from pallas_kernels import Choice, Indexed, cut_out, dispatch, flash_attention, 
 from pallas_kernels.attention import attention_reference
 from pallas_kernels.persistent_plan import Tiles
 
-os.environ.setdefault("PJRT_NPROC", "16")  # as in test_decode_step.py
-
-H200 = jax.sharding.AbstractMesh(
-    (), (), abstract_device=jax.sharding.AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=132)
-)
 # The smallest that the kernel takes.
 SMALL = LlamaConfig(
     dim=128, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=64, hidden_dim=256, vocab_size=128, max_seq_len=64
