@@ -8,53 +8,40 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.mosaic.gpu.fragmented_array import WGMMA_LAYOUT, WGMMA_ROW_LAYOUT, FragmentedArray
-from jax.experimental.mosaic.gpu.utils import bitcast, c, shfl_bfly, thread_idx
+from jax.experimental.mosaic.gpu.fragmented_array import WGMMA_LAYOUT_8BIT, WGMMA_ROW_LAYOUT, FragmentedArray
+from jax.experimental.mosaic.gpu.utils import bitcast, c, shfl_bfly, thread_idx, when
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, memref, vector
 
-from pallas_kernels.persistent_layouts import UNIT
-from pallas_kernels.persistent_plan import ROW_UNIT, ROWS, Plan, Product
+from pallas_kernels.persistent_layouts import UNIT, outputs
+from pallas_kernels.persistent_plan import BLOCK, DIGITS, ROW_UNIT, Plan, Product
 from pallas_kernels.tiles import WGMMA_ROWS, transforms_of
 
 SCALAR = plgpu.Layout.WG_SPLAT
-BIAS = 136.0  # what `widened` adds to a 4-bit weight
-# Of the neighbouring inputs in a word of 32 bits, those that are widened into one register.
-PAIRS = {4: ((0, 4), (1, 5), (2, 6), (3, 7)), 8: ((0, 2), (1, 3))}
-EXPONENT = {4: 0x43084308, 8: 0x43004300}  # two bfloat16 of 128; with 8 turns the sign of 4 bits
+# 4 bits are made a byte as its upper half: 16 times the weight, the sign where it belongs.
+HALF_BYTE = 16
+WORDS = plgpu.Layout.TILED(  # 4-bit integers [64 * m, 32 * n] in rows as wgmma takes them: a word of 8 to a thread
+    plgpu.Tiling(((64, 32), (16, 32), (8, 32), (8,))), warp_dims=(-7,), lane_dims=(-3, -2), vector_dim=-1
+)
 
 
-def words(bits: int) -> Any:
-    """Integers [64 * m, 128 / bits * n] in rows as wgmma takes them: each of 4 neighbouring threads has a word of 4."""
-    row = 128 // bits
-    return plgpu.Layout.TILED(
-        plgpu.Tiling(((64, row), (16, row), (8, row), (row // 4,))), warp_dims=(-7,), lane_dims=(-3, -2), vector_dim=-1
-    )
+def put_row(plan: Plan, p: Product, x: Any, factors: Any, values: jax.Array, cut: Any, step: Any, row: Any) -> None:
+    """Write ``values`` [4, 32, 8], the next 1024 inputs of token ``row`` from ``step`` of a cut on, to x [steps, columns
+    of all cuts, inputs] in shared memory. Pallas writes whole tiles of 8 tokens only, and most often there is one.
 
-
-def put_row(plan: Plan, p: Product, x: Any, totals: Any, values: jax.Array, cut: Any, step: Any, row: Any) -> None:
-    """Write ``values`` [4, 32, 8], the next 1024 inputs of one token from ``step`` of a cut on, to x [steps, 8 * cuts,
-    inputs] in shared memory: the row of the token among the cut's 8, in the order in which `widened` brings quantised
-    weights. Pallas writes whole tiles of 8 tokens only, and most often there is one.
-
-    With groups, ``totals`` [groups, 8 * cuts] gets what takes the bias out of a product with `widened` weights: the
-    sums of a group's inputs, times ``-BIAS``."""
-    fmt = plan.shape.fmt
+    For integer weights a token has a row for each of its digits (see `digits_of`), and ``factors`` [blocks of inputs,
+    columns] gets what these are worth."""
+    integers = plan.shape.fmt.quantized
     if plan.interpret:
-        steps = ROW_UNIT // p.step
-        for i in range(steps):
-            x.at[step + i, cut * ROWS + row][...] = values.reshape(steps, p.step)[i]
-        if fmt.grouped:
-            sums = values.astype(jnp.float32).reshape(ROW_UNIT // fmt.group, fmt.group).sum(axis=1)
-            for i in range(ROW_UNIT // fmt.group):
-                totals[step * (p.step // fmt.group) + i, cut * ROWS + row] = sums[i] * -BIAS
+        _put_row_interpreted(plan, p, x, factors, values, cut, step, row)
         return
-    dtype, run = jnp.dtype(jnp.bfloat16), fmt.group
-    transforms = transforms_of(x.shape[-1], dtype, run)
-    width = transforms[0].tiling[-1]  # inputs of a swizzled tile: 64, or 32 or 16 where groups are small
-    chunks = width // 8
-    refs = (x, totals) if fmt.grouped else (x,)
+    dtype = jnp.dtype(jnp.int8 if integers else jnp.bfloat16)
+    transforms = transforms_of(x.shape[-1], dtype, plan.shape.fmt.group)
+    width = transforms[0].tiling[-1]  # inputs of a swizzled tile
+    line = 16 // dtype.itemsize  # of those that the swizzle moves together
+    refs = (x, factors) if integers else (x,)
     types = (plgpu.RefType(transforms), plgpu.RefType())[: len(refs)]
 
     @plgpu.inline_mgpu(arg_types=(types, UNIT, SCALAR, SCALAR, SCALAR))
@@ -64,91 +51,122 @@ def put_row(plan: Plan, p: Product, x: Any, totals: Any, values: jax.Array, cut:
         first = times(thread_in_warpgroup(), 8)
         slab, within = plus(step, over(first, p.step)), rest(first, p.step)
 
-        def write(at: Any, value: Any) -> None:
-            """``value`` at input ``at`` of the slab: the swizzle moves lines of 8 inputs about within a row."""
-            line = arith.xori(over(rest(at, width), 8), over(row, 8 // chunks))
-            vector.store(value, refs[0], place(slab, cut, over(at, width), row, plus(times(line, 8), rest(at, 8))))
+        def write(column: Any, at: Any, value: Any) -> None:
+            """``value`` at input ``at`` of the slab: the swizzle moves lines about within a row of a tile."""
+            tile, inside = over(column, 8), rest(column, 8)
+            moved = arith.xori(over(rest(at, width), line), over(inside, 8 * line // width))
+            place_in_row = plus(times(moved, line), rest(at, line))
+            vector.store(value, refs[0], place(slab, tile, over(at, width), inside, place_in_row))
 
-        if not fmt.quantized:
-            write(within, eight)
+        column = plus(times(cut, plan.shape.columns), row)
+        if not integers:
+            write(column, within, eight)
             return
-        # Of 4 words in a row each goes to a thread of its own, which takes one pair at a time to wgmma: pair b of all
-        # of them is line b of the 4 words' inputs, in which each thread has its place.
-        held = 32 // fmt.bits
-        for word in range(8 // held):
-            at = plus(within, word * held)
-            thread = rest(over(at, held), 4)
-            start = plus(minus(at, times(thread, held)), times(thread, 2))
-            for b, pair in enumerate(PAIRS[fmt.bits]):
-                two = vector.shuffle(eight, eight, [word * held + i for i in pair])
-                write(plus(start, 8 * b), two)
-        if fmt.grouped:
-            total = group_total(eight, fmt.group)
-            group = plus(times(step, p.step // fmt.group), over(first, fmt.group))
-            memref.store(total, refs[1], place(group, plus(row, times(cut, ROWS))))  # its threads write the same
+        digits, scale = _digits(eight)
+        block = plus(over(times(step, p.step), BLOCK), over(first, BLOCK))
+        for number, digit in enumerate(digits):
+            here = plus(column, number * plan.shape.rows)
+            if plan.shape.fmt.bits == 8:
+                write(here, within, _bytes(digit))
+            else:  # as `in_bytes` brings the weights: of 32 inputs the even ones, 4 to a thread, then the odd ones
+                own = plus(minus(within, rest(within, 32)), times(rest(over(within, 8), 4), 4))
+                write(here, own, _bytes(digit[::2]))
+                write(here, plus(own, 16), _bytes(digit[1::2]))
+            worth = arith.mulf(scale, c(worth_of(plan, number), scale.type))
+            memref.store(worth, refs[1], place(block, here))  # a block's threads write the same
 
     put(refs, values, cut, step, row)  # type: ignore[call-arg]
 
 
-def group_total(eight: Any, group: int) -> Any:
-    """-BIAS times the sum of a group of inputs, of which every thread has 8: the same in all of its threads."""
-    f32 = ir.F32Type.get()
-    parts = [arith.extf(f32, vector.extract(eight, [], [i])) for i in range(8)]
-    while len(parts) > 1:
-        parts = [arith.addf(a, b) for a, b in zip(parts[::2], parts[1::2], strict=True)]
-    (total,) = parts
-    distance = 1
-    while distance * 8 < group:
-        total = arith.addf(total, shfl_bfly(total, distance))
-        distance *= 2
-    return arith.mulf(total, c(-BIAS, f32))
+def _put_row_interpreted(
+    plan: Plan, p: Product, x: Any, factors: Any, values: jax.Array, cut: Any, step: Any, row: Any
+) -> None:
+    column, steps = cut * plan.shape.columns + row, ROW_UNIT // p.step
+    rows: Any = [values]
+    if plan.shape.fmt.quantized:
+        rows, scale = digits_of(values.reshape(-1, BLOCK))
+        for number in range(DIGITS):
+            for i in range(ROW_UNIT // BLOCK):
+                block = step * p.step // BLOCK + i
+                factors[block, column + number * plan.shape.rows] = scale[i] * worth_of(plan, number)
+    for number, one in enumerate(rows):
+        for i in range(steps):
+            x.at[step + i, column + number * plan.shape.rows][...] = one.reshape(steps, p.step)[i]
 
 
-def widened(plan: Plan, tile: Any, exponent: Any) -> jax.Array:
-    """A tile of integers in shared memory as wgmma's left operand in registers, 4-bit ones with `BIAS` added. Threads
-    keep what a wide load gave them, so that the inputs are in the order of `PAIRS`; ``exponent`` is `EXPONENT`, see
-    `opaque`.
-
-    A bfloat16 of 128 to 255 has its last bit worth 1: an integer is put below its exponent as it is. 4 bits with the
-    sign turned are the weight plus 8. Of 8 bits 7 go there; the sign, which is worth -128, sits where it makes the
-    exponent of what is subtracted that of 256."""
-    bits = plan.shape.fmt.bits
-
-    def pairs(word: Any, exponent: Any) -> list[Any]:
-        moved = [arith.shrui(word, _int(i * bits)) if i else word for i in range(16 // bits)]
-        if bits == 4:
-            return [arith.xori(arith.andi(w, _int(0x000F000F)), exponent) for w in moved]
-        above, below = (
-            [as_pair(arith.ori(arith.andi(w, _int(mask)), exponent)) for w in moved]
-            for mask in (0x007F007F, 0x00800080)
-        )
-        return [arith.subf(*both) for both in zip(above, below, strict=True)]
-
-    def convert(_: Any, integers: Any, exponent: Any) -> Any:
-        exponent = exponent.registers.item()
-        registers = np.empty(WGMMA_LAYOUT.registers_shape(integers.shape), dtype=object)
-        for index, word in np.ndenumerate(integers.registers):
-            for b, pair in enumerate(pairs(bitcast(word, ir.IntegerType.get_signless(32)), exponent)):
-                registers[index[0], len(PAIRS[bits]) * index[1] + b, *index[2:]] = as_pair(pair)
-        return FragmentedArray(_registers=registers, _layout=WGMMA_LAYOUT, _is_signed=None)
-
-    floats = plgpu.ShapeDtypeStruct(tile.shape, jnp.bfloat16, layout=plgpu.Layout.WGMMA)
-    inline = plgpu.inline_mgpu(arg_types=(words(bits), SCALAR), return_type=floats)
-    return inline(convert)(plgpu.load(tile, layout=words(bits)), exponent)
+# x as integers
 
 
-def opaque(constant: int, start: Any) -> Any:
-    """``constant``, for all that the compiler knows only where ``start`` is not negative. It keeps one that it cannot
-    know in a register, and writes one that it knows there anew for every use."""
-    return jnp.where(start < 0, 0, jnp.int32(constant))
+def worth_of(plan: Plan, number: int) -> float:
+    """What a digit is worth, as a share of its block's scale and of what `in_bytes` makes of a weight."""
+    return 2.0 ** -(6 + 7 * number) / (HALF_BYTE if plan.shape.fmt.bits == 4 else 1)
 
 
-def as_pair(word: Any) -> Any:
-    """32 bits as two bfloat16."""
-    pair = ir.VectorType.get((2,), ir.BF16Type.get())
-    return (
-        word if word.type == pair else vector.bitcast(pair, vector.broadcast(ir.VectorType.get((1,), word.type), word))
+def digits_of(x: jax.Array) -> tuple[list[jax.Array], jax.Array]:
+    """Numbers [blocks, n] as sums of `DIGITS` digits of 7 bits, each a whole number from -64 to 64, times 2 ** -(6 + 7
+    * i) times the block's power of two: to 2 ** -20 of the block's largest, so that a bfloat16 of a 4096th of that is
+    still there to its last bit. wgmma's columns hold the digits of 2 tokens for the price of 1."""
+    x = x.astype(jnp.float32)
+    exponent = jax.lax.bitcast_convert_type(jnp.abs(x).max(axis=1), jnp.int32) >> 23
+    scale, inverse = (
+        jax.lax.bitcast_convert_type(e << 23, jnp.float32)
+        for e in (jnp.minimum(exponent + 1, 255), jnp.maximum(253 - exponent, 0))
     )
+    left, digits = x * inverse[:, None] * 64, []
+    for _ in range(DIGITS):
+        digits.append(jnp.round(left))
+        left = (left - digits[-1]) * 128
+    return [digit.astype(jnp.int8) for digit in digits], scale
+
+
+def _digits(eight: Any) -> tuple[list[list[Any]], Any]:
+    """`digits_of` for a warp, whose threads have 8 numbers of a block each."""
+    f32, i32, i8 = ir.F32Type.get(), ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(8)
+    left = [arith.extf(f32, vector.extract(eight, [], [i])) for i in range(8)]
+    sizes = [arith.andi(arith.bitcast(i32, a), _int(0x7FFFFFFF)) for a in left]
+    while len(sizes) > 1:
+        sizes = [arith.maxui(a, b) for a, b in zip(sizes[::2], sizes[1::2], strict=True)]
+    (size,) = sizes
+    for distance in (1, 2, 4, 8, 16):
+        size = arith.maxui(size, shfl_bfly(size, distance))
+    exponent = arith.shrui(size, _int(23))
+    scale = arith.minui(plus(exponent, 1), _int(255))
+    inverse = arith.maxsi(minus(_int(253), exponent), _int(0))  # what is no number makes the scale none, and x zero
+    scale, inverse = (arith.bitcast(f32, arith.shli(a, _int(23))) for a in (scale, inverse))
+    magic = c(1.5 * 2**23, f32)  # added to a small number, leaves it whole in the last bits
+    left = [arith.mulf(arith.mulf(a, inverse), c(64.0, f32)) for a in left]
+    digits = []
+    for _ in range(DIGITS):
+        sums = [arith.addf(a, magic) for a in left]
+        digits.append([arith.trunci(i8, arith.bitcast(i32, a)) for a in sums])
+        whole = [arith.subf(a, magic) for a in sums]
+        left = [arith.mulf(arith.subf(a, b), c(128.0, f32)) for a, b in zip(left, whole, strict=True)]
+    return digits, scale
+
+
+def _bytes(values: list[Any]) -> Any:
+    return vector.from_elements(ir.VectorType.get((len(values),), values[0].type), values)
+
+
+def in_bytes(plan: Plan, tile: Any) -> jax.Array:
+    """A tile of 4-bit weights in shared memory as wgmma's left operand in registers: bytes of `HALF_BYTE` times the
+    weight, which is where the sign is right without more ado. Threads keep what a wide load gave them: see `put_row`
+    for the order of the inputs."""
+    floats = plgpu.ShapeDtypeStruct(tile.shape, jnp.int8, layout=plgpu.Layout.WGMMA_8BIT)
+
+    @plgpu.inline_mgpu(arg_types=(WORDS,), return_type=floats)
+    def convert(_: Any, integers: Any) -> Any:
+        i32, four = ir.IntegerType.get_signless(32), ir.VectorType.get((4,), ir.IntegerType.get_signless(8))
+        one, mask = ir.VectorType.get((1,), i32), _int(0xF0F0F0F0 - 2**32)
+        registers = np.empty(WGMMA_LAYOUT_8BIT.registers_shape(integers.shape), dtype=object)
+        for index, eight in np.ndenumerate(integers.registers):
+            word = bitcast(eight, i32)
+            for half, moved in enumerate((arith.shli(word, _int(4)), word)):
+                weights = vector.bitcast(four, vector.broadcast(one, arith.andi(moved, mask)))
+                registers[index[0], 2 * index[1] + half, *index[2:]] = weights
+        return FragmentedArray(_registers=registers, _layout=WGMMA_LAYOUT_8BIT, _is_signed=True)
+
+    return convert(plgpu.load(tile, layout=WORDS))  # type: ignore[call-arg]
 
 
 def scale_rows(plan: Plan, p: Product, scales: Any, tile: Any, group: Any) -> jax.Array:
@@ -159,7 +177,7 @@ def scale_rows(plan: Plan, p: Product, scales: Any, tile: Any, group: Any) -> ja
     if plan.interpret:
         stacked = jnp.minimum(tile * WGMMA_ROWS + jax.lax.iota(jnp.int32, WGMMA_ROWS), p.stacked - 1)
         part, row = stacked // p.strip, stacked % p.strip
-        flat = scales[...].reshape(p.halves * p.strip * groups)
+        flat = scales[:, : p.strip // 8].reshape(p.halves * p.strip * groups)
         column = jnp.minimum(group + part % p.cuts * cut_groups, groups - 1)
         return flat[((part // p.cuts) * p.strip + row) * groups + column].astype(jnp.float32)
 
@@ -187,6 +205,25 @@ def scale_rows(plan: Plan, p: Product, scales: Any, tile: Any, group: Any) -> ja
         return FragmentedArray(_registers=registers, _layout=WGMMA_ROW_LAYOUT, _is_signed=None)
 
     return read(scales, tile, group)  # type: ignore[call-arg]
+
+
+def put_outputs(plan: Plan, out: Any, values: jax.Array, column: Any) -> None:
+    """Write the rows of ``values`` [8, n] that are tokens to ``out`` from ``column`` on: once, where Pallas would have
+    every warp write all, and the next phase wait for it."""
+    rows = plan.shape.rows
+    if plan.interpret:
+        out[pl.ds(0, rows), pl.ds(column, values.shape[1])] = values[:rows]
+        return
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), outputs(), SCALAR))
+    def put(_: Any, out: Any, values: Any, column: Any) -> None:
+        thread = thread_in_warpgroup()
+        row, own = over(thread, 4), plus(column.registers.item(), times(rest(thread, 4), 2))
+        with when(arith.cmpi(arith.CmpIPredicate.ult, row, _int(rows))):
+            for i, pair in enumerate(values.registers.flat):
+                vector.store(pair, out, place(row, plus(own, 8 * i)))
+
+    put(out, values, column)  # type: ignore[call-arg]
 
 
 def thread_in_warpgroup() -> Any:

@@ -17,9 +17,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import persistent_attention as attention
 from pallas_kernels import persistent_ends as ends
 from pallas_kernels import persistent_products as products
-from pallas_kernels.persistent_lanes import EXPONENT, opaque
 from pallas_kernels.persistent_layouts import outputs
-from pallas_kernels.persistent_plan import ROWS, TAKING_TURNS, Plan, scales_shape, sums_shape, totals_shape
+from pallas_kernels.persistent_plan import ROWS, TAKING_TURNS, Plan, factors_shape, scales_shape, sums_shape
 from pallas_kernels.ring import consumer_registers
 from pallas_kernels.tiles import WGMMA_ROWS, swizzled
 
@@ -173,8 +172,6 @@ def _everything(plan: Plan, refs: Refs, smem: Refs, *, registers: bool) -> None:
 
         if plan.patience:
             smem["gave_up"][me] = 0
-        if plan.shape.fmt.quantized:
-            smem["exponent"] = opaque(EXPONENT[plan.shape.fmt.bits], refs["start"][0])
 
         def layer(index: Any, count: Any) -> Any:
             for name in LAYER_PHASES:
@@ -271,13 +268,14 @@ def _kernel(plan: Plan, body: Any, name: str, interpret: Any) -> Any:
     # x and the sums are dead during attention, what attention holds during products, keys once a part is done; the
     # scales of a phase once the phase after it is under way.
     def x(cuts: int) -> Any:
-        return swizzled((t.chunk // t.step // cuts, cuts * ROWS, t.step), bf16, run=s.fmt.group)
+        shape = t.chunk // t.step // cuts, cuts * s.columns, t.step
+        return swizzled(shape, jnp.dtype(jnp.int8) if s.fmt.quantized else bf16, run=s.fmt.group)
 
     xs = [
         (
             x(p.cuts),
-            plgpu.SMEM(totals_shape(p, t, s.fmt.group), jnp.float32),
-            plgpu.SMEM(sums_shape(p, t), jnp.float32),
+            plgpu.SMEM(factors_shape(p, plan), jnp.float32),
+            plgpu.SMEM(sums_shape(p, plan), jnp.float32),
         )
         for p in plan.products.values()
     ]
@@ -285,7 +283,7 @@ def _kernel(plan: Plan, body: Any, name: str, interpret: Any) -> Any:
     part = plgpu.SMEM((WGMMA_ROWS, s.head_dim), jnp.float32)
     scratch = {
         "shared_place": plgpu.RefUnion(*xs, (keys, keys, q), part),
-        "ring": swizzled((plan.depth, WGMMA_ROWS, t.step), s.fmt.dtype),
+        "ring": swizzled((plan.depth, WGMMA_ROWS, t.step), s.fmt.dtype, run=s.fmt.group if s.fmt.bits == 8 else None),
         "log": plgpu.SMEM((WGMMA_ROWS,), jnp.float32),
         "new_k": plgpu.SMEM((ROWS, s.head_dim), jnp.bfloat16),
         "new_v": plgpu.SMEM((ROWS, s.head_dim), jnp.bfloat16),
@@ -305,13 +303,13 @@ def _kernel(plan: Plan, body: Any, name: str, interpret: Any) -> Any:
         scratch["scales_free"] = plgpu.Barrier(num_arrivals=t.consumers, num_barriers=2)
     if interpret:  # it has no wgmma with its left operand in registers
         scratch["weights"] = swizzled((WGMMA_ROWS, t.keys), bf16)
-        if s.fmt.quantized:
-            scratch["widened"] = swizzled((t.consumers, WGMMA_ROWS, t.step), bf16, run=s.fmt.group)
+        if s.fmt.bits == 4:
+            scratch["in_bytes"] = swizzled((t.consumers, WGMMA_ROWS, t.step), jnp.dtype(jnp.int8), run=s.fmt.group)
 
     def unpacked(*args: Any, shared_place: Any, **smem: Any) -> None:
         *views, attention, smem["part"] = shared_place
         smem |= dict(zip(("k", "v", "q"), attention, strict=True))
-        smem["x"], smem["totals"], smem["sums"] = (
+        smem["x"], smem["factors"], smem["sums"] = (
             dict(zip(plan.products, refs, strict=True)) for refs in zip(*views, strict=True)
         )
         if s.fmt.grouped:

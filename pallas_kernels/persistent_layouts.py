@@ -23,10 +23,10 @@ def outputs() -> Any:
 
 
 def line(width: int) -> Any:
-    """[width], the same in every warp: one head of one token."""
-    return plgpu.Layout.TILED(
-        plgpu.Tiling(((width,), (width // 32,))), warp_dims=(REPLICATED,), lane_dims=(-2,), vector_dim=-1
-    )
+    """[width], one head of one token, 64 or 128 numbers: one a thread, the same in several where there are fewer."""
+    lanes = (-2,) if width == 128 else (-2, plgpu.Replicated(2))
+    tiling = plgpu.Tiling(((width,), (width // 4,), (1,)))
+    return plgpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=lanes, vector_dim=-1)
 
 
 def few(width: int) -> Any:

@@ -20,6 +20,8 @@ ROWS = 8  # token rows of a step: the least that wgmma takes, so that 1 costs wh
 SMALL = 8192  # bytes of shared memory for barriers, and for scratch that the compiler adds
 MAX_SPLITS = 16  # parts of a row's keys
 MAX_CUTS = 3  # ranges of the inputs
+DIGITS = 3  # of x, where weights are integers
+BLOCK = 256  # inputs of x whose digits have a scale in common: those of a warp
 ROW_UNIT = 1024  # columns of one token that a warpgroup reads at a time: 8 a thread
 TAKING_TURNS = (("qkv", "gate_up", "head"), ("o", "down"))  # products whose scales share a place
 
@@ -59,6 +61,11 @@ class Shape:
     def rows(self) -> int:
         """Tokens of a step."""
         return self.batch * self.queries
+
+    @property
+    def columns(self) -> int:
+        """Columns of x in a product: tokens, or their digits, and those that wgmma takes beside."""
+        return 8 * math.ceil(DIGITS * self.rows / 8) if self.fmt.quantized else ROWS
 
     @property
     def group(self) -> int:
@@ -205,27 +212,29 @@ def product(inner: int, out: int, halves: int, tiles: Tiles, blocks: int) -> Pro
 def shared_bytes(plan: Plan) -> int:
     """Bytes of shared memory beside the ring of weights: x and sums, or what attention needs; scales of two phases."""
     shape, tiles = plan.shape, plan.tiles
-    x = nbytes((ROWS, tiles.chunk), 16)
-    sums = max(nbytes(sums_shape(p, tiles), 32) for p in plan.products.values())
+    x = nbytes((shape.columns, tiles.chunk), 8 if shape.fmt.quantized else 16)
+    sums = max(nbytes(sums_shape(p, plan), 32) for p in plan.products.values())
     attention = nbytes((WGMMA_ROWS + 2 * tiles.stages * tiles.keys, shape.head_dim), 16)
     new = nbytes((2, ROWS, shape.head_dim), 16)
     scales = sum(max(nbytes(scales_shape(plan.products[n], plan), 16) for n in names) for names in TAKING_TURNS)
-    totals = max(nbytes(totals_shape(p, tiles, shape.fmt.group), 32) for p in plan.products.values())
-    return max(x + totals + sums, attention) + new + (scales if shape.fmt.grouped else 0)
+    factors = max(nbytes(factors_shape(p, plan), 32) for p in plan.products.values())
+    return max(x + factors + sums, attention) + new + (scales if shape.fmt.grouped else 0)
 
 
-def sums_shape(p: Product, tiles: Tiles) -> tuple[int, ...]:
-    """All consumers' sums of a phase, a token's outputs side by side."""
-    return tiles.consumers, ROWS, p.tiles * WGMMA_ROWS
+def sums_shape(p: Product, plan: Plan) -> tuple[int, ...]:
+    """All consumers' sums of a phase, a column's outputs side by side. As many rows as are read at the last digit."""
+    shape = plan.shape
+    rows = max(shape.columns, (DIGITS - 1) * shape.rows + ROWS) if shape.fmt.quantized else ROWS
+    return plan.tiles.consumers, rows, p.tiles * WGMMA_ROWS
 
 
-def totals_shape(p: Product, tiles: Tiles, group: int | None) -> tuple[int, ...]:
-    """What takes the bias of widened weights out of the sums of every group of inputs that x is held of."""
-    return tiles.chunk // p.cuts // (group or tiles.chunk // p.cuts), p.cuts * ROWS
+def factors_shape(p: Product, plan: Plan) -> tuple[int, ...]:
+    """What x's digits are worth, for every block of the inputs that x is held of."""
+    return plan.tiles.chunk // p.cuts // BLOCK, p.cuts * plan.shape.columns
 
 
 def scales_shape(p: Product, plan: Plan) -> tuple[int, ...]:
     """A strip's scales as they lie in memory, 8 rows side by side and cut into lines of 16: every size a multiple of
-    what the copy engine takes."""
+    what the copy engine takes. A half begins at a multiple of 128 bytes."""
     group = plan.shape.fmt.group or p.inner
-    return p.halves, p.strip // 8, p.inner // group // 2, 16
+    return p.halves, 4 * math.ceil(p.strip / 32), p.inner // group // 2, 16

@@ -17,9 +17,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import ring
 from pallas_kernels.persistent_ends import Fill, Finish, load, units_of
-from pallas_kernels.persistent_lanes import BIAS, put_row, scale_rows, widened
+from pallas_kernels.persistent_lanes import HALF_BYTE, in_bytes, put_outputs, put_row, scale_rows
 from pallas_kernels.persistent_layouts import outputs
-from pallas_kernels.persistent_plan import ROW_UNIT, ROWS, TAKING_TURNS, Plan, Product
+from pallas_kernels.persistent_plan import BLOCK, DIGITS, ROW_UNIT, ROWS, TAKING_TURNS, Plan, Product
 from pallas_kernels.ring import claim, my_stages
 from pallas_kernels.tiles import WGMMA_ROWS, spread
 
@@ -82,7 +82,8 @@ def fetch_scales(name: str, scales: Any, uses: Any, plan: Plan, block: Any, smem
     # Blocks that are left without a strip take part: otherwise each would have its own count of uses.
     for half in range(p.halves):
         rows = pl.ds((half * p.out + strip) // 8, p.strip // 8)
-        plgpu.copy_gmem_to_smem(scales.at[rows], smem[f"scales_{name}"].at[half], smem["scales_full"].at[turn])
+        target = smem[f"scales_{name}"].at[half, pl.ds(0, p.strip // 8)]
+        plgpu.copy_gmem_to_smem(scales.at[rows], target, smem["scales_full"].at[turn])
     for _ in range(2 - p.halves):
         plgpu.barrier_arrive(smem["scales_full"].at[turn])
 
@@ -123,14 +124,21 @@ def product(name: str, scales: Any, fill: Fill, finish: Finish, plan: Plan, bloc
 
     def run() -> Any:
         after = multiply(name, fill, plan, block, me, count, smem)
-        together(plan, smem)
+        with jax.named_scope("together"):
+            together(plan, smem)
 
         def whole(half: int) -> jax.Array:
-            """The consumers' shares and the cuts, in their order."""
+            """The consumers' shares, the cuts and the digits, in their order."""
             parts = [
-                load(smem["sums"][name].at[other, :, pl.ds((half * p.cuts + cut) * p.strip + row, mine)], outputs())
+                load(
+                    smem["sums"][name].at[
+                        other, pl.ds(digit * plan.shape.rows, ROWS), pl.ds((half * p.cuts + cut) * p.strip + row, mine)
+                    ],
+                    outputs(),
+                )
                 for other in range(plan.tiles.consumers)
                 for cut in range(p.cuts)
+                for digit in range(DIGITS if fmt.quantized else 1)
             ]
             total = functools.reduce(jnp.add, parts)
             if fmt.quantized and not fmt.grouped:
@@ -140,7 +148,7 @@ def product(name: str, scales: Any, fill: Fill, finish: Finish, plan: Plan, bloc
         @pl.when(block * p.strip < p.out)
         def _() -> None:
             done = finish.combine([whole(half) for half in range(p.halves)], before)
-            finish.out[:, pl.ds(outer, mine)] = done.astype(finish.out.dtype)
+            put_outputs(plan, finish.out, done.astype(finish.out.dtype), outer)
 
         return after
 
@@ -157,7 +165,7 @@ def multiply(name: str, fill: Fill, plan: Plan, block: Any, me: Any, count: Any,
 
     Consumers share the tokens of x, or the columns of a single one."""
     p, fmt, consumers = plan.products[name], plan.shape.fmt, plan.tiles.consumers
-    chunks, tile_sums = len(list(p.chunks())), grouped_tile if fmt.grouped else plain_tile
+    chunks, tile_sums = len(list(p.chunks())), integer_tile if fmt.quantized else float_tile
 
     def each(steps: Any, count: Any, stage: Callable[[Any, Any, Any], Any], carry: Any) -> Any:
         """Fold ``stage(step, slot, carry)`` over the stages of a tile that are this consumer's."""
@@ -171,26 +179,28 @@ def multiply(name: str, fill: Fill, plan: Plan, block: Any, me: Any, count: Any,
         if chunks > 1:
             # Not before the first: whoever read what is there is through, or this phase had not begun.
             pl.when(index > 0)(lambda: together(plan, smem))
-        if lone:
-            put_units(name, fill.make(fetched), 0, plan, me, smem)
-        else:
-            put_tokens(name, fill, first, plan, me, smem)
-        plgpu.commit_smem()
-        together(plan, smem)
+        with jax.named_scope("fill"):
+            if lone:
+                put_units(name, fill.make(fetched), 0, plan, me, smem)
+            else:
+                put_tokens(name, fill, first, plan, me, smem)
+            plgpu.commit_smem()
+            together(plan, smem)
         if lone and chunks > 1:  # the next chunk's x is on its way meanwhile
             fetched = fill.fetch(0, jnp.minimum(index + 1, chunks - 1) * p.held_steps)
 
         def tile(number: Any, count: Any) -> Any:
             total = tile_sums(name, plan, number, first, functools.partial(each, steps, count), me, smem)
-            place = smem["sums"][name].at[me, :, pl.ds(pl.multiple_of(number * WGMMA_ROWS, WGMMA_ROWS), WGMMA_ROWS)].T
-            total = plgpu.layout_cast(own_columns(total, number, p), plgpu.Layout.WGMMA_TRANSPOSED)
+            place = smem["sums"][name].at[me, pl.ds(0, plan.shape.columns), pl.ds(pl.multiple_of(number * WGMMA_ROWS, WGMMA_ROWS), WGMMA_ROWS)].T
+            total = plgpu.layout_cast(own_columns(total, number, p, plan), plgpu.Layout.WGMMA_TRANSPOSED)
             if chunks > 1:
                 sofar = plgpu.load(place, layout=plgpu.Layout.WGMMA_TRANSPOSED, optimized=False)
                 total = jnp.where(lax.broadcast(index, total.shape) > 0, total + sofar, total)
             place[...] = total
             return count + steps_of(p, block, steps)
 
-        return loop(p.tiles, tile, count), fetched
+        with jax.named_scope("multiply"):
+            return loop(p.tiles, tile, count), fetched
 
     lone = plan.shape.rows == 1
     if fmt.grouped:
@@ -222,7 +232,7 @@ def put_units(name: str, values: list[jax.Array], row: Any, plan: Plan, me: Any,
         @pl.when(number < p.cuts * p.held_units)
         def _(number: Any = number, unit: jax.Array = unit) -> None:
             cut, at = lax.div(number, p.held_units), lax.rem(number, p.held_units)
-            put_row(plan, p, smem["x"][name], smem["totals"][name], unit, cut, at * (ROW_UNIT // p.step), row)
+            put_row(plan, p, smem["x"][name], smem["factors"][name], unit, cut, at * (ROW_UNIT // p.step), row)
 
 
 def loop(times: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
@@ -230,78 +240,78 @@ def loop(times: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
     return body(jnp.int32(0), carry) if times == 1 else lax.fori_loop(0, times, body, carry)
 
 
-def accumulator(p: Product) -> Any:
-    return plgpu.ACC((WGMMA_ROWS, p.cuts * ROWS), jnp.float32)
-
-
-def plain_tile(name: str, plan: Plan, _: Any, first: Any, each: Callable[..., Any], me: Any, smem: Refs) -> jax.Array:
-    """A tile's sums [64, 8 * cuts] where weights need no scale, or one a row: that is for whoever finishes."""
+def float_tile(name: str, plan: Plan, _: Any, first: Any, each: Callable[..., Any], me: Any, smem: Refs) -> jax.Array:
+    """A tile's sums [64, columns of all cuts] of weights as they are."""
     p = plan.products[name]
     del first
 
     def scoped(sums: Any) -> jax.Array:
         def stage(step: Any, slot: Any, carry: Any) -> Any:
-            plgpu.wgmma(sums, operand(slot, plan, me, smem), smem["x"][name].at[step].T)
+            plgpu.wgmma(sums, smem["ring"].at[slot], smem["x"][name].at[step].T)
             plgpu.wgmma_wait(0)
             return carry
 
         each(stage, None)
         return sums[...]
 
-    return pl.run_scoped(scoped, accumulator(p))
+    return pl.run_scoped(scoped, plgpu.ACC((WGMMA_ROWS, p.cuts * plan.shape.columns), jnp.float32))
 
 
-def grouped_tile(
+def integer_tile(
     name: str, plan: Plan, tile: Any, first: Any, each: Callable[..., Any], me: Any, smem: Refs
 ) -> jax.Array:
-    """A tile's sums [64, 8 * cuts] where every group of inputs has a scale."""
-    p, group = plan.products[name], plan.shape.fmt.group
-    groups = p.step // group
+    """A tile's sums of integer weights: whole numbers as long as weights and x each have one scale, a group's or a
+    block's inputs. One scale a row of weights is for whoever finishes."""
+    p, fmt = plan.products[name], plan.shape.fmt
+    shape, inputs = (WGMMA_ROWS, p.cuts * plan.shape.columns), min(p.step, BLOCK, fmt.group or BLOCK)
 
     def stage(step: Any, slot: Any, total: Any) -> Any:
         weights = operand(slot, plan, me, smem)
 
         def scoped(*sums: Any) -> list[jax.Array]:
-            for g, part in enumerate(sums):
-                inputs = slice(g * group, (g + 1) * group)
-                left = weights.at[:, inputs] if plan.interpret else weights[:, inputs]
-                plgpu.wgmma(part, left, smem["x"][name].at[step, :, inputs].T)
-                if plan.interpret:
-                    plgpu.wgmma_wait(0)
+            for i, part in enumerate(sums):
+                some = slice(i * inputs, (i + 1) * inputs)
+                left = weights[:, some] if isinstance(weights, jax.Array) else weights.at[:, some]
+                plgpu.wgmma(part, left, smem["x"][name].at[step, :, some].T)
             plgpu.wgmma_wait(0)
             return [part[...] for part in sums]
 
-        for g, part in enumerate(pl.run_scoped(scoped, *[accumulator(p)] * groups)):
-            scale = scale_rows(plan, p, smem[f"scales_{name}"], tile, (first + step) * groups + g)
-            bias = load(smem["totals"][name].at[step * groups + g], plgpu.Layout.WGMMA.reduce(0))
-            total = total + (part + lax.broadcast_in_dim(bias, part.shape, (1,))) * spread(scale, part.shape)
+        for i, part in enumerate(pl.run_scoped(scoped, *[plgpu.ACC(shape, jnp.int32)] * (p.step // inputs))):
+            worth = smem["factors"][name].at[(step * p.step + i * inputs) // BLOCK]
+            worth = load(worth, plgpu.Layout.WGMMA.reduce(0))
+            scaled = part.astype(jnp.float32) * lax.broadcast_in_dim(worth, shape, (1,))
+            if fmt.grouped:
+                group = (first + step) * (p.step // inputs) + i
+                scaled = scaled * spread(scale_rows(plan, p, smem[f"scales_{name}"], tile, group), shape)
+            total = total + scaled
         return total
 
-    zero = jnp.zeros((WGMMA_ROWS, p.cuts * ROWS), jnp.float32)
-    return each(stage, plgpu.layout_cast(zero, plgpu.Layout.WGMMA))
-
-
-def own_columns(total: jax.Array, tile: Any, p: Product) -> jax.Array:
-    """[64, 8] of [64, 8 * cuts]: each row's sums with the x of its own range of inputs."""
-    own = total[:, :ROWS]
-    row = plgpu.broadcasted_iota(jnp.int32, own.shape, 0, layout=plgpu.Layout.WGMMA) + tile * WGMMA_ROWS
-    for cut in range(1, p.cuts):
-        own = jnp.where(lax.rem(lax.div(row, p.strip), p.cuts) == cut, total[:, cut * ROWS : (cut + 1) * ROWS], own)
-    return own
+    return each(stage, plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA))
 
 
 def operand(slot: Any, plan: Plan, me: Any, smem: Refs) -> Any:
-    """A stage of weights as wgmma's left operand: where it lies, or widened in registers."""
+    """A stage of integer weights as wgmma's left operand: bytes where they lie, 4 bits as bytes in registers."""
     weights = smem["ring"].at[slot]
-    if not plan.shape.fmt.quantized:
+    if plan.shape.fmt.bits == 8:
         return weights
     if not plan.interpret:
-        return widened(plan, weights, smem["exponent"])
+        return in_bytes(plan, weights)
     # The interpreter has no wgmma with an operand in registers.
-    bias = BIAS if plan.shape.fmt.grouped else 0
-    smem["widened"][me] = (weights[...].astype(jnp.float32) + bias).astype(jnp.bfloat16)
+    smem["in_bytes"][me] = weights[...].astype(jnp.int8) * HALF_BYTE
     plgpu.commit_smem()
-    return smem["widened"].at[me]
+    return smem["in_bytes"].at[me]
+
+
+def own_columns(total: jax.Array, tile: Any, p: Product, plan: Plan) -> jax.Array:
+    """[64, columns] of [64, columns of all cuts]: each row's sums with the x of its own range of inputs."""
+    columns = plan.shape.columns
+    own = total[:, :columns]
+    row = plgpu.broadcasted_iota(jnp.int32, own.shape, 0, layout=plgpu.Layout.WGMMA) + tile * WGMMA_ROWS
+    for cut in range(1, p.cuts):
+        own = jnp.where(
+            lax.rem(lax.div(row, p.strip), p.cuts) == cut, total[:, cut * columns : (cut + 1) * columns], own
+        )
+    return own
 
 
 def together(plan: Plan, smem: Refs) -> None:
