@@ -15,10 +15,6 @@ from jllama.params import Params, init, stack
 from pallas_kernels import Op, StepWeights, Unsupported, decode_step
 from pallas_kernels.decode_step import check, decode_step_kernel, decode_step_reference
 from pallas_kernels.dispatch import require_hopper
-from pallas_kernels.tiles import format_of
-
-# Formats of weights whose step in one launch is slower than op by op, for now: docs/log.md has the figures.
-SLOWER_WHOLE = ("int8", "int4")
 
 
 def step_weights(params: Params) -> StepWeights:
@@ -53,9 +49,6 @@ def _check(x: jax.Array, params: Params, cache: KVCache, cos: jax.Array, sin: ja
         check(x, weights, k, v, cache.lengths, cos, sin, eps=params.config.norm_eps)
     except InputError as reason:
         raise Unsupported(str(reason)) from None
-    kind = str(format_of(weights.wqkv).dtype)
-    if kind in SLOWER_WHOLE:
-        raise Unsupported(f"{kind} weights are quicker op by op, for now")
     if not params.stacked:
         raise Unsupported("weights are held layer by layer: jllama.stack joins them")
     if not cache.stacked:

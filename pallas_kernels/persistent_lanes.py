@@ -8,17 +8,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu.fragmented_array import WGMMA_LAYOUT_8BIT, WGMMA_ROW_LAYOUT, FragmentedArray
 from jax.experimental.mosaic.gpu.utils import bitcast, c, shfl_bfly, thread_idx, when
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, memref, vector
 
-from pallas_kernels.persistent_layouts import UNIT, outputs
+from pallas_kernels.persistent_layouts import UNIT, line
 from pallas_kernels.persistent_plan import BLOCK, DIGITS, ROW_UNIT, Plan, Product
 from pallas_kernels.tiles import WGMMA_ROWS, transforms_of
 
+LANES = 128  # threads of a warpgroup
+ONE_A_THREAD = line(LANES).to_mgpu()
 SCALAR = plgpu.Layout.WG_SPLAT
 # 4 bits are made a byte as its upper half: 16 times the weight, the sign where it belongs.
 HALF_BYTE = 16
@@ -28,8 +30,8 @@ WORDS = plgpu.Layout.TILED(  # 4-bit integers [64 * m, 32 * n] in rows as wgmma 
 
 
 def put_row(plan: Plan, p: Product, x: Any, factors: Any, values: jax.Array, cut: Any, step: Any, row: Any) -> None:
-    """Write ``values`` [4, 32, 8], the next 1024 inputs of token ``row`` from ``step`` of a cut on, to x [steps, columns
-    of all cuts, inputs] in shared memory. Pallas writes whole tiles of 8 tokens only, and most often there is one.
+    """Write ``values`` [4, 32, 8], the next 1024 inputs of token ``row`` from ``step`` of a cut on, to x [steps,
+    columns of all cuts, inputs] in shared memory. Pallas writes whole tiles of 8 tokens, and most often there is one.
 
     For integer weights a token has a row for each of its digits (see `digits_of`), and ``factors`` [blocks of inputs,
     columns] gets what these are worth."""
@@ -99,23 +101,23 @@ def _put_row_interpreted(
 
 def worth_of(plan: Plan, number: int) -> float:
     """What a digit is worth, as a share of its block's scale and of what `in_bytes` makes of a weight."""
-    return 2.0 ** -(6 + 7 * number) / (HALF_BYTE if plan.shape.fmt.bits == 4 else 1)
+    return 1 / 127 / 254**number / (HALF_BYTE if plan.shape.fmt.bits == 4 else 1)
 
 
 def digits_of(x: jax.Array) -> tuple[list[jax.Array], jax.Array]:
-    """Numbers [blocks, n] as sums of `DIGITS` digits of 7 bits, each a whole number from -64 to 64, times 2 ** -(6 + 7
-    * i) times the block's power of two: to 2 ** -20 of the block's largest, so that a bfloat16 of a 4096th of that is
-    still there to its last bit. wgmma's columns hold the digits of 2 tokens for the price of 1."""
+    """Numbers [blocks, n] as sums of `DIGITS` digits, whole numbers from -127 to 127, times a power of two of the
+    block: to a 32,000th of its largest, which is finer than a bfloat16 of the largest by 7 bits. wgmma's 8 columns
+    hold the digits of 4 tokens for the price of 1."""
     x = x.astype(jnp.float32)
     exponent = jax.lax.bitcast_convert_type(jnp.abs(x).max(axis=1), jnp.int32) >> 23
     scale, inverse = (
         jax.lax.bitcast_convert_type(e << 23, jnp.float32)
         for e in (jnp.minimum(exponent + 1, 255), jnp.maximum(253 - exponent, 0))
     )
-    left, digits = x * inverse[:, None] * 64, []
+    left, digits = x * inverse[:, None] * 127, []
     for _ in range(DIGITS):
         digits.append(jnp.round(left))
-        left = (left - digits[-1]) * 128
+        left = (left - digits[-1]) * 254
     return [digit.astype(jnp.int8) for digit in digits], scale
 
 
@@ -134,13 +136,14 @@ def _digits(eight: Any) -> tuple[list[list[Any]], Any]:
     inverse = arith.maxsi(minus(_int(253), exponent), _int(0))  # what is no number makes the scale none, and x zero
     scale, inverse = (arith.bitcast(f32, arith.shli(a, _int(23))) for a in (scale, inverse))
     magic = c(1.5 * 2**23, f32)  # added to a small number, leaves it whole in the last bits
-    left = [arith.mulf(arith.mulf(a, inverse), c(64.0, f32)) for a in left]
+    inverse = arith.mulf(inverse, c(127.0, f32))
+    left = [arith.mulf(a, inverse) for a in left]
     digits = []
     for _ in range(DIGITS):
         sums = [arith.addf(a, magic) for a in left]
         digits.append([arith.trunci(i8, arith.bitcast(i32, a)) for a in sums])
         whole = [arith.subf(a, magic) for a in sums]
-        left = [arith.mulf(arith.subf(a, b), c(128.0, f32)) for a, b in zip(left, whole, strict=True)]
+        left = [arith.mulf(arith.subf(a, b), c(254.0, f32)) for a, b in zip(left, whole, strict=True)]
     return digits, scale
 
 
@@ -207,23 +210,39 @@ def scale_rows(plan: Plan, p: Product, scales: Any, tile: Any, group: Any) -> ja
     return read(scales, tile, group)  # type: ignore[call-arg]
 
 
-def put_outputs(plan: Plan, out: Any, values: jax.Array, column: Any) -> None:
-    """Write the rows of ``values`` [8, n] that are tokens to ``out`` from ``column`` on: once, where Pallas would have
-    every warp write all, and the next phase wait for it."""
-    rows = plan.shape.rows
+def some_of(plan: Plan, numbers: Any, begin: Any, count: int) -> jax.Array:
+    """``count`` of a row of numbers in any memory, one a thread; the last once more in threads that are left."""
     if plan.interpret:
-        out[pl.ds(0, rows), pl.ds(column, values.shape[1])] = values[:rows]
+        some = numbers[pl.ds(begin, count)]
+        return jnp.concatenate([some, jnp.broadcast_to(some[-1:], (LANES - count,))])
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), SCALAR),
+        return_type=plgpu.ShapeDtypeStruct((LANES,), numbers.dtype, layout=line(LANES)),
+    )
+    def read(_: Any, numbers: Any, begin: Any) -> Any:
+        own = plus(begin.registers.item(), least(thread_in_warpgroup(), count - 1))
+        number = memref.load(numbers, place(own))
+        registers = np.empty(ONE_A_THREAD.registers_shape((LANES,)), dtype=object)
+        registers[...] = vector.broadcast(ir.VectorType.get((1,), number.type), number)
+        return FragmentedArray(_registers=registers, _layout=ONE_A_THREAD, _is_signed=None)
+
+    return read(numbers, begin)  # type: ignore[call-arg]
+
+
+def put_some(plan: Plan, numbers: Any, begin: Any, values: jax.Array, count: int) -> None:
+    """The other way: the first ``count`` of ``values``. Nothing is written twice: the next phase waits for it."""
+    if plan.interpret:
+        numbers[pl.ds(begin, count)] = values[:count]
         return
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), outputs(), SCALAR))
-    def put(_: Any, out: Any, values: Any, column: Any) -> None:
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SCALAR, line(LANES)))
+    def put(_: Any, numbers: Any, begin: Any, values: Any) -> None:
         thread = thread_in_warpgroup()
-        row, own = over(thread, 4), plus(column.registers.item(), times(rest(thread, 4), 2))
-        with when(arith.cmpi(arith.CmpIPredicate.ult, row, _int(rows))):
-            for i, pair in enumerate(values.registers.flat):
-                vector.store(pair, out, place(row, plus(own, 8 * i)))
+        with when(arith.cmpi(arith.CmpIPredicate.ult, thread, _int(count))):
+            vector.store(values.registers.item(), numbers, place(plus(begin.registers.item(), thread)))
 
-    put(out, values, column)  # type: ignore[call-arg]
+    put(numbers, begin, values)  # type: ignore[call-arg]
 
 
 def thread_in_warpgroup() -> Any:

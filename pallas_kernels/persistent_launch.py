@@ -287,6 +287,7 @@ def _kernel(plan: Plan, body: Any, name: str, interpret: Any) -> Any:
         "log": plgpu.SMEM((WGMMA_ROWS,), jnp.float32),
         "new_k": plgpu.SMEM((ROWS, s.head_dim), jnp.bfloat16),
         "new_v": plgpu.SMEM((ROWS, s.head_dim), jnp.bfloat16),
+        "residual": plgpu.SMEM((t.consumers, ROWS, products.share_of(plan.products["o"], plan)), jnp.bfloat16),
         "squares": plgpu.SMEM((t.consumers, 4), jnp.float32),
         "full": plgpu.Barrier(num_arrivals=plan.most_pieces, num_barriers=plan.depth),
         "free": plgpu.Barrier(num_arrivals=1, num_barriers=plan.depth),

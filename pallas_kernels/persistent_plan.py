@@ -20,7 +20,7 @@ ROWS = 8  # token rows of a step: the least that wgmma takes, so that 1 costs wh
 SMALL = 8192  # bytes of shared memory for barriers, and for scratch that the compiler adds
 MAX_SPLITS = 16  # parts of a row's keys
 MAX_CUTS = 3  # ranges of the inputs
-DIGITS = 3  # of x, where weights are integers
+DIGITS = 2  # of x, where weights are integers
 BLOCK = 256  # inputs of x whose digits have a scale in common: those of a warp
 ROW_UNIT = 1024  # columns of one token that a warpgroup reads at a time: 8 a thread
 TAKING_TURNS = (("qkv", "gate_up", "head"), ("o", "down"))  # products whose scales share a place
@@ -222,10 +222,8 @@ def shared_bytes(plan: Plan) -> int:
 
 
 def sums_shape(p: Product, plan: Plan) -> tuple[int, ...]:
-    """All consumers' sums of a phase, a column's outputs side by side. As many rows as are read at the last digit."""
-    shape = plan.shape
-    rows = max(shape.columns, (DIGITS - 1) * shape.rows + ROWS) if shape.fmt.quantized else ROWS
-    return plan.tiles.consumers, rows, p.tiles * WGMMA_ROWS
+    """All consumers' sums of a phase, a column's outputs side by side."""
+    return plan.tiles.consumers, plan.shape.columns, p.tiles * WGMMA_ROWS
 
 
 def factors_shape(p: Product, plan: Plan) -> tuple[int, ...]:

@@ -17,9 +17,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import ring
 from pallas_kernels.persistent_ends import Fill, Finish, load, units_of
-from pallas_kernels.persistent_lanes import HALF_BYTE, in_bytes, put_outputs, put_row, scale_rows
-from pallas_kernels.persistent_layouts import outputs
-from pallas_kernels.persistent_plan import BLOCK, DIGITS, ROW_UNIT, ROWS, TAKING_TURNS, Plan, Product
+from pallas_kernels.persistent_lanes import HALF_BYTE, LANES, in_bytes, put_row, put_some, scale_rows, some_of
+from pallas_kernels.persistent_plan import BLOCK, DIGITS, ROW_UNIT, TAKING_TURNS, Plan, Product
 from pallas_kernels.ring import claim, my_stages
 from pallas_kernels.tiles import WGMMA_ROWS, spread
 
@@ -109,47 +108,55 @@ def product(name: str, scales: Any, fill: Fill, finish: Finish, plan: Plan, bloc
             smem: Refs) -> Callable[[], Any]:  # fmt: skip
     """The consumers' part: x · weightᵀ over this block's strip, in one fixed order of sums. What can be read before
     the phase begins is read now; the rest is in the function that is returned, which gives the new count."""
-    p, fmt = plan.products[name], plan.shape.fmt
+    p, shape = plan.products[name], plan.shape
     mine = share_of(p, plan)
     row = pl.multiple_of(jnp.minimum(me * mine, p.strip - mine), 8)
     outer = pl.multiple_of(first_row(p, block) + row, 8)
-    columns = []
-    if fmt.quantized and not fmt.grouped:
-        columns = [
-            load(scales.at[pl.ds(half * p.out + outer, mine), 0], outputs().reduce(0)) for half in range(p.halves)
-        ]
-    before = None  # the phase before did not write what is added
-    if finish.residual is not None:
-        before = load(finish.residual.at[:, pl.ds(outer, mine)], outputs()).astype(jnp.float32)
+    pieces = [(at, min(LANES, mine - at)) for at in range(0, mine, LANES)]
+    by_row = shape.fmt.quantized and not shape.fmt.grouped
+
+    def scales_of(at: int, some: int) -> list[jax.Array]:
+        return [some_of(plan, scales.at[:, 0], half * p.out + outer + at, some) for half in range(p.halves)]
+
+    factors = [scales_of(*piece) if by_row else None for piece in pieces]
+    if finish.residual is not None:  # the phase before did not write it; what is not needed yet lies beside
+        each = [(token, at, some) for token in range(shape.rows) for at, some in pieces]
+        before = [some_of(plan, finish.residual.at[token], outer + at, some) for token, at, some in each]
+        for (token, at, some), values in zip(each, before, strict=True):
+            put_some(plan, smem["residual"].at[me, token], at, values, some)
 
     def run() -> Any:
         after = multiply(name, fill, plan, block, me, count, smem)
         with jax.named_scope("together"):
             together(plan, smem)
 
-        def whole(half: int) -> jax.Array:
+        def whole(token: Any, half: int, at: int, some: int) -> jax.Array:
             """The consumers' shares, the cuts and the digits, in their order."""
             parts = [
-                load(
-                    smem["sums"][name].at[
-                        other, pl.ds(digit * plan.shape.rows, ROWS), pl.ds((half * p.cuts + cut) * p.strip + row, mine)
-                    ],
-                    outputs(),
+                some_of(
+                    plan,
+                    smem["sums"][name].at[other, token + digit * shape.rows],
+                    (half * p.cuts + cut) * p.strip + row + at,
+                    some,
                 )
                 for other in range(plan.tiles.consumers)
                 for cut in range(p.cuts)
-                for digit in range(DIGITS if fmt.quantized else 1)
+                for digit in range(DIGITS if shape.fmt.quantized else 1)
             ]
-            total = functools.reduce(jnp.add, parts)
-            if fmt.quantized and not fmt.grouped:
-                total = total * lax.broadcast_in_dim(columns[half].astype(jnp.float32), total.shape, (1,))
-            return total
+            return functools.reduce(jnp.add, parts)
 
-        @pl.when(block * p.strip < p.out)
-        def _() -> None:
-            done = finish.combine([whole(half) for half in range(p.halves)], before)
-            put_outputs(plan, finish.out, done.astype(finish.out.dtype), outer)
+        def finished(token: Any, _: Any) -> None:
+            for number, piece in enumerate(pieces):
+                sums = [whole(token, half, *piece) for half in range(p.halves)]
+                if factors[number] is not None:
+                    sums = [a * b for a, b in zip(sums, factors[number], strict=True)]
+                residual = None
+                if finish.residual is not None:
+                    residual = some_of(plan, smem["residual"].at[me, token], *piece).astype(jnp.float32)
+                done = finish.combine(sums, residual)
+                put_some(plan, finish.out.at[token], outer + piece[0], done.astype(finish.out.dtype), piece[1])
 
+        pl.when(block * p.strip < p.out)(lambda: loop(shape.rows, finished, None))
         return after
 
     return run
@@ -191,7 +198,7 @@ def multiply(name: str, fill: Fill, plan: Plan, block: Any, me: Any, count: Any,
 
         def tile(number: Any, count: Any) -> Any:
             total = tile_sums(name, plan, number, first, functools.partial(each, steps, count), me, smem)
-            place = smem["sums"][name].at[me, pl.ds(0, plan.shape.columns), pl.ds(pl.multiple_of(number * WGMMA_ROWS, WGMMA_ROWS), WGMMA_ROWS)].T
+            place = smem["sums"][name].at[me, :, pl.ds(pl.multiple_of(number * WGMMA_ROWS, WGMMA_ROWS), WGMMA_ROWS)].T
             total = plgpu.layout_cast(own_columns(total, number, p, plan), plgpu.Layout.WGMMA_TRANSPOSED)
             if chunks > 1:
                 sofar = plgpu.load(place, layout=plgpu.Layout.WGMMA_TRANSPOSED, optimized=False)

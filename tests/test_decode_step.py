@@ -37,6 +37,7 @@ from pallas_kernels.decode_step import (
 )
 from pallas_kernels.ffn import swiglu
 from pallas_kernels.matmul import matmul_reference
+from pallas_kernels.persistent_lanes import digits_of
 from pallas_kernels.persistent_launch import buffers
 from pallas_kernels.persistent_plan import Tiles
 from pallas_kernels.rms_norm import rms_norm_reference
@@ -167,6 +168,24 @@ def test_phases_interpreted(name: str) -> None:
     jax.block_until_ready(out)
     assert not (even and interpret_pallas_call.get_races().races_found)
     compare(out, args)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-30, 1e30, 0.0])
+def test_digits_are_x(size: float) -> None:
+    """Two digits give back every bit of a bfloat16 that is not far below the largest of its block."""
+    x = jax.random.normal(jax.random.key(0), (8, 256), jnp.float32).astype(jnp.bfloat16) * jnp.bfloat16(size)
+    (first, second), scale = digits_of(x)
+    assert jnp.abs(jnp.stack([first, second]).astype(jnp.int32)).max() <= 127
+    exact = np.asarray(x, np.float64)
+    back = np.asarray(scale, np.float64)[:, None] * (np.asarray(first) + np.asarray(second) / 254.0) / 127
+    assert np.abs(back - exact).max(initial=0) <= 2.0**-16 * 2 * np.abs(exact).max(initial=0)
+    assert np.linalg.norm(back - exact) <= 1e-4 * np.linalg.norm(exact)
+
+
+def test_digits_of_what_is_no_number_are_worth_none() -> None:
+    x = jnp.ones((2, 256), jnp.bfloat16).at[0, 3].set(jnp.nan).at[1, 5].set(jnp.inf)
+    digits, scale = digits_of(x)
+    assert not jnp.isfinite(sum(d.astype(jnp.float32) for d in digits) * scale[:, None]).any()
 
 
 # The reference

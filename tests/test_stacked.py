@@ -197,8 +197,6 @@ def test_why_a_step_goes_op_by_op(monkeypatch: pytest.MonkeyPatch) -> None:
         )
         assert "all weights must have one format" in choice(tied).why
         assert runs_whole(SMALL, "bfloat16")
-        assert not runs_whole(preset("7b"), "bfloat16", "int8")
-        monkeypatch.setattr("jllama.step.SLOWER_WHOLE", ())
         assert runs_whole(preset("7b"), "bfloat16", "int8")
         assert not runs_whole(SMALL, "float32")
         with record() as choices:
@@ -240,7 +238,6 @@ def test_steps_through_the_interpreted_kernel(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("quant", ["none", "int4"])
 def test_a_chunk_lowers_to_one_launch_a_step(monkeypatch: pytest.MonkeyPatch, quant: str) -> None:
     monkeypatch.setattr(dispatch, "require_hopper", lambda: None)
-    monkeypatch.setattr("jllama.step.SLOWER_WHOLE", ())
     params = jax.eval_shape(
         lambda: init(preset("7b"), jax.random.key(0), dtype=jnp.bfloat16, quant=quant, stacked=True)
     )
@@ -285,8 +282,7 @@ GPU_MODELS = {
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("quant", ["none", "int8", "int4"])
 @pytest.mark.parametrize("name", GPU_MODELS)
-def test_greedy_text_on_gpu(monkeypatch: pytest.MonkeyPatch, name: str, quant: str) -> None:
-    monkeypatch.setattr("jllama.step.SLOWER_WHOLE", ())
+def test_greedy_text_on_gpu(name: str, quant: str) -> None:
     config, new = GPU_MODELS[name]
     params = init(config, jax.random.key(0), dtype=jnp.bfloat16, quant=quant, stacked=True)
     assert runs_whole(config, "bfloat16", quant)
