@@ -1,0 +1,103 @@
+"""Decode steps to try: their arguments, what the reference makes of them, and how near to that a kernel must come."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import QuantizedTensor, dequantize, quantize
+from pallas_kernels.decode_step import StepWeights, decode_step_reference
+
+EPS = 1e-5
+FORMATS = {"bf16": {}, "int8": dict(bits=8), "int4-g128": dict(bits=4, group=128)}
+SMALL = dict(dim=128, hidden=256, heads=2, kv_heads=1, head_dim=64, vocab=128, layers=1)
+
+
+def arguments(fmt: str, start: tuple[int, ...], queries: int, max_len: int, seed: int = 0, **size: int) -> tuple:
+    """Random weights of a stable scale, a cache with content up to ``start``, and new tokens."""
+    dim, D, L, hidden = size["dim"], size["head_dim"], size["layers"], size["hidden"]
+    heads, kv_heads, B = size["heads"], size["kv_heads"], len(start)
+    keys = iter(jax.random.split(jax.random.key(seed), 16))
+
+    def normal(*shape: int, scale: float = 1.0) -> jax.Array:
+        return (jax.random.normal(next(keys), shape, jnp.float32) * scale).astype(jnp.bfloat16)
+
+    def weight(*shape: int) -> Any:
+        w = normal(*shape, scale=shape[-1] ** -0.5)
+        return quantize(w, **FORMATS[fmt]) if FORMATS[fmt] else w
+
+    weights = StepWeights(
+        attn_norm=1 + normal(L, dim, scale=0.1),
+        wqkv=weight(L, (heads + 2 * kv_heads) * D, dim),
+        wo=weight(L, dim, heads * D),
+        ffn_norm=1 + normal(L, dim, scale=0.1),
+        w_gate_up=weight(L, 2 * hidden, dim),
+        w_down=weight(L, dim, hidden),
+        norm=1 + normal(dim, scale=0.1),
+        head=weight(size["vocab"], dim),
+    )
+    x = normal(B, queries, dim)
+    k, v = normal(L, B, kv_heads, max_len, D), normal(L, B, kv_heads, max_len, D)
+    begin = jnp.array(start, jnp.int32)
+    return x, weights, k, v, begin, *rotations(begin, queries, D)
+
+
+def rotations(start: jax.Array, queries: int, D: int) -> tuple[jax.Array, jax.Array]:
+    positions = start[:, None] + jnp.arange(queries)
+    angles = positions[..., None] * (10000.0 ** (-jnp.arange(0, D, 2) / D))
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def exact(args: tuple) -> tuple:
+    """The reference in float32, of the weights that the quantised ones stand for."""
+
+    def widen(a: Any) -> Any:
+        if isinstance(a, QuantizedTensor):
+            return dequantize(a)
+        return a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a
+
+    wide = jax.tree.map(widen, args, is_leaf=lambda a: isinstance(a, QuantizedTensor))
+    return jax.jit(functools.partial(decode_step_reference, eps=EPS))(*wide)
+
+
+def error(a: Any, reference: Any) -> float:
+    a, reference = np.asarray(a, np.float32), np.asarray(reference, np.float32)
+    assert a.shape == reference.shape
+    return float(np.linalg.norm(a - reference) / np.linalg.norm(reference))
+
+
+def compare(out: tuple, args: tuple, tolerance: float = 2e-2) -> None:
+    """Logits and new keys within bf16's rounding of the residual stream; all else in the cache untouched."""
+    logits, k, v = out
+    reference = exact(args)
+    assert error(logits, reference[0]) < tolerance
+    x, start, S = args[0], np.asarray(args[4]), args[2].shape[3]
+    slots = start[:, None] + np.arange(x.shape[1])
+    new = np.zeros((len(start), S), bool)
+    for row, places in zip(new, slots, strict=True):
+        row[places[places < S]] = True
+    for mine, before, wanted in ((k, args[2], reference[1]), (v, args[3], reference[2])):
+        mine, before, wanted = (np.asarray(a, np.float32).swapaxes(2, 3) for a in (mine, before, wanted))
+        np.testing.assert_array_equal(mine[:, ~new], before[:, ~new])
+        if new.any():
+            assert error(mine[:, new], wanted[:, new]) < tolerance
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One step of a tiny model, small enough for the interpreter. ``blocks`` that do not divide the outputs let two
+    blocks write the same values to the same place, which the race detector would report."""
+
+    start: tuple[int, ...]
+    max_len: int = 64
+    queries: int = 1
+    fmt: str = "bf16"
+    blocks: int = 2
+    size: dict[str, int] = dataclasses.field(default_factory=dict)
+    tiles: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def arguments(self) -> tuple:
+        return arguments(self.fmt, self.start, self.queries, self.max_len, **(SMALL | self.size))
