@@ -101,9 +101,17 @@ def tiles_for(fmt: Format) -> Tiles:
     return Tiles(step=256) if fmt.quantized else Tiles(step=128)
 
 
+def fits(plan: Plan) -> bool:
+    """Whether every consumer can be at work on one stage while another arrives."""
+    return plan.depth >= 2 * plan.tiles.consumers
+
+
 def plan_of(shape: Shape, tiles: Tiles | None = None, blocks: int | None = None) -> Plan:
-    """How this device runs a step of these sizes."""
-    return plan(shape, tiles or tiles_for(shape.fmt), blocks or sm_count())
+    """How this device runs a step of these sizes: with less of x at a time where too little memory is left for
+    weights."""
+    blocks, wanted = blocks or sm_count(), tiles or tiles_for(shape.fmt)
+    made = plan(shape, wanted, blocks)
+    return made if tiles or fits(made) else plan(shape, replace(wanted, chunk=wanted.chunk // 2), blocks)
 
 
 def check(
@@ -123,16 +131,15 @@ def check(
     """Raise `Unsupported` where `decode_step_kernel` cannot run these arguments."""
     _check_alone()
     shape = shape_of(x, weights, k, eps)
-    tiles = tiles or tiles_for(shape.fmt)
     _check_dtypes(x, weights, k, v)
     if k.shape != v.shape or k.shape[1] != x.shape[0] or start.shape != x.shape[:1]:
         raise Unsupported(f"x {x.shape}, start {start.shape}, k {k.shape} and v {v.shape} do not belong together")
     if cos.shape != sin.shape or cos.shape != (*x.shape[:2], shape.head_dim // 2):
         raise Unsupported(f"cos {cos.shape} and sin {sin.shape} are not {(*x.shape[:2], shape.head_dim // 2)}")
-    _check_sizes(shape, tiles)
+    _check_sizes(shape, tiles or tiles_for(shape.fmt))
     if blocks is not None and blocks > sm_count():
         raise Unsupported(f"{blocks} blocks on {sm_count()} multiprocessors would wait for one another forever")
-    if plan_of(shape, tiles, blocks).depth < 2 * tiles.consumers:
+    if not fits(plan_of(shape, tiles, blocks)):
         raise Unsupported("too little shared memory for the ring of weights")
 
 

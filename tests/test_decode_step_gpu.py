@@ -114,7 +114,7 @@ def test_phases_are_compared_as_they_should() -> None:
     args = case.arguments()
     done = phases(*args, eps=EPS, tiles=Tiles(depth=4, chunk=1024), blocks=2, interpret=plgpu.InterpretGPUParams())
     errors = {name: float(worst(*both)) for name, both in by_phase(args, done).items()}
-    assert max(errors.values()) < 0.03, errors
+    assert max(errors.values()) < 0.06, errors
     done["hidden"] = done["hidden"].at[0, 7].add(1)
     assert worst(*by_phase(args, done)["gate_up"]) > 0.1
 
@@ -138,7 +138,7 @@ def test_every_phase_of_10000_steps_on_gpu(fmt: str) -> None:
 
     keys = jax.random.split(jax.random.key(2), 10_000)
     errors = jax.jit(lambda k, v: jax.lax.scan(one, (k, v, jnp.zeros(7)), keys)[0][2])(k, v)
-    assert errors.max() < 0.03, errors
+    assert errors.max() < 0.06, errors
 
 
 @pytest.mark.gpu
