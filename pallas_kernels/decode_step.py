@@ -20,7 +20,7 @@ from pallas_kernels.persistent_launch import WEIGHTS, buffers, empty, launch_per
 from pallas_kernels.persistent_plan import ROWS, Plan, Shape, Tiles, plan
 from pallas_kernels.quantized import QuantizedTensor
 from pallas_kernels.rms_norm import rms_norm_reference
-from pallas_kernels.tiles import WGMMA_ROWS, Format, Weight, format_of, sm_count
+from pallas_kernels.tiles import WGMMA_ROWS, Weight, format_of, sm_count
 
 
 @jax.tree_util.register_dataclass
@@ -96,9 +96,11 @@ def shape_of(x: jax.Array, weights: StepWeights, k: jax.Array, eps: float) -> Sh
     )
 
 
-def tiles_for(fmt: Format) -> Tiles:
+def tiles_for(shape: Shape) -> Tiles:
     """What was quickest on an H200."""
-    return Tiles(step=256) if fmt.quantized else Tiles(step=128)
+    if not shape.fmt.quantized:
+        return Tiles(step=128)
+    return Tiles(step=256, chunk=6144 if shape.columns == ROWS else 4096)
 
 
 def fits(plan: Plan) -> bool:
@@ -109,9 +111,9 @@ def fits(plan: Plan) -> bool:
 def plan_of(shape: Shape, tiles: Tiles | None = None, blocks: int | None = None) -> Plan:
     """How this device runs a step of these sizes: with less of x at a time where too little memory is left for
     weights."""
-    blocks, wanted = blocks or sm_count(), tiles or tiles_for(shape.fmt)
+    blocks, wanted = blocks or sm_count(), tiles or tiles_for(shape)
     made = plan(shape, wanted, blocks)
-    return made if tiles or fits(made) else plan(shape, replace(wanted, chunk=wanted.chunk // 2), blocks)
+    return made if tiles or fits(made) else plan(shape, replace(wanted, chunk=2048), blocks)
 
 
 def check(
@@ -136,7 +138,7 @@ def check(
         raise Unsupported(f"x {x.shape}, start {start.shape}, k {k.shape} and v {v.shape} do not belong together")
     if cos.shape != sin.shape or cos.shape != (*x.shape[:2], shape.head_dim // 2):
         raise Unsupported(f"cos {cos.shape} and sin {sin.shape} are not {(*x.shape[:2], shape.head_dim // 2)}")
-    _check_sizes(shape, tiles or tiles_for(shape.fmt))
+    _check_sizes(shape, tiles or tiles_for(shape))
     if blocks is not None and blocks > sm_count():
         raise Unsupported(f"{blocks} blocks on {sm_count()} multiprocessors would wait for one another forever")
     if not fits(plan_of(shape, tiles, blocks)):

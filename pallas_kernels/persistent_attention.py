@@ -22,7 +22,7 @@ from pallas_kernels.persistent_layouts import few, line, pairs
 from pallas_kernels.persistent_plan import ROWS, Plan
 from pallas_kernels.persistent_products import Refs
 from pallas_kernels.softmax_tiles import ROWS as TILE
-from pallas_kernels.softmax_tiles import hide, no_keys, rescale, soften, weigh
+from pallas_kernels.softmax_tiles import no_keys, rescale, soften, weigh
 
 
 def begin_first(plan: Plan, layer: Any, block: Any, refs: Refs, smem: Refs) -> None:
@@ -106,28 +106,21 @@ def one_item(plan: Plan, item: Item, refs: Refs, smem: Refs) -> None:
         acc = weigh(rescale(acc, alpha), p.astype(jnp.bfloat16), smem["v"].at[slot], smem.get("weights"))
         return acc, m, total
 
-    def new(_: Any, carry: Any) -> Any:
-        slot = jnp.minimum(item.low, 0) + (stages - 1)  # the last, but no literal: pallas does not close over those
-        return add(visible(scores(smem["k"].at[slot]), shape.queries), slot, carry)
-
-    def cached(j: Any, carry: Any) -> Any:
-        slot = lax.rem(j - item.low, stages)
-        plgpu.barrier_wait(smem["keys_full"].at[slot])
-        s = hide(scores(smem["k"].at[slot]), item.start - 1 - j * keys)
+    def tile(j: Any, carry: Any) -> Any:
+        """Cached tile ``j``; the one before the first is the new keys, in the ring's last place."""
+        new = j < item.low
+        slot = jnp.where(new, stages - 1, lax.rem(j - item.low, stages))
+        pl.when(j >= item.low)(lambda: plgpu.barrier_wait(smem["keys_full"].at[slot]))
+        s = visible(scores(smem["k"].at[slot]), new, item.start - 1 - j * keys, shape.queries)
         carry = add(s, slot, carry)
-
-        @pl.when(j + stages < item.high)
-        def _() -> None:
-            item.fetch(plan, j + stages, smem)
-
+        pl.when(new)(plgpu.commit_smem)
+        pl.when(j + stages < item.high)(lambda: item.fetch(plan, j + stages, smem))
         return carry
 
     zeros = plgpu.layout_cast(jnp.zeros((TILE, shape.head_dim), jnp.float32), plgpu.Layout.WGMMA)
     last = (item.split == plan.splits - 1).astype(jnp.int32)
-    carry = lax.fori_loop(0, last, new, (zeros, *no_keys()))
-    plgpu.commit_smem()
-    pl.when(item.low + stages - 1 < item.high)(lambda: item.fetch(plan, item.low + stages - 1, smem))
-    acc, m, total = lax.fori_loop(item.low, item.high, cached, carry)
+    pl.when(last == 0)(lambda: fetch_last(plan, item, smem))
+    acc, m, total = lax.fori_loop(item.low - last, item.high, tile, (zeros, *no_keys()))
     pl.when(item.split == plan.splits - 1)(lambda: write_cache(plan, item, smem))
 
     share = 1 / jnp.where(total > 0, total, 1.0)  # a part without keys is zero, not 0 / 0
@@ -195,8 +188,17 @@ def write_cache(plan: Plan, item: Item, smem: Refs) -> None:
     lax.fori_loop(0, shape.queries, token, None)
 
 
-def visible(s: jax.Array, queries: int) -> jax.Array:
-    """Scores [64, keys] of the new keys: token row i % 8 sees those of its own row of the batch, up to itself."""
+def fetch_last(plan: Plan, item: Item, smem: Refs) -> None:
+    """Load into the ring's last place, too, where no new keys take it."""
+    j = item.low + plan.tiles.stages - 1
+    pl.when(j < item.high)(lambda: item.fetch(plan, j, smem))
+
+
+def visible(s: jax.Array, new: Any, last: Any, queries: int) -> jax.Array:
+    """Scores [64, keys] of cached keys up to ``last``; or of the new ones: token row i % 8 sees those of its own row of
+    the batch, up to itself."""
     row = lax.rem(plgpu.broadcasted_iota(jnp.int32, s.shape, 0, layout=plgpu.Layout.WGMMA), ROWS)
     key = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=plgpu.Layout.WGMMA)
-    return jnp.where((key <= row) & (lax.div(key, queries) == lax.div(row, queries)), s, -jnp.inf)
+    new, last = (lax.broadcast(a, s.shape) for a in (new, last))
+    first = jnp.where(new, lax.div(row, queries) * queries, 0)
+    return jnp.where((key >= first) & (key <= jnp.where(new, row, last)), s, -jnp.inf)

@@ -25,7 +25,7 @@ Refs = dict[str, Any]
 @dataclass(frozen=True)
 class Fill:
     """What x is, in two halves, so that loads are on their way while something else is done: ``fetch`` of a token and
-    the first stage of a chunk loads what `make` turns into this consumer's units of the chunk, [4, 32, 8] bf16."""
+    the first stage of a chunk loads what `make` turns into this consumer's units of the chunk, [4, 32, 8]."""
 
     fetch: Callable[[Any, Any], Any]
     make: Callable[[Any], list[jax.Array]]
@@ -66,6 +66,11 @@ def columns_of(plan: Plan, p: Product, me: Any, first: Any) -> list[Any]:
 # What x is
 
 
+def as_x(plan: Plan, x: jax.Array) -> jax.Array:
+    """bfloat16, unless `put_row` makes digits of it, which keep more."""
+    return x if plan.shape.fmt.quantized else x.astype(jnp.bfloat16)
+
+
 def normalised(plan: Plan, p: Product, x: Any, weight: Any, me: Any, smem: Refs) -> Fill:
     """RMSNorm of x [8, dim]."""
     early = len(list(p.chunks())) == 1
@@ -84,7 +89,7 @@ def normalised(plan: Plan, p: Product, x: Any, weight: Any, me: Any, smem: Refs)
         warps = [smem["squares"][me, i] for i in range(4)]
         scale = lax.rsqrt(((warps[0] + warps[1]) + (warps[2] + warps[3])) * (1 / p.inner) + plan.shape.eps)
         both = zip(mine, factors, strict=True)
-        return [(a.astype(jnp.float32) * scale * b.astype(jnp.float32)).astype(jnp.bfloat16) for a, b in both]
+        return [as_x(plan, a.astype(jnp.float32) * scale * b.astype(jnp.float32)) for a, b in both]
 
     return Fill(fetch, make)
 
@@ -115,7 +120,7 @@ def joined(plan: Plan, p: Product, parts: Any, logs: Any, me: Any) -> Fill:
         weights = [jnp.exp2(one - top) for one in log]
         share = 1 / functools.reduce(jnp.add, weights)
         shares = [lax.broadcast_in_dim(one * share, (4, 32, 8), (0, 1)) for one in weights]
-        return functools.reduce(jnp.add, [a * b for a, b in zip(values, shares, strict=True)]).astype(jnp.bfloat16)
+        return as_x(plan, functools.reduce(jnp.add, [a * b for a, b in zip(values, shares, strict=True)]))
 
     return Fill(fetch, lambda fetched: [join(several) for several in fetched])
 

@@ -124,7 +124,8 @@ def digits_of(x: jax.Array) -> tuple[list[jax.Array], jax.Array]:
 def _digits(eight: Any) -> tuple[list[list[Any]], Any]:
     """`digits_of` for a warp, whose threads have 8 numbers of a block each."""
     f32, i32, i8 = ir.F32Type.get(), ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(8)
-    left = [arith.extf(f32, vector.extract(eight, [], [i])) for i in range(8)]
+    left = [vector.extract(eight, [], [i]) for i in range(8)]
+    left = [a if a.type == f32 else arith.extf(f32, a) for a in left]
     sizes = [arith.andi(arith.bitcast(i32, a), _int(0x7FFFFFFF)) for a in left]
     while len(sizes) > 1:
         sizes = [arith.maxui(a, b) for a, b in zip(sizes[::2], sizes[1::2], strict=True)]
