@@ -188,9 +188,9 @@ def _check_sizes(s: Shape, tiles: Tiles) -> None:
     for name, out in {"dim": s.dim, "hidden": s.hidden, "vocab": s.vocab}.items():
         if out % 8:
             raise Unsupported(f"{name} must be a multiple of 8, found {out}")
-    least = 64 if s.fmt.bits == 4 else 32  # wgmma takes no fewer bytes from registers, or where they lie
-    if s.fmt.group is not None and (tiles.step % s.fmt.group or s.fmt.group % least):
-        raise Unsupported(f"groups of {s.fmt.group} inputs: must be a multiple of {least} and divide {tiles.step}")
+    if s.fmt.grouped and (s.fmt.bits, s.fmt.group) != (4, 128):
+        found = f"int{s.fmt.bits} in groups of {s.fmt.group}"
+        raise Unsupported(f"of weights in groups only int4 in groups of 128 has run on a GPU, found {found}")
 
 
 def decode_step_kernel(

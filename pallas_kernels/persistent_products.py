@@ -214,6 +214,7 @@ def multiply(name: str, fill: Fill, plan: Plan, block: Any, me: Any, count: Any,
         plgpu.barrier_wait(smem["scales_full"].at[turn_of(name)])
     count, _ = loop(chunks, chunk, (count, fill.fetch(0, 0) if lone else None))
     if fmt.grouped:
+        plgpu.commit_smem()  # ordinary reads of scales are over before TMA writes others there
         plgpu.barrier_arrive(smem["scales_free"].at[turn_of(name)])
     return count
 

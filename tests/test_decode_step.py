@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decode_steps import EPS, FORMATS, SMALL, Case, compare
+from decode_steps import EPS, FORMATS, REFUSED, SMALL, Case, compare
 from h200 import H200, SMS
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -49,6 +49,7 @@ SMALL_CASES = {
     "cuts-in-chunks-the-last-shorter": Case((5,), blocks=4, size=dict(hidden=2176)),
     "a-tile-of-two-cuts": Case((3,), blocks=6, size=dict(dim=256, heads=4, kv_heads=2)),
     "int8": Case((9,), fmt="int8", blocks=1),
+    "int8-groups": Case((9,), fmt="int8-g64", queries=2, blocks=1),
     "int4": Case((9,), fmt="int4-g128", queries=2, blocks=1, size=dict(dim=256, heads=4, kv_heads=2)),
     "int4-a-tile-of-two-cuts": Case(
         (3,), fmt="int4-g128", blocks=6, size=dict(dim=512, heads=4, kv_heads=2), tiles=dict(step=256)
@@ -121,12 +122,12 @@ def abstract(fmt: str, batch: int, queries: int, max_len: int, **size: int) -> t
     array, L, D, dim = jax.ShapeDtypeStruct, size["layers"], size["head_dim"], size["dim"]
 
     def weight(*shape: int) -> Any:
-        if not FORMATS[fmt]:
+        form = (FORMATS | REFUSED)[fmt]
+        if not form:
             return array(shape, jnp.bfloat16)
-        grouped = "group" in FORMATS[fmt]
-        scale = (*shape[:-1], shape[-1] // FORMATS[fmt].get("group", shape[-1]))
-        data = array(shape, jnp.int8 if FORMATS[fmt]["bits"] == 8 else jnp.int4)
-        return QuantizedTensor(data, array(scale, jnp.float16 if grouped else jnp.float32))  # type: ignore[arg-type]
+        scale = (*shape[:-1], shape[-1] // form.get("group", shape[-1]))
+        data = array(shape, jnp.int8 if form["bits"] == 8 else jnp.int4)
+        return QuantizedTensor(data, array(scale, jnp.float16 if "group" in form else jnp.float32))  # type: ignore[arg-type]
 
     norms = [array(shape, jnp.bfloat16) for shape in ((L, dim), (L, dim), (dim,))]
     weights = StepWeights(
@@ -178,6 +179,13 @@ def test_refused_with_the_reason(change: dict[str, int], reason: str) -> None:
     size = CASES["tinyllama"] | change
     args = abstract("bf16", 1, size.pop("queries", 1), size.pop("max_len", 1024), **size)
     with jax.sharding.use_abstract_mesh(H200), pytest.raises(Unsupported, match=reason):
+        check(*args, eps=EPS)
+
+
+@pytest.mark.parametrize("fmt", REFUSED)
+def test_refused_formats(fmt: str) -> None:
+    args = abstract(fmt, 1, 1, 1024, **CASES["tinyllama"])
+    with jax.sharding.use_abstract_mesh(H200), pytest.raises(Unsupported, match="has run on a GPU"):
         check(*args, eps=EPS)
 
 
