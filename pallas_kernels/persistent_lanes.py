@@ -42,7 +42,7 @@ def put_row(plan: Plan, p: Product, x: Any, factors: Any, values: jax.Array, cut
     dtype = jnp.dtype(jnp.int8 if integers else jnp.bfloat16)
     transforms = transforms_of(x.shape[-1], dtype, plan.shape.fmt.group)
     width = transforms[0].tiling[-1]  # inputs of a swizzled tile
-    line = 16 // dtype.itemsize  # of those that the swizzle moves together
+    granule = 16 // dtype.itemsize  # of those that the swizzle moves together
     refs = (x, factors) if integers else (x,)
     types = (plgpu.RefType(transforms), plgpu.RefType())[: len(refs)]
 
@@ -54,10 +54,10 @@ def put_row(plan: Plan, p: Product, x: Any, factors: Any, values: jax.Array, cut
         slab, within = plus(step, over(first, p.step)), rest(first, p.step)
 
         def write(column: Any, at: Any, value: Any) -> None:
-            """``value`` at input ``at`` of the slab: the swizzle moves lines about within a row of a tile."""
+            """``value`` at input ``at`` of the slab: the swizzle moves granules about within a row of a tile."""
             tile, inside = over(column, 8), rest(column, 8)
-            moved = arith.xori(over(rest(at, width), line), over(inside, 8 * line // width))
-            place_in_row = plus(times(moved, line), rest(at, line))
+            moved = arith.xori(over(rest(at, width), granule), over(inside, 8 * granule // width))
+            place_in_row = plus(times(moved, granule), rest(at, granule))
             vector.store(value, refs[0], place(slab, tile, over(at, width), inside, place_in_row))
 
         column = plus(times(cut, plan.shape.columns), row)
