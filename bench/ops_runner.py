@@ -4,7 +4,8 @@ import argparse
 import importlib
 import statistics
 import tempfile
-from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,11 @@ from bench.rows import align
 from bench.runner import say
 from jllama.errors import InputError
 
-Rows = list[tuple[Case, dict[str, Any]]]
-
 
 def run(settings: argparse.Namespace) -> int:
-    """Every operation in every dtype; 1 where one of our own backends failed."""
+    """Every operation in every dtype, each by all implementations, one after the other, before the next: what is
+    compared is measured within seconds, and what a budget cuts off is whole cases. 1 where one of our own backends
+    failed."""
     settings.clock = Budget(settings.budget)
     with Worker("op_ours") as reference, tempfile.TemporaryDirectory(prefix="bench-ops-") as folder:
         reference.ask("open", 120, job={"backend": "xla"})
@@ -30,26 +31,27 @@ def run(settings: argparse.Namespace) -> int:
         gpu = hello["platform"] == "gpu"
         seqs = settings.seq or ([512, 1024, 2048, 4096] if gpu else [128, 256])
         records: list[Record] = []
-        for dtype in settings.dtype or ["bf16" if gpu else "f32"]:
-            cases = [
-                case
-                for model in settings.model.split(",")
-                for op, own in settings.op
-                for case in opcases.cases(op, model, model_sizes(model), dtype, settings.batch, own or seqs)
-                if op in ("ffn", "matmul") or dtype not in ("int8", "int4")  # attention has no weights
-            ]
-            cases = [case | {"folder": folder} for case in cases]
-            ceilings = reference.ask("ceilings", 300, args={"dtype": dtype, "working_set": 0})
-            started = start_run(hello["device"], hello["versions"], ceilings)
-            say(f"{hello['device']}, {dtype}: {len(cases)} cases, run {started.run}")
-            expected = dict(_expected(reference, cases, Path(folder), settings.time_limit))
-            made: list[Record] = []
-            for impl, rows, versions in _implementations(settings, cases, expected, hello["platform"]):
-                made += [_record(started, impl, case, reply, versions) for case, reply in rows]
-            made = compared(made)
-            append((settings.results or RESULTS) / "ops.jsonl", made)
-            print(table(made))
-            records += made
+        with ExitStack() as stack:
+            served = [stack.enter_context(s) for s in _implementations(settings, hello["platform"])]
+            for dtype in settings.dtype or ["bf16" if gpu else "f32"]:
+                cases = [
+                    case | {"folder": folder}
+                    for model in settings.model.split(",")
+                    for op, own in settings.op
+                    for case in opcases.cases(op, model, model_sizes(model), dtype, settings.batch, own or seqs)
+                    if op in ("ffn", "matmul") or dtype not in ("int8", "int4")  # attention has no weights
+                ]
+                ceilings = reference.ask("ceilings", 300, args={"dtype": dtype, "working_set": 0})
+                started = start_run(hello["device"], hello["versions"], ceilings)
+                say(f"{hello['device']}, {dtype}: {len(cases)} cases, run {started.run}")
+                made: list[Record] = []
+                for case in cases:
+                    expected, why = _expected(settings, reference, case, Path(folder))
+                    one = [_record(started, s.impl, case, s.reply(case, expected, why), s.versions) for s in served]
+                    made += compared(one)
+                    append((settings.results or RESULTS) / "ops.jsonl", made[-len(one) :])
+                print(table(made))
+                records += made
     _plot(settings, records)
     return int(any(r["impl"] in ("xla", "pallas") and r.get("failed") for r in records))
 
@@ -76,68 +78,84 @@ def model_sizes(model: str) -> dict[str, Any]:
     return sizes
 
 
-def _expected(reference: Worker, cases: list[Case], folder: Path, limit_s: float) -> Iterator[tuple[int, str]]:
-    for number, case in enumerate(cases):
-        path = str(folder / f"{case['dtype']}-{number}.npy")
-        try:
-            reference.ask("expect", limit_s, args={"case": case, "path": path})
-            yield number, path
-        except PeerFailed as error:
-            say(f"reference of {case['name']} at {case['context']}: {error}")
+def _expected(
+    settings: argparse.Namespace, reference: Worker, case: Case, folder: Path
+) -> tuple[str | None, str | None]:
+    """Where the reference's result lies, or why there is none."""
+    path = str(folder / "expected.npy")
+    try:
+        settings.clock.check()
+        reference.ask("expect", settings.time_limit, args={"case": case, "path": path})
+    except PeerUnsupported as error:
+        return None, str(error)
+    except PeerFailed as error:
+        say(f"reference of {case['name']} at {case['context']}: {error}")
+        return None, "the reference does not fit"
+    return path, None
 
 
-def _implementations(
-    settings: argparse.Namespace, cases: list[Case], expected: dict[int, str], platform: str
-) -> Iterator[tuple[str, Rows, dict[str, str]]]:
+def _implementations(settings: argparse.Namespace, platform: str) -> list["Served"]:
     wanted = [(b, "op_ours", b) for b in settings.backends]
     known = {peers.load(name).name: name for name in peers.discover("ops")}
     asked = {"all": list(known), "none": []}.get(settings.peers, settings.peers.split(","))
     if wrong := [a for a in asked if a not in known]:
         raise InputError(f"--peers: expected any of {', '.join(known)}, found {wrong[0]!r}")
     wanted += [(impl, known[impl], "") for impl in asked]
+    served = []
     for impl, name, backend in wanted:
         python, why = find_python(name, settings.peer_python)
         if python is None:
             say(f"{impl}: {why}")
-            yield impl, [(case, {"why": why, "failed": False}) for case in cases], {}
-            continue
-        yield (impl, *_serve(settings, impl, name, python, {"backend": backend, "platform": platform}, cases, expected))
+        served.append(Served(settings, impl, name, python, why, {"backend": backend, "platform": platform}))
+    return served
 
 
-def _serve(
-    settings: argparse.Namespace,
-    impl: str,
-    name: str,
-    python: str,
-    job: dict[str, Any],
-    cases: list[Case],
-    expected: dict[int, str],
-) -> tuple[Rows, dict[str, str]]:
-    """All cases through one process, and through another where it has died."""
-    rows: Rows = []
-    versions: dict[str, str] = {}
+@dataclass
+class Served:
+    """An implementation: a process that takes cases, and another where it has died."""
+
+    settings: argparse.Namespace
+    impl: str
+    name: str
+    python: str | None
+    why: str | None  # there is none
+    job: dict[str, Any]
+    versions: dict[str, str] = field(default_factory=dict)
     worker: Worker | None = None
-    for number, case in enumerate(cases):
+
+    def __enter__(self) -> "Served":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.worker is not None:
+            self.worker.close()
+
+    def reply(self, case: Case, expected: str | None, why: str | None) -> dict[str, Any]:
+        """What one case gave: samples, or why there are none."""
+        if self.python is None:
+            return {"why": self.why, "failed": False}
         try:
-            if number not in expected:
-                raise PeerUnsupported("the reference does not fit")
-            settings.clock.check()
-            if worker is None or worker.dead is not None:
-                worker = Worker(name, python)
-                versions = worker.ask("open", 120, job=job)["versions"]
-            args = dict(case=case, expected=expected[number], warmup=settings.warmup, iterations=settings.iterations)
-            reply = worker.ask("run", settings.time_limit, args=args)
-            if not reply["samples"]:
-                limit = opcases.TOLERANCE[case["dtype"]]
-                reply |= {"why": f"error {reply['error_vs_reference']:.1e} above {limit:.0e}", "failed": True}
+            reply = self._ask(case, expected, why)
         except PeerFailed as error:
             reply = {"why": str(error), "failed": not isinstance(error, PeerUnsupported)}
         figure = f"{1e3 * statistics.median(reply['samples']):.4f} ms" if reply.get("samples") else reply["why"]
-        say(f"{impl}: {case['name']} batch {case['batch']} at {case['context']}: {figure}")
-        rows.append((case, reply))
-    if worker is not None:
-        worker.close()
-    return rows, versions
+        say(f"{self.impl}: {case['name']} batch {case['batch']} at {case['context']}: {figure}")
+        return reply
+
+    def _ask(self, case: Case, expected: str | None, why: str | None) -> dict[str, Any]:
+        if expected is None:
+            raise PeerUnsupported(why)
+        self.settings.clock.check()
+        if self.worker is None or self.worker.dead is not None:
+            self.worker = Worker(self.name, str(self.python))
+            self.versions = self.worker.ask("open", 120, job=self.job)["versions"]
+        settings = self.settings
+        args = dict(case=case, expected=expected, warmup=settings.warmup, iterations=settings.iterations)
+        reply = self.worker.ask("run", settings.time_limit, args=args)
+        if not reply["samples"]:
+            limit = opcases.TOLERANCE[case["dtype"]]
+            reply |= {"why": f"error {reply['error_vs_reference']:.1e} above {limit:.0e}", "failed": True}
+        return reply
 
 
 def _record(run: Run, impl: str, case: Case, reply: dict[str, Any], versions: dict[str, str]) -> Record:
