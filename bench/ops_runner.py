@@ -25,33 +25,40 @@ def run(settings: argparse.Namespace) -> int:
     compared is measured within seconds, and what a budget cuts off is whole cases. 1 where one of our own backends
     failed."""
     settings.clock = Budget(settings.budget)
-    with Worker("op_ours") as reference, tempfile.TemporaryDirectory(prefix="bench-ops-") as folder:
+    records: list[Record] = []
+    with (
+        Worker("op_ours") as reference,
+        tempfile.TemporaryDirectory(prefix="bench-ops-") as folder,
+        ExitStack() as processes,
+    ):
         reference.ask("open", 120, job={"backend": "xla"})
         hello = reference.ask("hello", 120, args={})
         gpu = hello["platform"] == "gpu"
         seqs = settings.seq or ([512, 1024, 2048, 4096] if gpu else [128, 256])
-        records: list[Record] = []
-        with ExitStack() as stack:
-            served = [stack.enter_context(s) for s in _implementations(settings, hello["platform"])]
-            for dtype in settings.dtype or ["bf16" if gpu else "f32"]:
-                cases = [
-                    case | {"folder": folder}
-                    for model in settings.model.split(",")
-                    for op, own in settings.op
-                    for case in opcases.cases(op, model, model_sizes(model), dtype, settings.batch, own or seqs)
-                    if op in ("ffn", "matmul") or dtype not in ("int8", "int4")  # attention has no weights
-                ]
-                ceilings = reference.ask("ceilings", 300, args={"dtype": dtype, "working_set": 0})
-                started = start_run(hello["device"], hello["versions"], ceilings)
-                say(f"{hello['device']}, {dtype}: {len(cases)} cases, run {started.run}")
-                made: list[Record] = []
-                for case in cases:
-                    expected, why = _expected(settings, reference, case, Path(folder))
-                    one = [_record(started, s.impl, case, s.reply(case, expected, why), s.versions) for s in served]
-                    made += compared(one)
-                    append((settings.results or RESULTS) / "ops.jsonl", made[-len(one) :])
-                print(table(made))
-                records += made
+        served = _implementations(settings, hello["platform"])
+        for implementation in served:
+            processes.callback(implementation.close)
+        for dtype in settings.dtype or ["bf16" if gpu else "f32"]:
+            cases = [
+                case | {"folder": folder}
+                for model in settings.model.split(",")
+                for op, own in settings.op
+                for case in opcases.cases(op, model, model_sizes(model), dtype, settings.batch, own or seqs)
+                if op in ("ffn", "matmul") or dtype not in ("int8", "int4")  # attention has no weights
+            ]
+            ceilings = reference.ask("ceilings", 300, args={"dtype": dtype, "working_set": 0})
+            started = start_run(hello["device"], hello["versions"], ceilings)
+            say(f"{hello['device']}, {dtype}: {len(cases)} cases, run {started.run}")
+            made: list[Record] = []
+            for case in cases:
+                expected, why = _expected(settings, reference, case, Path(folder))
+                one = compared(
+                    [_record(started, s.impl, case, s.reply(case, expected, why), s.versions) for s in served]
+                )
+                append((settings.results or RESULTS) / "ops.jsonl", one)
+                made += one
+            print(table(made))
+            records += made
     _plot(settings, records)
     return int(any(r["impl"] in ("xla", "pallas") and r.get("failed") for r in records))
 
@@ -123,10 +130,8 @@ class Served:
     versions: dict[str, str] = field(default_factory=dict)
     worker: Worker | None = None
 
-    def __enter__(self) -> "Served":
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """End the process, if there is one."""
         if self.worker is not None:
             self.worker.close()
 

@@ -20,7 +20,7 @@ from pallas_kernels.persistent_launch import WEIGHTS, buffers, empty, launch_per
 from pallas_kernels.persistent_plan import ROWS, Plan, Shape, Tiles, plan
 from pallas_kernels.quantized import QuantizedTensor
 from pallas_kernels.rms_norm import rms_norm_reference
-from pallas_kernels.tiles import WGMMA_ROWS, Weight, format_of, sm_count
+from pallas_kernels.tiles import WGMMA_ROWS, Format, Weight, format_of, sm_count
 
 
 @jax.tree_util.register_dataclass
@@ -96,9 +96,9 @@ def shape_of(x: jax.Array, weights: StepWeights, k: jax.Array, eps: float) -> Sh
     )
 
 
-def tiles_for(shape: Shape) -> Tiles:
+def tiles_for(fmt: Format) -> Tiles:
     """What was quickest on an H200."""
-    return Tiles(step=256) if shape.fmt.quantized else Tiles(step=128)
+    return Tiles(step=256) if fmt.quantized else Tiles(step=128)
 
 
 def fits(plan: Plan) -> bool:
@@ -109,7 +109,7 @@ def fits(plan: Plan) -> bool:
 def plan_of(shape: Shape, tiles: Tiles | None = None, blocks: int | None = None) -> Plan:
     """How this device runs a step of these sizes: with less of x at a time where too little memory is left for
     weights."""
-    blocks, wanted = blocks or sm_count(), tiles or tiles_for(shape)
+    blocks, wanted = blocks or sm_count(), tiles or tiles_for(shape.fmt)
     made = plan(shape, wanted, blocks)
     return made if tiles or fits(made) else plan(shape, replace(wanted, chunk=2048), blocks)
 
@@ -136,7 +136,7 @@ def check(
         raise Unsupported(f"x {x.shape}, start {start.shape}, k {k.shape} and v {v.shape} do not belong together")
     if cos.shape != sin.shape or cos.shape != (*x.shape[:2], shape.head_dim // 2):
         raise Unsupported(f"cos {cos.shape} and sin {sin.shape} are not {(*x.shape[:2], shape.head_dim // 2)}")
-    _check_sizes(shape, tiles or tiles_for(shape))
+    _check_sizes(shape, tiles or tiles_for(shape.fmt))
     if blocks is not None and blocks > sm_count():
         raise Unsupported(f"{blocks} blocks on {sm_count()} multiprocessors would wait for one another forever")
     if not fits(plan_of(shape, tiles, blocks)):
@@ -191,6 +191,8 @@ def _check_sizes(s: Shape, tiles: Tiles) -> None:
     if s.fmt.grouped and (s.fmt.bits, s.fmt.group) != (4, 128):
         found = f"int{s.fmt.bits} in groups of {s.fmt.group}"
         raise Unsupported(f"of weights in groups only int4 in groups of 128 has run on a GPU, found {found}")
+    if s.fmt.grouped and tiles.step % s.fmt.group:
+        raise Unsupported(f"groups of {s.fmt.group} inputs: must divide {tiles.step}")
 
 
 def decode_step_kernel(

@@ -152,13 +152,13 @@ def _bytes(values: list[Any]) -> Any:
     return vector.from_elements(ir.VectorType.get((len(values),), values[0].type), values)
 
 
-def in_bytes(plan: Plan, tile: Any) -> jax.Array:
+def in_bytes(tile: Any) -> jax.Array:
     """A tile of 4-bit weights in shared memory as wgmma's left operand in registers: bytes of `HALF_BYTE` times the
     weight, which is where the sign is right without more ado. Threads keep what a wide load gave them: see `put_row`
     for the order of the inputs."""
-    floats = plgpu.ShapeDtypeStruct(tile.shape, jnp.int8, layout=plgpu.Layout.WGMMA_8BIT)
+    operand = plgpu.ShapeDtypeStruct(tile.shape, jnp.int8, layout=plgpu.Layout.WGMMA_8BIT)
 
-    @plgpu.inline_mgpu(arg_types=(WORDS,), return_type=floats)
+    @plgpu.inline_mgpu(arg_types=(WORDS,), return_type=operand)
     def convert(_: Any, integers: Any) -> Any:
         i32, four = ir.IntegerType.get_signless(32), ir.VectorType.get((4,), ir.IntegerType.get_signless(8))
         one, mask = ir.VectorType.get((1,), i32), _int(0xF0F0F0F0 - 2**32)

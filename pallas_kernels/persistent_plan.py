@@ -20,7 +20,7 @@ ROWS = 8  # token rows of a step: the least that wgmma takes, so that 1 costs wh
 SMALL = 8192  # bytes of shared memory for barriers, and for scratch that the compiler adds
 MAX_SPLITS = 16  # parts of a row's keys
 MAX_CUTS = 3  # ranges of the inputs
-DIGITS = 2  # of x, where weights are integers
+DIGITS = 2  # of x, where weights are integers: see `Shape.digits`
 BLOCK = 256  # inputs of x whose digits have a scale in common: those of a warp
 ROW_UNIT = 1024  # columns of one token that a warpgroup reads at a time: 8 a thread
 TAKING_TURNS = (("qkv", "gate_up", "head"), ("o", "down"))  # products whose scales share a place
@@ -63,9 +63,14 @@ class Shape:
         return self.batch * self.queries
 
     @property
+    def digits(self) -> int:
+        """Columns of a token in a product: x itself, or its digits."""
+        return DIGITS if self.fmt.quantized else 1
+
+    @property
     def columns(self) -> int:
-        """Columns of x in a product: tokens, or their digits, and those that wgmma takes beside."""
-        return 8 * math.ceil(DIGITS * self.rows / 8) if self.fmt.quantized else ROWS
+        """Columns of x in a product: those of all tokens, and those that wgmma takes beside."""
+        return 8 * math.ceil(self.digits * self.rows / 8)
 
     @property
     def group(self) -> int:

@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import ring
 from pallas_kernels.persistent_ends import Fill, Finish, load, units_of
 from pallas_kernels.persistent_lanes import HALF_BYTE, LANES, in_bytes, put_row, put_some, scale_rows, some_of
-from pallas_kernels.persistent_plan import BLOCK, DIGITS, ROW_UNIT, TAKING_TURNS, Plan, Product
+from pallas_kernels.persistent_plan import BLOCK, ROW_UNIT, TAKING_TURNS, Plan, Product
 from pallas_kernels.ring import claim, my_stages
 from pallas_kernels.tiles import WGMMA_ROWS, spread
 
@@ -118,7 +118,7 @@ def product(name: str, scales: Any, fill: Fill, finish: Finish, plan: Plan, bloc
     def scales_of(at: int, some: int) -> list[jax.Array]:
         return [some_of(plan, scales.at[:, 0], half * p.out + outer + at, some) for half in range(p.halves)]
 
-    factors = [scales_of(*piece) if by_row else None for piece in pieces]
+    row_scales = [scales_of(*piece) if by_row else None for piece in pieces]
     if finish.residual is not None:  # the phase before did not write it; what is not needed yet lies beside
         each = [(token, at, some) for token in range(shape.rows) for at, some in pieces]
         before = [some_of(plan, finish.residual.at[token], outer + at, some) for token, at, some in each]
@@ -141,15 +141,15 @@ def product(name: str, scales: Any, fill: Fill, finish: Finish, plan: Plan, bloc
                 )
                 for other in range(plan.tiles.consumers)
                 for cut in range(p.cuts)
-                for digit in range(DIGITS if shape.fmt.quantized else 1)
+                for digit in range(shape.digits)
             ]
             return functools.reduce(jnp.add, parts)
 
         def finished(token: Any, _: Any) -> None:
-            for number, piece in enumerate(pieces):
+            for piece, factors in zip(pieces, row_scales, strict=True):
                 sums = [whole(token, half, *piece) for half in range(p.halves)]
-                if factors[number] is not None:
-                    sums = [a * b for a, b in zip(sums, factors[number], strict=True)]
+                if factors is not None:
+                    sums = [a * b for a, b in zip(sums, factors, strict=True)]
                 residual = None
                 if finish.residual is not None:
                     residual = some_of(plan, smem["residual"].at[me, token], *piece).astype(jnp.float32)
@@ -303,7 +303,7 @@ def operand(slot: Any, plan: Plan, me: Any, smem: Refs) -> Any:
     if plan.shape.fmt.bits == 8:
         return weights
     if not plan.interpret:
-        return in_bytes(plan, weights)
+        return in_bytes(weights)
     # The interpreter has no wgmma with an operand in registers.
     smem["in_bytes"][me] = weights[...].astype(jnp.int8) * HALF_BYTE
     plgpu.commit_smem()

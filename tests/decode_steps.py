@@ -12,8 +12,9 @@ from pallas_kernels import QuantizedTensor, dequantize, quantize
 from pallas_kernels.decode_step import StepWeights, decode_step_reference
 
 EPS = 1e-5
-FORMATS = {"bf16": {}, "int8": dict(bits=8), "int4-g128": dict(bits=4, group=128)}
+ON_GPU = {"bf16": {}, "int8": dict(bits=8), "int4-g128": dict(bits=4, group=128)}
 REFUSED = {"int8-g64": dict(bits=8, group=64)}  # has not run on a GPU
+FORMATS = ON_GPU | REFUSED
 SMALL = dict(dim=128, hidden=256, heads=2, kv_heads=1, head_dim=64, vocab=128, layers=1)
 
 
@@ -28,7 +29,7 @@ def arguments(fmt: str, start: tuple[int, ...], queries: int, max_len: int, seed
 
     def weight(*shape: int) -> Any:
         w = normal(*shape, scale=shape[-1] ** -0.5)
-        return quantize(w, **(FORMATS | REFUSED)[fmt]) if (FORMATS | REFUSED)[fmt] else w
+        return quantize(w, **FORMATS[fmt]) if FORMATS[fmt] else w
 
     weights = StepWeights(
         attn_norm=1 + normal(L, dim, scale=0.1),

@@ -122,7 +122,7 @@ def abstract(fmt: str, batch: int, queries: int, max_len: int, **size: int) -> t
     array, L, D, dim = jax.ShapeDtypeStruct, size["layers"], size["head_dim"], size["dim"]
 
     def weight(*shape: int) -> Any:
-        form = (FORMATS | REFUSED)[fmt]
+        form = FORMATS[fmt]
         if not form:
             return array(shape, jnp.bfloat16)
         scale = (*shape[:-1], shape[-1] // form.get("group", shape[-1]))
@@ -187,6 +187,12 @@ def test_refused_formats(fmt: str) -> None:
     args = abstract(fmt, 1, 1, 1024, **CASES["tinyllama"])
     with jax.sharding.use_abstract_mesh(H200), pytest.raises(Unsupported, match="has run on a GPU"):
         check(*args, eps=EPS)
+
+
+def test_refused_tiles() -> None:
+    args = abstract("int4-g128", 1, 1, 1024, **CASES["tinyllama"])
+    with jax.sharding.use_abstract_mesh(H200), pytest.raises(Unsupported, match="groups of 128 inputs: must divide 64"):
+        check(*args, eps=EPS, tiles=Tiles(step=64))
 
 
 def test_refused_under_mps(monkeypatch: pytest.MonkeyPatch) -> None:

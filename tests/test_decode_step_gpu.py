@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decode_steps import EPS, FORMATS, SMALL, Case, arguments, compare, error, rotations
+from decode_steps import EPS, ON_GPU, SMALL, Case, arguments, compare, error, rotations
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import persistent_launch
@@ -30,7 +30,7 @@ GPU_CASES = {
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("fmt", ON_GPU)
 @pytest.mark.parametrize("name", GPU_CASES)
 def test_step_on_gpu(name: str, fmt: str) -> None:
     size, start, queries = GPU_CASES[name]
@@ -121,7 +121,7 @@ def test_phases_are_compared_as_they_should() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("fmt", ON_GPU)
 def test_every_phase_of_10000_steps_on_gpu(fmt: str) -> None:
     """Fresh inputs at every step, so that whatever a block reads before it is there is from another step, and wrong."""
     size = dict(dim=1024, hidden=2048, heads=16, kv_heads=8, head_dim=64, vocab=2048, layers=1)
