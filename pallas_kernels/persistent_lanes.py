@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu.fragmented_array import WGMMA_LAYOUT_8BIT, WGMMA_ROW_LAYOUT, FragmentedArray
-from jax.experimental.mosaic.gpu.utils import bitcast, c, shfl_bfly, thread_idx, when
+from jax.experimental.mosaic.gpu.utils import ReductionKind, bitcast, c, redux, thread_idx, when
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, memref, vector
+from jaxlib.mlir.dialects import arith, math, memref, vector
 
 from pallas_kernels.persistent_layouts import UNIT, line
 from pallas_kernels.persistent_plan import BLOCK, DIGITS, ROW_UNIT, Plan, Product
@@ -130,21 +130,20 @@ def _digits(eight: Any) -> tuple[list[list[Any]], Any]:
     while len(sizes) > 1:
         sizes = [arith.maxui(a, b) for a, b in zip(sizes[::2], sizes[1::2], strict=True)]
     (size,) = sizes
-    for distance in (1, 2, 4, 8, 16):
-        size = arith.maxui(size, shfl_bfly(size, distance))
+    size = redux(size, _int(-1), ReductionKind.UMAX)  # of the warp
     exponent = arith.shrui(size, _int(23))
     scale = arith.minui(plus(exponent, 1), _int(255))
     inverse = arith.maxsi(minus(_int(253), exponent), _int(0))  # what is no number makes the scale none, and x zero
     scale, inverse = (arith.bitcast(f32, arith.shli(a, _int(23))) for a in (scale, inverse))
     magic = c(1.5 * 2**23, f32)  # added to a small number, leaves it whole in the last bits
-    inverse = arith.mulf(inverse, c(127.0, f32))
-    left = [arith.mulf(a, inverse) for a in left]
-    digits = []
-    for _ in range(DIGITS):
-        sums = [arith.addf(a, magic) for a in left]
+    factor, digits = arith.mulf(inverse, c(127.0, f32)), []
+    for number in range(DIGITS):
+        sums = [math.fma(a, factor, magic) for a in left]
         digits.append([arith.trunci(i8, arith.bitcast(i32, a)) for a in sums])
-        whole = [arith.subf(a, magic) for a in sums]
-        left = [arith.mulf(arith.subf(a, b), c(254.0, f32)) for a, b in zip(left, whole, strict=True)]
+        if number + 1 < DIGITS:
+            whole = [arith.subf(magic, a) for a in sums]
+            left = [math.fma(a, factor, b) for a, b in zip(left, whole, strict=True)]
+            factor = c(254.0, f32)
     return digits, scale
 
 

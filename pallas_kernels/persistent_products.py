@@ -177,7 +177,10 @@ def multiply(name: str, fill: Fill, plan: Plan, block: Any, me: Any, count: Any,
     def each(steps: Any, count: Any, stage: Callable[[Any, Any, Any], Any], carry: Any) -> Any:
         """Fold ``stage(step, slot, carry)`` over the stages of a tile that are this consumer's."""
         mine = steps_of(p, block, steps)
-        return my_stages(me, consumers, count, mine, plan.depth, smem["full"], smem["free"], stage, carry)
+        release = not in_registers(plan)
+        return my_stages(
+            me, consumers, count, mine, plan.depth, smem["full"], smem["free"], stage, carry, release=release
+        )
 
     def chunk(index: Any, carry: tuple[Any, Any]) -> tuple[Any, Any]:
         count, fetched = carry
@@ -297,13 +300,20 @@ def integer_tile(
     return each(stage, plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA))
 
 
+def in_registers(plan: Plan) -> bool:
+    """Whether weights are multiplied from registers, so that their slot is free as soon as they are there."""
+    return plan.shape.fmt.quantized and plan.shape.fmt.bits == 4 and not plan.interpret
+
+
 def operand(slot: Any, plan: Plan, me: Any, smem: Refs) -> Any:
     """A stage of integer weights as wgmma's left operand: bytes where they lie, 4 bits as bytes in registers."""
     weights = smem["ring"].at[slot]
     if plan.shape.fmt.bits == 8:
         return weights
-    if not plan.interpret:
-        return in_bytes(weights)
+    if in_registers(plan):
+        taken = in_bytes(weights)
+        plgpu.barrier_arrive(smem["free"].at[slot])  # the next stage may come while this one is multiplied
+        return taken
     # The interpreter has no wgmma with an operand in registers.
     smem["in_bytes"][me] = weights[...].astype(jnp.int8) * HALF_BYTE
     plgpu.commit_smem()

@@ -40,8 +40,9 @@ def first_of_mine(me: Any, consumers: int, count: Any) -> Any:
 
 
 def my_stages(me: Any, consumers: int, count: Any, stages: Any, depth: int, full: Any, free: Any,
-              stage: Callable[[Any, Any, Any], Any], carry: Any) -> Any:  # fmt: skip
-    """Fold ``stage(number, slot, carry)`` over those of the next ``stages`` that are this consumer's.
+              stage: Callable[[Any, Any, Any], Any], carry: Any, *, release: bool = True) -> Any:  # fmt: skip
+    """Fold ``stage(number, slot, carry)`` over those of the next ``stages`` that are this consumer's. Without
+    ``release`` a stage says by itself that its slot is ``free``.
 
     A slot always belongs to the same consumer (``depth`` is a multiple of ``consumers``): a warpgroup keeps count of a
     barrier's phases by waiting for each of them."""
@@ -52,7 +53,8 @@ def my_stages(me: Any, consumers: int, count: Any, stages: Any, depth: int, full
         slot = lax.rem(count + number, depth)
         plgpu.barrier_wait(full.at[slot])
         carry = stage(number, slot, carry)
-        plgpu.barrier_arrive(free.at[slot])
+        if release:
+            plgpu.barrier_arrive(free.at[slot])
         return carry
 
     return lax.fori_loop(0, (stages - first + consumers - 1) // consumers, body, carry)
