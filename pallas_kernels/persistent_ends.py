@@ -106,6 +106,10 @@ def plain(plan: Plan, p: Product, x: Any, me: Any) -> Fill:
 def joined(plan: Plan, p: Product, parts: Any, logs: Any, me: Any) -> Fill:
     """Attention from its parts [splits, 8, inner], each with weight exp2(log), in the order of the keys."""
 
+    if plan.splits == 1:
+        whole = plain(plan, p, parts.at[0], me)
+        return Fill(whole.fetch, lambda units: [as_x(plan, a) for a in units])
+
     def fetch(row: Any, first: Any) -> Any:
         def one(column: Any, split: int) -> tuple[jax.Array, jax.Array]:
             lines = pl.ds(pl.multiple_of(lax.div(column, 8), ROW_UNIT // 8), ROW_UNIT // 8)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu.fragmented_array import WGMMA_LAYOUT_8BIT, WGMMA_ROW_LAYOUT, FragmentedArray
-from jax.experimental.mosaic.gpu.utils import ReductionKind, bitcast, c, redux, thread_idx, when
+from jax.experimental.mosaic.gpu.utils import ReductionKind, bitcast, bitwidth, c, prmt, redux, thread_idx, when
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, math, memref, vector
@@ -24,6 +24,7 @@ ONE_A_THREAD = line(LANES).to_mgpu()
 SCALAR = plgpu.Layout.WG_SPLAT
 # 4 bits are made a byte as its upper half: 16 times the weight, the sign where it belongs.
 HALF_BYTE = 16
+WHOLE = 127 * 256  # the largest number of two digits, less what the lower one can add
 WORDS = plgpu.Layout.TILED(  # 4-bit integers [64 * m, 32 * n] in rows as wgmma takes them: a word of 8 to a thread
     plgpu.Tiling(((64, 32), (16, 32), (8, 32), (8,))), warp_dims=(-7,), lane_dims=(-3, -2), vector_dim=-1
 )
@@ -33,8 +34,8 @@ def put_row(plan: Plan, p: Product, x: Any, factors: Any, values: jax.Array, cut
     """Write ``values`` [4, 32, 8], the next 1024 inputs of token ``row`` from ``step`` of a cut on, to x [steps,
     columns of all cuts, inputs] in shared memory. Pallas writes whole tiles of 8 tokens, and most often there is one.
 
-    For integer weights a token has a row for each of its digits (see `digits_of`), and ``factors`` [blocks of inputs,
-    columns] gets what these are worth."""
+    For integer weights a token has two rows side by side, of its digits (see `digits_of`), and ``factors`` [blocks of
+    inputs, columns] gets what these are worth."""
     integers = plan.shape.fmt.quantized
     if plan.interpret:
         _put_row_interpreted(plan, p, x, factors, values, cut, step, row)
@@ -58,24 +59,27 @@ def put_row(plan: Plan, p: Product, x: Any, factors: Any, values: jax.Array, cut
             tile, inside = over(column, 8), rest(column, 8)
             moved = arith.xori(over(rest(at, width), granule), over(inside, 8 * granule // width))
             place_in_row = plus(times(moved, granule), rest(at, granule))
-            vector.store(value, refs[0], place(slab, tile, over(at, width), inside, place_in_row))
+            aligned_store(value, refs[0], place(slab, tile, over(at, width), inside, place_in_row))
 
-        column = plus(times(cut, plan.shape.columns), row)
+        column = plus(times(cut, plan.shape.columns), times(row, plan.shape.digits))
         if not integers:
             write(column, within, eight)
             return
-        digits, scale = _digits(eight)
+        shifted, scale = _digits(eight)
+        if plan.shape.fmt.bits == 8:
+            pairs = zip(_words(shifted[:4]), _words(shifted[4:]), strict=True)
+            for number, pair in enumerate(pairs):
+                write(plus(column, number), within, _bytes(*pair))
+        else:  # as `in_bytes` brings the weights: of 32 inputs the even ones, 4 to a thread, then the odd ones
+            own = plus(minus(within, rest(within, 32)), times(rest(over(within, 8), 4), 4))
+            for at, words in ((own, _words(shifted[::2])), (plus(own, 16), _words(shifted[1::2]))):
+                for number, word in enumerate(words):
+                    write(plus(column, number), at, _bytes(word))
         block = plus(over(times(step, p.step), BLOCK), over(first, BLOCK))
-        for number, digit in enumerate(digits):
-            here = plus(column, number * plan.shape.rows)
-            if plan.shape.fmt.bits == 8:
-                write(here, within, _bytes(digit))
-            else:  # as `in_bytes` brings the weights: of 32 inputs the even ones, 4 to a thread, then the odd ones
-                own = plus(minus(within, rest(within, 32)), times(rest(over(within, 8), 4), 4))
-                write(here, own, _bytes(digit[::2]))
-                write(here, plus(own, 16), _bytes(digit[1::2]))
-            worth = arith.mulf(scale, c(worth_of(plan, number), scale.type))
-            memref.store(worth, refs[1], place(block, here))  # a block's threads write the same
+        worths = [arith.mulf(scale, c(worth, scale.type)) for worth in worth_of(plan)]
+        # A block's threads write the same.
+        both = vector.from_elements(ir.VectorType.get((DIGITS,), scale.type), worths)
+        aligned_store(both, refs[1], place(block, column))
 
     put(refs, values, cut, step, row)  # type: ignore[call-arg]
 
@@ -83,30 +87,30 @@ def put_row(plan: Plan, p: Product, x: Any, factors: Any, values: jax.Array, cut
 def _put_row_interpreted(
     plan: Plan, p: Product, x: Any, factors: Any, values: jax.Array, cut: Any, step: Any, row: Any
 ) -> None:
-    column, steps = cut * plan.shape.columns + row, ROW_UNIT // p.step
+    column, steps = cut * plan.shape.columns + row * plan.shape.digits, ROW_UNIT // p.step
     rows: Any = [values]
     if plan.shape.fmt.quantized:
         rows, scale = digits_of(values.reshape(-1, BLOCK))
-        for number in range(DIGITS):
+        for number, worth in enumerate(worth_of(plan)):
             for i in range(ROW_UNIT // BLOCK):
-                block = step * p.step // BLOCK + i
-                factors[block, column + number * plan.shape.rows] = scale[i] * worth_of(plan, number)
+                factors[step * p.step // BLOCK + i, column + number] = scale[i] * worth
     for number, one in enumerate(rows):
         for i in range(steps):
-            x.at[step + i, column + number * plan.shape.rows][...] = one.reshape(steps, p.step)[i]
+            x.at[step + i, column + number][...] = one.reshape(steps, p.step)[i]
 
 
 # x as integers
 
 
-def worth_of(plan: Plan, number: int) -> float:
-    """What a digit is worth, as a share of its block's scale and of what `in_bytes` makes of a weight."""
-    return 1 / 127 / 254**number / (HALF_BYTE if plan.shape.fmt.bits == 4 else 1)
+def worth_of(plan: Plan) -> list[float]:
+    """What digits are worth, as a share of their block's scale and of what `in_bytes` makes of a weight."""
+    last = 1 / WHOLE / (HALF_BYTE if plan.shape.fmt.bits == 4 else 1)
+    return [256 * last, last]
 
 
 def digits_of(x: jax.Array) -> tuple[list[jax.Array], jax.Array]:
-    """Numbers [blocks, n] as sums of `DIGITS` digits, whole numbers from -127 to 127, times a power of two of the
-    block: to a 32,000th of its largest, which is finer than a bfloat16 of the largest by 7 bits. wgmma's 8 columns
+    """Numbers [blocks, n] as sums of two digits, bytes with a sign of whole numbers of 16 bits, times a power of two of
+    the block: to a 32,512th of its largest, which is finer than a bfloat16 of the largest by 7 bits. wgmma's 8 columns
     hold the digits of 4 tokens for the price of 1."""
     x = x.astype(jnp.float32)
     exponent = jax.lax.bitcast_convert_type(jnp.abs(x).max(axis=1), jnp.int32) >> 23
@@ -114,41 +118,42 @@ def digits_of(x: jax.Array) -> tuple[list[jax.Array], jax.Array]:
         jax.lax.bitcast_convert_type(e << 23, jnp.float32)
         for e in (jnp.minimum(exponent + 1, 255), jnp.maximum(253 - exponent, 0))
     )
-    left, digits = x * inverse[:, None] * 127, []
-    for _ in range(DIGITS):
-        digits.append(jnp.round(left))
-        left = (left - digits[-1]) * 254
-    return [digit.astype(jnp.int8) for digit in digits], scale
+    shifted = jnp.round(x * inverse[:, None] * WHOLE).astype(jnp.int32) + 128
+    return [(shifted >> 8).astype(jnp.int8), ((shifted & 255) - 128).astype(jnp.int8)], scale
 
 
-def _digits(eight: Any) -> tuple[list[list[Any]], Any]:
-    """`digits_of` for a warp, whose threads have 8 numbers of a block each."""
-    f32, i32, i8 = ir.F32Type.get(), ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(8)
-    left = [vector.extract(eight, [], [i]) for i in range(8)]
-    left = [a if a.type == f32 else arith.extf(f32, a) for a in left]
-    sizes = [arith.andi(arith.bitcast(i32, a), _int(0x7FFFFFFF)) for a in left]
+def _digits(eight: Any) -> tuple[list[Any], Any]:
+    """`digits_of` for a warp, whose threads have 8 numbers of a block each. A number's digits are the lower two bytes,
+    the last with its sign turned about."""
+    f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
+    numbers = [vector.extract(eight, [], [i]) for i in range(8)]
+    numbers = [a if a.type == f32 else arith.extf(f32, a) for a in numbers]
+    sizes = [arith.andi(arith.bitcast(i32, a), _int(0x7FFFFFFF)) for a in numbers]
     while len(sizes) > 1:
         sizes = [arith.maxui(a, b) for a, b in zip(sizes[::2], sizes[1::2], strict=True)]
-    (size,) = sizes
-    size = redux(size, _int(-1), ReductionKind.UMAX)  # of the warp
+    size = redux(sizes[0], _int(-1), ReductionKind.UMAX)  # of the warp
     exponent = arith.shrui(size, _int(23))
     scale = arith.minui(plus(exponent, 1), _int(255))
     inverse = arith.maxsi(minus(_int(253), exponent), _int(0))  # what is no number makes the scale none, and x zero
     scale, inverse = (arith.bitcast(f32, arith.shli(a, _int(23))) for a in (scale, inverse))
-    magic = c(1.5 * 2**23, f32)  # added to a small number, leaves it whole in the last bits
-    factor, digits = arith.mulf(inverse, c(127.0, f32)), []
-    for number in range(DIGITS):
-        sums = [math.fma(a, factor, magic) for a in left]
-        digits.append([arith.trunci(i8, arith.bitcast(i32, a)) for a in sums])
-        if number + 1 < DIGITS:
-            whole = [arith.subf(magic, a) for a in sums]
-            left = [math.fma(a, factor, b) for a, b in zip(left, whole, strict=True)]
-            factor = c(254.0, f32)
-    return digits, scale
+    factor = arith.mulf(inverse, c(float(WHOLE), f32))
+    # Added to a small number, leaves it whole in the last bits; 128 more, and its upper byte is the first digit.
+    magic = c(1.5 * 2**23 + 128, f32)
+    return [arith.bitcast(i32, math.fma(a, factor, magic)) for a in numbers], scale
 
 
-def _bytes(values: list[Any]) -> Any:
-    return vector.from_elements(ir.VectorType.get((len(values),), values[0].type), values)
+def _words(four: list[Any]) -> tuple[Any, Any]:
+    """Both digits of 4 numbers, each as a word."""
+    pairs = [prmt(a, b, _int(0x5140)) for a, b in (four[:2], four[2:])]  # lower bytes of both, then upper ones
+    first, second = prmt(*pairs, _int(0x7632)), prmt(*pairs, _int(0x5410))
+    return first, arith.xori(second, _int(0x80808080 - 2**32))
+
+
+def _bytes(*words: Any) -> Any:
+    """Words as bytes one behind the other."""
+    i8 = ir.IntegerType.get_signless(8)
+    whole = vector.from_elements(ir.VectorType.get((len(words),), words[0].type), words)
+    return vector.bitcast(ir.VectorType.get((4 * len(words),), i8), whole)
 
 
 def in_bytes(tile: Any) -> jax.Array:
@@ -243,6 +248,11 @@ def put_some(plan: Plan, numbers: Any, begin: Any, values: jax.Array, count: int
             vector.store(values.registers.item(), numbers, place(plus(begin.registers.item(), thread)))
 
     put(numbers, begin, values)  # type: ignore[call-arg]
+
+
+def aligned_store(value: Any, ref: Any, indices: list[Any]) -> None:
+    """A store of a vector where one of its size may lie; of what it does not know the compiler makes one an element."""
+    vector.store(value, ref, indices, alignment=value.type.shape[0] * bitwidth(value.type.element_type) // 8)
 
 
 def thread_in_warpgroup() -> Any:

@@ -135,7 +135,7 @@ def product(name: str, scales: Any, fill: Fill, finish: Finish, plan: Plan, bloc
             parts = [
                 some_of(
                     plan,
-                    smem["sums"][name].at[other, token + digit * shape.rows],
+                    smem["sums"][name].at[other, token * shape.digits + digit],
                     (half * p.cuts + cut) * p.strip + row + at,
                     some,
                 )
