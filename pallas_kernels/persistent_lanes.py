@@ -3,6 +3,7 @@
 Each function says what it means in `jax.numpy` terms for the interpreter, and in Mosaic's terms for a GPU.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -10,7 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu.fragmented_array import WGMMA_LAYOUT_8BIT, WGMMA_ROW_LAYOUT, FragmentedArray
-from jax.experimental.mosaic.gpu.utils import ReductionKind, bitcast, bitwidth, c, prmt, redux, thread_idx, when
+from jax.experimental.mosaic.gpu.utils import (
+    ReductionKind,
+    bitcast,
+    bitwidth,
+    c,
+    inline_ptx,
+    prmt,
+    redux,
+    thread_idx,
+    when,
+)
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, math, memref, vector
@@ -25,6 +36,9 @@ SCALAR = plgpu.Layout.WG_SPLAT
 # 4 bits are made a byte as its upper half: 16 times the weight, the sign where it belongs.
 HALF_BYTE = 16
 WHOLE = 127 * 256  # the largest number of two digits, less what the lower one can add
+SUMS = plgpu.Layout.TILED(  # sums [64 * m, 4 * n] of tokens, to a thread those whose digits wgmma gave it
+    plgpu.Tiling(((64, 4), (16, 4), (8, 4), (1,))), warp_dims=(-7,), lane_dims=(-3, -2), vector_dim=-1
+)
 WORDS = plgpu.Layout.TILED(  # 4-bit integers [64 * m, 32 * n] in rows as wgmma takes them: a word of 8 to a thread
     plgpu.Tiling(((64, 32), (16, 32), (8, 32), (8,))), warp_dims=(-7,), lane_dims=(-3, -2), vector_dim=-1
 )
@@ -35,7 +49,7 @@ def put_row(plan: Plan, p: Product, x: Any, factors: Any, values: jax.Array, cut
     columns of all cuts, inputs] in shared memory. Pallas writes whole tiles of 8 tokens, and most often there is one.
 
     For integer weights a token has two rows side by side, of its digits (see `digits_of`), and ``factors`` [blocks of
-    inputs, columns] gets what these are worth."""
+    inputs, tokens of all cuts] gets what the second is worth."""
     integers = plan.shape.fmt.quantized
     if plan.interpret:
         _put_row_interpreted(plan, p, x, factors, values, cut, step, row)
@@ -51,7 +65,7 @@ def put_row(plan: Plan, p: Product, x: Any, factors: Any, values: jax.Array, cut
     def put(_: Any, refs: Any, values: Any, cut: Any, step: Any, row: Any) -> None:
         cut, step, row = (a.registers.item() for a in (cut, step, row))
         (eight,) = values.registers.flat  # this thread's inputs: 8 * thread and on
-        first = times(thread_in_warpgroup(), 8)
+        first = times(thread_anew(), 8)
         slab, within = plus(step, over(first, p.step)), rest(first, p.step)
 
         def write(column: Any, at: Any, value: Any) -> None:
@@ -76,10 +90,9 @@ def put_row(plan: Plan, p: Product, x: Any, factors: Any, values: jax.Array, cut
                 for number, word in enumerate(words):
                     write(plus(column, number), at, _bytes(word))
         block = plus(over(times(step, p.step), BLOCK), over(first, BLOCK))
-        worths = [arith.mulf(scale, c(worth, scale.type)) for worth in worth_of(plan)]
+        worth = arith.mulf(scale, c(worth_of(plan), scale.type))
         # A block's threads write the same.
-        both = vector.from_elements(ir.VectorType.get((DIGITS,), scale.type), worths)
-        aligned_store(both, refs[1], place(block, column))
+        memref.store(worth, refs[1], place(block, plus(times(cut, plan.shape.places), row)))
 
     put(refs, values, cut, step, row)  # type: ignore[call-arg]
 
@@ -91,9 +104,8 @@ def _put_row_interpreted(
     rows: Any = [values]
     if plan.shape.fmt.quantized:
         rows, scale = digits_of(values.reshape(-1, BLOCK))
-        for number, worth in enumerate(worth_of(plan)):
-            for i in range(ROW_UNIT // BLOCK):
-                factors[step * p.step // BLOCK + i, column + number] = scale[i] * worth
+        for i in range(ROW_UNIT // BLOCK):
+            factors[step * p.step // BLOCK + i, cut * plan.shape.places + row] = scale[i] * worth_of(plan)
     for number, one in enumerate(rows):
         for i in range(steps):
             x.at[step + i, column + number][...] = one.reshape(steps, p.step)[i]
@@ -102,10 +114,10 @@ def _put_row_interpreted(
 # x as integers
 
 
-def worth_of(plan: Plan) -> list[float]:
-    """What digits are worth, as a share of their block's scale and of what `in_bytes` makes of a weight."""
-    last = 1 / WHOLE / (HALF_BYTE if plan.shape.fmt.bits == 4 else 1)
-    return [256 * last, last]
+def worth_of(plan: Plan) -> float:
+    """What the second digit is worth, as a share of its block's scale and of what `in_bytes` makes of a weight; the
+    first is worth 256 times that."""
+    return 1 / WHOLE / (HALF_BYTE if plan.shape.fmt.bits == 4 else 1)
 
 
 def digits_of(x: jax.Array) -> tuple[list[jax.Array], jax.Array]:
@@ -195,7 +207,7 @@ def scale_rows(plan: Plan, p: Product, scales: Any, tile: Any, group: Any) -> ja
     )
     def read(_: Any, scales: Any, tile: Any, group: Any) -> Any:
         tile, group, thread = tile.registers.item(), group.registers.item(), thread_in_warpgroup()
-        row = plus(times(over(thread, 32), 16), over(rest(thread, 32), 4))
+        row = row_of(thread)
         registers = np.empty(WGMMA_ROW_LAYOUT.registers_shape((WGMMA_ROWS,)), dtype=object)
         for i, index in enumerate(np.ndindex(registers.shape)):  # rows r and r + 8
             stacked = plus(plus(row, 8 * i), times(tile, WGMMA_ROWS))
@@ -215,6 +227,75 @@ def scale_rows(plan: Plan, p: Product, scales: Any, tile: Any, group: Any) -> ja
     return read(scales, tile, group)  # type: ignore[call-arg]
 
 
+def fold(plan: Plan, p: Product, part: jax.Array, factors: Any, scales: list[jax.Array], tile: Any,
+         total: jax.Array) -> jax.Array:  # fmt: skip
+    """``total`` [64, tokens] plus what whole numbers [64, columns of all cuts] stand for: a token's digits put
+    together, each row's sums with the x of its own range of inputs, times ``factors`` [tokens of all cuts] and, where
+    there are, ``scales`` [64]."""
+    places = plan.shape.places
+    if plan.interpret:
+        cut = (tile * WGMMA_ROWS + jnp.arange(WGMMA_ROWS)) // p.strip % p.cuts
+        digits = part.reshape(WGMMA_ROWS, p.cuts, places, DIGITS)
+        own = functools.reduce(lambda a, b: a * 256 + b, [digits[..., i] for i in range(DIGITS)])
+        own = sum(jnp.where((cut == i)[:, None], own[:, i], 0) for i in range(p.cuts))
+        worth = functools.reduce(lambda a, b: a * b[:, None], scales, factors[...].reshape(p.cuts, places)[cut])
+        return total + own.astype(jnp.float32) * worth
+
+    layouts = plgpu.Layout.WGMMA, plgpu.RefType(), (plgpu.Layout.WGMMA.reduce(1),) * len(scales), SCALAR, SUMS
+
+    @plgpu.inline_mgpu(
+        arg_types=layouts, return_type=plgpu.ShapeDtypeStruct((WGMMA_ROWS, places), jnp.float32, layout=SUMS)
+    )
+    def add(_: Any, part: Any, factors: Any, scales: Any, tile: Any, total: Any) -> Any:
+        f32, tile, thread = ir.F32Type.get(), tile.registers.item(), thread_in_warpgroup()
+        registers = np.empty_like(total.registers)
+        for index in np.ndindex(registers.shape):
+            column, half = index[1], index[4]  # of 8 columns, and of rows r and r + 8
+            row = plus(times(tile, WGMMA_ROWS), plus(row_of(thread), 8 * half))
+            cut = rest(over(row, p.strip), p.cuts)
+            own, factor = None, plus(times(cut, places), plus(4 * column, rest(thread, 4)))
+            for i in range(p.cuts):
+                pair = part.registers[0, i * (places // 4) + column, *index[2:]]
+                first, second = (vector.extract(pair, [], [digit]) for digit in range(DIGITS))
+                whole = plus(times(first, 256), second)
+                here = arith.cmpi(arith.CmpIPredicate.eq, cut, _int(i))
+                own = whole if own is None else arith.select(here, whole, own)
+            worth = memref.load(factors, place(factor))
+            for scale in scales:
+                worth = arith.mulf(worth, vector.extract(scale.registers.flat[half], [], [0]))
+            before = vector.extract(total.registers[index], [], [0])
+            after = math.fma(arith.sitofp(f32, own), worth, before)
+            registers[index] = vector.broadcast(ir.VectorType.get((1,), f32), after)
+        return FragmentedArray(_registers=registers, _layout=total.layout, _is_signed=None)
+
+    return add(part, factors, tuple(scales), tile, total)  # type: ignore[call-arg]
+
+
+def put_sums(plan: Plan, sums: Any, total: jax.Array, tile: Any, again: Any) -> None:
+    """Write ``total`` [64, tokens] to its tile of ``sums`` [tokens, outputs]; ``again``: add it to what is there."""
+    if plan.interpret:
+        here = sums.at[:, pl.ds(tile * WGMMA_ROWS, WGMMA_ROWS)]
+        here[...] = jnp.where(again, here[...], 0) + total.T
+        return
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SUMS, SCALAR, SCALAR))
+    def put(_: Any, sums: Any, total: Any, tile: Any, again: Any) -> None:
+        tile, again, thread = tile.registers.item(), again.registers.item(), thread_anew()
+        for index, value in np.ndenumerate(total.registers):
+            token = plus(4 * index[1], rest(thread, 4))
+            here = place(token, plus(times(tile, WGMMA_ROWS), plus(row_of(thread), 8 * index[4])))
+            one = vector.extract(value, [], [0])
+            before = arith.select(again, memref.load(sums, here), c(0.0, one.type))
+            memref.store(arith.addf(before, one), sums, here)
+
+    put(sums, total, tile, again)  # type: ignore[call-arg]
+
+
+def row_of(thread: Any) -> Any:
+    """The first of a thread's two rows of wgmma's 64; the second is 8 further."""
+    return plus(times(over(thread, 32), 16), over(rest(thread, 32), 4))
+
+
 def some_of(plan: Plan, numbers: Any, begin: Any, count: int) -> jax.Array:
     """``count`` of a row of numbers in any memory, one a thread; the last once more in threads that are left."""
     if plan.interpret:
@@ -226,7 +307,7 @@ def some_of(plan: Plan, numbers: Any, begin: Any, count: int) -> jax.Array:
         return_type=plgpu.ShapeDtypeStruct((LANES,), numbers.dtype, layout=line(LANES)),
     )
     def read(_: Any, numbers: Any, begin: Any) -> Any:
-        own = plus(begin.registers.item(), least(thread_in_warpgroup(), count - 1))
+        own = plus(begin.registers.item(), least(thread_anew(), count - 1))
         number = memref.load(numbers, place(own))
         registers = np.empty(ONE_A_THREAD.registers_shape((LANES,)), dtype=object)
         registers[...] = vector.broadcast(ir.VectorType.get((1,), number.type), number)
@@ -243,7 +324,7 @@ def put_some(plan: Plan, numbers: Any, begin: Any, values: jax.Array, count: int
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SCALAR, line(LANES)))
     def put(_: Any, numbers: Any, begin: Any, values: Any) -> None:
-        thread = thread_in_warpgroup()
+        thread = thread_anew()
         with when(arith.cmpi(arith.CmpIPredicate.ult, thread, _int(count))):
             vector.store(values.registers.item(), numbers, place(plus(begin.registers.item(), thread)))
 
@@ -257,6 +338,13 @@ def aligned_store(value: Any, ref: Any, indices: list[Any]) -> None:
 
 def thread_in_warpgroup() -> Any:
     return rest(thread_idx(), 128)
+
+
+def thread_anew() -> Any:
+    """The same, read again: else the compiler works out the addresses of all phases before the first layer, and has no
+    registers to keep them in."""
+    i32 = ir.IntegerType.get_signless(32)
+    return rest(inline_ptx("mov.u32 $0, %tid.x;", result_types=i32, has_side_effects=True), 128)
 
 
 def _int(value: Any) -> Any:

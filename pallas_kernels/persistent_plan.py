@@ -73,6 +73,11 @@ class Shape:
         return 8 * math.ceil(self.digits * self.rows / 8)
 
     @property
+    def places(self) -> int:
+        """Tokens that the columns have room for, and the sums of a product: the digits of one are put together."""
+        return self.columns // self.digits
+
+    @property
     def group(self) -> int:
         """Query heads that share a key head."""
         return self.heads // self.kv_heads
@@ -227,13 +232,13 @@ def shared_bytes(plan: Plan) -> int:
 
 
 def sums_shape(p: Product, plan: Plan) -> tuple[int, ...]:
-    """All consumers' sums of a phase, a column's outputs side by side."""
-    return plan.tiles.consumers, plan.shape.columns, p.tiles * WGMMA_ROWS
+    """All consumers' sums of a phase, a token's outputs side by side."""
+    return plan.tiles.consumers, plan.shape.places, p.tiles * WGMMA_ROWS
 
 
 def factors_shape(p: Product, plan: Plan) -> tuple[int, ...]:
     """What x's digits are worth, for every block of the inputs that x is held of."""
-    return plan.tiles.chunk // p.cuts // BLOCK, p.cuts * plan.shape.columns
+    return plan.tiles.chunk // p.cuts // BLOCK, p.cuts * plan.shape.places
 
 
 def scales_shape(p: Product, plan: Plan) -> tuple[int, ...]:

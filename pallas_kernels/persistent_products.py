@@ -16,11 +16,22 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import ring
-from pallas_kernels.persistent_ends import Fill, Finish, load, units_of
-from pallas_kernels.persistent_lanes import HALF_BYTE, LANES, in_bytes, put_row, put_some, scale_rows, some_of
+from pallas_kernels.persistent_ends import Fill, Finish, units_of
+from pallas_kernels.persistent_lanes import (
+    HALF_BYTE,
+    LANES,
+    SUMS,
+    fold,
+    in_bytes,
+    put_row,
+    put_some,
+    put_sums,
+    scale_rows,
+    some_of,
+)
 from pallas_kernels.persistent_plan import BLOCK, ROW_UNIT, TAKING_TURNS, Plan, Product
 from pallas_kernels.ring import claim, my_stages
-from pallas_kernels.tiles import WGMMA_ROWS, spread
+from pallas_kernels.tiles import WGMMA_ROWS
 
 Refs = dict[str, Any]
 
@@ -131,17 +142,11 @@ def product(name: str, scales: Any, fill: Fill, finish: Finish, plan: Plan, bloc
             together(plan, smem)
 
         def whole(token: Any, half: int, at: int, some: int) -> jax.Array:
-            """The consumers' shares, the cuts and the digits, in their order."""
+            """The consumers' shares and the cuts, in their order."""
             parts = [
-                some_of(
-                    plan,
-                    smem["sums"][name].at[other, token * shape.digits + digit],
-                    (half * p.cuts + cut) * p.strip + row + at,
-                    some,
-                )
+                some_of(plan, smem["sums"][name].at[other, token], (half * p.cuts + cut) * p.strip + row + at, some)
                 for other in range(plan.tiles.consumers)
                 for cut in range(p.cuts)
-                for digit in range(shape.digits)
             ]
             return functools.reduce(jnp.add, parts)
 
@@ -200,13 +205,7 @@ def multiply(name: str, fill: Fill, plan: Plan, block: Any, me: Any, count: Any,
             fetched = fill.fetch(0, jnp.minimum(index + 1, chunks - 1) * p.held_steps)
 
         def tile(number: Any, count: Any) -> Any:
-            total = tile_sums(name, plan, number, first, functools.partial(each, steps, count), me, smem)
-            place = smem["sums"][name].at[me, :, pl.ds(pl.multiple_of(number * WGMMA_ROWS, WGMMA_ROWS), WGMMA_ROWS)].T
-            total = plgpu.layout_cast(own_columns(total, number, p, plan), plgpu.Layout.WGMMA_TRANSPOSED)
-            if chunks > 1:
-                sofar = plgpu.load(place, layout=plgpu.Layout.WGMMA_TRANSPOSED, optimized=False)
-                total = jnp.where(lax.broadcast(index, total.shape) > 0, total + sofar, total)
-            place[...] = total
+            tile_sums(name, plan, number, index, functools.partial(each, steps, count), me, smem)
             return count + steps_of(p, block, steps)
 
         with jax.named_scope("multiply"):
@@ -251,10 +250,9 @@ def loop(times: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
     return body(jnp.int32(0), carry) if times == 1 else lax.fori_loop(0, times, body, carry)
 
 
-def float_tile(name: str, plan: Plan, _: Any, first: Any, each: Callable[..., Any], me: Any, smem: Refs) -> jax.Array:
-    """A tile's sums [64, columns of all cuts] of weights as they are."""
+def float_tile(name: str, plan: Plan, tile: Any, chunk: Any, each: Callable[..., Any], me: Any, smem: Refs) -> None:
+    """Put a tile's sums into shared memory, of weights as they are."""
     p = plan.products[name]
-    del first
 
     def scoped(sums: Any) -> jax.Array:
         def stage(step: Any, slot: Any, carry: Any) -> Any:
@@ -265,14 +263,18 @@ def float_tile(name: str, plan: Plan, _: Any, first: Any, each: Callable[..., An
         each(stage, None)
         return sums[...]
 
-    return pl.run_scoped(scoped, plgpu.ACC((WGMMA_ROWS, p.cuts * plan.shape.columns), jnp.float32))
+    total = pl.run_scoped(scoped, plgpu.ACC((WGMMA_ROWS, p.cuts * plan.shape.columns), jnp.float32))
+    place = smem["sums"][name].at[me, :, pl.ds(pl.multiple_of(tile * WGMMA_ROWS, WGMMA_ROWS), WGMMA_ROWS)].T
+    total = plgpu.layout_cast(own_columns(total, tile, p, plan), plgpu.Layout.WGMMA_TRANSPOSED)
+    if len(list(p.chunks())) > 1:
+        sofar = plgpu.load(place, layout=plgpu.Layout.WGMMA_TRANSPOSED, optimized=False)
+        total = jnp.where(lax.broadcast(chunk, total.shape) > 0, total + sofar, total)
+    place[...] = total
 
 
-def integer_tile(
-    name: str, plan: Plan, tile: Any, first: Any, each: Callable[..., Any], me: Any, smem: Refs
-) -> jax.Array:
-    """A tile's sums of integer weights: whole numbers as long as weights and x each have one scale, a group's or a
-    block's inputs. One scale a row of weights is for whoever finishes."""
+def integer_tile(name: str, plan: Plan, tile: Any, chunk: Any, each: Callable[..., Any], me: Any, smem: Refs) -> None:
+    """Put a tile's sums into shared memory, of integer weights: whole numbers as long as weights and x each have one
+    scale, a group's or a block's inputs. One scale a row of weights is for whoever finishes."""
     p, fmt = plan.products[name], plan.shape.fmt
     shape, inputs = (WGMMA_ROWS, p.cuts * plan.shape.columns), min(p.step, BLOCK, fmt.group or BLOCK)
 
@@ -288,16 +290,14 @@ def integer_tile(
             return [part[...] for part in sums]
 
         for i, part in enumerate(pl.run_scoped(scoped, *[plgpu.ACC(shape, jnp.int32)] * (p.step // inputs))):
-            worth = smem["factors"][name].at[(step * p.step + i * inputs) // BLOCK]
-            worth = load(worth, plgpu.Layout.WGMMA.reduce(0))
-            scaled = part.astype(jnp.float32) * lax.broadcast_in_dim(worth, shape, (1,))
-            if fmt.grouped:
-                group = (first + step) * (p.step // inputs) + i
-                scaled = scaled * spread(scale_rows(plan, p, smem[f"scales_{name}"], tile, group), shape)
-            total = total + scaled
+            group = (chunk * p.held_steps + step) * (p.step // inputs) + i
+            scales = [scale_rows(plan, p, smem[f"scales_{name}"], tile, group)] if fmt.grouped else []
+            factors = smem["factors"][name].at[(step * p.step + i * inputs) // BLOCK]
+            total = fold(plan, p, part, factors, scales, tile, total)
         return total
 
-    return each(stage, plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA))
+    nothing = plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, plan.shape.places), jnp.float32), SUMS)
+    put_sums(plan, smem["sums"][name].at[me], each(stage, nothing), tile, chunk > 0)
 
 
 def in_registers(plan: Plan) -> bool:
