@@ -94,33 +94,33 @@ def whole_tiles(x: jax.Array, tiles: WideTiles) -> jax.Array:
 def launch(problem: Problem, tiles: WideTiles, sms: int, interpret: Any, arguments: dict[str, Any]) -> jax.Array:
     """The product of what is named ``x`` and ``w`` in ``arguments``, of which those that are None are left out."""
     arguments = {name: a for name, a in arguments.items() if a is not None}
-    fmt, rotary = problem.fmt, problem.rotary
+    fmt = problem.fmt
     size = 2 if tiles.pair else 1
     plan = passes(problem, tiles, sms // size)
     units = min(sms // size, max(p.count for p in plan))
     part = tiles.part
     finished = (2, CONSUMERS, tiles.chunk, part)
-    stage = nbytes((problem.halves * tiles.out, tiles.step), fmt.bits) + nbytes((tiles.rows, tiles.step), 16)
+    stage = nbytes((problem.heads * tiles.out, tiles.step), fmt.bits) + nbytes((tiles.rows, tiles.step), 16)
     room = SHARED_BYTES - 2048 - nbytes(finished, 8 * jnp.dtype(problem.out_dtype).itemsize)
-    room -= nbytes(finished, 16) if tiles.trade else 0
+    trade = tiles.trade or problem.rotary is not None
+    room -= nbytes(finished, 16) if trade else 0
     depth = min(tiles.depth, room // stage)
     scratch = {
-        "w_ring": swizzled((depth, problem.halves * tiles.out, tiles.step), fmt.dtype),
+        "w_ring": swizzled((depth, problem.heads * tiles.out, tiles.step), fmt.dtype),
         "x_ring": swizzled((depth, tiles.rows, tiles.step), problem.dtype, run=fmt.group),
-        "finished": swizzled(finished, problem.out_dtype),
-        "full": plgpu.Barrier(num_arrivals=1 + problem.halves * len(problem.runs(tiles, 0, 0)), num_barriers=depth),
+        # A cache is written from any row on: then tiles of single rows.
+        "finished": swizzled(finished, problem.out_dtype, rows=1 if problem.rotary else 8),
+        "full": plgpu.Barrier(num_arrivals=problem.heads + 1, num_barriers=depth),
         "free": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=depth),
     }
-    if rotary is not None:  # tiles of single rows, for a cache is written from any row on
-        scratch["finished"] = swizzled(finished, problem.out_dtype, run=rotary.pairs, rows=1)
     if tiles.pair:  # what one block fetches lands in both: both must have room
         scratch["free"] = plgpu.ClusterBarrier(collective_axes=("member",), num_arrivals=CONSUMERS, num_barriers=depth)
-    if tiles.trade:
-        scratch["traded"] = swizzled((2, CONSUMERS, part, tiles.chunk), problem.dtype)
+    if trade:
+        scratch["traded"] = swizzled((CONSUMERS, 2 * part, tiles.chunk), problem.dtype)
         scratch["given"] = plgpu.Barrier(num_barriers=2 * CONSUMERS)
         scratch["taken"] = plgpu.Barrier(num_barriers=2 * CONSUMERS)
     if interpret and fmt.quantized:
-        scratch["widened"] = swizzled((CONSUMERS, problem.halves * part, tiles.step), problem.dtype, run=fmt.group)
+        scratch["widened"] = swizzled((CONSUMERS, problem.heads * part, tiles.step), problem.dtype, run=fmt.group)
     return plgpu.kernel(
         functools.partial(
             _body,
@@ -142,7 +142,7 @@ def launch(problem: Problem, tiles: WideTiles, sms: int, interpret: Any, argumen
         thread_name="warpgroup",
         interpret=interpret,
         compiler_params=None if interpret else plgpu.CompilerParams(approx_math=True),
-        kernel_name="wide_qkv" if rotary else "wide_product",
+        kernel_name="wide_qkv" if problem.rotary else "wide_product",
     )(*arguments.values())
 
 
@@ -207,10 +207,11 @@ def _produce(refs: Refs, problem: Problem, depth: int, turns: Any, done: Any, ti
                 full.at[slot],
                 collective_axes="member" if tiles.pair else None,
             )
-            runs = [run for half in range(problem.halves) for run in problem.runs(tiles, half, out)]
-            for i, (first, count) in enumerate(runs):
+            for head in range(problem.heads):
                 plgpu.copy_gmem_to_smem(
-                    refs["w"].at[pl.ds(first, count), inputs], w_ring.at[slot, pl.ds(i * count, count)], full.at[slot]
+                    refs["w"].at[pl.ds(head * problem.out + out, tiles.out), inputs],
+                    w_ring.at[slot, pl.ds(head * tiles.out, tiles.out)],
+                    full.at[slot],
                 )
 
         lax.fori_loop(0, steps, stage, None)

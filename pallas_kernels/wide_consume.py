@@ -10,9 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.tiles import load_integers, scale_column, spread, widen
 from pallas_kernels.wide_plan import CONSUMERS, Problem, WideTiles
-from pallas_kernels.wide_rotary import look_up, put, turned
-
-Refs = dict[str, Any]
+from pallas_kernels.wide_rotary import Refs, angles, put, turned
 
 
 def consume(me: Any, refs: Refs, problem: Problem, depth: int, turns: Any, done: Any, tile: Any, tiles: WideTiles, *,
@@ -23,18 +21,14 @@ def consume(me: Any, refs: Refs, problem: Problem, depth: int, turns: Any, done:
     part = tiles.part
     columns = tiles.rows // CONSUMERS if tiles.by_rows else tiles.rows
     first_out = 0 if tiles.by_rows or tiles.trade else me * part
-    halves = [me] if tiles.trade else list(range(problem.halves))  # those that this consumer multiplies
+    heads = [me] if tiles.trade else list(range(problem.heads))  # those that this consumer multiplies
     my_rows = pl.ds(me * columns, columns) if tiles.by_rows else pl.ds(0, columns)
-    accumulators = [plgpu.ACC((part, columns), jnp.float32) for _ in halves]
+    accumulators = [plgpu.ACC((part, columns), jnp.float32) for _ in heads]
 
     group = min(fmt.group or tiles.step, tiles.step)
 
-    def weights_of(slot: Any, half: Any) -> Any:
-        return w_ring.at[slot, pl.ds(half * tiles.out + first_out, part)]
-
-    def scale(half: Any, column: Any, out: Any, shape: tuple[int, ...]) -> jax.Array:
-        row = problem.scale_row(tiles, half, out) + first_out
-        return spread(scale_column(refs["scale"], row, column, part), shape)
+    def weights_of(slot: Any, head: Any) -> Any:
+        return w_ring.at[slot, pl.ds(head * tiles.out + first_out, part)]
 
     def dense(accs: Any, first: Any, _out: Any) -> None:
         """Products of one stage stay in flight while the next is issued."""
@@ -42,9 +36,9 @@ def consume(me: Any, refs: Refs, problem: Problem, depth: int, turns: Any, done:
         def stage(k: Any, _: Any) -> None:
             slot = lax.rem(first + k, depth)
             plgpu.barrier_wait(full.at[slot])
-            for half, acc in zip(halves, accs, strict=True):
-                plgpu.wgmma(acc, weights_of(slot, half), x_ring.at[slot, my_rows].T)
-            plgpu.wgmma_wait(len(halves))
+            for head, acc in zip(heads, accs, strict=True):
+                plgpu.wgmma(acc, weights_of(slot, head), x_ring.at[slot, my_rows].T)
+            plgpu.wgmma_wait(len(heads))
 
             @pl.when(k > 0)
             def _() -> None:
@@ -54,11 +48,12 @@ def consume(me: Any, refs: Refs, problem: Problem, depth: int, turns: Any, done:
         plgpu.wgmma_wait(0)
         plgpu.barrier_arrive(free.at[lax.rem(first + steps - 1, depth)])
 
-    def scaled(weights: jax.Array, i: int, half: Any, column: Any, out: Any) -> Any:
+    def scaled(weights: jax.Array, i: int, head: Any, column: Any, out: Any) -> Any:
         """Weights of one group of inputs as wgmma's left operand. Scales of a group are applied here, before the
         rounding; scales of a row at the end."""
         if fmt.grouped:
-            weights = (weights.astype(jnp.float32) * scale(half, column, out, weights.shape)).astype(problem.dtype)
+            scale = scale_column(refs["scale"], head * problem.out + out + first_out, column, part)
+            weights = (weights.astype(jnp.float32) * spread(scale, weights.shape)).astype(problem.dtype)
         if widened is None:
             return weights
         # The interpreter has no wgmma with an operand in registers.
@@ -73,15 +68,15 @@ def consume(me: Any, refs: Refs, problem: Problem, depth: int, turns: Any, done:
         def load(k: Any) -> list[jax.Array]:
             slot = lax.rem(first + k, depth)
             plgpu.barrier_wait(full.at[slot])
-            return [load_integers(weights_of(slot, half), fmt) for half in halves]
+            return [load_integers(weights_of(slot, head), fmt) for head in heads]
 
         def multiply(k: Any, integers: list[jax.Array]) -> None:
             slot = lax.rem(first + k, depth)
-            for i, (half, acc) in enumerate(zip(halves, accs, strict=True)):
+            for i, (head, acc) in enumerate(zip(heads, accs, strict=True)):
                 floats = widen(integers[i], problem.dtype)
                 for g in range(0, tiles.step, group):
                     column = (k * tiles.step + g) // fmt.group if fmt.grouped else 0
-                    weights = scaled(floats[:, g : g + group], i, half, column, out)
+                    weights = scaled(floats[:, g : g + group], i, head, column, out)
                     plgpu.wgmma(acc, weights, x_ring.at[slot, my_rows, pl.ds(g, group)].T)
                     if widened is not None:
                         plgpu.wgmma_wait(0)
@@ -99,79 +94,89 @@ def consume(me: Any, refs: Refs, problem: Problem, depth: int, turns: Any, done:
         multiply(steps - 1, lax.fori_loop(0, steps - 1, stage, load(0)))
         release(steps - 1)
 
+    # Who has what belongs to a consumer's outputs: the other, or itself where those are whole heads.
+    apart = problem.rotary is None or problem.rotary.head_dim > part
+    other, slots = (1 - me, 2) if apart else (me, 1)
+
+    def trade(mine: jax.Array, i: int) -> jax.Array:
+        """What is given for ``mine`` in the ``i``-th trade of a tile. Of a whole head, laid down twice in a row, the
+        halves come back in the other order."""
+        slot = i % slots
+        if i >= slots:
+            plgpu.barrier_wait(taken.at[2 * me + slot])
+        for place in range(slot, 2, slots):
+            traded[me, pl.ds(place * part, part)] = mine.astype(problem.dtype)
+        plgpu.barrier_arrive(given.at[2 * me + slot])
+        plgpu.barrier_wait(given.at[2 * other + slot])
+        theirs = traded.at[other, pl.ds(slot * part if apart else part // 2, part)]
+        received = plgpu.load(theirs, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+        plgpu.barrier_arrive(taken.at[2 * other + slot])
+        return received
+
+    def end_trade(trades: int) -> None:
+        for i in range(min(slots, trades)):
+            plgpu.barrier_wait(taken.at[2 * me + i])
+
     def swap(result: jax.Array, i: int, chunks: int) -> list[jax.Array]:
-        """Chunk ``i`` of this consumer's half of the rows, of both weight tiles: one its own, one from the other."""
+        """Chunk ``i`` of this consumer's half of the rows, as gate and up: one its own, one from the other."""
 
         def in_order(a: jax.Array, b: jax.Array) -> list[jax.Array]:
             return lax.cond(me == 0, lambda: [a, b], lambda: [b, a])
 
         first, second = (result[:, j * tiles.chunk : (j + 1) * tiles.chunk] for j in (i, i + chunks))
         mine, theirs = in_order(first, second)
-        slot, other = i % 2, 1 - me
-        if i >= 2:
-            plgpu.barrier_wait(taken.at[2 * me + slot])
-        traded[slot, me] = theirs.astype(problem.dtype)
-        plgpu.barrier_arrive(given.at[2 * me + slot])
-        plgpu.barrier_wait(given.at[2 * other + slot])
-        received = plgpu.load(traded.at[slot, other], layout=plgpu.Layout.WGMMA).astype(jnp.float32)
-        plgpu.barrier_arrive(taken.at[2 * other + slot])
-        return in_order(mine, received)
-
-    chunks = columns // tiles.chunk // (2 if tiles.trade else 1)
-    first_row = me * chunks * tiles.chunk if tiles.by_rows or tiles.trade else 0
-    writes = chunks * (2 if problem.rotary else 1)
+        return in_order(mine, trade(theirs, i))
 
     def turn(t: Any, _: Any) -> None:
         row, out = tile(t)
-        row, first = row + first_row, done + t * stages
-
-        def angles(i: int) -> Any:
-            """What the chunk is turned by: fetched one ahead, the first of them while products run."""
-            wanted = problem.rotary and i < chunks
-            return look_up(refs, problem.rotary, out, row + i * tiles.chunk, tiles) if wanted else None
+        first, my_out = done + t * stages, out + first_out
 
         def scoped(*accs: Any) -> list[jax.Array]:
             (quantized if fmt.quantized else dense)(accs, first, out)
             return [acc[...] for acc in accs]
 
-        ahead = angles(0)
         results = pl.run_scoped(scoped, *accumulators)
         if fmt.quantized and not fmt.grouped:
-            results = [result * scale(half, 0, out, result.shape) for half, result in zip(halves, results, strict=True)]
+            results = [
+                result * spread(scale_column(refs["scale"], head * problem.out + out + first_out, 0, part), result.shape)
+                for head, result in zip(heads, results, strict=True)
+            ]
+        row = row + me * columns if tiles.by_rows else row
         behind = [lax.rem(first + steps + j, depth) for j in range(problem.behind(tiles))]
         for slot in behind:
             plgpu.barrier_wait(full.at[slot])
+        chunks = columns // tiles.chunk // (2 if tiles.trade else 1)
+        turns_heads = None if problem.rotary is None else my_out < problem.rotary.turned
         for i in range(chunks):
             rows = pl.ds(i * tiles.chunk, tiles.chunk)
-            here, ahead = ahead, angles(i + 1)
             if tiles.trade:
                 values = swap(results[0], i, chunks)
             else:
                 values = [result[:, i * tiles.chunk : (i + 1) * tiles.chunk] for result in results]
-            if problem.swiglu:
-                values = [values[0] / (1 + jnp.exp(-values[0])) * values[1]]
-            if here is not None:
-                values = turned(values, here)
+            value = values[0] / (1 + jnp.exp(-values[0])) * values[1] if problem.swiglu else values[0]
+            if problem.rotary:
+                by = angles(refs, problem.rotary, my_out, row + i * tiles.chunk, value.shape)
+                value = lax.cond(
+                    turns_heads, lambda a, by, i=i: turned(a, trade(a, i), by), lambda a, by: a, value, by
+                )
             if behind:  # of these stages each consumer adds the one with its own outputs
                 before = x_ring.at[lax.rem(first + steps + me, depth), rows].T
                 before = plgpu.load(before, layout=plgpu.Layout.WGMMA_TRANSPOSED)
-                values = [values[0] + plgpu.layout_cast(before, plgpu.Layout.WGMMA).astype(jnp.float32)]
-            for half, value in enumerate(values):
-                number = i * len(values) + half
-                place = finished.at[number % 2, me]
-                # What is copied from this buffer is the last but one; after an odd number of writes the last tile's is
-                # the last.
-                in_flight = problem.copies(tiles) if number or writes % 2 == 0 else 0
-                plgpu.wait_smem_to_gmem(in_flight, wait_read_only=True)
-                place.T[...] = plgpu.layout_cast(value.astype(problem.out_dtype), plgpu.Layout.WGMMA_TRANSPOSED)
-                plgpu.commit_smem()
-                if here is not None:
-                    put(refs, problem.rotary, place, half, out, here)
-                else:
-                    target = pl.ds(row + i * tiles.chunk, tiles.chunk)
-                    plgpu.copy_smem_to_gmem(place, refs["out"].at[target, pl.ds(out + first_out, part)])
-        for i in range(min(2, chunks) if tiles.trade else 0):
-            plgpu.barrier_wait(taken.at[2 * me + i])
+                value = value + plgpu.layout_cast(before, plgpu.Layout.WGMMA).astype(jnp.float32)
+            place = finished.at[i % 2, me]
+            # The copy from this buffer is the last but one; after an odd number of chunks the last tile's is the last.
+            plgpu.wait_smem_to_gmem(1 if i or chunks % 2 == 0 else 0, wait_read_only=True)
+            place.T[...] = plgpu.layout_cast(value.astype(problem.out_dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+            plgpu.commit_smem()
+            target = row + (me * chunks + i if tiles.trade else i) * tiles.chunk
+            if problem.rotary:
+                put(refs, problem.rotary, place, my_out, target)
+            else:
+                plgpu.copy_smem_to_gmem(place, refs["out"].at[pl.ds(target, tiles.chunk), pl.ds(my_out, part)])
+        if problem.rotary:
+            pl.when(turns_heads)(lambda: end_trade(chunks))
+        if tiles.trade:
+            end_trade(chunks)
         for slot in behind:
             plgpu.barrier_arrive(free.at[slot])
 

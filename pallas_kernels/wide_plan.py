@@ -23,7 +23,7 @@ class WideTiles:
     rows: int
     step: int = 64
     by_rows: bool = False
-    trade: bool = False  # of two weight tiles (gate and up) each consumer has one; they trade halves of the results
+    trade: bool = False  # SwiGLU: one consumer has the gate's tile, the other up's; they trade halves of the results
     band: int = 8
     pair: bool = False
     parts: int = 1
@@ -57,9 +57,14 @@ class Rotary:
     tokens: int  # of a sequence
 
     @property
-    def pairs(self) -> int:
-        """Of a head: output i is turned with output i + head_dim / 2."""
-        return self.head_dim // 2
+    def queries(self) -> int:
+        """Outputs that are q's, the first."""
+        return self.heads * self.head_dim
+
+    @property
+    def turned(self) -> int:
+        """Outputs that are q's or k's; values behind them stay as they are."""
+        return (self.heads + self.kv_heads) * self.head_dim
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ class Problem:
     fmt: Format
     rows: int
     inner: int
-    out: int  # outputs, or pairs of them where there are halves
+    out: int  # outputs, after SwiGLU
     dtype: Any
     out_dtype: Any
     swiglu: bool = False
@@ -77,29 +82,14 @@ class Problem:
     rotary: Rotary | None = None
 
     @property
-    def halves(self) -> int:
-        """Weight tiles that belong to one tile of the result: gate and up, the halves of heads, or just one."""
-        return 2 if self.swiglu or self.rotary else 1
+    def heads(self) -> int:
+        """Weight tiles that belong to one tile of the result: gate and up, or just one."""
+        return 2 if self.swiglu else 1
 
     @property
     def columns(self) -> int:
         """Of what is written; keys and values go elsewhere."""
-        return self.rotary.heads * self.rotary.head_dim if self.rotary else self.out
-
-    def runs(self, tiles: WideTiles, half: Any, out: Any) -> list[tuple[Any, int]]:
-        """Where the rows of such a weight tile stand: first row and number of rows of every run."""
-        if self.rotary is None:
-            return [(half * self.out + out, tiles.out)]
-        n = self.rotary.pairs
-        return [(2 * (out + first) + half * n, n) for first in range(0, tiles.out, n)]
-
-    def copies(self, tiles: WideTiles) -> int:
-        """Of a finished chunk: one a head."""
-        return len(self.runs(tiles, 0, 0))
-
-    def scale_row(self, tiles: WideTiles, half: Any, out: Any) -> Any:
-        """The row of its first scale; those of a tile are always together (see `wide_qkv.in_tiles`)."""
-        return half * self.out + out if self.rotary is None else 2 * out + half * tiles.out
+        return self.rotary.queries if self.rotary else self.out
 
     def behind(self, tiles: WideTiles) -> int:
         """Stages that follow a tile's inputs, with what is added to it."""
@@ -119,13 +109,13 @@ def passes(problem: Problem, tiles: WideTiles, units: int) -> list[Pass]:
     return [p for p in both if p.count]
 
 
-def tiles_for(fmt: Format, rows: int, out: int, swiglu: bool, sms: int, rotary: bool = False) -> WideTiles:
-    """The measured choice for one H200. With ``rotary`` it is that of the plain product, seen as pairs of outputs."""
+def tiles_for(fmt: Format, rows: int, out: int, swiglu: bool, sms: int) -> WideTiles:
+    """The measured choice for one H200."""
     if swiglu and rows <= 128:
         return WideTiles(out=64, rows=128, trade=True)
     if swiglu and not fmt.quantized:  # float weights are best shared by the consumers, widened ones must not be
         return WideTiles(out=64, rows=256, by_rows=True, pair=rows >= 4096 and out % 128 == 0 and sms % 2 == 0)
-    large = WideTiles(out=64, rows=256, trade=True) if swiglu or rotary else WideTiles(out=128, rows=256)
+    large = WideTiles(out=64, rows=256, trade=True) if swiglu else WideTiles(out=128, rows=256)
     count = math.ceil(rows / large.rows) * (out // large.out)
     if not swiglu and count < 0.9 * sms:
         return replace(large, rows=128)
@@ -133,20 +123,17 @@ def tiles_for(fmt: Format, rows: int, out: int, swiglu: bool, sms: int, rotary: 
     return replace(large, parts=2 if count > sms and 0 < 2 * (count % sms) <= sms else 1)
 
 
-def check_wide(
-    x: jax.Array, w: Weight, *, swiglu: bool = False, rotary: bool = False, tiles: WideTiles | None = None
-) -> None:
+def check_wide(x: jax.Array, w: Weight, *, swiglu: bool = False, tiles: WideTiles | None = None) -> None:
     """Raise `Unsupported` where `wide` cannot run; ``x`` is [rows, in]."""
     check_product(x, w)
     fmt = format_of(w)
-    halves = 2 if swiglu or rotary else 1
-    out = w.shape[-2] // halves
-    tiles = tiles or tiles_for(fmt, x.shape[0], out, swiglu, 132, rotary)
+    out = w.shape[-2] // (2 if swiglu else 1)
+    tiles = tiles or tiles_for(fmt, x.shape[0], out, swiglu, 132)
     if x.shape[1] % tiles.step:
         raise Unsupported(f"{x.shape[1]} inputs: must be a multiple of {tiles.step}")
-    side_by_side = halves * tiles.out * (2 if tiles.pair else 1)
-    if w.shape[-2] % side_by_side:
-        raise Unsupported(f"{w.shape[-2]} outputs: must be a multiple of {side_by_side}")
+    side_by_side = tiles.out * (2 if tiles.pair else 1)
+    if out % side_by_side:
+        raise Unsupported(f"{out} outputs: must be a multiple of {side_by_side}")
     if tiles.pair and fmt.quantized:  # their stages are read by ordinary loads, which a pair's barrier does not await
         raise Unsupported("pairs of blocks are for float weights")
     if fmt.group is not None and fmt.group % tiles.step and tiles.step % fmt.group:

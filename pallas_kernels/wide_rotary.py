@@ -1,6 +1,5 @@
-"""What ends a QKV product: the halves of heads are turned, queries written, keys and values put into the cache."""
+"""What ends a QKV product: heads are turned, queries written, keys and values put into the cache."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -9,62 +8,56 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.wide_plan import Rotary, WideTiles
+from pallas_kernels.wide_plan import Rotary
 
 Refs = dict[str, Any]
+Angles = tuple[jax.Array, jax.Array]  # cosines and sines, each [outputs, tokens]
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """A few tokens of one sequence: the pairs' cosines and sines, and where they go."""
-
-    cos: jax.Array  # [pairs of a tile, tokens]
-    sin: jax.Array
-    row: Any  # of the first, among all
-    sequence: Any
-    slot: Any  # of the first, in the cache
+def tables(cos: jax.Array, sin: jax.Array) -> Angles:
+    """cos and sin [rows, D / 2] as [D, rows] float32, the way sums lie in registers: an output is
+    ``it * cos + its partner, half a head away, * sin``."""
+    cos, sin = cos.astype(jnp.float32).T, sin.astype(jnp.float32).T
+    return jnp.concatenate([cos, cos]), jnp.concatenate([-sin, sin])
 
 
-def look_up(refs: Refs, rotary: Rotary, out: Any, row: Any, tiles: WideTiles) -> Chunk:
-    """The chunk from ``row`` on, for the tile from pair ``out`` on; values are not turned."""
+def angles(refs: Refs, rotary: Rotary, out: Any, row: Any, shape: tuple[int, ...]) -> Angles:
+    """What turns a tile of ``shape`` from output ``out`` and token ``row`` on."""
+    outputs, tokens = (pl.ds(first, n) for first, n in zip((lax.rem(out, rotary.head_dim), row), shape, strict=True))
+    cos, sin = (
+        plgpu.load(refs[name].at[outputs, tokens], layout=plgpu.Layout.WGMMA, optimized=False)
+        for name in ("cos", "sin")
+    )
+    return cos, sin
+
+
+def turned(values: jax.Array, partners: jax.Array, by: Angles) -> jax.Array:
+    """A part of a head, given what lies half a head away."""
+    cos, sin = by
+    return values * cos + partners * sin
+
+
+def put(refs: Refs, rotary: Rotary, place: Any, out: Any, row: Any) -> None:
+    """Copy ``place`` [tokens, outputs], a head or half of one, to where it belongs.
+
+    Chunks behind the last token go past the cache's end, where nothing is written: each to a place of its own."""
+    tokens, width = place.shape
     rows = rotary.batch * rotary.tokens
-    turns = lax.div(out, rotary.pairs) < rotary.heads + rotary.kv_heads
-
-    def load(name: str, otherwise: float) -> jax.Array:
-        table = refs[name].at[:, pl.ds(row, tiles.chunk)]
-        found = plgpu.load(table, layout=plgpu.Layout.WGMMA, optimized=False)
-        return jnp.where(lax.broadcast(turns, found.shape), found, otherwise)
+    columns = pl.ds(lax.rem(out, rotary.head_dim), width)
+    kv = lax.div(out, rotary.head_dim) - rotary.heads  # k's heads, then v's
+    _, max_len, _ = refs["k"].shape
 
     first = jnp.minimum(row, rows - 1)
     sequence = lax.div(first, rotary.tokens)
-    # Rows behind the last token have no place in the cache; past its end nothing is written.
-    slot = jnp.where(row < rows, refs["start"][sequence] + lax.rem(first, rotary.tokens), refs["k"].shape[3])
-    return Chunk(load("cos", 1.0), load("sin", 0.0), row, sequence, slot)
+    slot = jnp.where(row < rows, refs["start"][sequence] + lax.rem(first, rotary.tokens), max_len + row)
 
+    @pl.when(kv < 0)
+    def _() -> None:
+        plgpu.copy_smem_to_gmem(place, refs["out"].at[pl.ds(row, tokens), pl.ds(out, width)])
 
-def turned(halves: list[jax.Array], by: Chunk) -> list[jax.Array]:
-    """Both halves of the pairs, each [pairs, tokens]."""
-    a, b = halves
-    return [a * by.cos - b * by.sin, b * by.cos + a * by.sin]
+    def cache(name: str, head: Any) -> None:
+        plane = (refs["cache_layer"][0] * rotary.batch + sequence) * rotary.kv_heads + head
+        plgpu.copy_smem_to_gmem(place, refs[name].at[plane, pl.ds(slot, tokens), columns])
 
-
-def put(refs: Refs, rotary: Rotary, place: Any, half: int, out: Any, chunk: Chunk) -> None:
-    """Copy one half of the pairs from ``place`` [tokens, pairs] to where every head belongs."""
-    n = rotary.pairs
-    tokens, layer = place.shape[0], refs["cache_layer"][0]
-    for i in range(place.shape[1] // n):
-        piece, head = place.at[:, pl.ds(i * n, n)], lax.div(out, n) + i
-        columns = pl.ds(half * n, n)
-        kv = head - rotary.heads
-
-        @pl.when(kv < 0)
-        def _(piece: Any = piece, head: Any = head) -> None:
-            target = pl.ds(chunk.row, tokens), pl.ds(head * rotary.head_dim + half * n, n)
-            plgpu.copy_smem_to_gmem(piece, refs["out"].at[target])
-
-        def cache(name: str, kv: Any, piece: Any) -> None:
-            slots = pl.ds(chunk.slot, tokens)
-            plgpu.copy_smem_to_gmem(piece, refs[name].at[layer, chunk.sequence, kv, slots, columns])
-
-        pl.when((kv >= 0) & (kv < rotary.kv_heads))(lambda: cache("k", kv, piece))
-        pl.when(kv >= rotary.kv_heads)(lambda: cache("v", kv - rotary.kv_heads, piece))
+    pl.when((kv >= 0) & (kv < rotary.kv_heads))(lambda: cache("k", kv))
+    pl.when(kv >= rotary.kv_heads)(lambda: cache("v", kv - rotary.kv_heads))

@@ -1,0 +1,193 @@
+"""The QKV product with rotary and cache write against its float32 reference: interpreted, lowered for an H200, and
+compiled on one (marker gpu)."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_products import FORMATS, abstract, error, interpreter, lower, normal, race_free, weight
+
+from pallas_kernels import Indexed, QuantizedTensor, Unsupported, cut_out, dequantize, qkv
+from pallas_kernels.qkv import CASES, check_qkv, qkv_kernel, qkv_reference
+from pallas_kernels.wide_plan import WideTiles
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call: the sizes of a model and of a cache, and how many tokens come to each of its sequences."""
+
+    start: tuple[int, ...]
+    tokens: int
+    max_len: int
+    heads: int = 2
+    kv_heads: int = 1
+    head_dim: int = 128
+    dim: int = 128
+    fmt: str = "bf16"
+    layers: int | None = None
+
+    @property
+    def out(self) -> int:
+        return (self.heads + 2 * self.kv_heads) * self.head_dim
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        return () if self.layers is None else (self.layers,)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of a stack the last but one."""
+        return {} if self.layers is None else {"layer": self.layers - 2}
+
+    def weight(self, w: Any) -> Any:
+        return w if self.layers is None else Indexed(w, self.layers - 2)
+
+    def shapes(self) -> list[Any]:
+        """x, w, k, v, start, cos and sin."""
+        batch = len(self.start)
+        cache = jax.ShapeDtypeStruct((*self.lead, batch, self.kv_heads, self.max_len, self.head_dim), jnp.bfloat16)
+        angles = jax.ShapeDtypeStruct((batch, self.tokens, self.head_dim // 2), jnp.float32)
+        return [
+            jax.ShapeDtypeStruct((batch, self.tokens, self.dim), jnp.bfloat16),
+            self.weight(abstract(self.fmt, *self.lead, self.out, self.dim)),
+            *(cache, cache),
+            jax.ShapeDtypeStruct((batch,), jnp.int32),
+            *(angles, angles),
+        ]
+
+    def arguments(self) -> list[Any]:
+        x, _, k, v, _, cos, _ = self.shapes()
+        angles = 6 * jax.random.uniform(jax.random.key(4), cos.shape)
+        return [
+            normal(0, *x.shape),
+            self.weight(weight(self.fmt, *self.lead, self.out, self.dim)),
+            *(normal(seed, *k.shape) for seed in (2, 3)),
+            jnp.asarray(self.start, jnp.int32),
+            *(jnp.cos(angles), jnp.sin(angles)),
+        ]
+
+
+def check(case: Case, arguments: list[Any], found: tuple[jax.Array, ...]) -> None:
+    """Queries and new keys and values are the reference's; of the rest of the cache nothing has changed but slots of
+    the same heads that are free: up to a chunk behind the last token."""
+    x, w, *cache, start, cos, sin = cut_out(arguments)
+    if isinstance(w, QuantizedTensor):
+        w = dequantize(w, x.dtype if w.scale.shape[-1] > 1 else jnp.float32)
+    exact = [a.astype(jnp.float32) for a in (x, w, *cache)]
+    q, *wanted = qkv_reference(*exact, start, cos, sin, **case.options)
+    assert error(found[0], q) < 3e-3
+    for old, new, reference in zip(cache, found[1:], wanted, strict=True):
+        old, new, reference = (
+            np.asarray(a, np.float32).reshape(case.layers or 1, *a.shape[-4:]) for a in (old, new, reference)
+        )
+        layer = case.options.get("layer", 0)
+        for b, first in enumerate(case.start):
+            end = first + case.tokens
+            assert error(new[layer, b, :, first:end], reference[layer, b, :, first:end]) < 3e-3
+            new[layer, b, :, first : -(-case.tokens // WideTiles.chunk) * WideTiles.chunk + first] = 0
+            old[layer, b, :, first : -(-case.tokens // WideTiles.chunk) * WideTiles.chunk + first] = 0
+        np.testing.assert_array_equal(new, old)
+
+
+# The interpreter: small shapes, every path
+
+SMALL = {
+    "odd-tokens": Case((37,), 100, 176),
+    "int8-one-layer-of-a-stack": Case((37,), 100, 144, fmt="int8", layers=3),  # of its last chunk a part has no room
+    "int8-g32": Case((0,), 96, 96, fmt="int8-g32"),
+    "int4-several-starts": Case((37, 2), 96, 144, kv_heads=2, fmt="int4-g128"),
+    "no-room-for-the-last": Case((60, 0, 96), 64, 96, heads=1),
+    "no-room-at-all": Case((64, 99), 64, 64, heads=1, layers=2),
+    "heads-of-64": Case((37, 2), 96, 144, heads=3, kv_heads=1, head_dim=64, fmt="int4-g128"),  # a tile has q and k
+    "heads-of-64-odd-tokens": Case((5,), 70, 136, heads=4, kv_heads=2, head_dim=64, fmt="int8", layers=2),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_interpreted(name: str) -> None:
+    case = SMALL[name]
+    arguments = case.arguments()
+    check_qkv(*arguments, **case.options)
+    tiles = WideTiles(out=128, rows=128, depth=2, parts=2)
+    found = qkv_kernel(*arguments, **case.options, tiles=tiles, sms=2, interpret=interpreter())
+    race_free(found[0])
+    check(case, arguments, found)
+
+
+# Lowered for an H200: the real shapes
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("name", CASES)
+def test_real_shapes_lower(name: str, fmt: str) -> None:
+    """With the layers apart, and as one of a stack."""
+    for case in (
+        Case((0,), 512, 4096, **CASES[name], fmt=fmt),
+        Case((0, 0), 2048, 4104, **CASES[name], fmt=fmt, layers=3),
+    ):
+        check_qkv(*case.shapes(), **case.options)
+        lower(functools.partial(qkv_kernel, **case.options), *case.shapes())
+
+
+# What the kernel refuses
+
+ROWS = Case((0,), 512, 1024)
+REFUSED = {
+    "few rows": (dataclasses.replace(ROWS, tokens=64), "64 rows: up to 64 are another kernel's"),
+    "head_dim": (dataclasses.replace(ROWS, head_dim=96), "head_dim must be 64 or 128, found 96"),
+    "ragged": (dataclasses.replace(ROWS, start=(0, 3), tokens=70), "70 tokens of 2 sequences"),
+    "outputs": (dataclasses.replace(ROWS, head_dim=64, heads=1), "192 outputs: must be a multiple of 128"),
+    "no queries": (dataclasses.replace(ROWS, heads=0), "are not q's heads"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name: str) -> None:
+    case, reason = REFUSED[name]
+    with pytest.raises(Unsupported, match=reason):
+        check_qkv(*case.shapes(), **case.options)
+
+
+@pytest.mark.parametrize(
+    ("place", "shape", "dtype", "reason"),
+    [
+        (2, (1, 1, 1024, 128), jnp.float32, "must have one dtype"),
+        (3, (1, 1, 1024, 64), jnp.bfloat16, "do not belong together"),
+        (4, (2,), jnp.int32, "do not belong together"),
+        (5, (1, 512, 128), jnp.float32, "cos .1, 512, 128. and sin"),
+    ],
+)
+def test_refused_arguments(place: int, shape: tuple[int, ...], dtype: Any, reason: str) -> None:
+    arguments = ROWS.shapes()
+    arguments[place] = jax.ShapeDtypeStruct(shape, dtype)
+    with pytest.raises(Unsupported, match=reason):
+        check_qkv(*arguments)
+
+
+# Compiled, on a Hopper GPU
+
+LARGE = {
+    **SMALL,
+    **{name: Case((0,), 512, 1024, **sizes) for name, sizes in CASES.items()},
+    "7b-odd": Case((300,), 1001, 1304, **CASES["7b"], layers=2),
+    "70b-several": Case((0, 777), 2048, 2824, **CASES["70b"], layers=2),
+    "tinyllama-several": Case((5, 0, 1), 160, 168, **CASES["tinyllama"], layers=2),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("name", LARGE)
+def test_on_gpu(name: str, fmt: str) -> None:
+    case = dataclasses.replace(LARGE[name], fmt=fmt)
+    arguments = case.arguments()
+    run = jax.jit(functools.partial(qkv, **case.options, backend="pallas"), donate_argnums=(2, 3))
+    found = run(*arguments[:2], *(a.copy() for a in arguments[2:4]), *arguments[4:])
+    with jax.default_matmul_precision("highest"):
+        check(case, arguments, found)
