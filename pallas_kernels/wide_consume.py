@@ -1,5 +1,7 @@
 """What the two multiplying warpgroups of a product for many rows do: `pallas_kernels.wide` has the launch."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,7 +12,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.tiles import load_integers, scale_column, spread, widen
 from pallas_kernels.wide_plan import CONSUMERS, Problem, WideTiles
-from pallas_kernels.wide_rotary import Refs, angles, put, turned
+from pallas_kernels.wide_rotary import Refs, angles, finish
+from pallas_kernels.wide_trade import Trade
 
 
 def consume(me: Any, refs: Refs, problem: Problem, depth: int, turns: Any, done: Any, tile: Any, tiles: WideTiles, *,
@@ -94,28 +97,9 @@ def consume(me: Any, refs: Refs, problem: Problem, depth: int, turns: Any, done:
         multiply(steps - 1, lax.fori_loop(0, steps - 1, stage, load(0)))
         release(steps - 1)
 
-    # Who has what belongs to a consumer's outputs: the other, or itself where those are whole heads.
-    apart = problem.rotary is None or problem.rotary.head_dim > part
-    other, slots = (1 - me, 2) if apart else (me, 1)
-
-    def trade(mine: jax.Array, i: int) -> jax.Array:
-        """What is given for ``mine`` in the ``i``-th trade of a tile. Of a whole head, laid down twice in a row, the
-        halves come back in the other order."""
-        slot = i % slots
-        if i >= slots:
-            plgpu.barrier_wait(taken.at[2 * me + slot])
-        for place in range(slot, 2, slots):
-            traded[me, pl.ds(place * part, part)] = mine.astype(problem.dtype)
-        plgpu.barrier_arrive(given.at[2 * me + slot])
-        plgpu.barrier_wait(given.at[2 * other + slot])
-        theirs = traded.at[other, pl.ds(slot * part if apart else part // 2, part)]
-        received = plgpu.load(theirs, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
-        plgpu.barrier_arrive(taken.at[2 * other + slot])
-        return received
-
-    def end_trade(trades: int) -> None:
-        for i in range(min(slots, trades)):
-            plgpu.barrier_wait(taken.at[2 * me + i])
+    # A consumer's partner is the other, or itself where its outputs are whole heads.
+    alone = problem.rotary is not None and problem.rotary.head_dim == part
+    trade = Trade(me, me if alone else 1 - me, part, traded, given, taken)
 
     def swap(result: jax.Array, i: int, chunks: int) -> list[jax.Array]:
         """Chunk ``i`` of this consumer's half of the rows, as gate and up: one its own, one from the other."""
@@ -125,11 +109,15 @@ def consume(me: Any, refs: Refs, problem: Problem, depth: int, turns: Any, done:
 
         first, second = (result[:, j * tiles.chunk : (j + 1) * tiles.chunk] for j in (i, i + chunks))
         mine, theirs = in_order(first, second)
-        return in_order(mine, trade(theirs, i))
+        trade.give(theirs, i)
+        return in_order(mine, trade.take(i))
 
     def turn(t: Any, _: Any) -> None:
         row, out = tile(t)
+        row = row + me * columns if tiles.by_rows else row
         first, my_out = done + t * stages, out + first_out
+        # Fetched while products run.
+        by = angles(refs, problem.rotary, my_out, row, (part, tiles.chunk)) if problem.rotary else None
 
         def scoped(*accs: Any) -> list[jax.Array]:
             (quantized if fmt.quantized else dense)(accs, first, out)
@@ -138,15 +126,32 @@ def consume(me: Any, refs: Refs, problem: Problem, depth: int, turns: Any, done:
         results = pl.run_scoped(scoped, *accumulators)
         if fmt.quantized and not fmt.grouped:
             results = [
-                result * spread(scale_column(refs["scale"], head * problem.out + out + first_out, 0, part), result.shape)
+                result
+                * spread(scale_column(refs["scale"], head * problem.out + out + first_out, 0, part), result.shape)
                 for head, result in zip(heads, results, strict=True)
             ]
-        row = row + me * columns if tiles.by_rows else row
         behind = [lax.rem(first + steps + j, depth) for j in range(problem.behind(tiles))]
         for slot in behind:
             plgpu.barrier_wait(full.at[slot])
         chunks = columns // tiles.chunk // (2 if tiles.trade else 1)
-        turns_heads = None if problem.rotary is None else my_out < problem.rotary.turned
+
+        def write(i: int, value: jax.Array, copy: Callable[[Any], None]) -> None:
+            """Bring chunk ``i`` into the order of memory, and ``copy`` it from there."""
+            place = finished.at[i % 2, me]
+            # The copy from this buffer is the last but one; after an odd number of chunks the last tile's is the last.
+            plgpu.wait_smem_to_gmem(1 if i or chunks % 2 == 0 else 0, wait_read_only=True)
+            place.T[...] = plgpu.layout_cast(value.astype(problem.out_dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+            plgpu.commit_smem()
+            copy(place)
+
+        def to_rows(i: int, place: Any) -> None:
+            target = pl.ds(row + (me * chunks + i if tiles.trade else i) * tiles.chunk, tiles.chunk)
+            plgpu.copy_smem_to_gmem(place, refs["out"].at[target, pl.ds(my_out, part)])
+
+        if by is not None:
+            parts = [results[0][:, i * tiles.chunk : (i + 1) * tiles.chunk] for i in range(chunks)]
+            finish(refs, problem.rotary, parts, by, my_out, row, trade, write)
+            return
         for i in range(chunks):
             rows = pl.ds(i * tiles.chunk, tiles.chunk)
             if tiles.trade:
@@ -154,29 +159,13 @@ def consume(me: Any, refs: Refs, problem: Problem, depth: int, turns: Any, done:
             else:
                 values = [result[:, i * tiles.chunk : (i + 1) * tiles.chunk] for result in results]
             value = values[0] / (1 + jnp.exp(-values[0])) * values[1] if problem.swiglu else values[0]
-            if problem.rotary:
-                by = angles(refs, problem.rotary, my_out, row + i * tiles.chunk, value.shape)
-                value = lax.cond(
-                    turns_heads, lambda a, by, i=i: turned(a, trade(a, i), by), lambda a, by: a, value, by
-                )
             if behind:  # of these stages each consumer adds the one with its own outputs
                 before = x_ring.at[lax.rem(first + steps + me, depth), rows].T
                 before = plgpu.load(before, layout=plgpu.Layout.WGMMA_TRANSPOSED)
                 value = value + plgpu.layout_cast(before, plgpu.Layout.WGMMA).astype(jnp.float32)
-            place = finished.at[i % 2, me]
-            # The copy from this buffer is the last but one; after an odd number of chunks the last tile's is the last.
-            plgpu.wait_smem_to_gmem(1 if i or chunks % 2 == 0 else 0, wait_read_only=True)
-            place.T[...] = plgpu.layout_cast(value.astype(problem.out_dtype), plgpu.Layout.WGMMA_TRANSPOSED)
-            plgpu.commit_smem()
-            target = row + (me * chunks + i if tiles.trade else i) * tiles.chunk
-            if problem.rotary:
-                put(refs, problem.rotary, place, my_out, target)
-            else:
-                plgpu.copy_smem_to_gmem(place, refs["out"].at[pl.ds(target, tiles.chunk), pl.ds(my_out, part)])
-        if problem.rotary:
-            pl.when(turns_heads)(lambda: end_trade(chunks))
+            write(i, value, functools.partial(to_rows, i))
         if tiles.trade:
-            end_trade(chunks)
+            trade.end(chunks)
         for slot in behind:
             plgpu.barrier_arrive(free.at[slot])
 

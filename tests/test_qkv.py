@@ -89,9 +89,10 @@ def check(case: Case, arguments: list[Any], found: tuple[jax.Array, ...]) -> Non
         layer = case.options.get("layer", 0)
         for b, first in enumerate(case.start):
             end = first + case.tokens
-            assert error(new[layer, b, :, first:end], reference[layer, b, :, first:end]) < 3e-3
-            new[layer, b, :, first : -(-case.tokens // WideTiles.chunk) * WideTiles.chunk + first] = 0
-            old[layer, b, :, first : -(-case.tokens // WideTiles.chunk) * WideTiles.chunk + first] = 0
+            if first < case.max_len:
+                assert error(new[layer, b, :, first:end], reference[layer, b, :, first:end]) < 3e-3
+            for a in (new, old):
+                a[layer, b, :, first : first - (-case.tokens // WideTiles.chunk) * WideTiles.chunk] = 0
         np.testing.assert_array_equal(new, old)
 
 
@@ -104,7 +105,7 @@ SMALL = {
     "int4-several-starts": Case((37, 2), 96, 144, kv_heads=2, fmt="int4-g128"),
     "no-room-for-the-last": Case((60, 0, 96), 64, 96, heads=1),
     "no-room-at-all": Case((64, 99), 64, 64, heads=1, layers=2),
-    "heads-of-64": Case((37, 2), 96, 144, heads=3, kv_heads=1, head_dim=64, fmt="int4-g128"),  # a tile has q and k
+    "heads-of-64": Case((37, 2), 96, 144, heads=2, kv_heads=1, head_dim=64, fmt="int4-g128"),  # a tile has k and v
     "heads-of-64-odd-tokens": Case((5,), 70, 136, heads=4, kv_heads=2, head_dim=64, fmt="int8", layers=2),
 }
 
