@@ -56,16 +56,16 @@ def finish(refs: Refs, rotary: Rotary, chunks: list[jax.Array], by: Angles, out:
 
     @pl.when(out < rotary.turned)
     def _() -> None:
-        """Angles are fetched, and chunks given, before the previous ones are used."""
-        now, given = by, 0
+        """Chunks are given, and angles fetched, before the previous ones are written."""
+        (cos, sin), given = by, 0
         for i, chunk in enumerate(chunks):
             while given < min(i + trade.slots, count):
                 trade.give(chunks[given], given)
                 given += 1
-            ahead = angles(refs, rotary, out, row + (i + 1) * tokens, chunk.shape) if i + 1 < count else now
-            cos, sin = now
-            write(i, chunk * cos + trade.take(i) * sin, functools.partial(to_queries_or_keys, i))
-            now = ahead
+            value = chunk * cos + trade.take(i) * sin
+            if i + 1 < count:
+                cos, sin = angles(refs, rotary, out, row + (i + 1) * tokens, chunk.shape)
+            write(i, value, functools.partial(to_queries_or_keys, i))
         trade.end(count)
 
 
