@@ -6,7 +6,7 @@ from pallas_kernels.dispatch import BACKENDS, Choice, Op, Unsupported, record
 from pallas_kernels.ffn import ffn
 from pallas_kernels.indexed import Indexed, cut_out
 from pallas_kernels.matmul import Weight, matmul
-from pallas_kernels.qkv import qkv, rotate, split_heads, write
+from pallas_kernels.qkv import qkv
 from pallas_kernels.quantized import QuantizedTensor, dequantize, group_size, quantize
 from pallas_kernels.rms_norm import rms_norm
 
@@ -35,7 +35,4 @@ __all__ = [
     "quantize",
     "record",
     "rms_norm",
-    "rotate",
-    "split_heads",
-    "write",
 ]

@@ -30,21 +30,23 @@ def qkv_reference(
     *,
     layer: jax.Array | int | None = None,
 ) -> Result:
-    """x [B, T, dim], w [(heads + 2 * kv_heads) * D, dim], k and v [B, kv_heads, S, D] of a cache (or those of all layers
-    on a leading axis, with ``layer``), start [B], cos and sin [B, T, D / 2] of the tokens' positions -> q [B, T, heads,
-    D], and the cache with the new keys and values at ``start`` and behind; what has no room is dropped.
+    """x [B, T, dim], w [(heads + 2 * kv_heads) * D, dim], k and v [B, kv_heads, S, D] of a cache (with
+    ``layer``: [layers, ...]), start [B], cos and sin [B, T, D / 2] of the tokens' positions -> q [B, T, heads, D], and the cache with
+    the new keys and values at ``start`` and behind; what has no room is dropped.
 
     Slots of the cache behind the new ones are free: the kernel may write there, too."""
     kv_heads, _, D = k.shape[-3:]
-    q, k_new, v_new = split_heads(matmul_reference(x, w), kv_heads, D)
+    q, k_new, v_new = split_heads(matmul_reference(x, w), w.shape[0] // D // kv_heads - 2, D)
     k, v = write(k, rotate(k_new, cos, sin), start, layer), write(v, v_new, start, layer)
     return rotate(q, cos, sin), k, v
 
 
-def split_heads(y: jax.Array, kv_heads: int, head_dim: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The heads of q, k and v, each [B, T, its heads, head_dim], from the product [B, T, all of them]."""
+def split_heads(y: jax.Array, shared: int, head_dim: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The heads of q, k and v from the product [B, T, all of them], of which ``shared`` query heads share a key head.
+    Counts come from the array, so that the same code runs on a shard that holds a part of the heads."""
     heads = y.reshape(*y.shape[:-1], -1, head_dim)
-    q, k, v = jnp.split(heads, [heads.shape[-2] - 2 * kv_heads, heads.shape[-2] - kv_heads], axis=-2)
+    kv_heads = heads.shape[-2] // (shared + 2)
+    q, k, v = jnp.split(heads, [shared * kv_heads, (shared + 1) * kv_heads], axis=-2)
     return q, k, v
 
 
@@ -86,7 +88,7 @@ def check_qkv(
     (B, T, inner), (cached, kv_heads, _, D) = x.shape, k.shape[-4:]
     rows, chunk = math.prod(x.shape[:2]), WideTiles.chunk
     if rows <= MAX_ROWS:
-        raise Unsupported(f"{rows} rows: up to {MAX_ROWS} are another kernel's, and their rotary and write XLA's")
+        raise Unsupported(f"{rows} rows: up to {MAX_ROWS} have a product of their own")
     if D not in (64, 128):
         raise Unsupported(f"head_dim must be 64 or 128, found {D}")
     if k.shape != v.shape or k.ndim != (4 if layer is None else 5) or (cached, *start.shape) != (B, B):

@@ -1,4 +1,4 @@
-"""The QKV product of many rows with its rotary and cache write, in one launch: `pallas_kernels.wide` with another end."""
+"""The QKV product of many rows with its rotary and cache write, in one launch: `wide` with another end."""
 
 import functools
 from typing import Any
@@ -27,8 +27,8 @@ def wide_qkv(
     sms: int | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`qkv_reference`; with ``layer`` w is stacked, with ``cache_layer`` the cache. Inside a jit that owns the cache, it
-    is changed in place."""
+    """`qkv_reference`; with ``layer`` w is stacked, with ``cache_layer`` the cache. Inside a jit that owns the cache,
+    this is changed in place."""
     sms = sms or sm_count()
     tiles = tiles or tiles_for(format_of(w), x.shape[0] * x.shape[1], w.shape[-2], False, sms)
     return _wide_qkv(

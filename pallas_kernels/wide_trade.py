@@ -11,8 +11,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 @dataclass(frozen=True)
 class Trade:
-    """What one consumer gives and takes. ``other`` may be itself, ``me``: of a whole head, laid down twice in a row, the
-    halves come back in the other order, and there is room for one chunk instead of two."""
+    """What one consumer gives and takes. ``other`` may be itself, ``me``: of a whole head, laid down twice in a row,
+    the halves come back in the other order, and there is room for one chunk instead of two."""
 
     me: Any
     other: Any

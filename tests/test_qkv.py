@@ -62,7 +62,7 @@ class Case:
         ]
 
     def arguments(self) -> list[Any]:
-        x, _, k, v, _, cos, _ = self.shapes()
+        x, _, k, _, _, cos, _ = self.shapes()
         angles = 6 * jax.random.uniform(jax.random.key(4), cos.shape)
         return [
             normal(0, *x.shape),
@@ -140,7 +140,7 @@ def test_real_shapes_lower(name: str, fmt: str) -> None:
 
 ROWS = Case((0,), 512, 1024)
 REFUSED = {
-    "few rows": (dataclasses.replace(ROWS, tokens=64), "64 rows: up to 64 are another kernel's"),
+    "few rows": (dataclasses.replace(ROWS, tokens=64), "64 rows: up to 64 have a product of their own"),
     "head_dim": (dataclasses.replace(ROWS, head_dim=96), "head_dim must be 64 or 128, found 96"),
     "ragged": (dataclasses.replace(ROWS, start=(0, 3), tokens=70), "70 tokens of 2 sequences"),
     "outputs": (dataclasses.replace(ROWS, head_dim=64, heads=1), "192 outputs: must be a multiple of 128"),
