@@ -30,9 +30,9 @@ def qkv_reference(
     *,
     layer: jax.Array | int | None = None,
 ) -> Result:
-    """x [B, T, dim], w [(heads + 2 * kv_heads) * D, dim], k and v [B, kv_heads, S, D] of a cache (with
-    ``layer``: [layers, ...]), start [B], cos and sin [B, T, D / 2] of the tokens' positions -> q [B, T, heads, D], and the cache with
-    the new keys and values at ``start`` and behind; what has no room is dropped.
+    """x [B, T, dim], w [(heads + 2 * kv_heads) * D, dim], k and v [B, kv_heads, S, D] of a cache (with ``layer``:
+    [layers, ...]), start [B], cos and sin [B, T, D / 2] of the tokens' positions -> q [B, T, heads, D], and the cache
+    with the new keys and values at ``start`` and behind; what has no room is dropped.
 
     Slots of the cache behind the new ones are free: the kernel may write there, too."""
     kv_heads, _, D = k.shape[-3:]

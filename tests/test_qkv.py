@@ -3,15 +3,23 @@ compiled on one (marker gpu)."""
 
 import dataclasses
 import functools
+import types
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
+from h200 import H200
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from test_products import FORMATS, abstract, error, interpreter, lower, normal, race_free, weight
 
-from pallas_kernels import Indexed, QuantizedTensor, Unsupported, cut_out, dequantize, qkv
+from jllama.cache import init_cache
+from jllama.config import LlamaConfig, preset
+from jllama.model import forward
+from jllama.params import init, stack
+from pallas_kernels import Choice, Indexed, QuantizedTensor, Unsupported, cut_out, dequantize, dispatch, qkv, record
 from pallas_kernels.qkv import CASES, check_qkv, qkv_kernel, qkv_reference
 from pallas_kernels.wide_plan import WideTiles
 
@@ -134,6 +142,56 @@ def test_real_shapes_lower(name: str, fmt: str) -> None:
     ):
         check_qkv(*case.shapes(), **case.options)
         lower(functools.partial(qkv_kernel, **case.options), *case.shapes())
+
+
+# In the model
+
+MODEL = LlamaConfig(
+    dim=128, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=64, hidden_dim=256, vocab_size=128, max_seq_len=256
+)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_prompts_through_the_interpreted_kernel(monkeypatch: pytest.MonkeyPatch, stacked: bool) -> None:
+    """Two prompts of different lengths, each in two pieces: what the first wrote as padding, the second overwrites.
+    Large weights make much of bfloat16: the reference rounds before it turns, the kernel after."""
+    params = tiny.model("bfloat16", MODEL)
+    params = stack(params) if stacked else params
+    pieces = [jnp.asarray([tiny.prompt(64, seed), tiny.prompt(64, seed + 1)]) for seed in (0, 2)]
+
+    def attempt(*arguments: Any, backend: str, **options: Any) -> Any:
+        check_qkv(*arguments, **options)
+        tiles = WideTiles(out=128, rows=128, depth=2)
+        return qkv_kernel(*arguments, **options, tiles=tiles, sms=2, interpret=plgpu.InterpretGPUParams())
+
+    found = []
+    for fused in (False, True):
+        if fused:
+            monkeypatch.setattr("jllama.model.qkv", types.SimpleNamespace(attempt=attempt))
+        cache = init_cache(MODEL, 2, 136, jnp.bfloat16, stacked=stacked)
+        for tokens, lengths in zip(pieces, ((64, 40), (64, 64)), strict=True):
+            logits, cache = forward(params, tokens, cache, lengths=jnp.asarray(lengths), backend="xla")
+        assert cache is not None
+        k, v = ([cut_out(cache.layer(i)[j]) for i in range(MODEL.n_layers)] for j in (0, 1))
+        found.append((logits, [[a[0, :, :128], a[1, :, :104]] for a in (*k, *v)]))
+    assert max(jax.tree.leaves(jax.tree.map(error, *found))) < 0.05
+
+
+def test_a_prompt_of_the_7b_lowers_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each kernel once, whatever the number of layers, and the cache is nowhere copied."""
+    monkeypatch.setattr(dispatch, "require_hopper", lambda: None)
+    config, tokens = preset("7b"), jax.ShapeDtypeStruct((1, 512), jnp.int32)
+    params = jax.eval_shape(lambda: init(config, jax.random.key(0), dtype=jnp.bfloat16))
+    cache = jax.eval_shape(lambda: init_cache(config, 1, 2048, jnp.bfloat16))
+    run = jax.jit(functools.partial(forward, last_only=True), donate_argnums=2)
+    with jax.sharding.use_abstract_mesh(H200), record() as choices:
+        text = run.trace(params, tokens, cache).lower(lowering_platforms=("cuda",)).as_text()
+    assert choices["qkv"] == Choice("pallas", "kernel runs here")
+    assert text.count("@mosaic_gpu") == 7  # norm, qkv, attention, o, gate and up, down, head
+    assert text[text.index("@main") :].splitlines()[0].count("tf.aliasing_output") == len(jax.tree.leaves(cache))
+    whole = [line for line in text.splitlines() if "x2048x128xbf16>" in line and "func" not in line]
+    assert whole
+    assert not any(word in line for line in whole for word in ("slice", "scatter", "copy", "pad"))
 
 
 # What the kernel refuses
