@@ -27,8 +27,8 @@ from pallas_kernels.tiles import (
     split,
     swizzled,
 )
-from pallas_kernels.wide_consume import Refs, consume
-from pallas_kernels.wide_plan import CONSUMERS, Pass, Problem, WideTiles, check_wide, passes, tiles_for
+from pallas_kernels.wide_consume import consume
+from pallas_kernels.wide_plan import CONSUMERS, Pass, Problem, Refs, WideTiles, check_wide, passes, tiles_for
 
 __all__ = ["WideTiles", "check_wide", "wide"]
 
@@ -70,9 +70,10 @@ def wide(
 @functools.partial(jax.jit, static_argnames=("interpret", "out_dtype", "sms", "swiglu", "tiles"))
 def _wide(x: jax.Array, w: Weight, layer: jax.Array, residual: jax.Array | None, *, swiglu: bool, out_dtype: Any,
           tiles: WideTiles, sms: int, interpret: Any) -> jax.Array:  # fmt: skip
+    rows, padded = x.shape[0], whole_tiles(x, tiles)
     problem = Problem(
         fmt=format_of(w),
-        rows=whole_tiles(x, tiles).shape[0],
+        rows=padded.shape[0],
         inner=x.shape[1],
         out=w.shape[-2] // (2 if swiglu else 1),
         dtype=x.dtype,
@@ -81,9 +82,9 @@ def _wide(x: jax.Array, w: Weight, layer: jax.Array, residual: jax.Array | None,
         residual=residual is not None,
     )
     data, scale = split(w)
-    arguments = {"layer": layer, "x": whole_tiles(x, tiles), "w": data, "scale": scale}
-    arguments["residual"] = None if residual is None else whole_tiles(residual, tiles)
-    return launch(problem, tiles, sms, interpret, arguments)[: x.shape[0]]
+    residual = None if residual is None else whole_tiles(residual, tiles)
+    arguments = {"layer": layer, "x": padded, "w": data, "scale": scale, "residual": residual}
+    return launch(problem, tiles, sms, interpret, arguments)[:rows]
 
 
 def whole_tiles(x: jax.Array, tiles: WideTiles) -> jax.Array:

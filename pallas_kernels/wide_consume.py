@@ -11,8 +11,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.tiles import load_integers, scale_column, spread, widen
-from pallas_kernels.wide_plan import CONSUMERS, Problem, WideTiles
-from pallas_kernels.wide_rotary import Refs, angles, finish
+from pallas_kernels.wide_plan import CONSUMERS, Problem, Refs, WideTiles
+from pallas_kernels.wide_rotary import angles, finish
 from pallas_kernels.wide_trade import Trade
 
 
@@ -149,8 +149,8 @@ def consume(me: Any, refs: Refs, problem: Problem, depth: int, turns: Any, done:
             plgpu.copy_smem_to_gmem(place, refs["out"].at[target, pl.ds(my_out, part)])
 
         if by is not None:
-            parts = [results[0][:, i * tiles.chunk : (i + 1) * tiles.chunk] for i in range(chunks)]
-            finish(refs, problem.rotary, parts, by, my_out, row, trade, write)
+            sums = [results[0][:, i * tiles.chunk : (i + 1) * tiles.chunk] for i in range(chunks)]
+            finish(refs, problem.rotary, sums, by, my_out, row, trade, write)
             return
         for i in range(chunks):
             rows = pl.ds(i * tiles.chunk, tiles.chunk)

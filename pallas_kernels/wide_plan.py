@@ -10,6 +10,7 @@ from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.tiles import Format, Weight, check_product, format_of
 
 CONSUMERS = 2
+Refs = dict[str, Any]  # what the kernel is given, by name
 
 
 @dataclass(frozen=True)

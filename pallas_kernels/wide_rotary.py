@@ -10,10 +10,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.wide_plan import Rotary
+from pallas_kernels.wide_plan import Refs, Rotary
 from pallas_kernels.wide_trade import Trade
 
-Refs = dict[str, Any]
 Angles = tuple[jax.Array, jax.Array]  # cosines and sines, each [outputs, tokens]
 
 
