@@ -6,10 +6,10 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax import lax
 
 from jllama.config import LlamaConfig
 from pallas_kernels import Indexed
+from pallas_kernels.qkv import write
 
 Layers = tuple[jax.Array, ...] | jax.Array  # one array a layer, or all on a leading axis
 
@@ -41,26 +41,28 @@ class KVCache:
             return self.k[index], self.v[index]
         return Indexed(self.k, index), Indexed(self.v, index)  # pyright: ignore[reportArgumentType]
 
-    def write(self, layer: int, k: jax.Array, v: jax.Array) -> "KVCache":
-        """Put k and v [B, T, kv_heads, head_dim] behind each row's length, which stays; what has no room is dropped."""
-        return replace(self, k=self._write(self.k, layer, k), v=self._write(self.v, layer, v))
+    def arrays(self, index: int) -> tuple[jax.Array, jax.Array, int | None]:
+        """The arrays that hold a layer's keys and values, and its number where they hold those of all."""
+        if isinstance(self.k, tuple):
+            return self.k[index], self.v[index], None
+        return self.k, self.v, index  # pyright: ignore[reportReturnType]
 
-    def _write(self, arrays: Layers, layer: int, new: jax.Array) -> Layers:
-        B, T, kv_heads, _ = new.shape
-        rows, slots = jnp.arange(B)[:, None], self.lengths[:, None] + jnp.arange(T)  # [B, T]
-        if not isinstance(arrays, tuple):
-            # Every axis but the last is indexed, in order: else XLA on a GPU transposes, and so copies, the whole.
-            places = arrays.at[layer, rows[:, :, None], jnp.arange(kv_heads), slots[:, :, None]]
-            return places.set(new.astype(arrays.dtype), mode="drop", unique_indices=True)
-        old = arrays[layer]
-        written = old.at[rows, :, slots].set(new.astype(old.dtype), mode="drop", unique_indices=True)
-        # Attention reads what is written here. Without the barrier XLA's CPU backend fuses the write into that read as
-        # well, and so writes, and first copies, every layer twice.
-        return (
-            *arrays[:layer],
-            lax.optimization_barrier(written),
-            *arrays[layer + 1 :],
+    def with_arrays(self, index: int, k: jax.Array, v: jax.Array) -> "KVCache":
+        """With others in the place of `arrays`."""
+        if self.stacked:
+            return replace(self, k=k, v=v)
+        return replace(self, k=_replaced(self.k, index, k), v=_replaced(self.v, index, v))
+
+    def write(self, index: int, k: jax.Array, v: jax.Array) -> "KVCache":
+        """Put k and v [B, T, kv_heads, head_dim] behind each row's length, which stays; what has no room is dropped."""
+        *old, layer = self.arrays(index)
+        return self.with_arrays(
+            index, *(write(a, new, self.lengths, layer) for a, new in zip(old, (k, v), strict=True))
         )
+
+
+def _replaced(arrays: Layers, index: int, new: jax.Array) -> Layers:
+    return (*arrays[:index], new, *arrays[index + 1 :])
 
 
 def init_cache(

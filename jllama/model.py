@@ -8,16 +8,20 @@ import jax.numpy as jnp
 from jllama.cache import KVCache
 from jllama.config import LlamaConfig
 from jllama.params import Layer, Params
-from jllama.rope import rotate, rotations
+from jllama.rope import rotations
 from jllama.step import whole_step
 from pallas_kernels import (
     DECODE_QUERIES,
+    Indexed,
+    Weight,
     attention,
     decode_attention,
     ffn,
     matmul,
+    qkv,
     rms_norm,
 )
+from pallas_kernels.qkv import rotate, split_heads
 
 
 def forward(
@@ -82,28 +86,34 @@ def attend(
     """The attention half of a block, with its norm and residual."""
     B, T, _ = x.shape
     h = rms_norm(x, layer.attn_norm, eps=config.norm_eps, backend=backend)
-    qkv = matmul(h, layer.wqkv, backend=backend).reshape(B, T, -1, config.head_dim)
-    q, k, v = split_heads(qkv, config)
-    q, k = rotate(q, *rotation), rotate(k, *rotation)
-
-    if cache is None:
-        keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    else:
-        cache = cache.write(index, k, v)
-        keys, values = cache.layer(index)
+    q, seen, cache = project(h, layer.wqkv, index, cache, start, rotation, config, backend)
     op = decode_attention if cache is not None and T <= DECODE_QUERIES else attention
-    out = op(q, keys, values, start, backend=backend)
+    out = op(q, *seen, start, backend=backend)
     return matmul(out.reshape(B, T, -1), layer.wo, residual=x, backend=backend), cache
 
 
-def split_heads(qkv: jax.Array, config: LlamaConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The heads of q, k and v from ``wqkv``'s output [B, T, heads, head_dim]. Counts come from the array, not from the
-    config, so that the same code runs on a shard that holds a part of the heads."""
-    per_kv_head = config.n_heads // config.n_kv_heads + 2
-    kv_heads = qkv.shape[2] // per_kv_head
-    q_heads = qkv.shape[2] - 2 * kv_heads
-    return (
-        qkv[:, :, :q_heads],
-        qkv[:, :, q_heads : q_heads + kv_heads],
-        qkv[:, :, q_heads + kv_heads :],
-    )
+def project(
+    h: jax.Array,  # [B, T, dim]
+    wqkv: Weight | Indexed,
+    index: int,
+    cache: KVCache | None,
+    start: jax.Array,
+    rotation: tuple[jax.Array, jax.Array],
+    config: LlamaConfig,
+    backend: str,
+) -> tuple[jax.Array, tuple[jax.Array | Indexed, jax.Array | Indexed], KVCache | None]:
+    """Queries, and the keys and values that they may see: of the new tokens and what the cache held before them."""
+    if cache is not None:
+        k, v, place = cache.arrays(index)
+        done = qkv.attempt(h, wqkv, k, v, start, *rotation, layer=place, backend=backend)
+        if done is not None:  # in one launch
+            q, k, v = done
+            cache = cache.with_arrays(index, k, v)
+            return q, cache.layer(index), cache
+
+    q, k, v = split_heads(matmul(h, wqkv, backend=backend), config.n_heads // config.n_kv_heads, config.head_dim)
+    q, k = rotate(q, *rotation), rotate(k, *rotation)
+    if cache is None:
+        return q, (k.swapaxes(1, 2), v.swapaxes(1, 2)), None
+    cache = cache.write(index, k, v)
+    return q, cache.layer(index), cache

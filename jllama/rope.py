@@ -27,10 +27,3 @@ def rotations(positions: jax.Array, config: LlamaConfig) -> tuple[jax.Array, jax
     """Cosines and sines, each [..., head_dim / 2] float32, of every position."""
     angles = positions[..., None].astype(jnp.float32) * jnp.asarray(inverse_frequencies(config), jnp.float32)
     return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turn the pairs of x [B, T, heads, D] by cos and sin [B, T, D / 2], in float32."""
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

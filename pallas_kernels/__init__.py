@@ -6,10 +6,11 @@ from pallas_kernels.dispatch import BACKENDS, Choice, Op, Unsupported, record
 from pallas_kernels.ffn import ffn
 from pallas_kernels.indexed import Indexed, cut_out
 from pallas_kernels.matmul import Weight, matmul
+from pallas_kernels.qkv import qkv
 from pallas_kernels.quantized import QuantizedTensor, dequantize, group_size, quantize
 from pallas_kernels.rms_norm import rms_norm
 
-OPS: dict[str, Op] = {op.name: op for op in (rms_norm, matmul, attention, decode_attention, ffn, decode_step)}
+OPS: dict[str, Op] = {op.name: op for op in (rms_norm, matmul, qkv, attention, decode_attention, ffn, decode_step)}
 
 __all__ = [
     "BACKENDS",
@@ -30,6 +31,7 @@ __all__ = [
     "ffn",
     "group_size",
     "matmul",
+    "qkv",
     "quantize",
     "record",
     "rms_norm",

@@ -18,6 +18,7 @@ from pallas_kernels.ffn import ffn_reference
 from pallas_kernels.matmul import matmul_reference
 from pallas_kernels.persistent_launch import WEIGHTS, buffers, empty, launch_per_phase, one_launch
 from pallas_kernels.persistent_plan import ROWS, Plan, Shape, Tiles, plan
+from pallas_kernels.qkv import qkv_reference
 from pallas_kernels.quantized import QuantizedTensor
 from pallas_kernels.rms_norm import rms_norm_reference
 from pallas_kernels.tiles import WGMMA_ROWS, Format, Weight, format_of, sm_count
@@ -54,27 +55,15 @@ def decode_step_reference(
 ) -> Result:
     """x [B, T, dim], k and v [L, B, kv_heads, S, D], start [B], cos and sin [B, T, D / 2] of the tokens' positions ->
     float32 logits [B, T, vocab], and the cache with the new keys and values at ``start`` and behind."""
-    (B, T, _), (L, _, kv_heads, _, D) = x.shape, k.shape
-    batch, slots = jnp.arange(B)[:, None], start[:, None] + jnp.arange(T)
     w = weights
-    for i in range(L):
+    for i in range(k.shape[0]):
         h = rms_norm_reference(x, w.attn_norm[i], eps=eps)
-        qkv = matmul_reference(h, w.wqkv[i]).reshape(B, T, -1, D)
-        q, k_new, v_new = jnp.split(qkv, [qkv.shape[2] - 2 * kv_heads, qkv.shape[2] - kv_heads], axis=2)
-        k = k.at[i, batch, :, slots].set(rotate_reference(k_new, cos, sin).astype(k.dtype), mode="drop")
-        v = v.at[i, batch, :, slots].set(v_new.astype(v.dtype), mode="drop")
-        out = attention_reference(rotate_reference(q, cos, sin), k[i], v[i], start)
-        x = x + matmul_reference(out.reshape(B, T, -1), w.wo[i])
+        q, k, v = qkv_reference(h, w.wqkv[i], k, v, start, cos, sin, layer=i)
+        out = attention_reference(q, k[i], v[i], start)
+        x = x + matmul_reference(out.reshape(*x.shape[:2], -1), w.wo[i])
         x = ffn_reference(x, w.ffn_norm[i], w.w_gate_up[i], w.w_down[i], eps=eps)
     x = rms_norm_reference(x, w.norm, eps=eps)
     return matmul_reference(x, w.head, out_dtype=jnp.float32), k, v
-
-
-def rotate_reference(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turn the pairs (i, i + D / 2) of x [B, T, heads, D] by cos and sin [B, T, D / 2], in float32."""
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
 def shape_of(x: jax.Array, weights: StepWeights, k: jax.Array, eps: float) -> Shape:

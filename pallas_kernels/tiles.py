@@ -69,17 +69,17 @@ def check_product(x: jax.Array, w: Weight) -> None:
         raise Unsupported(f"groups of {fmt.group} inputs: must be a multiple of 32")
 
 
-def swizzled(shape: tuple[int, ...], dtype: Any, run: int | None = None) -> Any:
+def swizzled(shape: tuple[int, ...], dtype: Any, run: int | None = None, rows: int = 8) -> Any:
     """Shared memory in the layout that TMA writes and wgmma reads: see `transforms_of`."""
-    return plgpu.SMEM(shape, dtype, transforms=transforms_of(shape[-1], dtype, run))
+    return plgpu.SMEM(shape, dtype, transforms=transforms_of(shape[-1], dtype, run, rows))
 
 
-def transforms_of(columns: int, dtype: Any, run: int | None = None) -> tuple[Any, ...]:
-    """8-row tiles, swizzled over up to 128 bytes; ``run`` is the shortest range of the last axis that will be sliced
-    off (default: all of it)."""
+def transforms_of(columns: int, dtype: Any, run: int | None = None, rows: int = 8) -> tuple[Any, ...]:
+    """Tiles swizzled over up to 128 bytes; ``run`` is the shortest range of the last axis that will be sliced off
+    (default: all of it). wgmma wants tiles of 8 rows; TMA finds a tile only at a multiple of its ``rows``."""
     bits = jnp.iinfo(dtype).bits if jnp.issubdtype(dtype, jnp.integer) else 8 * jnp.dtype(dtype).itemsize
     swizzle = plgpu.find_swizzle((run or columns) * bits)
-    return plgpu.TilingTransform((8, swizzle * 8 // bits)), plgpu.SwizzleTransform(swizzle)
+    return plgpu.TilingTransform((rows, swizzle * 8 // bits)), plgpu.SwizzleTransform(swizzle)
 
 
 def nbytes(shape: tuple[int, ...], bits: int) -> int:

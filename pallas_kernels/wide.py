@@ -28,7 +28,7 @@ from pallas_kernels.tiles import (
     swizzled,
 )
 from pallas_kernels.wide_consume import consume
-from pallas_kernels.wide_plan import CONSUMERS, Pass, Problem, WideTiles, check_wide, passes, tiles_for
+from pallas_kernels.wide_plan import CONSUMERS, Pass, Problem, Refs, WideTiles, check_wide, passes, tiles_for
 
 __all__ = ["WideTiles", "check_wide", "wide"]
 
@@ -70,12 +70,11 @@ def wide(
 @functools.partial(jax.jit, static_argnames=("interpret", "out_dtype", "sms", "swiglu", "tiles"))
 def _wide(x: jax.Array, w: Weight, layer: jax.Array, residual: jax.Array | None, *, swiglu: bool, out_dtype: Any,
           tiles: WideTiles, sms: int, interpret: Any) -> jax.Array:  # fmt: skip
-    rows, inner = x.shape
-    padding = ((0, -rows % tiles.rows), (0, 0))
+    rows, padded = x.shape[0], whole_tiles(x, tiles)
     problem = Problem(
         fmt=format_of(w),
-        rows=rows + padding[0][1],
-        inner=inner,
+        rows=padded.shape[0],
+        inner=x.shape[1],
         out=w.shape[-2] // (2 if swiglu else 1),
         dtype=x.dtype,
         out_dtype=out_dtype,
@@ -83,15 +82,19 @@ def _wide(x: jax.Array, w: Weight, layer: jax.Array, residual: jax.Array | None,
         residual=residual is not None,
     )
     data, scale = split(w)
-    arguments = [layer, jnp.pad(x, padding), data]
-    if scale is not None:
-        arguments.append(scale)
-    if residual is not None:
-        arguments.append(jnp.pad(residual, padding))
-    return _kernel(problem, tiles, sms, interpret)(*arguments)[:rows]
+    residual = None if residual is None else whole_tiles(residual, tiles)
+    arguments = {"layer": layer, "x": padded, "w": data, "scale": scale, "residual": residual}
+    return launch(problem, tiles, sms, interpret, arguments)[:rows]
 
 
-def _kernel(problem: Problem, tiles: WideTiles, sms: int, interpret: Any) -> Any:
+def whole_tiles(x: jax.Array, tiles: WideTiles) -> jax.Array:
+    """x with zero rows behind, so that no tile has too few."""
+    return jnp.pad(x, ((0, -x.shape[0] % tiles.rows), (0, 0)))
+
+
+def launch(problem: Problem, tiles: WideTiles, sms: int, interpret: Any, arguments: dict[str, Any]) -> jax.Array:
+    """The product of what is named ``x`` and ``w`` in ``arguments``, of which those that are None are left out."""
+    arguments = {name: a for name, a in arguments.items() if a is not None}
     fmt = problem.fmt
     size = 2 if tiles.pair else 1
     plan = passes(problem, tiles, sms // size)
@@ -100,19 +103,21 @@ def _kernel(problem: Problem, tiles: WideTiles, sms: int, interpret: Any) -> Any
     finished = (2, CONSUMERS, tiles.chunk, part)
     stage = nbytes((problem.heads * tiles.out, tiles.step), fmt.bits) + nbytes((tiles.rows, tiles.step), 16)
     room = SHARED_BYTES - 2048 - nbytes(finished, 8 * jnp.dtype(problem.out_dtype).itemsize)
-    room -= nbytes(finished, 16) if tiles.trade else 0
+    trade = tiles.trade or problem.rotary is not None
+    room -= nbytes(finished, 16) if trade else 0
     depth = min(tiles.depth, room // stage)
     scratch = {
         "w_ring": swizzled((depth, problem.heads * tiles.out, tiles.step), fmt.dtype),
         "x_ring": swizzled((depth, tiles.rows, tiles.step), problem.dtype, run=fmt.group),
-        "finished": swizzled(finished, problem.out_dtype),
+        # A cache is written from any row on: then tiles of single rows.
+        "finished": swizzled(finished, problem.out_dtype, rows=1 if problem.rotary else 8),
         "full": plgpu.Barrier(num_arrivals=problem.heads + 1, num_barriers=depth),
         "free": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=depth),
     }
     if tiles.pair:  # what one block fetches lands in both: both must have room
         scratch["free"] = plgpu.ClusterBarrier(collective_axes=("member",), num_arrivals=CONSUMERS, num_barriers=depth)
-    if tiles.trade:
-        scratch["traded"] = swizzled((2, CONSUMERS, part, tiles.chunk), problem.dtype)
+    if trade:
+        scratch["traded"] = swizzled((CONSUMERS, 2 * part, tiles.chunk), problem.dtype)
         scratch["given"] = plgpu.Barrier(num_barriers=2 * CONSUMERS)
         scratch["taken"] = plgpu.Barrier(num_barriers=2 * CONSUMERS)
     if interpret and fmt.quantized:
@@ -120,6 +125,7 @@ def _kernel(problem: Problem, tiles: WideTiles, sms: int, interpret: Any) -> Any
     return plgpu.kernel(
         functools.partial(
             _body,
+            names=(*arguments, "out"),
             problem=problem,
             tiles=tiles,
             plan=plan,
@@ -127,7 +133,7 @@ def _kernel(problem: Problem, tiles: WideTiles, sms: int, interpret: Any) -> Any
             depth=depth,
             registers=not interpret,
         ),
-        out_type=jax.ShapeDtypeStruct((problem.rows, problem.out), problem.out_dtype),
+        out_type=jax.ShapeDtypeStruct((problem.rows, problem.columns), problem.out_dtype),
         scratch_types=scratch,
         grid=(units,),
         grid_names=("unit",),
@@ -137,16 +143,15 @@ def _kernel(problem: Problem, tiles: WideTiles, sms: int, interpret: Any) -> Any
         thread_name="warpgroup",
         interpret=interpret,
         compiler_params=None if interpret else plgpu.CompilerParams(approx_math=True),
-        kernel_name="wide_product",
-    )
+        kernel_name="wide_qkv" if problem.rotary else "wide_product",
+    )(*arguments.values())
 
 
-def _body(*refs: Any, problem: Problem, tiles: WideTiles, plan: list[Pass], units: int, depth: int, registers: bool,
-          **scratch: Any) -> None:  # fmt: skip
-    layer_ref, x_ref, w_ref, *optional, out_ref = refs
-    layer = layer_ref[0]
-    scale_ref = optional.pop(0).at[layer] if problem.fmt.quantized else None
-    residual_ref = optional.pop(0) if problem.residual else None
+def _body(*arguments: Any, names: tuple[str, ...], problem: Problem, tiles: WideTiles, plan: list[Pass], units: int,
+          depth: int, registers: bool, **scratch: Any) -> None:  # fmt: skip
+    refs = dict(zip(names, arguments, strict=True))
+    layer = refs["layer"][0]
+    refs |= {name: refs[name].at[layer] for name in ("w", "scale") if name in refs}
     unit, me = lax.axis_index("unit"), lax.axis_index("warpgroup")
     size = 2 if tiles.pair else 1
     member = lax.axis_index("member") if tiles.pair else 0
@@ -171,19 +176,19 @@ def _body(*refs: Any, problem: Problem, tiles: WideTiles, plan: list[Pass], unit
     def _() -> None:
         if registers:
             plgpu.set_max_registers(40, action="decrease")
-        done = each_pass(functools.partial(_produce, x_ref, w_ref.at[layer], residual_ref, problem, depth, **scratch))
+        done = each_pass(functools.partial(_produce, refs, problem, depth, **scratch))
         drain(done, depth, scratch["free"])
 
     @pl.when(me < CONSUMERS)
     def _() -> None:
         if registers:
             plgpu.set_max_registers(232, action="increase")
-        each_pass(functools.partial(consume, me, scale_ref, out_ref, problem, depth, **scratch))
+        each_pass(functools.partial(consume, me, refs, problem, depth, **scratch))
         plgpu.wait_smem_to_gmem(0)
 
 
-def _produce(x_ref: Any, w_ref: Any, residual_ref: Any, problem: Problem, depth: int, turns: Any, done: Any, tile: Any,
-             tiles: WideTiles, *, w_ring: Any, x_ring: Any, full: Any, free: Any, **_: Any) -> None:  # fmt: skip
+def _produce(refs: Refs, problem: Problem, depth: int, turns: Any, done: Any, tile: Any, tiles: WideTiles, *,
+             w_ring: Any, x_ring: Any, full: Any, free: Any, **_: Any) -> None:  # fmt: skip
     """Keep the ring full, across tiles. What is to be added to a tile travels behind its inputs, in the same ring."""
     steps, stages = problem.inner // tiles.step, problem.stages(tiles)
     rows, half = pl.ds(0, tiles.rows), tiles.rows // 2
@@ -198,14 +203,14 @@ def _produce(x_ref: Any, w_ref: Any, residual_ref: Any, problem: Problem, depth:
             slot = next_slot(k)
             inputs = pl.ds(k * tiles.step, tiles.step)
             plgpu.copy_gmem_to_smem(
-                x_ref.at[pl.ds(row, tiles.rows), inputs],
+                refs["x"].at[pl.ds(row, tiles.rows), inputs],
                 x_ring.at[slot, rows],
                 full.at[slot],
                 collective_axes="member" if tiles.pair else None,
             )
             for head in range(problem.heads):
                 plgpu.copy_gmem_to_smem(
-                    w_ref.at[pl.ds(head * problem.out + out, tiles.out), inputs],
+                    refs["w"].at[pl.ds(head * problem.out + out, tiles.out), inputs],
                     w_ring.at[slot, pl.ds(head * tiles.out, tiles.out)],
                     full.at[slot],
                 )
@@ -215,7 +220,7 @@ def _produce(x_ref: Any, w_ref: Any, residual_ref: Any, problem: Problem, depth:
             slot = next_slot(steps + j)
             for part in range(2):  # as many copies as a stage of inputs has, for the barrier counts them
                 plgpu.copy_gmem_to_smem(
-                    residual_ref.at[pl.ds(row + part * half, half), pl.ds(out + j * tiles.step, tiles.step)],
+                    refs["residual"].at[pl.ds(row + part * half, half), pl.ds(out + j * tiles.step, tiles.step)],
                     x_ring.at[slot, pl.ds(part * half, half)],
                     full.at[slot],
                 )

@@ -1,5 +1,7 @@
 """What the two multiplying warpgroups of a product for many rows do: `pallas_kernels.wide` has the launch."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,12 +11,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.tiles import load_integers, scale_column, spread, widen
-from pallas_kernels.wide_plan import CONSUMERS, Problem, WideTiles
+from pallas_kernels.wide_plan import CONSUMERS, Problem, Refs, WideTiles
+from pallas_kernels.wide_rotary import angles, finish
+from pallas_kernels.wide_trade import Trade
 
 
-def consume(me: Any, scales: Any, out_ref: Any, problem: Problem, depth: int, turns: Any, done: Any, tile: Any,
-            tiles: WideTiles, *, w_ring: Any, x_ring: Any, finished: Any, full: Any, free: Any, widened: Any = None,
-            traded: Any = None, given: Any = None, taken: Any = None) -> None:  # fmt: skip
+def consume(me: Any, refs: Refs, problem: Problem, depth: int, turns: Any, done: Any, tile: Any, tiles: WideTiles, *,
+            w_ring: Any, x_ring: Any, finished: Any, full: Any, free: Any, widened: Any = None, traded: Any = None,
+            given: Any = None, taken: Any = None) -> None:  # fmt: skip
     """Multiply this consumer's half of every tile, and write it."""
     fmt, steps, stages = problem.fmt, problem.inner // tiles.step, problem.stages(tiles)
     part = tiles.part
@@ -51,7 +55,7 @@ def consume(me: Any, scales: Any, out_ref: Any, problem: Problem, depth: int, tu
         """Weights of one group of inputs as wgmma's left operand. Scales of a group are applied here, before the
         rounding; scales of a row at the end."""
         if fmt.grouped:
-            scale = scale_column(scales, head * problem.out + out + first_out, column, part)
+            scale = scale_column(refs["scale"], head * problem.out + out + first_out, column, part)
             weights = (weights.astype(jnp.float32) * spread(scale, weights.shape)).astype(problem.dtype)
         if widened is None:
             return weights
@@ -93,6 +97,10 @@ def consume(me: Any, scales: Any, out_ref: Any, problem: Problem, depth: int, tu
         multiply(steps - 1, lax.fori_loop(0, steps - 1, stage, load(0)))
         release(steps - 1)
 
+    # A consumer's partner is the other, or itself where its outputs are whole heads.
+    alone = problem.rotary is not None and problem.rotary.head_dim == part
+    trade = Trade(me, me if alone else 1 - me, part, traded, given, taken)
+
     def swap(result: jax.Array, i: int, chunks: int) -> list[jax.Array]:
         """Chunk ``i`` of this consumer's half of the rows, as gate and up: one its own, one from the other."""
 
@@ -101,19 +109,15 @@ def consume(me: Any, scales: Any, out_ref: Any, problem: Problem, depth: int, tu
 
         first, second = (result[:, j * tiles.chunk : (j + 1) * tiles.chunk] for j in (i, i + chunks))
         mine, theirs = in_order(first, second)
-        slot, other = i % 2, 1 - me
-        if i >= 2:
-            plgpu.barrier_wait(taken.at[2 * me + slot])
-        traded[slot, me] = theirs.astype(problem.dtype)
-        plgpu.barrier_arrive(given.at[2 * me + slot])
-        plgpu.barrier_wait(given.at[2 * other + slot])
-        received = plgpu.load(traded.at[slot, other], layout=plgpu.Layout.WGMMA).astype(jnp.float32)
-        plgpu.barrier_arrive(taken.at[2 * other + slot])
-        return in_order(mine, received)
+        trade.give(theirs, i)
+        return in_order(mine, trade.take(i))
 
     def turn(t: Any, _: Any) -> None:
         row, out = tile(t)
-        first = done + t * stages
+        row = row + me * columns if tiles.by_rows else row
+        first, my_out = done + t * stages, out + first_out
+        # Fetched while products run.
+        by = angles(refs, problem.rotary, my_out, row, (part, tiles.chunk)) if problem.rotary else None
 
         def scoped(*accs: Any) -> list[jax.Array]:
             (quantized if fmt.quantized else dense)(accs, first, out)
@@ -122,14 +126,32 @@ def consume(me: Any, scales: Any, out_ref: Any, problem: Problem, depth: int, tu
         results = pl.run_scoped(scoped, *accumulators)
         if fmt.quantized and not fmt.grouped:
             results = [
-                result * spread(scale_column(scales, head * problem.out + out + first_out, 0, part), result.shape)
+                result
+                * spread(scale_column(refs["scale"], head * problem.out + out + first_out, 0, part), result.shape)
                 for head, result in zip(heads, results, strict=True)
             ]
-        row = row + me * columns if tiles.by_rows else row
         behind = [lax.rem(first + steps + j, depth) for j in range(problem.behind(tiles))]
         for slot in behind:
             plgpu.barrier_wait(full.at[slot])
         chunks = columns // tiles.chunk // (2 if tiles.trade else 1)
+
+        def write(i: int, value: jax.Array, copy: Callable[[Any], None]) -> None:
+            """Bring chunk ``i`` into the order of memory, and ``copy`` it from there."""
+            place = finished.at[i % 2, me]
+            # The copy from this buffer is the last but one; after an odd number of chunks the last tile's is the last.
+            plgpu.wait_smem_to_gmem(1 if i or chunks % 2 == 0 else 0, wait_read_only=True)
+            place.T[...] = plgpu.layout_cast(value.astype(problem.out_dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+            plgpu.commit_smem()
+            copy(place)
+
+        def to_rows(i: int, place: Any) -> None:
+            target = pl.ds(row + (me * chunks + i if tiles.trade else i) * tiles.chunk, tiles.chunk)
+            plgpu.copy_smem_to_gmem(place, refs["out"].at[target, pl.ds(my_out, part)])
+
+        if by is not None:
+            sums = [results[0][:, i * tiles.chunk : (i + 1) * tiles.chunk] for i in range(chunks)]
+            finish(refs, problem.rotary, sums, by, my_out, row, trade, write)
+            return
         for i in range(chunks):
             rows = pl.ds(i * tiles.chunk, tiles.chunk)
             if tiles.trade:
@@ -141,15 +163,9 @@ def consume(me: Any, scales: Any, out_ref: Any, problem: Problem, depth: int, tu
                 before = x_ring.at[lax.rem(first + steps + me, depth), rows].T
                 before = plgpu.load(before, layout=plgpu.Layout.WGMMA_TRANSPOSED)
                 value = value + plgpu.layout_cast(before, plgpu.Layout.WGMMA).astype(jnp.float32)
-            place = finished.at[i % 2, me]
-            # The copy from this buffer is the last but one; after an odd number of chunks the last tile's is the last.
-            plgpu.wait_smem_to_gmem(1 if i or chunks % 2 == 0 else 0, wait_read_only=True)
-            place.T[...] = plgpu.layout_cast(value.astype(problem.out_dtype), plgpu.Layout.WGMMA_TRANSPOSED)
-            plgpu.commit_smem()
-            target = pl.ds(row + (me * chunks + i if tiles.trade else i) * tiles.chunk, tiles.chunk)
-            plgpu.copy_smem_to_gmem(place, out_ref.at[target, pl.ds(out + first_out, part)])
-        for i in range(min(2, chunks) if tiles.trade else 0):
-            plgpu.barrier_wait(taken.at[2 * me + i])
+            write(i, value, functools.partial(to_rows, i))
+        if tiles.trade:
+            trade.end(chunks)
         for slot in behind:
             plgpu.barrier_arrive(free.at[slot])
 

@@ -10,6 +10,7 @@ from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.tiles import Format, Weight, check_product, format_of
 
 CONSUMERS = 2
+Refs = dict[str, Any]  # what the kernel is given, by name
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,27 @@ class Pass:
 
 
 @dataclass(frozen=True)
+class Rotary:
+    """The sizes of a QKV product: its outputs are the heads of q, k and v, its rows the tokens of several sequences."""
+
+    head_dim: int
+    heads: int
+    kv_heads: int
+    batch: int
+    tokens: int  # of a sequence
+
+    @property
+    def queries(self) -> int:
+        """Outputs that are q's, the first."""
+        return self.heads * self.head_dim
+
+    @property
+    def turned(self) -> int:
+        """Outputs that are q's or k's; values behind them stay as they are."""
+        return (self.heads + self.kv_heads) * self.head_dim
+
+
+@dataclass(frozen=True)
 class Problem:
     """One product: its sizes and what is done with the result before it is written."""
 
@@ -56,13 +78,19 @@ class Problem:
     out: int  # outputs, after SwiGLU
     dtype: Any
     out_dtype: Any
-    swiglu: bool
-    residual: bool
+    swiglu: bool = False
+    residual: bool = False
+    rotary: Rotary | None = None
 
     @property
     def heads(self) -> int:
         """Weight tiles that belong to one tile of the result: gate and up, or just one."""
         return 2 if self.swiglu else 1
+
+    @property
+    def columns(self) -> int:
+        """Of what is written; keys and values go elsewhere."""
+        return self.rotary.queries if self.rotary else self.out
 
     def behind(self, tiles: WideTiles) -> int:
         """Stages that follow a tile's inputs, with what is added to it."""

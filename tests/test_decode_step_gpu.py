@@ -12,10 +12,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import persistent_launch
 from pallas_kernels.attention import attention_reference
-from pallas_kernels.decode_step import CASES, decode_step, phases, rotate_reference
+from pallas_kernels.decode_step import CASES, decode_step, phases
 from pallas_kernels.ffn import swiglu
 from pallas_kernels.matmul import matmul_reference
 from pallas_kernels.persistent_plan import Tiles
+from pallas_kernels.qkv import rotate
 from pallas_kernels.rms_norm import rms_norm_reference
 
 pytestmark = pytest.mark.timeout(60)
@@ -81,9 +82,9 @@ def by_phase(args: tuple, done: dict[str, jax.Array]) -> dict[str, tuple[jax.Arr
     qkv = rows["qkv"].reshape(B, 1, -1, D)
     q, k_new, v_new = jnp.split(qkv, [qkv.shape[2] - 2 * kv_heads, qkv.shape[2] - kv_heads], axis=2)
     here = jnp.arange(B), slice(None), start
-    keys = k[0].at[here].set(rotate_reference(k_new, cos, sin)[:, 0])
+    keys = k[0].at[here].set(rotate(k_new, cos, sin)[:, 0])
     values = v[0].at[here].set(v_new[:, 0])
-    attended = attention_reference(rotate_reference(q, cos, sin), keys, values, start).reshape(B, -1)
+    attended = attention_reference(rotate(q, cos, sin), keys, values, start).reshape(B, -1)
     weights = jax.nn.softmax(done["logs"][:, :B] * np.log(2), axis=0)  # of 8 columns each
     parts = done["parts"][:, :B].reshape(*weights.shape, 8)
     joined = (parts * weights[..., None]).sum(0).reshape(B, -1)[:, : wo.shape[1]].astype(jnp.bfloat16)
@@ -93,7 +94,7 @@ def by_phase(args: tuple, done: dict[str, jax.Array]) -> dict[str, tuple[jax.Arr
     return {
         "qkv": (rows["qkv"], wide(norm(x[:, 0], attn_norm), wqkv)),
         "attend": (joined, attended),
-        "cache": (done["k"][0][here], rotate_reference(k_new, cos, sin)[:, 0]),
+        "cache": (done["k"][0][here], rotate(k_new, cos, sin)[:, 0]),
         "o": (x_mid, x[:, 0] + wide(joined, wo)),
         "gate_up": (hidden, swiglu(wide(norm(x_mid, ffn_norm), w_gate_up))),
         "down": (x_out, x_mid + wide(hidden, w_down)),

@@ -1,0 +1,131 @@
+"""The QKV product with what always follows it: rotary embedding, and the new keys and values put into the cache."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.dispatch import Op, Unsupported
+from pallas_kernels.indexed import Indexed
+from pallas_kernels.matmul import matmul_reference
+from pallas_kernels.skinny import MAX_ROWS
+from pallas_kernels.tiles import Weight
+from pallas_kernels.wide import check_wide
+from pallas_kernels.wide_plan import WideTiles
+from pallas_kernels.wide_qkv import wide_qkv
+
+Result = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def qkv_reference(
+    x: jax.Array,
+    w: Weight,
+    k: jax.Array,
+    v: jax.Array,
+    start: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    *,
+    layer: jax.Array | int | None = None,
+) -> Result:
+    """x [B, T, dim], w [(heads + 2 * kv_heads) * D, dim], k and v [B, kv_heads, S, D] of a cache (with ``layer``:
+    [layers, ...]), start [B], cos and sin [B, T, D / 2] of the tokens' positions -> q [B, T, heads, D], and the cache
+    with the new keys and values at ``start`` and behind; what has no room is dropped.
+
+    Slots of the cache behind the new ones are free: the kernel may write there, too."""
+    kv_heads, _, D = k.shape[-3:]
+    q, k_new, v_new = split_heads(matmul_reference(x, w), w.shape[0] // D // kv_heads - 2, D)
+    k, v = write(k, rotate(k_new, cos, sin), start, layer), write(v, v_new, start, layer)
+    return rotate(q, cos, sin), k, v
+
+
+def split_heads(y: jax.Array, shared: int, head_dim: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The heads of q, k and v from the product [B, T, all of them], of which ``shared`` query heads share a key head.
+    Counts come from the array, so that the same code runs on a shard that holds a part of the heads."""
+    heads = y.reshape(*y.shape[:-1], -1, head_dim)
+    kv_heads = heads.shape[-2] // (shared + 2)
+    q, k, v = jnp.split(heads, [shared * kv_heads, (shared + 1) * kv_heads], axis=-2)
+    return q, k, v
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Turn the pairs (i, i + D / 2) of x [B, T, heads, D] by cos and sin [B, T, D / 2], in float32."""
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def write(cache: jax.Array, new: jax.Array, start: jax.Array, layer: jax.Array | int | None = None) -> jax.Array:
+    """``cache`` [B, kv_heads, S, D], or ``layer`` of [layers, ...], with new [B, T, kv_heads, D] at ``start`` [B] and
+    behind; what has no room is dropped."""
+    B, T, kv_heads, _ = new.shape
+    rows, slots = jnp.arange(B)[:, None], start[:, None] + jnp.arange(T)  # [B, T]
+    if layer is not None:
+        # Every axis but the last is indexed, in order: else XLA on a GPU transposes, and so copies, the whole.
+        places = cache.at[layer, rows[:, :, None], jnp.arange(kv_heads), slots[:, :, None]]
+        return places.set(new.astype(cache.dtype), mode="drop", unique_indices=True)
+    written = cache.at[rows, :, slots].set(new.astype(cache.dtype), mode="drop", unique_indices=True)
+    # Attention reads what is written here. Without the barrier XLA's CPU backend fuses the write into that read as
+    # well, and so writes, and first copies, every layer twice.
+    return lax.optimization_barrier(written)
+
+
+def check_qkv(
+    x: jax.Array,
+    w: Weight | Indexed,
+    k: jax.Array,
+    v: jax.Array,
+    start: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    *,
+    layer: jax.Array | int | None = None,
+) -> None:
+    """Raise `Unsupported` where `qkv_kernel` cannot run."""
+    w = w.stacked if isinstance(w, Indexed) else w
+    (B, T, inner), (cached, kv_heads, _, D) = x.shape, k.shape[-4:]
+    rows, chunk = math.prod(x.shape[:2]), WideTiles.chunk
+    if rows <= MAX_ROWS:
+        raise Unsupported(f"{rows} rows: up to {MAX_ROWS} have a product of their own")
+    if D not in (64, 128):
+        raise Unsupported(f"head_dim must be 64 or 128, found {D}")
+    if k.shape != v.shape or k.ndim != (4 if layer is None else 5) or (cached, *start.shape) != (B, B):
+        raise Unsupported(f"x {x.shape}, start {start.shape}, k {k.shape} and v {v.shape} do not belong together")
+    if not x.dtype == k.dtype == v.dtype:
+        raise Unsupported(f"activations and cache must have one dtype, found {x.dtype}, {k.dtype} and {v.dtype}")
+    if cos.shape != sin.shape or cos.shape != (B, T, D // 2):
+        raise Unsupported(f"cos {cos.shape} and sin {sin.shape} are not {(B, T, D // 2)}")
+    if B > 1 and T % chunk:
+        raise Unsupported(f"{T} tokens of {B} sequences: of several, they must be a multiple of {chunk}")
+    if w.shape[-2] % D or w.shape[-2] <= 2 * kv_heads * D:
+        raise Unsupported(f"{w.shape[-2]} outputs are not q's heads and two times {kv_heads} of {D}")
+    check_wide(jax.ShapeDtypeStruct((rows, inner), x.dtype), w)
+
+
+def qkv_kernel(
+    x: jax.Array,
+    w: Weight | Indexed,
+    k: jax.Array,
+    v: jax.Array,
+    start: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    *,
+    layer: jax.Array | int | None = None,
+    **options: Any,
+) -> Result:
+    """`qkv_reference` in one launch; ``options`` are those of `wide_qkv`."""
+    w, index = (w.stacked, w.index) if isinstance(w, Indexed) else (w, None)
+    return wide_qkv(x, w, k, v, start, cos, sin, layer=index, cache_layer=layer, **options)
+
+
+qkv = Op("qkv", qkv_reference, kernel=qkv_kernel, check=check_qkv)
+
+CASES = {
+    "7b": dict(dim=4096, heads=32, kv_heads=32, head_dim=128),
+    "13b": dict(dim=5120, heads=40, kv_heads=40, head_dim=128),
+    "70b": dict(dim=8192, heads=64, kv_heads=8, head_dim=128),
+    "tinyllama": dict(dim=2048, heads=32, kv_heads=4, head_dim=64),
+}
