@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from bench import opcases, peers
+from bench.entries import say
 from bench.measure import stats_dict
 from bench.opcases import Case
 from bench.process import Budget, PeerFailed, PeerUnsupported, Worker, find_python
 from bench.record import RESULTS, Record, Run, append, start_run
 from bench.roofline import floor_s, of_dict
 from bench.rows import align
-from bench.runner import say
 from jllama.errors import InputError
 
 
