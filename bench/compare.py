@@ -83,20 +83,32 @@ def checked(args: argparse.Namespace) -> argparse.Namespace:
         raise InputError(f"--context: expected more than the {args.new_tokens} new tokens and 1, found {short[0]}")
     if args.in_memory and (not args.preset or args.peers not in (None, "none")):
         raise InputError("--in-memory: expected --preset and no --peers, for no peer can read what is not written")
-    args.peers = args.peers or ("none" if args.in_memory else "all")
+    args.peers = peers_of(args.peers or ("none" if args.in_memory else "all"), "model")
     args.dtype = names("--dtype", args.dtype, DTYPES) if args.dtype else []
     args.backends = names("--backends", args.backends, ("xla", "pallas", "auto")) if args.backends else []
     for flag, value, low in (("--new-tokens", args.new_tokens, 2), ("--runs", args.runs, 1)):
         if value < low:
             raise InputError(f"{flag}: expected at least {low}, found {value}")
-    pythons = {}
-    for item in args.peer_python:
-        name, equals, path = item.partition("=")
-        if not equals or not Path(path).exists():
-            raise InputError(f"--peer-python: expected PEER=PATH with an existing path, found {item!r}")
-        pythons[name] = path
-    args.peer_python = pythons
+    args.peer_python = pythons(args.peer_python)
     return args
+
+
+def peers_of(asked: str, kind: str) -> list[str]:
+    """The files of the peers that are asked for."""
+    from bench import peers
+
+    try:
+        return peers.wanted(asked, kind)
+    except ValueError as error:
+        raise InputError(f"--peers: {error}") from None
+
+
+def pythons(given: list[str]) -> dict[str, str]:
+    """Which peer runs in which interpreter."""
+    parts = [(item, *item.partition("=")) for item in given]
+    if wrong := [item for item, _, equals, path in parts if not equals or not Path(path).exists()]:
+        raise InputError(f"--peer-python: expected PEER=PATH with an existing path, found {wrong[0]!r}")
+    return {name: path for _, name, _, path in parts}
 
 
 def integers(flag: str, text: str) -> list[int]:

@@ -8,7 +8,6 @@ from typing import Any
 from bench import peers
 from bench.process import Budget, PeerFailed, PeerUnsupported, Worker, find_python
 from bench.workloads import Workload
-from jllama.errors import InputError
 
 
 @dataclass
@@ -68,18 +67,9 @@ def entries(settings: argparse.Namespace, platform: str) -> list[Entry]:
     """Our backends first, then the peers in the order in which they are asked for."""
     backends = settings.backends or (["xla"] if platform == "cpu" else ["xla", "pallas"])
     found = [Entry(b, "ours", b, sys.executable) for b in backends]
-    known: list[str] = [] if settings.peers == "none" else peers.discover("model")
-    if settings.peers not in ("all", "none"):  # by name, or by the dotted path of a module that holds a PEER
-        by_name: dict[str, str] = {peers.load(n).name: n for n in known}
-        known = [by_name.get(asked) or asked for asked in settings.peers.split(",")]
-    for name in known:
-        try:
-            impl = peers.load(name).name
-        except ImportError:
-            expected = ", ".join(peers.load(n).name for n in peers.discover("model"))
-            raise InputError(f"--peers: expected all, none or any of {expected}, found {name!r}") from None
+    for name in settings.peers:
         python, why = find_python(name, settings.peer_python)
-        found.append(Entry(impl, name, "", python, why))
+        found.append(Entry(peers.load(name).name, name, "", python, why))
     return found
 
 

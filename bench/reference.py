@@ -7,6 +7,7 @@ from typing import Any
 
 from bench.process import PeerFailed, Worker
 from bench.workloads import VERIFIED
+from jllama.errors import InputError
 
 # How far below the reference's largest logit a token may lie, in standard deviations of the logits, and still be a
 # tie that rounding decides. A wrong model's tokens lie several off.
@@ -30,7 +31,11 @@ class Reference:
     def ask(self, do: str, limit_s: float, **args: Any) -> dict[str, Any]:
         """One of what `bench.peers.ours.Ours` offers."""
         with self._lock:
-            return self.worker.ask(do, limit_s, args=args)
+            try:
+                return self.worker.ask(do, limit_s, args=args)
+            except PeerFailed as error:
+                kind, _, said = str(error).partition(": ")
+                raise InputError(said) if kind == "InputError" else error from None
 
     def ceilings(self, dtype: str, working_set: int) -> dict[str, float]:
         """Measured now."""

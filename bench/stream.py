@@ -1,8 +1,8 @@
 """How fast a Hopper GPU's memory can be read: a kernel that does nothing else.
 
 XLA's copy writes half of what it moves, and its product with one row does more than to read: neither is as fast as a
-kernel whose every multiprocessor keeps a ring of TMA copies full. Every word that arrives is added to a sum, so that the
-result tells whether all of them did.
+kernel whose every multiprocessor keeps a ring of TMA copies full. Every word that arrives is added to a sum, so that
+the result tells whether all of them did.
 """
 
 import functools
