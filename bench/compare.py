@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--context", default="", metavar="N,...", help="decode one row up to these lengths, too")
     p.add_argument("--backends", default=None, help="of ours: xla,pallas,auto (default: xla, and pallas on a GPU)")
-    p.add_argument("--peers", default="all", help="names, all or none (default: all)")
+    p.add_argument("--peers", default=None, help="names, all or none (default: all)")
     p.add_argument(
         "--peer-python", action="append", default=[], metavar="PEER=PATH", help="run a peer in another Python"
     )
@@ -50,6 +50,9 @@ def parser() -> argparse.ArgumentParser:
     orders = ("turns", "one-by-one", "warm-together")
     p.add_argument("--order", choices=orders, default=None, help="default: turns on a CPU, else one-by-one")
     p.add_argument("--cache-dir", default=None, help="where random weights are kept (default: the user's cache folder)")
+    p.add_argument(
+        "--in-memory", action="store_true", help="draw a preset's weights on the device, unwritten: ours alone run them"
+    )
     p.add_argument("--results", default=None, metavar="DIR", help="where records are appended (default: bench/results)")
     p.add_argument(
         "--plots", default=None, metavar="DIR", help="where plots go (default: plots/ in the results; - for none)"
@@ -63,9 +66,9 @@ def main(argv: list[str] | None = None) -> None:
     with reported("bench.compare"):
         args = parser().parse_args(argv)
         settings = checked(args)
-        from bench import runner  # after the arguments: nothing heavy for --help
+        from bench import entries, runner  # after the arguments: nothing heavy for --help
 
-        sys.exit(runner.list_peers(settings) if args.list_peers else runner.run(settings))
+        sys.exit(entries.list_peers(settings) if args.list_peers else runner.run(settings))
 
 
 def checked(args: argparse.Namespace) -> argparse.Namespace:
@@ -78,19 +81,34 @@ def checked(args: argparse.Namespace) -> argparse.Namespace:
     args.context = integers("--context", args.context) if args.context else []
     if short := [c for c in args.context if c < args.new_tokens + 2]:
         raise InputError(f"--context: expected more than the {args.new_tokens} new tokens and 1, found {short[0]}")
+    if args.in_memory and (not args.preset or args.peers not in (None, "none")):
+        raise InputError("--in-memory: expected --preset and no --peers, for no peer can read what is not written")
+    args.peers = peers_of(args.peers or ("none" if args.in_memory else "all"), "model")
     args.dtype = names("--dtype", args.dtype, DTYPES) if args.dtype else []
     args.backends = names("--backends", args.backends, ("xla", "pallas", "auto")) if args.backends else []
     for flag, value, low in (("--new-tokens", args.new_tokens, 2), ("--runs", args.runs, 1)):
         if value < low:
             raise InputError(f"{flag}: expected at least {low}, found {value}")
-    pythons = {}
-    for item in args.peer_python:
-        name, equals, path = item.partition("=")
-        if not equals or not Path(path).exists():
-            raise InputError(f"--peer-python: expected PEER=PATH with an existing path, found {item!r}")
-        pythons[name] = path
-    args.peer_python = pythons
+    args.peer_python = pythons(args.peer_python)
     return args
+
+
+def peers_of(asked: str, kind: str) -> list[str]:
+    """The files of the peers that are asked for."""
+    from bench import peers
+
+    try:
+        return peers.wanted(asked, kind)
+    except ValueError as error:
+        raise InputError(f"--peers: {error}") from None
+
+
+def pythons(given: list[str]) -> dict[str, str]:
+    """Which peer runs in which interpreter."""
+    parts = [(item, *item.partition("=")) for item in given]
+    if wrong := [item for item, _, equals, path in parts if not equals or not Path(path).exists()]:
+        raise InputError(f"--peer-python: expected PEER=PATH with an existing path, found {wrong[0]!r}")
+    return {name: path for _, name, _, path in parts}
 
 
 def integers(flag: str, text: str) -> list[int]:

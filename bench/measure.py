@@ -103,23 +103,48 @@ def time_calls(call: Callable[[], Any], block: Callable[[Any], Any], *, warmup: 
     return samples
 
 
-def time_jax_op(
-    op: Callable[..., Any],
-    sets: Sequence[tuple[Any, ...]],
-    advance: Callable[[Any, Any], Any],
-    *,
-    warmup: int = 10,
-    iterations: int = 50,
-    single: Callable[..., Any] | None = None,
-) -> tuple[list[float], dict[str, Any]]:
-    """Seconds of one ``op(x, *rest)``, for every iteration, and how they were taken.
+@dataclass(frozen=True)
+class Chain:
+    """What an iteration runs: ``calls`` compiled calls under way together, each a chain of ``length`` operations."""
 
-    ``sets`` are inputs (x first) to rotate through; ``advance(x, out)`` makes the next x of an operation's output;
-    ``single`` is ``op`` compiled, where the caller has it.
-    """
+    call: Callable[[], Any]
+    sets: int
+    length: int
+    calls: int
+
+    @property
+    def how(self) -> dict[str, int]:
+        """For the record."""
+        return {"sets": self.sets, "ops_per_call": self.length, "calls": self.calls}
+
+    def samples(self, warmup: int, iterations: int) -> list[float]:
+        """Seconds of one operation, for every iteration."""
+        import jax
+
+        def iteration() -> list[Any]:
+            return [self.call() for _ in range(self.calls)]
+
+        seconds = time_calls(iteration, jax.block_until_ready, warmup=warmup, iterations=iterations)
+        return [s / (self.length * self.calls) for s in seconds]
+
+
+def rough_s(once: Callable[..., Any], inputs: tuple[Any, ...]) -> float:
+    """Seconds of one call, about: what a chain's length is chosen by."""
     import jax
 
-    def chained(sets, length):
+    return min(time_calls(lambda: once(*inputs), jax.block_until_ready, warmup=2, iterations=10))
+
+
+def chain_jax_op(
+    op: Callable[..., Any], sets: Sequence[tuple[Any, ...]], advance: Callable[[Any, Any], Any], rough: float
+) -> Chain:
+    """Compile a chain of ``op(x, *rest)``, which takes about ``rough`` seconds. ``sets`` are inputs (x first) to rotate
+    through; ``advance(x, out)`` makes the next x of an operation's output."""
+    import jax
+
+    length = max(1, min(MAX_CHAIN, round(ITERATION_S / rough)))
+
+    def chained(sets):
         x = sets[0][0]
         for i in range(length):
             # The barrier ties the weights to this step: what is made of them alone is not shared between steps.
@@ -127,15 +152,21 @@ def time_jax_op(
             x = advance(x, op(x, *rest))
         return x
 
-    once = single or jax.jit(op)
-    rough = min(time_calls(lambda: once(*sets[0]), jax.block_until_ready, warmup=2, iterations=3))
-    length = max(1, min(MAX_CHAIN, round(ITERATION_S / rough)))
+    compiled = jax.jit(chained).lower(sets).compile()
     calls = max(1, min(MAX_CALLS, round(ITERATION_S / (rough * length))))
-    compiled = jax.jit(chained, static_argnums=1)
+    return Chain(lambda: compiled(sets), len(sets), length, calls)
 
-    def iteration() -> list[Any]:
-        return [compiled(sets, length) for _ in range(calls)]
 
-    samples = time_calls(iteration, jax.block_until_ready, warmup=warmup, iterations=iterations)
-    how = {"sets": len(sets), "ops_per_call": length, "calls": calls}
-    return [s / (length * calls) for s in samples], how
+def time_jax_op(
+    op: Callable[..., Any],
+    sets: Sequence[tuple[Any, ...]],
+    advance: Callable[[Any, Any], Any],
+    *,
+    warmup: int = 10,
+    iterations: int = 50,
+) -> tuple[list[float], dict[str, Any]]:
+    """Seconds of one ``op(x, *rest)``, for every iteration, and how they were taken: see `chain_jax_op`."""
+    import jax
+
+    chain = chain_jax_op(op, sets, advance, rough_s(jax.jit(op), sets[0]))
+    return chain.samples(warmup, iterations), chain.how

@@ -68,8 +68,10 @@ def _array(name: str, shape: tuple[int, ...], seed: int, folder: str | None) -> 
     path = folder and f"{folder}/{name}-{'-'.join(map(str, shape))}-{seed}.npy"
     if not path:
         return _drawn(name, shape, seed)
-    if not os.path.exists(path):
-        np.save(path, _drawn(name, shape, seed))
+    if not os.path.exists(path):  # whole or not there: others may be about to read it, or to write the same
+        part = f"{path}.{os.getpid()}.npy"
+        np.save(part, _drawn(name, shape, seed))
+        os.replace(part, path)
     return np.load(path, mmap_mode="c")
 
 

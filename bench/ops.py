@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from bench.compare import DTYPES, integers, names
+from bench.compare import DTYPES, integers, names, peers_of, pythons
 from jllama.errors import InputError, reported
 
 OPS = ("attention", "decode-attention", "ffn", "layer", "matmul")
@@ -48,7 +48,8 @@ def main(argv: list[str] | None = None) -> None:
         args.batch = integers("--batch", args.batch)
         args.dtype = names("--dtype", args.dtype, DTYPES) if args.dtype else []
         args.backends = names("--backends", args.backends, ("xla", "pallas", "auto"))
-        args.peer_python = dict(item.split("=", 1) for item in args.peer_python if "=" in item)
+        args.peers = peers_of(args.peers, "ops")
+        args.peer_python = pythons(args.peer_python)
         for flag, value, low in (("--warmup", args.warmup, 0), ("--iterations", args.iterations, 2)):
             if value < low:
                 raise InputError(f"{flag}: expected at least {low}, found {value}")

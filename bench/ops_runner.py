@@ -4,26 +4,29 @@ import argparse
 import importlib
 import statistics
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench import opcases, peers
+from bench import opcases
+from bench.entries import say
 from bench.measure import stats_dict
+from bench.models import cache_folder
+from bench.names import is_ours
 from bench.opcases import Case
-from bench.process import Budget, PeerFailed, PeerUnsupported, Worker, find_python
+from bench.process import Budget, PeerFailed, PeerUnsupported, Worker
 from bench.record import RESULTS, Record, Run, append, start_run
 from bench.roofline import floor_s, of_dict
 from bench.rows import align
-from bench.runner import say
-from jllama.errors import InputError
+from bench.served import Served, implementations
+
+STRETCHES = (False, True, False, True)  # of a case: whether an implementation has the device for itself in it
 
 
 def run(settings: argparse.Namespace) -> int:
-    """Every operation in every dtype, each by all implementations, one after the other, before the next: what is
-    compared is measured within seconds, and what a budget cuts off is whole cases. 1 where one of our own backends
-    failed."""
+    """Every operation in every dtype, each by all implementations before the next: what is compared is measured within
+    seconds, and what a budget cuts off is whole cases. 1 where one of our own backends failed."""
     settings.clock = Budget(settings.budget)
     records: list[Record] = []
     with (
@@ -31,11 +34,11 @@ def run(settings: argparse.Namespace) -> int:
         tempfile.TemporaryDirectory(prefix="bench-ops-") as folder,
         ExitStack() as processes,
     ):
-        reference.ask("open", 120, job={"backend": "xla"})
+        reference.ask("open", 120, job={"backend": "xla", "compiled": str(cache_folder(None) / "compiled")})
         hello = reference.ask("hello", 120, args={})
         gpu = hello["platform"] == "gpu"
         seqs = settings.seq or ([512, 1024, 2048, 4096] if gpu else [128, 256])
-        served = _implementations(settings, hello["platform"])
+        served = implementations(settings, hello["platform"])
         for implementation in served:
             processes.callback(implementation.close)
         for dtype in settings.dtype or ["bf16" if gpu else "f32"]:
@@ -51,16 +54,33 @@ def run(settings: argparse.Namespace) -> int:
             say(f"{hello['device']}, {dtype}: {len(cases)} cases, run {started.run}")
             made: list[Record] = []
             for case in cases:
-                expected, why = _expected(settings, reference, case, Path(folder))
-                one = compared(
-                    [_record(started, s.impl, case, s.reply(case, expected, why), s.versions) for s in served]
-                )
+                replies = side_by_side(settings, reference, served, case, Path(folder) / f"expected-{len(made)}.npy")
+                one = [_record(started, s.impl, case, r, s.versions) for s, r in zip(served, replies, strict=True)]
+                one = compared(one)
                 append((settings.results or RESULTS) / "ops.jsonl", one)
                 made += one
             print(table(made))
             records += made
     _plot(settings, records)
-    return int(any(r["impl"] in ("xla", "pallas") and r.get("failed") for r in records))
+    return int(any(is_ours(r["impl"]) and r.get("failed") for r in records))
+
+
+def side_by_side(
+    settings: argparse.Namespace, reference: Worker, served: list[Served], case: Case, path: Path
+) -> list[dict[str, Any]]:
+    """What a case gave with each implementation. All prepare at the same time, the reference among them, since
+    compiling takes most of it; they are timed one after the other."""
+    for implementation in served:
+        implementation.begin(settings, case, path)
+    with ThreadPoolExecutor(len(served) + 1) as pool:
+        expected = pool.submit(_expect, settings, reference, case, path)
+        for number, alone in enumerate(STRETCHES):
+            list((map if alone else pool.map)(Served.go_on, served))
+            if number == 0 and (why := expected.result()) is not None:
+                for implementation in served:
+                    implementation.give_up(why)
+    path.unlink(missing_ok=True)
+    return [implementation.reply for implementation in served]
 
 
 def model_sizes(model: str) -> dict[str, Any]:
@@ -85,82 +105,17 @@ def model_sizes(model: str) -> dict[str, Any]:
     return sizes
 
 
-def _expected(
-    settings: argparse.Namespace, reference: Worker, case: Case, folder: Path
-) -> tuple[str | None, str | None]:
-    """Where the reference's result lies, or why there is none."""
-    path = str(folder / "expected.npy")
+def _expect(settings: argparse.Namespace, reference: Worker, case: Case, path: Path) -> str | None:
+    """Have the reference's result written; why there is none."""
     try:
         settings.clock.check()
-        reference.ask("expect", settings.time_limit, args={"case": case, "path": path})
+        reference.ask("expect", settings.time_limit, args={"case": case, "path": str(path)})
     except PeerUnsupported as error:
-        return None, str(error)
+        return str(error)
     except PeerFailed as error:
         say(f"reference of {case['name']} at {case['context']}: {error}")
-        return None, "the reference does not fit"
-    return path, None
-
-
-def _implementations(settings: argparse.Namespace, platform: str) -> list["Served"]:
-    wanted = [(b, "op_ours", b) for b in settings.backends]
-    known = {peers.load(name).name: name for name in peers.discover("ops")}
-    asked = {"all": list(known), "none": []}.get(settings.peers, settings.peers.split(","))
-    if wrong := [a for a in asked if a not in known]:
-        raise InputError(f"--peers: expected any of {', '.join(known)}, found {wrong[0]!r}")
-    wanted += [(impl, known[impl], "") for impl in asked]
-    served = []
-    for impl, name, backend in wanted:
-        python, why = find_python(name, settings.peer_python)
-        if python is None:
-            say(f"{impl}: {why}")
-        served.append(Served(settings, impl, name, python, why, {"backend": backend, "platform": platform}))
-    return served
-
-
-@dataclass
-class Served:
-    """An implementation: a process that takes cases, and another where it has died."""
-
-    settings: argparse.Namespace
-    impl: str
-    name: str
-    python: str | None
-    why: str | None  # there is none
-    job: dict[str, Any]
-    versions: dict[str, str] = field(default_factory=dict)
-    worker: Worker | None = None
-
-    def close(self) -> None:
-        """End the process, if there is one."""
-        if self.worker is not None:
-            self.worker.close()
-
-    def reply(self, case: Case, expected: str | None, why: str | None) -> dict[str, Any]:
-        """What one case gave: samples, or why there are none."""
-        if self.python is None:
-            return {"why": self.why, "failed": False}
-        try:
-            reply = self._ask(case, expected, why)
-        except PeerFailed as error:
-            reply = {"why": str(error), "failed": not isinstance(error, PeerUnsupported)}
-        figure = f"{1e3 * statistics.median(reply['samples']):.4f} ms" if reply.get("samples") else reply["why"]
-        say(f"{self.impl}: {case['name']} batch {case['batch']} at {case['context']}: {figure}")
-        return reply
-
-    def _ask(self, case: Case, expected: str | None, why: str | None) -> dict[str, Any]:
-        if expected is None:
-            raise PeerUnsupported(why)
-        self.settings.clock.check()
-        if self.worker is None or self.worker.dead is not None:
-            self.worker = Worker(self.name, str(self.python))
-            self.versions = self.worker.ask("open", 120, job=self.job)["versions"]
-        settings = self.settings
-        args = dict(case=case, expected=expected, warmup=settings.warmup, iterations=settings.iterations)
-        reply = self.worker.ask("run", settings.time_limit, args=args)
-        if not reply["samples"]:
-            limit = opcases.TOLERANCE[case["dtype"]]
-            reply |= {"why": f"error {reply['error_vs_reference']:.1e} above {limit:.0e}", "failed": True}
-        return reply
+        return "the reference does not fit"
+    return None
 
 
 def _record(run: Run, impl: str, case: Case, reply: dict[str, Any], versions: dict[str, str]) -> Record:

@@ -11,7 +11,7 @@ from typing import Any
 
 from bench.names import NEWEST, cores, is_cpu, latest, plain_name, short, versions_of
 from bench.record import Record
-from bench.roofline import best_of
+from bench.roofline import best_of, of_dict
 
 COLOURS = {"xla": "#1f77b4", "pallas": "#d62728", "auto": "#9467bd", "torch": "#ff7f0e", "torch-graph": "#ff7f0e"}
 COLOURS |= {"hf-eager": "#c5b0d5", "hf-compile": "#8c564b", "llama.cpp": "#2ca02c", "llama2.c": "#bcbd22"}
@@ -172,8 +172,8 @@ def _kind(record: Record) -> str:
 
 def roofline(records: Sequence[Record]) -> Any:
     """Everything that was measured, by what it does a byte and what it reached, under the ceilings of its run."""
-    ceilings = functools.reduce(best_of, (r["ceilings"] for r in records))
-    bandwidth, matrix = max(ceilings["copy"], ceilings["read"]), ceilings["matrix"]
+    ceilings = of_dict(functools.reduce(best_of, (r["ceilings"] for r in records)))
+    bandwidth, matrix = ceilings.bandwidth, ceilings.matrix
     fig, (ax,) = figure(8.4, 5)
     impls = list(dict.fromkeys(r["impl"] for r in records))
     cases = list(dict.fromkeys(_kind(r) for r in records))

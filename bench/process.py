@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import select
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +30,22 @@ class Budget:
     by name."""
 
     def __init__(self, seconds: float | None = None, whose: str = "the budget") -> None:
-        self.seconds, self.whose, self._begin = seconds, whose, time.monotonic()
+        self.seconds, self.whose = seconds, whose
+        self._until = math.inf if seconds is None else time.monotonic() + seconds
 
-    def part(self, share: float) -> "Budget":
-        """The same, with a share of the seconds."""
-        part = Budget(None if self.seconds is None else share * self.seconds, self.whose)
-        part._begin = self._begin
-        return part
+    @contextlib.contextmanager
+    def part(self, share: float) -> Iterator[None]:
+        """Inside the ``with``, only a share of the time that is left may be spent."""
+        whole, now = self._until, time.monotonic()
+        self._until = now + share * (whole - now)
+        try:
+            yield
+        finally:
+            self._until = whole
 
     def check(self) -> None:
         """Raise `PeerUnsupported` where there is no time left."""
-        if self.seconds is not None and time.monotonic() - self._begin > self.seconds:
+        if time.monotonic() > self._until:
             raise PeerUnsupported(f"not run: {self.whose} of {self.seconds:g} s was spent")
 
 
@@ -150,7 +157,8 @@ def find_python(peer: str, given: dict[str, str], limit_s: float = 60) -> tuple[
 
 def _environment() -> dict[str, str]:
     quiet = {
-        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # several processes share the device
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # several processes share the device, and one may need all of it
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": ".95",
         "TF_CPP_MIN_LOG_LEVEL": "2",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",

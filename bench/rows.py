@@ -74,10 +74,10 @@ def _figures(
     else:
         yield "prefill", "tokens_per_s", [load.batch * load.prompt_len / t for t in ttft], floor
     yield "ttft-warm", "s", ttft, None
-    yield "memory", "bytes_peak", [max(r["peak_bytes"] for r in runs)], None
+    yield "memory", "bytes_peak", [outcome["warm"]["peak_bytes"]], None
     warm_s = statistics.median([r["first_s"] + r["decode_s"] for r in runs])
     yield "compile", "s", [max(cold["first_s"] + cold["decode_s"] - warm_s, 1e-6)], None
-    if first:
+    if first and "load_s" in entry.opened:
         yield "load", "s", [entry.opened["load_s"]], None
         yield "ttft-cold", "s", [entry.opened["load_s"] + cold["first_s"]], None
 

@@ -61,7 +61,8 @@ def _where(records: Sequence[Record]) -> str:
         r = group[0]
         parts = [r["device"], *versions_of(group, "jax", "torch", "transformers", "tokamax")]
         if c := r.get("ceilings"):
-            parts.append(f"ceilings: copy {c['copy'] / 1e9:,.0f} GB/s, read {c['read'] / 1e9:,.0f} GB/s")
+            rates = (f"{name} {c[name] / 1e9:,.0f} GB/s" for name in ("copy", "read", "stream") if name in c)
+            parts.append(f"ceilings: {', '.join(rates)}")
             parts.append(f"{c['matrix'] / 1e12:,.2f} TFLOP/s")
         if is_cpu(r) and r.get("load_average"):
             parts.append(f"load average {r['load_average'][0]:.1f} at its start")

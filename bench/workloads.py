@@ -4,6 +4,7 @@ import random
 from dataclasses import dataclass
 
 SEED = 42
+DRAWN = "random:"  # before a preset's name: weights that each process draws on its device, nowhere written
 TEXT = "Once upon a time,"
 VERIFIED = 32  # new tokens of a row that are checked
 

@@ -7,7 +7,7 @@ in any Python from 3.11 on, with none of this project's dependencies but numpy.
 import importlib
 import importlib.util
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -38,11 +38,17 @@ class Model(Protocol):
         ...
 
 
+# What is done in four stretches: prepare, look how long it takes, check and prepare to time it, time it. In the first
+# and the third, which compile, others may be at work on the device; the second and the last have it for themselves.
+Stretches = Generator[None, None, dict[str, Any]]
+
+
 class Ops(Protocol):
     """A library of operations."""
 
-    def run(self, case: dict[str, Any], expected: str, warmup: int, iterations: int) -> dict[str, Any]:
-        """Check ``case`` against the array file ``expected``, then time it: ``error``, ``samples`` and the rest."""
+    def run(self, case: dict[str, Any], expected: str, warmup: int, iterations: int) -> Stretches:
+        """Time ``case`` and check it against the array file ``expected``: ``error_vs_reference``, ``samples`` (none
+        where the error is too large) and the rest."""
         ...
 
 
@@ -61,6 +67,25 @@ def discover(kind: str) -> list[str]:
     """The names of the files here that hold a peer of that kind, in order."""
     files = sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
     return [name for name in files if load(name).kind == kind]
+
+
+def wanted(asked: str, kind: str) -> list[str]:
+    """The files behind ``all``, ``none`` or names of that kind; a name may also be the dotted path of a module that
+    holds a `PEER`. Raises ValueError where nobody knows it."""
+    known = {load(name).name: name for name in discover(kind)}
+    if asked in ("all", "none"):
+        return list(known.values()) if asked == "all" else []
+    for name in asked.split(","):
+        if name not in known and ("." not in name or not _importable(name)):
+            raise ValueError(f"expected all, none or any of {', '.join(known)}, found {name!r}")
+    return [known.get(name, name) for name in asked.split(",")]
+
+
+def _importable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def load(name: str) -> Peer:

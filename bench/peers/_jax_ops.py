@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from bench import opcases
-from bench.measure import sets_needed, time_jax_op
-from bench.peers import NotSupported
+from bench.measure import chain_jax_op, rough_s, sets_needed
+from bench.peers import NotSupported, Stretches
 
 CACHE = {"gpu": 64 << 20, "cpu": 256 << 20}  # at least the last cache (a CPU's, as far as one process sees of it)
 LIMIT = {"gpu": 12 << 30, "cpu": 1 << 30}  # of all input sets together
@@ -29,25 +29,29 @@ class JaxOps:
     ) -> None:
         self.build, self.prepare = build, prepare or to_device
 
-    def run(self, case: opcases.Case, expected: str, warmup: int, iterations: int) -> dict[str, Any]:
+    def run(self, case: opcases.Case, expected: str, warmup: int, iterations: int) -> Stretches:
         """See `bench.peers.Ops`."""
         import jax
 
         op = self.build(case)
         inputs = self.prepare(case, opcases.arrays(case))
         compiled = jax.jit(op).lower(*inputs).compile()
-        error = opcases.relative_error(np.asarray(compiled(*inputs).astype("float32")), np.load(expected))
+        out = np.asarray(compiled(*inputs).astype("float32"))
         memory = compiled.memory_analysis()
         held = memory.temp_size_in_bytes + memory.output_size_in_bytes if memory is not None else None
-        reply = {"error_vs_reference": error, "peak_bytes": held}
+        yield
+        rough = rough_s(compiled, inputs)
+        yield
+        error = opcases.relative_error(out, np.load(expected))
+        reply = {"error_vs_reference": error, "peak_bytes": held, "samples": []}
         if error > opcases.TOLERANCE[case["dtype"]]:
-            return reply | {"samples": []}
-        platform = jax.devices()[0].platform
-        size = "cpu" if platform == "cpu" else "gpu"
+            return reply
+        size = "cpu" if jax.devices()[0].platform == "cpu" else "gpu"
         count = sets_needed(opcases.nbytes(case), CACHE[size], LIMIT[size])
         sets = [inputs, *(varied(inputs, i) for i in range(1, count))]
-        samples, how = time_jax_op(op, sets, advance(case), single=compiled, warmup=warmup, iterations=iterations)
-        return reply | {"samples": samples, "how": how}
+        chain = chain_jax_op(op, sets, advance(case), rough)
+        yield
+        return reply | {"samples": chain.samples(warmup, iterations), "how": chain.how}
 
 
 def to_device(case: opcases.Case, arrays: dict[str, np.ndarray]) -> tuple[Any, ...]:

@@ -12,7 +12,7 @@ import threading
 import time
 from typing import Any
 
-from bench.peers import NotSupported, Peer, load
+from bench.peers import NotSupported, Peer, Stretches, load
 from bench.record import package_versions
 
 
@@ -68,8 +68,21 @@ def _answer(name: str, request: dict[str, Any], state: dict[str, Any]) -> dict[s
     if do == "generate":
         output = state["peer"].generate(request["prompts"], request["new_tokens"])
         return dataclasses.asdict(output) | {"peak_bytes": state["peer"].peak_bytes()}
+    if do == "begin":
+        state["stretches"] = state["peer"].run(**request["args"])
+    if do in ("begin", "go on"):
+        return _go_on(state["stretches"])
     # What only some peers offer: a case of an operation, a check, ceilings.
     return getattr(state["peer"], do)(**request["args"])
+
+
+def _go_on(stretches: Stretches) -> dict[str, Any]:
+    """What the next stretch ends with: the whole result, or nothing yet."""
+    try:
+        next(stretches)
+    except StopIteration as end:
+        return {"result": end.value}
+    return {"result": None}
 
 
 if __name__ == "__main__":

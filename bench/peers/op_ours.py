@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from bench import opcases
-from bench.peers import NotSupported, Peer
+from bench.peers import NotSupported, Peer, Stretches
 from bench.peers._jax_ops import JaxOps, float_dtype, to_device
 from bench.peers.ours import PACKAGES, Ours
 
@@ -20,13 +20,13 @@ class OurOps(Ours):
         super().__init__(job | {"model": None})
         self.ops = JaxOps(lambda case: build(case, job["backend"]), prepare)
 
-    def run(self, case: opcases.Case, expected: str, warmup: int, iterations: int) -> dict[str, Any]:
+    def run(self, case: opcases.Case, expected: str, warmup: int, iterations: int) -> Stretches:
         """See `bench.peers.Ops`."""
         from pallas_kernels import Unsupported, record
 
         try:
             with record() as choices:
-                reply = self.ops.run(case, expected, warmup, iterations)
+                reply = yield from self.ops.run(case, expected, warmup, iterations)
         except Unsupported as reason:
             raise NotSupported(str(reason)) from None
         return reply | {"choices": {name: [c.impl, c.why] for name, c in choices.items()}}

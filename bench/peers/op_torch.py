@@ -1,14 +1,13 @@
 """PyTorch: scaled_dot_product_attention (FlashAttention or cuDNN, as torch chooses), and plain modules for the rest."""
 
-import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from bench import opcases
-from bench.measure import sets_needed
-from bench.peers import NotSupported, Peer, missing
+from bench.measure import sets_needed, time_calls
+from bench.peers import NotSupported, Peer, Stretches, missing
 from bench.peers._hf import pick_threads, torch_device, torch_dtype
 from bench.peers._jax_ops import CACHE, LIMIT
 
@@ -25,27 +24,42 @@ class TorchOps:
         self.torch, self.device = torch, torch_device(job["platform"])
         self.threads = torch.get_num_threads()
 
-    def run(self, case: opcases.Case, expected: str, warmup: int, iterations: int) -> dict[str, Any]:
+    def run(self, case: opcases.Case, expected: str, warmup: int, iterations: int) -> Stretches:
         """See `bench.peers.Ops`."""
         torch = self.torch
         dtype = torch_dtype(case["dtype"])
         inputs = [torch.from_numpy(a).to(self.device, dtype) for a in opcases.arrays(case).values()]
         op = build(case, torch)
+        before = self._held(reset=True)
         with torch.inference_mode():
-            before = self._held(reset=True)
             out = op(*inputs)
-            held = self._held() - before if self.device.type == "cuda" else None
-            error = opcases.relative_error(out.float().cpu().numpy(), np.load(expected))
-            reply = {"error_vs_reference": error, "peak_bytes": held}
-            if error > opcases.TOLERANCE[case["dtype"]]:
-                return reply | {"samples": []}
-            size = "cpu" if self.device.type == "cpu" else "gpu"
-            count = sets_needed(opcases.nbytes(case), CACHE[size], LIMIT[size])
-            sets = [inputs] + [[t.roll(i, 0) if t.ndim > 1 else t.clone() for t in inputs] for i in range(1, count)]
-            if self.device.type == "cpu":
-                pick_threads(self.threads, lambda: op(*inputs))
-            samples, how = self._time(lambda: [op(*s) for s in sets], count, warmup, iterations)
-        return reply | {"samples": samples, "how": how}
+        held = self._held() - before if self.device.type == "cuda" else None
+        yield
+        if self.device.type == "cpu":
+            pick_threads(self.threads, lambda: op(*inputs))
+        yield
+        error = opcases.relative_error(out.float().cpu().numpy(), np.load(expected))
+        reply = {"error_vs_reference": error, "peak_bytes": held, "samples": []}
+        if error > opcases.TOLERANCE[case["dtype"]]:
+            return reply
+        size = "cpu" if self.device.type == "cpu" else "gpu"
+        count = sets_needed(opcases.nbytes(case), CACHE[size], LIMIT[size])
+        sets = [inputs] + [[t.roll(i, 0) if t.ndim > 1 else t.clone() for t in inputs] for i in range(1, count)]
+
+        def work() -> list[Any]:
+            with torch.inference_mode():
+                return [op(*s) for s in sets]
+
+        graph = self._captured(work) if self.device.type == "cuda" else None
+        yield
+        samples = (
+            self._replayed(graph, warmup, iterations)
+            if graph
+            else time_calls(work, id, warmup=warmup, iterations=iterations)
+        )
+        each = count * (REPEAT if graph else 1)
+        how = {"sets": count, "ops_per_call": each, "graph": graph is not None}
+        return reply | {"samples": [s / each for s in samples], "how": how}
 
     def _held(self, *, reset: bool = False) -> int:
         if self.device.type != "cuda":
@@ -54,16 +68,9 @@ class TorchOps:
             self.torch.cuda.reset_peak_memory_stats()
         return self.torch.cuda.max_memory_allocated()
 
-    def _time(self, work: Callable[[], Any], count: int, warmup: int, iterations: int) -> tuple[list[float], dict]:
+    def _captured(self, work: Callable[[], Any]) -> Any:
+        """`REPEAT` passes of ``work`` as one CUDA graph."""
         torch = self.torch
-        if self.device.type != "cuda":
-            samples = []
-            for i in range(warmup + iterations):
-                begin = time.perf_counter()
-                work()
-                if i >= warmup:
-                    samples.append((time.perf_counter() - begin) / count)
-            return samples, {"sets": count, "ops_per_call": count, "graph": False}
         side = torch.cuda.Stream()
         with torch.cuda.stream(side):
             work()
@@ -72,16 +79,20 @@ class TorchOps:
         with torch.cuda.graph(graph):
             for _ in range(REPEAT):
                 work()
+        return graph
+
+    def _replayed(self, graph: Any, warmup: int, iterations: int) -> list[float]:
+        """Seconds of every replay but the first ones."""
+        torch = self.torch
         samples = []
-        for i in range(warmup + iterations):
+        for _ in range(warmup + iterations):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in "be")
             begin.record()
             graph.replay()
             end.record()
             torch.cuda.synchronize()
-            if i >= warmup:
-                samples.append(begin.elapsed_time(end) / 1e3 / (count * REPEAT))
-        return samples, {"sets": count, "ops_per_call": count * REPEAT, "graph": True}
+            samples.append(begin.elapsed_time(end) / 1e3)
+        return samples[warmup:]
 
 
 def build(case: opcases.Case, torch: Any) -> Callable[..., Any]:

@@ -1,11 +1,14 @@
 """This project's own model, through the backend that the job names; also the reference that checks all others."""
 
+import functools
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from bench.peers import NotSupported, Output, Peer
+from bench.workloads import DRAWN, SEED
 
 CHUNK = 64  # tokens between two looks at the output; a terminal takes 16, a benchmark need not look
 DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
@@ -26,6 +29,10 @@ class Ours:
 
     def __init__(self, job: dict[str, Any]) -> None:
         self.job, self.params = job, None
+        if job.get("compiled") is not None:
+            from jllama.compilation import enable_cache
+
+            enable_cache(job["compiled"])
         if job.get("model") is not None:
             self._load(int(next(iter(job["rooms"]))))
 
@@ -33,21 +40,17 @@ class Ours:
         """As the command line does for ``batch`` rows: whether the layers are stacked depends on it."""
         import jax
 
-        from convert import open_source
-        from jllama.checkpoint import load
         from jllama.step import runs_whole
 
         dtype, room = self.job["dtype"], self.job["rooms"][str(batch)]
         quant = dtype if dtype in ("int8", "int4") else "none"
         float_dtype = DTYPES.get(dtype) or ("float32" if jax.devices()[0].platform == "cpu" else "bfloat16")
-        source = open_source(self.job["model"])
-        stacked = self.job["backend"] != "xla" and runs_whole(
-            source.config, float_dtype, quant, batch=batch, max_len=room
-        )
+        config, make = opened(self.job["model"], float_dtype, quant, batch, room)
+        stacked = self.job["backend"] != "xla" and runs_whole(config, float_dtype, quant, batch=batch, max_len=room)
         if self.params is not None and self.params.stacked == stacked:
             return
         self.params = None  # before the next: the device need not hold both
-        self.params = load(source, dtype=float_dtype, quant=quant, stacked=stacked, batch=batch, max_len=room)
+        self.params = make(stacked=stacked)
         jax.block_until_ready(self.params)
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> Output:
@@ -107,11 +110,13 @@ class Ours:
 
         device = jax.devices()[0]
         name = cpu_name() if device.platform == "cpu" else device.device_kind
-        return {"device": name, "platform": device.platform, "versions": package_versions(PACKAGES)}
+        memory = (device.memory_stats() or {}).get("bytes_limit")
+        versions = package_versions(PACKAGES)
+        return {"device": name, "platform": device.platform, "memory": memory, "versions": versions}
 
     def ceilings(self, dtype: str, working_set: int) -> dict[str, Any]:
         """Measured here and now."""
-        from bench.roofline import measure_ceilings
+        from bench.ceilings import measure_ceilings
 
         return measure_ceilings(dtype if dtype in DTYPES else "bf16", working_set)
 
@@ -126,7 +131,7 @@ class Ours:
 
         target = Path(path)
         if not (target / "config.json").exists():
-            params = init(find(preset), jax.random.key(42), dtype=jnp.dtype(DTYPES[dtype]))
+            params = init(find(preset), jax.random.key(SEED), dtype=jnp.dtype(DTYPES[dtype]))
             partial = target.with_name(f"{target.name}.{os.getpid()}")
             save(params, partial)
             partial.rename(target)
@@ -135,10 +140,8 @@ class Ours:
     def shape(self, model: str) -> dict[str, Any]:
         """What floors and prompts need to know of a checkpoint."""
         from bench.roofline import dims
-        from convert import open_source
 
-        source = open_source(model)
-        config = source.config
+        config, _ = opened(model)
         known = {"vocab_size": config.vocab_size, "bos_id": config.bos_id, "max_seq_len": config.max_seq_len}
         return known | {"dims": dims(config), "n_params": config.n_params}
 
@@ -165,6 +168,25 @@ class Ours:
         rows = np.asarray(logits[0, len(prompt) - 1 :])
         gaps = (rows.max(axis=1) - rows[np.arange(len(ids)), ids]) / rows.std(axis=1)
         return {"gaps": [float(g) for g in gaps]}
+
+
+def opened(
+    model: str, dtype: str = "float32", quant: str = "none", batch: int = 1, max_len: int | None = None
+) -> tuple[Any, Callable[..., Any]]:
+    """The configuration of a checkpoint, or of a preset whose weights are drawn here, and what makes its params."""
+    if model.startswith(DRAWN):
+        import jax
+
+        from jllama.config import preset
+        from jllama.params import init
+
+        config = preset(model.removeprefix(DRAWN))
+        return config, functools.partial(init, config, jax.random.key(SEED), dtype=jax.numpy.dtype(dtype), quant=quant)
+    from convert import open_source
+    from jllama.checkpoint import load
+
+    source = open_source(model)
+    return source.config, functools.partial(load, source, dtype=dtype, quant=quant, batch=batch, max_len=max_len)
 
 
 def even_chunk(steps: int) -> int:

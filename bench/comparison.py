@@ -1,0 +1,198 @@
+"""One model in one dtype, run by several implementations: opened, warmed up and checked, timed, recorded."""
+
+import argparse
+import dataclasses
+import functools
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.entries import Entry, say
+from bench.measure import wait_quiet
+from bench.models import cache_folder, model
+from bench.process import Budget, PeerFailed, Worker
+from bench.record import RESULTS, Record, Run, append, start_run
+from bench.reference import UNCHECKED, Reference, verify
+from bench.roofline import best_of, cache_bytes, weight_bytes
+from bench.rows import records_of
+from bench.workloads import DRAWN, Workload, grid, prompts
+
+SPARE = 1.5  # of the weights: what an implementation holds beside them and the cache
+
+
+class Comparison:
+    """Everything that its implementations share. Ceilings are measured while nothing of it is loaded yet."""
+
+    def __init__(self, settings: argparse.Namespace, preset: str | None, dtype: str | None) -> None:
+        self.settings = settings
+        self.reference = Reference(cache_folder(settings.cache_dir) / "compiled")
+        self.platform: str = self.reference.hello["platform"]
+        self.dtype = dtype or ("f32" if self.platform == "cpu" else "bf16")
+        self.name, self.path = model(settings, self.reference, preset, self.dtype)
+        self.drawn = self.path.startswith(DRAWN)
+        shape = self.reference.ask("shape", 60, model=self.path)
+        self.dims: dict[str, int] = shape["dims"]
+        self._plan(shape)
+        self.weights = round(shape["n_params"] * (4 if self.dtype == "f32" else 2))
+        hello = self.reference.hello
+        self.run: Run = start_run(hello["device"], hello["versions"], self._ceilings())
+        self.entries: list[Entry] = []
+        self.records: list[Record] = []
+        say(f"{self.name} {self.dtype} on {self.run.device}: run {self.run.run}, {len(self.loads)} workloads")
+
+    def begin(self, who: Sequence[Entry]) -> None:
+        """Take ``who`` in, and load the weights that check their tokens; of weights that every process draws for
+        itself, its own are checked against."""
+        self.entries = [entry.fresh() for entry in who]
+        if not self.drawn:
+            self.reference.open(self.job)
+
+    def __enter__(self) -> "Comparison":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.reference.worker.close()
+
+    @property
+    def default_order(self) -> str:
+        """In turns where implementations can be open side by side."""
+        return "turns" if self.platform == "cpu" else "one-by-one"
+
+    @property
+    def memory(self) -> float:
+        """Bytes of the device; a CPU's are not counted."""
+        return self.reference.hello["memory"] or math.inf
+
+    @property
+    def parts(self) -> list[tuple["Comparison", Entry]]:
+        """Its implementations, each beside it."""
+        return [(self, entry) for entry in self.entries]
+
+    def _plan(self, shape: dict[str, Any]) -> None:
+        """The workloads, their prompts, and the job that implementations are opened with."""
+        ask = functools.partial(self.reference.ask, "encode", 60, model=self.path, text="Once upon a time,")
+        text = None if self.settings.preset else ask()["ids"]
+        s = self.settings
+        loads = grid(s.batch, s.prompt_len or [len(text) if text else 8], s.new_tokens, s.prefill, s.context)
+        self.loads = [w for w in loads if w.context <= shape["max_seq_len"]]
+        if left := len(loads) - len(self.loads):
+            say(f"{self.name}: skipping {left} workloads past its context of {shape['max_seq_len']}")
+        self.inputs = {w: prompts(w, shape["vocab_size"], shape["bos_id"], text) for w in self.loads}
+        self.job = {
+            "model": self.path,
+            "dtype": self.dtype,
+            "platform": self.platform,
+            "batch": max(w.batch for w in self.loads),
+            "max_len": max(w.context for w in self.loads) + 128,
+            # By batch, what a cache must hold.
+            "rooms": {str(w.batch): max(o.context + 128 for o in self.loads if o.batch == w.batch) for w in self.loads},
+            "context": shape["max_seq_len"],
+            "vocab_size": shape["vocab_size"],
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        }
+
+    def _ceilings(self) -> dict[str, float]:
+        return self.reference.ceilings(self.dtype, self.weights)
+
+    def measure_ceilings_again(self) -> None:
+        """The machine may have been busy: the best of before and after is nearer to its ceiling."""
+        self.run = dataclasses.replace(self.run, ceilings=best_of(self.run.ceilings, self._ceilings()))
+
+    @property
+    def reference_bytes(self) -> float:
+        """What the reference holds on the device."""
+        return 0.0 if self.drawn else SPARE * weight_bytes(self.dims, self.dtype)
+
+    def needs(self, entry: Entry) -> float:
+        """About how many bytes of the device an implementation holds."""
+        if entry.why is not None:
+            return 0.0
+        cache = max(cache_bytes(self.dims, self.dtype, w.batch, w.context) for w in self.loads)
+        return SPARE * weight_bytes(self.dims, self.dtype) + cache
+
+    def open(self, entry: Entry) -> None:
+        """Start an implementation, where it is there."""
+        if entry.why is None:
+            entry.guard(None, self._open)
+
+    def warm_up(self, entry: Entry, load: Workload) -> None:
+        """Run a workload cold, warm, and check its tokens, unless that was done."""
+        if entry.why is None and load not in entry.outcomes:
+            entry.guard(load, functools.partial(self._warm_up, load=load))
+
+    def measure(self, group: list[Entry]) -> None:
+        """Time the workloads of open implementations, in turns; close all."""
+        for entry in group:
+            entry.clock = Budget(self.settings.share, "a peer's share")
+        for load in self.loads:
+            for entry in (e for e in group if e.why is None):
+                if not entry.ours and "why" not in entry.outcomes.get(load, {}):
+                    entry.guard(load, lambda e: e.clock.check())
+                self.warm_up(entry, load)
+            for _ in range(self.settings.runs):
+                for entry in (e for e in group if e.why is None and "why" not in e.outcomes.get(load, {})):
+                    entry.guard(load, functools.partial(self._timed, load=load))
+        for entry in group:
+            entry.close()
+
+    def record(self, group: list[Entry]) -> None:
+        """Append what was measured, at once: a run that is ended keeps what it has."""
+        order = self.settings.order or self.default_order
+        made = [r for e in group for r in records_of(self.run, e, self.name, self.dtype, self.loads, self.dims)]
+        made = [r | {"order": order} for r in made]
+        append(results(self.settings) / "compare.jsonl", made)
+        self.records += made
+
+    def _open(self, entry: Entry) -> None:
+        assert entry.python is not None
+        self.settings.clock.check()
+        say(f"  {entry.impl} {self.dtype}: opening")
+        limit_s = self.settings.time_limit
+        entry.worker = Worker(entry.peer, entry.python)
+        entry.worker.ask("available", limit_s)  # imports nothing heavy: what follows is the peer's own start
+        entry.opened = entry.worker.ask("open", max(limit_s, 300), job=self.job | {"backend": entry.backend})
+        if self.drawn:
+            entry.opened.pop("load_s")  # drawing is not loading
+
+    def _generate(self, entry: Entry, load: Workload) -> dict[str, Any]:
+        assert entry.worker is not None
+        self.settings.clock.check()
+        fields = {"prompts": self.inputs[load], "new_tokens": load.new_tokens}
+        return entry.worker.ask("generate", self.settings.time_limit, **fields)
+
+    def _timed(self, entry: Entry, load: Workload) -> None:
+        idle = wait_quiet(self.settings.wait_quiet)
+        entry.outcomes[load]["runs"].append(self._generate(entry, load) | {"idle": idle})
+
+    def _warm_up(self, entry: Entry, load: Workload) -> None:
+        """The cold run, which compiles; a second, for what compiles late; and the check of the tokens."""
+        outcome = entry.outcomes[load] = {"runs": []}
+        outcome["cold"] = self._generate(entry, load)
+        warm = outcome["warm"] = self._generate(entry, load)
+        check = outcome["check"] = self._check(entry, load, warm["ids"])
+        if entry.ours and entry.worker is not None:
+            sizes = {"batch": load.batch, "prompt": load.prompt_len, "context": load.context}
+            outcome["choices"] = entry.worker.ask("chosen", 60, args=sizes)["choices"]
+        note = "not checked" if check["agreement"] is None else f"{check['agreement']:.1%} of tokens agree"
+        steps = load.new_tokens - 1
+        speed = load.batch * (steps / warm["decode_s"] if steps else load.prompt_len / warm["first_s"])
+        what = f"{entry.impl} {self.dtype}: {load.case} batch {load.batch} prompt {load.prompt_len}"
+        say(f"  {what}: about {speed:,.0f} tokens/s, {note}")
+        if not check["passed"]:
+            raise PeerFailed(f"its tokens differ: {note}, the worst {check['worst']:.2f} standard deviations off")
+
+    def _check(self, entry: Entry, load: Workload, ids: list[list[int]]) -> dict[str, Any]:
+        if not self.drawn:
+            return verify(self.reference.score, self.dtype, self.inputs[load], ids)
+        try:
+            return verify(entry.score, self.dtype, self.inputs[load], ids)
+        except PeerFailed as error:  # beside weights that fill the device there may be no room for it
+            say(f"  {entry.impl}: {error}")
+            return UNCHECKED
+
+
+def results(settings: argparse.Namespace) -> Path:
+    """Where records go."""
+    return Path(settings.results) if settings.results else RESULTS

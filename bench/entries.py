@@ -1,0 +1,82 @@
+"""Who takes part: our backends and the peers that are there."""
+
+import argparse
+import sys
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from bench import peers
+from bench.process import Budget, PeerFailed, PeerUnsupported, Worker, find_python
+from bench.workloads import Workload
+
+
+@dataclass
+class Entry:
+    """One implementation in a comparison: who, in which Python, and what became of it, workload by workload."""
+
+    impl: str
+    peer: str
+    backend: str
+    python: str | None
+    why: str | None = None  # why there is nothing to show
+    failed: bool = False  # and that is a failure, not a limit
+    worker: Worker | None = None
+    opened: dict[str, Any] = field(default_factory=dict)
+    outcomes: dict[Workload, dict[str, Any]] = field(default_factory=dict)
+    clock: Budget = field(default_factory=Budget)
+
+    @property
+    def ours(self) -> bool:
+        """Whether its failure is our failure."""
+        return self.peer == "ours"
+
+    def fresh(self) -> "Entry":
+        """The same, before anything was done with it."""
+        return replace(self, worker=None, opened={}, outcomes={}, clock=Budget())
+
+    def guard(self, load: Workload | None, do: Any) -> None:
+        """Do something with it; what goes wrong becomes what its row says, and the rest goes on."""
+        try:
+            do(self)
+        except (PeerFailed, OSError) as error:
+            say(f"  {self.impl}: {error}")
+            unsupported = isinstance(error, PeerUnsupported)
+            gone = self.worker is None or self.worker.dead is not None
+            if load is not None and not (unsupported and self.outcomes.get(load, {}).get("runs")):
+                self.outcomes[load] = {"why": str(error), "failed": not unsupported}
+            if load is None or gone:
+                self.why, self.failed = str(error), not unsupported
+
+    def score(self, prompt: list[int], ids: list[int]) -> list[float]:
+        """Of one of ours: see `bench.reference.Score`, with its own weights as the reference."""
+        assert self.worker is not None
+        return self.worker.ask("score", 300, args={"prompt": prompt, "ids": ids})["gaps"]
+
+    def close(self) -> None:
+        """End its process."""
+        if self.worker is not None:
+            self.worker.close()
+
+
+def say(text: str) -> None:
+    """Progress goes to stderr; stdout is for the table."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def entries(settings: argparse.Namespace, platform: str) -> list[Entry]:
+    """Our backends first, then the peers in the order in which they are asked for."""
+    backends = settings.backends or (["xla"] if platform == "cpu" else ["xla", "pallas"])
+    found = [Entry(b, "ours", b, sys.executable) for b in backends]
+    for name in settings.peers:
+        python, why = find_python(name, settings.peer_python)
+        found.append(Entry(peers.load(name).name, name, "", python, why))
+    return found
+
+
+def list_peers(settings: argparse.Namespace) -> int:
+    """Print every peer and where it was found, or why not."""
+    for kind in ("model", "ops"):
+        for name in peers.discover(kind):
+            python, why = find_python(name, settings.peer_python)
+            print(f"{peers.load(name).name:16} {kind:6} {'found' if python else why}")
+    return 0
