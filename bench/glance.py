@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from bench.names import NEWEST, commit_of, cores, is_cpu, is_ours, latest, markdown, name_of, short, versions_of
+from bench.names import commit_of, cores, is_cpu, is_ours, markdown, name_of, newest, short, versions_of
 from bench.record import Record
 
 Column = tuple[Any, ...]  # what a record must have to stand in it
@@ -11,9 +11,9 @@ COLUMN = ("device", "model", "case", "batch", "seq", "context")
 
 
 def glance(records: Sequence[Record], keep: Callable[[Record], bool]) -> str:
-    """Tokens/s of the newest run of every device, model and dtype, with the share of the floor in brackets."""
+    """Tokens/s of what is newest of every device, model and dtype, with the share of the floor in brackets."""
     chosen = [r for r in records if r["suite"] == "compare" and r["metric"] == "tokens_per_s" and keep(r)]
-    chosen = [r for group in latest(chosen, NEWEST) for r in group if r["value"] is not None]
+    chosen = [r for group in newest(chosen) for r in group]
     columns = _columns(chosen)
     cells = {(_row(r), _column(r)): r for r in chosen}
     rows = sorted({_row(r) for r in chosen}, key=lambda row: _rank(row, columns, cells))

@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterable, Sequence
 from bench.record import Record
 
 NEWEST = ("device", "model", "dtype")  # what a run is the newest of
+WORKLOAD = ("case", "metric", "batch", "seq", "context")
 NONE = "*nothing recorded yet*"
 OURS = ("xla", "pallas", "auto")
 NAMES = {
@@ -48,6 +49,18 @@ def latest(records: Sequence[Record], keys: Sequence[str]) -> list[list[Record]]
         groups.setdefault(tuple(record[k] for k in keys), []).append(record)
     newest = {key: max(rows, key=lambda r: r["when"])["run"] for key, rows in groups.items()}
     return [[r for r in rows if r["run"] == newest[key]] for key, rows in groups.items()]
+
+
+def newest(records: Sequence[Record]) -> list[list[Record]]:
+    """Records with a figure in groups of one device, model and dtype: what the commit that ran last has, and of each
+    workload its last run, so that what is compared ran together."""
+    figures = [r for r in records if r["value"] is not None]
+    commits = {tuple(g[0][k] for k in NEWEST): g[0]["commit"] for g in latest(figures, NEWEST)}
+    mine = [r for r in figures if r["commit"] == commits[tuple(r[k] for k in NEWEST)]]
+    whole: dict[tuple[object, ...], list[Record]] = {}
+    for group in latest(mine, (*NEWEST, *WORKLOAD)):
+        whole.setdefault(tuple(group[0][k] for k in NEWEST), []).extend(group)
+    return list(whole.values())
 
 
 def versions_of(records: Iterable[Record], *libraries: str) -> list[str]:

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.names import NEWEST, cores, is_cpu, latest, plain_name, short, versions_of
+from bench.names import cores, is_cpu, latest, plain_name, short, versions_of
+from bench.names import newest as newest_of
 from bench.record import Record
 from bench.roofline import best_of, of_dict
 
@@ -69,12 +70,12 @@ def newest(records: Sequence[Record], folder: Path) -> Iterator[Path]:
     measured = [r for r in records if r["value"] is not None and r.get("ceilings") and "work" in r]
     whole = [r for r in measured if r["suite"] == "compare" and r["metric"] == "tokens_per_s"]
     single = [r for r in measured if r["suite"] == "ops" and r["metric"] == "ms"]
-    for group in latest(whole, NEWEST):
+    for group in newest_of(whole):
         yield from compare_plots(group, folder)
     groups = latest(single, ("device", "case", "dtype"))
     for device, dtype in dict.fromkeys((g[0]["device"], g[0]["dtype"]) for g in groups):
         mine = [r for g in groups for r in g if (r["device"], r["dtype"]) == (device, dtype)]
-        steps = [g for g in latest(whole, NEWEST) if g[0]["device"] == device]
+        steps = [g for g in newest_of(whole) if g[0]["device"] == device]
         yield from ops_plots(mine, folder, [r for g in steps for r in g if r["dtype"] == dtype])
 
 

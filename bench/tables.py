@@ -3,7 +3,19 @@
 from collections.abc import Callable, Sequence
 
 from bench.glance import glance
-from bench.names import NEWEST, commit_of, cores, is_cpu, is_ours, latest, markdown, name_of, short, versions_of
+from bench.names import (
+    NEWEST,
+    commit_of,
+    cores,
+    is_cpu,
+    is_ours,
+    latest,
+    markdown,
+    name_of,
+    newest,
+    short,
+    versions_of,
+)
 from bench.record import HIGHER_IS_BETTER, RESULTS, Record
 
 GROUP = ("device", "model", "dtype", "context", "batch", "seq")
@@ -32,7 +44,7 @@ def _speeds(records: Sequence[Record], case: str, keep: Callable[[Record], bool]
     chosen = [r for r in chosen if r["metric"] == "tokens_per_s" and r["value"] is not None]
     head = ("on", "model", "dtype", "batch", "prompt", "implementation", "tokens/s", "range", "% of floor")
     rows = []
-    chosen = [r for group in latest(chosen, NEWEST) for r in group]
+    chosen = [r for group in newest(chosen) for r in group]
     for group in sorted(latest(chosen, GROUP), key=lambda g: [g[0][k] for k in GROUP]):
         for r in sorted(group, key=lambda r: -r["value"]):
             agreed = "not checked" if r.get("agreement") is None else f"{100 * r['agreement']:.0f} %"
@@ -82,7 +94,7 @@ def _startup(records: Sequence[Record]) -> str:
     }
     chosen = [r for r in records if r["suite"] == "compare" and r["value"] is not None and r["case"] in wanted]
     rows = []
-    for group in latest(chosen, NEWEST):
+    for group in newest(chosen):
         first = min((r["batch"], r["seq"], r["context"]) for r in group)
         for impl in dict.fromkeys(r["impl"] for r in group):
             mine = [r for r in group if r["impl"] == impl and (r["batch"], r["seq"], r["context"]) == first]
