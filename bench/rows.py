@@ -93,7 +93,8 @@ def table(records: Sequence[Record]) -> str:
         if r["value"] is None:
             lines.append((*start, r["why"]))
             continue
-        others = {o["case"]: o["value"] for o in records if all(o[k] == r[k] for k in ("impl", "batch", "seq"))}
+        alike = ("impl", "dtype", "batch", "seq")
+        others = {o["case"]: o["value"] for o in records if all(o[k] == r[k] for k in alike)}
         noise = 100 * r["stats"]["std"] / r["stats"]["mean"]
         figures = (f"{r['value']:,.1f}", f"{noise:.1f}", f"{100 * r['value'] / r['floor']:.0f}")
         lines.append((*start, *figures, f"{others['ttft-warm']:.4f}", f"{others['memory'] / 1e6:,.0f}"))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import plots, record, regressions, report, tables
+from bench import names, plots, record, regressions, report, rows, tables
 from bench.tables import TABLES
 
 
@@ -182,3 +182,31 @@ def test_records_are_json(tmp_path: Path) -> None:
         record.append(tmp_path / "r.jsonl", [a_record(floor=float("nan"))])
     record.append(tmp_path / "ok.jsonl", [a_record()])
     assert json.loads((tmp_path / "ok.jsonl").read_text())["impl"] == "xla"
+
+
+# What stands together
+
+
+def test_a_line_of_the_terminals_table_is_of_one_dtype() -> None:
+    stats = {"std": 0.0, "mean": 1.0}
+    records = [
+        a_record(case=case, metric=metric, value=value * size, dtype=dtype, stats=stats)
+        for dtype, size in (("int8", 1.0), ("int4-g128", 2.0))
+        for case, metric, value in (
+            ("decode", "tokens_per_s", 3.0),
+            ("ttft-warm", "s", 0.5),
+            ("memory", "bytes_peak", 7e9),
+        )
+    ]
+    _, first, second = rows.table(records).splitlines()
+    assert first.split()[-2:] == ["0.5000", "7,000"]
+    assert second.split()[-2:] == ["1.0000", "14,000"]
+
+
+def test_the_newest_commits_runs_stand_together() -> None:
+    """Of another run of the same commit what it alone has; nothing of an earlier commit, nor what has no figure."""
+    old = [a_record(value=1.0, batch=b) for b in (1, 8, 64)]
+    new = [a_record(value=v, batch=b, run="r2", commit="new", when="2026-02") for b, v in ((1, 2.0), (8, None))]
+    more = [a_record(value=3.0, batch=8, run="r3", commit="new", when="2026-03")]
+    (group,) = names.newest(old + new + more)
+    assert [(r["batch"], r["value"]) for r in group] == [(1, 2.0), (8, 3.0)]
