@@ -156,8 +156,8 @@ def _digits(eight: Any) -> tuple[list[Any], Any]:
 
 def _words(four: list[Any]) -> tuple[Any, Any]:
     """Both digits of 4 numbers, each as a word."""
-    pairs = [prmt(a, b, _int(0x5140)) for a, b in (four[:2], four[2:])]  # lower bytes of both, then upper ones
-    first, second = prmt(*pairs, _int(0x7632)), prmt(*pairs, _int(0x5410))
+    left, right = (prmt(a, b, _int(0x5140)) for a, b in (four[:2], four[2:]))  # lower bytes of both, then upper ones
+    first, second = prmt(left, right, _int(0x7632)), prmt(left, right, _int(0x5410))
     return first, arith.xori(second, _int(0x80808080 - 2**32))
 
 
@@ -237,7 +237,7 @@ def fold(plan: Plan, p: Product, part: jax.Array, factors: Any, scales: list[jax
         cut = (tile * WGMMA_ROWS + jnp.arange(WGMMA_ROWS)) // p.strip % p.cuts
         digits = part.reshape(WGMMA_ROWS, p.cuts, places, DIGITS)
         own = functools.reduce(lambda a, b: a * 256 + b, [digits[..., i] for i in range(DIGITS)])
-        own = sum(jnp.where((cut == i)[:, None], own[:, i], 0) for i in range(p.cuts))
+        own = jnp.take_along_axis(own, cut[:, None, None], axis=1)[:, 0]
         worth = functools.reduce(lambda a, b: a * b[:, None], scales, factors[...].reshape(p.cuts, places)[cut])
         return total + own.astype(jnp.float32) * worth
 
