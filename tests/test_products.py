@@ -110,6 +110,24 @@ def test_skinny_interpreted(fmt: str, rows: int, out: int, tiles: SkinnyTiles, s
     assert error(y, exact(x, w)) < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("rows", "out", "tiles", "sms"),
+    [
+        (1, 192, SkinnyTiles(step=128, consumers=2, strip=64, cuts=1, depth=4, digits=3), 3),
+        (2, 160, SkinnyTiles(step=128, consumers=1, strip=32, cuts=1, depth=2, digits=3), 3),  # less than a wgmma tile
+        (5, 176, SkinnyTiles(step=256, consumers=3, strip=88, cuts=1, depth=3, digits=3), 1),  # several pieces a block
+        (4, 176, SkinnyTiles(step=128, consumers=2, strip=88, cuts=1, depth=4, digits=2), 2),
+        (9, 320, SkinnyTiles(step=128, consumers=2, strip=64, depth=4, digits=3), 4),  # parts
+    ],
+)
+@pytest.mark.parametrize("fmt", ["int8", "int4-g128"])
+def test_skinny_interpreted_as_digits(fmt: str, rows: int, out: int, tiles: SkinnyTiles, sms: int) -> None:
+    """Whatever the largest input: one of the first row's is a hundred times the others."""
+    x, w = normal(0, rows, 768).at[0, 5].mul(100), weight(fmt, out, 768)
+    y = race_free(skinny(x, w, out_dtype=jnp.float32, tiles=tiles, sms=sms, interpret=interpreter()))
+    assert error(y, exact(x, w)) < (1e-6 if tiles.digits == 3 else 4e-4)
+
+
 def test_skinny_interpreted_with_everything_after_it() -> None:
     """SwiGLU, a layer of a stack, strips that are no multiple of 64, float16, several pieces a block."""
     x, w = normal(0, 2, 256, dtype=jnp.float16), weight("bf16", 3, 176, 256).astype(jnp.float16)
