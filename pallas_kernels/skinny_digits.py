@@ -12,8 +12,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu.fragmented_array import FragmentedArray
 from jax.experimental.mosaic.gpu.utils import c
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import arith, memref
@@ -46,6 +48,7 @@ from pallas_kernels.lanes import (
     thread_in_warpgroup,
     times,
 )
+from pallas_kernels.persistent_layouts import UNIT
 from pallas_kernels.skinny_plan import Plan, SkinnyTiles
 from pallas_kernels.skinny_sums import sums_of
 from pallas_kernels.tiles import WGMMA_ROWS, Format, swizzled, transforms_of
@@ -53,6 +56,7 @@ from pallas_kernels.tiles import WGMMA_ROWS, Format, swizzled, transforms_of
 CHUNK = 256  # 4-bit inputs that are made bytes at a time, while the products of the last so many run
 WARPS = LANES // 32
 NEIGHBOURS = 8  # inputs that a thread takes at a time
+MOST_VECTORS = 16  # of so many inputs that a thread fetches at a time
 
 
 def scratch_of(fmt: Format, p: Plan, tiles: SkinnyTiles) -> dict[str, Any]:
@@ -187,73 +191,112 @@ def fill(x_ref: Any, first: Any, last: Any, fmt: Format, p: Plan, tiles: SkinnyT
     what they are worth against these weights. Consumers share the inputs of a row; first they look for its largest."""
     if p.interpret:
         _fill_interpreted(x_ref, first, last, fmt, p, tiles, me, smem)
+        plgpu.commit_smem()
+        together(smem)
+        return
+    # Where a thread's inputs of a row begin, 8 at a time; the last of all once more where there are none left.
+    count = math.ceil(p.cut_steps * tiles.step / NEIGHBOURS / LANES / tiles.consumers)
+    parts = [(me + i * tiles.consumers, first, last) for i in range(count)]
+
+    def fetch(row: Any) -> list[jax.Array]:
+        return [_fetch(x_ref, row, *part) for part in parts]
+
+    def put(row: Any, fetched: list[jax.Array]) -> None:
+        _put(fetched, parts, row, fmt, p, tiles, smem)
+
+    on_their_way = max(1, MOST_VECTORS // count)
+    fetched = []
+    for begin in range(0, p.rows, on_their_way):
+        rows = range(begin, min(begin + on_their_way, p.rows))
+        fetched = [fetch(row) for row in rows]
+        for row, values in zip(rows, fetched, strict=True):
+            _measure(values, row, me, smem["sizes"])
+    together(smem)
+    if p.rows == 1:
+        put(0, fetched[0])
     else:
 
-        def each_row(body: Any) -> None:
-            body(jnp.int32(0), None) if p.rows == 1 else lax.fori_loop(0, p.rows, body, None)
+        def each(row: Any, fetched: Any) -> Any:
+            ahead = fetch(jnp.minimum(row + 1, p.rows - 1))
+            put(row, fetched)
+            return ahead
 
-        each_row(lambda row, _: _measure(x_ref, row, first, last, p, tiles, me, smem))
-        together(smem)
-        each_row(lambda row, _: _put(x_ref, row, first, last, fmt, p, tiles, me, smem))
+        lax.fori_loop(0, p.rows, each, fetch(0))
     plgpu.commit_smem()
     together(smem)
 
 
-def _mine(x_ref: Any, row: Any, first: Any, last: Any, p: Plan, tiles: SkinnyTiles, me: Any) -> list[tuple[Any, Any]]:
-    """Where a thread's inputs begin, and these, 8 at a time; the last of all once more where there are none left."""
-    threads = LANES * tiles.consumers
-    begins = []
-    for turn in range(math.ceil(p.cut_steps * tiles.step / NEIGHBOURS / threads)):
-        number = plus(plus(times(me, LANES), thread_in_warpgroup()), turn * threads)
-        begins.append(least(plus(first, times(number, NEIGHBOURS)), minus(last, NEIGHBOURS)))
-    return [(at, floats(aligned_load(x_ref, place(row, at), NEIGHBOURS))) for at in begins]
+def _begin(unit: Any, first: Any, last: Any) -> Any:
+    """Where this thread's inputs of a unit of 1024 begin."""
+    number = plus(times(unit, LANES), thread_in_warpgroup())
+    return least(plus(first, times(number, NEIGHBOURS)), minus(last, NEIGHBOURS))
 
 
-def _measure(x_ref: Any, row: Any, first: Any, last: Any, p: Plan, tiles: SkinnyTiles, me: Any, smem: Any) -> None:
+def _fetch(x_ref: Any, row: Any, unit: Any, first: Any, last: Any) -> jax.Array:
+    """A unit's inputs of a row, 8 to a thread."""
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), *[SCALAR] * 4),
+        return_type=plgpu.ShapeDtypeStruct((WARPS, 32, NEIGHBOURS), x_ref.dtype, layout=UNIT),
+    )
+    def load(_: Any, x_ref: Any, row: Any, unit: Any, first: Any, last: Any) -> Any:
+        row, unit, first, last = (a.registers.item() for a in (row, unit, first, last))
+        layout = UNIT.to_mgpu()
+        registers = np.empty(layout.registers_shape((WARPS, 32, NEIGHBOURS)), dtype=object)
+        registers[...] = aligned_load(x_ref, place(row, _begin(unit, first, last)), NEIGHBOURS)
+        return FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+    return load(x_ref, row, unit, first, last)  # type: ignore[call-arg]
+
+
+def _measure(values: list[jax.Array], row: Any, me: Any, sizes: Any) -> None:
     """Write the largest of a warp's inputs of a row to ``sizes`` [rows, warps]."""
 
-    @plgpu.inline_mgpu(arg_types=((plgpu.RefType(), plgpu.RefType()), *[SCALAR] * 4))
-    def measure(_: Any, refs: Any, row: Any, first: Any, last: Any, me: Any) -> None:
-        row, first, last, me = (a.registers.item() for a in (row, first, last, me))
-        mine = [largest_of(numbers) for _, numbers in _mine(refs[0], row, first, last, p, tiles, me)]
-        warp = plus(times(me, WARPS), over(thread_in_warpgroup(), 32))
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), (UNIT,) * len(values), SCALAR, SCALAR))
+    def measure(_: Any, sizes: Any, values: Any, row: Any, me: Any) -> None:
+        mine = [largest_of(floats(a.registers.item())) for a in values]
+        warp = plus(times(me.registers.item(), WARPS), over(thread_in_warpgroup(), 32))
         # A warp's threads write the same.
-        memref.store(of_warp(functools.reduce(arith.maxui, mine)), refs[1], place(row, warp))
+        memref.store(of_warp(functools.reduce(arith.maxui, mine)), sizes, place(row.registers.item(), warp))
 
-    measure((x_ref, smem["sizes"]), row, first, last, me)  # type: ignore[call-arg]
+    measure(sizes, tuple(values), row, me)  # type: ignore[call-arg]
 
 
-def _put(x_ref: Any, row: Any, first: Any, last: Any, fmt: Format, p: Plan, tiles: SkinnyTiles, me: Any,
-         smem: Any) -> None:  # fmt: skip
+def _put(values: list[jax.Array], parts: list[tuple[Any, Any, Any]], row: Any, fmt: Format, p: Plan,
+         tiles: SkinnyTiles, smem: Any) -> None:  # fmt: skip
     """Write a thread's inputs of a row as digits."""
     transforms = transforms_of(tiles.step, jnp.int8, fmt.group)
-    plain = plgpu.RefType()
+    units, first, last = [unit for unit, _, _ in parts], *parts[0][1:]
+    refs = plgpu.RefType(transforms), plgpu.RefType(), plgpu.RefType()
 
-    @plgpu.inline_mgpu(arg_types=((plain, plgpu.RefType(transforms), plain, plain), *[SCALAR] * 4))
-    def put(_: Any, refs: Any, row: Any, first: Any, last: Any, me: Any) -> None:
-        x_ref, x, sizes, factors = refs
-        row, first, last, me = (a.registers.item() for a in (row, first, last, me))
-        mine = _mine(x_ref, row, first, last, p, tiles, me)
+    @plgpu.inline_mgpu(
+        arg_types=(refs, (UNIT,) * len(values), (SCALAR,) * len(units), *[SCALAR] * 3),
+    )
+    def put(_: Any, refs: Any, values: Any, units: Any, row: Any, first: Any, last: Any) -> None:
+        x, sizes, factors = refs
+        row, first, last = (a.registers.item() for a in (row, first, last))
         all_sizes = [memref.load(sizes, place(row, warp)) for warp in range(WARPS * tiles.consumers)]
         scale, inverse = powers_of(functools.reduce(arith.maxui, all_sizes))
 
         def column(number: int) -> Any:
             return plus(row, p.column(number, 0))
 
-        for at, numbers in mine:
-            own = minus(at, first)
+        for unit, eight in zip(units, values, strict=True):
+            own = minus(_begin(unit.registers.item(), first, last), first)
             slab = over(own, tiles.step)
 
             def write(number: int, within: Any, value: Any, slab: Any = slab) -> None:
                 swizzled_store(value, x, transforms, 16, slab, column(number), within)
 
-            write_digits(shifted(numbers, inverse, p.digits), p.digits, fmt.bits, rest(own, tiles.step), write)
+            whole = shifted(floats(eight.registers.item()), inverse, p.digits)
+            write_digits(whole, p.digits, fmt.bits, rest(own, tiles.step), write)
         worth = worth_of(p.digits, fmt.bits)
         for number in range(p.digits):  # all threads write the same
             here = arith.mulf(scale, c(worth * 256 ** (p.digits - 1 - number), scale.type))
             memref.store(here, factors, place(column(number)))
 
-    put((x_ref, smem["x"], smem["sizes"], smem["factors"]), row, first, last, me)  # type: ignore[call-arg]
+    refs = smem["x"], smem["sizes"], smem["factors"]
+    put(refs, tuple(values), tuple(units), row, first, last)  # type: ignore[call-arg]
 
 
 def _fill_interpreted(x_ref: Any, first: Any, last: Any, fmt: Format, p: Plan, tiles: SkinnyTiles, me: Any,

@@ -41,7 +41,8 @@ def tiles_for(fmt: Format, inner: int, rows: int) -> SkinnyTiles:
     """The measured choice for one H200."""
     wide = inner % 256 == 0
     if fmt.quantized and rows <= MOST_ROWS_AS_DIGITS and (fmt.group or 128) % 128 == 0:
-        return SkinnyTiles(step=256 if wide else 128, consumers=3, strip=256, cuts=8, depth=24, digits=3)
+        step = max(256 if fmt.bits == 4 and wide else 128, fmt.group or 1)
+        return SkinnyTiles(step=step, consumers=2, strip=256, cuts=8, depth=24, digits=3)
     step = 256 if fmt.quantized and wide and rows <= 16 else 128
     return SkinnyTiles(step=step, consumers=3 if fmt.bits == 4 and rows <= 16 else 2)
 
@@ -140,9 +141,10 @@ def plan(out: int, inner: int, rows: int, fmt: Format, tiles: SkinnyTiles, sms: 
         multiplied *= (DIGITS_COST if tiles.digits else MULTIPLY_COST)[fmt.bits]
         weights = max(nbytes((p.strip, tiles.step), fmt.bits), multiplied)  # one waits for the other
         activations = nbytes((p.padded, tiles.step), 16) * L2_COST
-        in_flight = p.depth * nbytes((p.strip, tiles.step), fmt.bits)
+        underway = p.depth - 1 if tiles.digits else p.depth  # beside a stage that is being multiplied
+        in_flight = underway * nbytes((p.strip, tiles.step), fmt.bits)
         each = weights + (0 if tiles.digits else activations)
-        reading = turns * p.cut_steps * each * max(1, ENOUGH_IN_FLIGHT / in_flight)
+        reading = turns * p.cut_steps * each * max(1, ENOUGH_IN_FLIGHT / max(1, in_flight))
         once = p.cut_steps * activations if tiles.digits else 0
         fusion = 0 if p.direct else FUSION_COST + p.cuts * nbytes((out, p.padded), 2 * 32) / sms
         return reading + once + turns * PIECE_COST + fusion
