@@ -122,14 +122,14 @@ def swizzled_store(
 
 def _words(four: Sequence[Any], digits: int) -> list[Any]:
     """The digits of 4 numbers, each as a word."""
-    pairs = [prmt(a, b, integer(0x5140)) for a, b in (four[:2], four[2:])]  # lowest bytes of both, then the next
-    sign = integer(0x80808080 - 2**32)
-    second, last = prmt(*pairs, integer(0x7632)), arith.xori(prmt(*pairs, integer(0x5410)), sign)
+    (a, b, c, d), sign = four, integer(0x80808080 - 2**32)
+    low, high = prmt(a, b, integer(0x5140)), prmt(c, d, integer(0x5140))  # lowest bytes of both, then the next
+    second, last = prmt(low, high, integer(0x7632)), arith.xori(prmt(low, high, integer(0x5410)), sign)
     if digits == 2:
         return [second, last]
-    tops = [prmt(a, b, integer(0x7362)) for a, b in (four[:2], four[2:])]
+    top = prmt(prmt(a, b, integer(0x7362)), prmt(c, d, integer(0x7362)), integer(0x5410))
     # The first byte of three stands beside the 64 that 1.5 * 2**23 has there.
-    first = minus(arith.ori(prmt(*tops, integer(0x5410)), sign), 0x40404040)
+    first = minus(arith.ori(top, sign), 0x40404040)
     return [arith.xori(first, sign), arith.xori(second, sign), last]
 
 

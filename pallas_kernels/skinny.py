@@ -50,7 +50,7 @@ def check_skinny(x: jax.Array, w: Weight, *, tiles: SkinnyTiles | None = None) -
     fmt = format_of(w)
     rows, inner = x.shape
     out = w.shape[-2]
-    tiles = tiles or tiles_for(fmt, inner, rows)
+    tiles = tiles or tiles_for(fmt, out, inner, rows)
     if rows > MAX_ROWS:
         raise Unsupported(f"at most {MAX_ROWS} rows, found {rows}")
     if inner % tiles.step:
@@ -80,7 +80,7 @@ def skinny(
     With ``layer``, w is stacked [layers, out, in] and read in place.
     """
     fmt = format_of(w)
-    tiles = tiles or tiles_for(fmt, x.shape[1], x.shape[0])
+    tiles = tiles or tiles_for(fmt, w.shape[-2], x.shape[1], x.shape[0])
     return _skinny(
         x,
         w,

@@ -152,9 +152,8 @@ class Outputs:
         self.p, self.me, self.consumers = p, me, tiles.consumers
         self.within, self.outer = p.shift(row), row
         self.pieces = [(at, min(LANES, p.strip - at)) for at in range(0, p.strip, LANES)]
-        by_row = scales is not None and not fmt.grouped
         # Loaded now, for the end: what comes from memory takes as long as several stages.
-        self.scales = [some_of(p, scales.at[:, 0], self.outer + at, n) if by_row else None for at, n in self.pieces]
+        self.scales = None if fmt.grouped else [some_of(p, scales.at[:, 0], row + at, n) for at, n in self.pieces]
 
     def finish(self, out_ref: Any, sums: Any) -> None:
         """Add up the consumers' sums and the digits that are apart, in their order, and write rows of the result."""
@@ -165,7 +164,7 @@ class Outputs:
             columns = [p.column(digit, row) for digit in range(p.digits)] if p.apart else [row]
             places = [sums.at[other, column] for other in range(self.consumers) for column in columns]
             total = functools.reduce(jnp.add, [some_of(p, place, self.within + at, n) for place in places])
-            total = total if self.scales[number] is None else total * self.scales[number]
+            total = total if self.scales is None else total * self.scales[number]
             put_some(p, out_ref.at[row], self.outer + at, total.astype(out_ref.dtype), n)
 
         for number in range(len(self.pieces)):

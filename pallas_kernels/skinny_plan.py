@@ -37,12 +37,15 @@ class SkinnyTiles:
     digits: int = 0
 
 
-def tiles_for(fmt: Format, inner: int, rows: int) -> SkinnyTiles:
-    """The measured choice for one H200."""
+def tiles_for(fmt: Format, out: int, inner: int, rows: int) -> SkinnyTiles:
+    """The measured choice for one H200; with digits, what is reckoned to be it."""
     wide = inner % 256 == 0
     if fmt.quantized and rows <= MOST_ROWS_AS_DIGITS and (fmt.group or 128) % 128 == 0:
-        step = max(256 if fmt.bits == 4 and wide else 128, fmt.group or 1)
-        return SkinnyTiles(step=step, consumers=2, strip=256, cuts=8, depth=24, digits=3)
+        # Strips of less than a wgmma tile have little in a stage, which costs as much time as another.
+        short = out <= WGMMA_ROWS * 132
+        step = max(256 if wide and (fmt.bits == 4 or (short and rows <= 2)) else 128, fmt.group or 1)
+        consumers = 4 if fmt.bits == 4 and short else 2
+        return SkinnyTiles(step=step, consumers=consumers, strip=256, cuts=8, depth=24, digits=3)
     step = 256 if fmt.quantized and wide and rows <= 16 else 128
     return SkinnyTiles(step=step, consumers=3 if fmt.bits == 4 and rows <= 16 else 2)
 
@@ -150,6 +153,6 @@ def plan(out: int, inner: int, rows: int, fmt: Format, tiles: SkinnyTiles, sms: 
         return reading + once + turns * PIECE_COST + fusion
 
     strips = range(8, min(tiles.strip, out) + 1, 8)
-    cuts = range(1, min(tiles.cuts, steps) + 1)
+    cuts = range(1, min(tiles.cuts, steps, sms) + 1)
     candidates = (piece(*c) for c in itertools.product(strips, cuts))
     return min((p for p in candidates if p.depth > 0), key=cost)
