@@ -24,6 +24,7 @@ HALF_BYTE = 16
 # The largest number of so many digits: of two, all that they hold, less what the lower one can add; of three, what a
 # float32 holds beside the 1.5 * 2**23 that make it whole, as a power of two.
 WHOLE = {2: 127 * 256, 3: 2**21}
+LEAST = 24  # exponent (and 127) of a block's largest: of smaller ones the factor would be infinite, and zero no number
 WORDS = plgpu.Layout.TILED(  # 4-bit integers [64 * m, 32 * n] in rows as wgmma takes them: a word of 8 to a thread
     plgpu.Tiling(((64, 32), (16, 32), (8, 32), (8,))), warp_dims=(-7,), lane_dims=(-3, -2), vector_dim=-1
 )
@@ -40,7 +41,7 @@ def digits_of(x: jax.Array, digits: int = 2) -> tuple[list[jax.Array], jax.Array
     32,512th of its largest, which is finer than a bfloat16 of the largest by 7 bits; of three to a 2,097,152nd, which
     holds every bit of a bfloat16 that is no smaller than an 8,192nd of the largest."""
     x = x.astype(jnp.float32)
-    exponent = jax.lax.bitcast_convert_type(jnp.abs(x).max(axis=1), jnp.int32) >> 23
+    exponent = jnp.maximum(jax.lax.bitcast_convert_type(jnp.abs(x).max(axis=1), jnp.int32) >> 23, LEAST)
     scale, inverse = (
         jax.lax.bitcast_convert_type(e << 23, jnp.float32)
         for e in (jnp.minimum(exponent + 1, 255), jnp.maximum(253 - exponent, 0))
@@ -71,7 +72,7 @@ def of_warp(size: Any) -> Any:
 
 def powers_of(size: Any) -> tuple[Any, Any]:
     """A block's scale, and what its numbers are multiplied by."""
-    f32, exponent = ir.F32Type.get(), arith.shrui(size, integer(23))
+    f32, exponent = ir.F32Type.get(), arith.maxui(arith.shrui(size, integer(23)), integer(LEAST))
     scale = arith.minui(plus(exponent, 1), integer(255))
     inverse = arith.maxsi(minus(integer(253), exponent), integer(0))  # what is no number makes the scale none, x zero
     scale, inverse = (arith.bitcast(f32, arith.shli(a, integer(23))) for a in (scale, inverse))

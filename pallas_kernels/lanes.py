@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu.fragmented_array import FragmentedArray
-from jax.experimental.mosaic.gpu.utils import bitwidth, c, inline_ptx, thread_idx, when
+from jax.experimental.mosaic.gpu.utils import bitwidth, c, inline_ptx, memref_ptr, thread_idx, when
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, memref, vector
+from jaxlib.mlir.dialects import arith, llvm, memref, vector
 
 from pallas_kernels.persistent_layouts import line
 
@@ -72,6 +72,13 @@ def aligned_load(ref: Any, indices: list[Any], count: int) -> Any:
     """The other way: ``count`` neighbours of a reference."""
     element = ir.MemRefType(ref.type).element_type
     return vector.load(ir.VectorType.get((count,), element), ref, indices, alignment=count * bitwidth(element) // 8)
+
+
+def prefetch_line(ref: Any, byte: Any, wanted: Any) -> None:
+    """Have the line of memory with this byte of an array brought to the cache, where ``wanted``."""
+    i64 = ir.IntegerType.get_signless(64)
+    address = arith.addi(llvm.ptrtoint(i64, memref_ptr(ref)), arith.extui(i64, byte))
+    inline_ptx("prefetch.L2 [$0];", address, predicate=wanted)
 
 
 def thread_in_warpgroup() -> Any:

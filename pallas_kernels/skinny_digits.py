@@ -42,9 +42,11 @@ from pallas_kernels.lanes import (
     over,
     place,
     plus,
+    prefetch_line,
     put_some,
     rest,
     some_of,
+    thread_anew,
     thread_in_warpgroup,
     times,
 )
@@ -55,6 +57,7 @@ from pallas_kernels.tiles import WGMMA_ROWS, Format, swizzled, transforms_of
 
 CHUNK = 256  # 4-bit inputs that are made bytes at a time, while the products of the last so many run
 WARPS = LANES // 32
+LINE = 128  # bytes of a line of the cache
 NEIGHBOURS = 8  # inputs that a thread takes at a time
 MOST_VECTORS = 16  # of so many inputs that a thread fetches at a time
 
@@ -77,6 +80,7 @@ def consume_integers(me: Any, x_ref: Any, scales: Any, out_ref: Any, turns: Any,
                      tiles: SkinnyTiles, *, w_ring: Any, full: Any, free: Any, **smem: Any) -> None:  # fmt: skip
     """Multiply the stages whose turn it is, then finish some of the outputs."""
     _, _, first, end = piece(0)  # the range of the inputs is the same for all pieces of a block
+    prefetch(scales, piece(0)[0], fmt, p, tiles, me)
     with jax.named_scope("digits"):
         fill(x_ref, first * tiles.step, end * tiles.step, fmt, p, tiles, me, smem)
 
@@ -88,6 +92,7 @@ def consume_integers(me: Any, x_ref: Any, scales: Any, out_ref: Any, turns: Any,
 
     def turn(t: Any, count: Any) -> Any:
         row, cut, start, end = piece(t)
+        pl.when(t + 1 < turns)(lambda: prefetch(scales, piece(t + 1)[0], fmt, p, tiles, me))
         outputs = Outputs(row, me, scales, fmt, p, tiles)
         totals = sums_of(
             (row, cut, start, end),
@@ -110,6 +115,24 @@ def consume_integers(me: Any, x_ref: Any, scales: Any, out_ref: Any, turns: Any,
         return count + end - start
 
     lax.fori_loop(0, turns, turn, jnp.int32(0))
+
+
+def prefetch(scales: Any, row: Any, fmt: Format, p: Plan, tiles: SkinnyTiles, me: Any) -> None:
+    """Have the groups' scales of a strip brought near: a stage reads a few of each row, from memory at first."""
+    if not fmt.grouped or p.interpret:
+        return
+    row_bytes = scales.shape[1] * scales.dtype.itemsize
+    lines = math.ceil(p.strip * row_bytes / LINE) + 1
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SCALAR, SCALAR))
+    def bring(_: Any, scales: Any, row: Any, me: Any) -> None:
+        threads = LANES * tiles.consumers
+        begin, thread = times(row.registers.item(), row_bytes), plus(times(me.registers.item(), LANES), thread_anew())
+        for first in range(0, lines, threads):
+            byte = plus(begin, times(plus(thread, first), LINE))
+            prefetch_line(scales, byte, arith.cmpi(arith.CmpIPredicate.ult, byte, plus(begin, p.strip * row_bytes)))
+
+    bring(scales, row, me)  # type: ignore[call-arg]
 
 
 def multiply_tile(weights: Any, x: Any, accs: list[Any], fmt: Format, p: Plan, tiles: SkinnyTiles, held: Any,

@@ -44,7 +44,7 @@ def tiles_for(fmt: Format, out: int, inner: int, rows: int) -> SkinnyTiles:
         # Strips of less than a wgmma tile have little in a stage, which costs as much time as another.
         short = out <= WGMMA_ROWS * 132
         step = max(256 if wide and (fmt.bits == 4 or (short and rows <= 2)) else 128, fmt.group or 1)
-        consumers = 4 if fmt.bits == 4 and short else 2
+        consumers = (4 if rows <= 2 else 3) if fmt.bits == 4 and short else 2
         return SkinnyTiles(step=step, consumers=consumers, strip=256, cuts=8, depth=24, digits=3)
     step = 256 if fmt.quantized and wide and rows <= 16 else 128
     return SkinnyTiles(step=step, consumers=3 if fmt.bits == 4 and rows <= 16 else 2)
