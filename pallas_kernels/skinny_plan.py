@@ -41,8 +41,9 @@ def tiles_for(fmt: Format, out: int, inner: int, rows: int) -> SkinnyTiles:
     """The measured choice for one H200; with digits, what is reckoned to be it."""
     wide = inner % 256 == 0
     if fmt.quantized and rows <= MOST_ROWS_AS_DIGITS and (fmt.group or 128) % 128 == 0:
-        # Strips of less than a wgmma tile have little in a stage, which costs as much time as another.
-        short = out <= WGMMA_ROWS * 132
+        # Strips of less than a wgmma tile have little in a stage, which costs as much time as another. They are short
+        # where outputs are few and x has room, else the inputs are cut.
+        short = out <= WGMMA_ROWS * 132 and rows * inner <= 2**15
         step = max(256 if wide and (fmt.bits == 4 or (short and rows <= 2)) else 128, fmt.group or 1)
         consumers = (4 if rows <= 2 else 3) if fmt.bits == 4 and short else 2
         return SkinnyTiles(step=step, consumers=consumers, strip=256, cuts=8, depth=24, digits=3)
