@@ -140,11 +140,13 @@ def test_skinny_interpreted_as_digits(fmt: str, rows: int, out: int, tiles: Skin
     assert error(y, exact(x, w)) < (1e-6 if tiles.digits == 3 else 4e-4)
 
 
-def test_skinny_interpreted_with_everything_after_it() -> None:
+@pytest.mark.parametrize("fmt", ["bf16", "int8", "int4-g128"])
+def test_skinny_interpreted_with_everything_after_it(fmt: str) -> None:
     """SwiGLU, a layer of a stack, strips that are no multiple of 64, float16, several pieces a block."""
-    x, w = normal(0, 2, 256, dtype=jnp.float16), weight("bf16", 3, 176, 256).astype(jnp.float16)
+    x, w = normal(0, 2, 256, dtype=jnp.float16), weight(fmt, 3, 176, 256)
+    w = w if isinstance(w, QuantizedTensor) else w.astype(jnp.float16)
     residual = normal(2, 2, 88, dtype=jnp.float16)
-    tiles = SkinnyTiles(step=128, consumers=1, strip=88, cuts=1, depth=2)
+    tiles = SkinnyTiles(step=128, consumers=1, strip=88, cuts=1, depth=2, digits=0 if fmt == "bf16" else 3)
     y = race_free(
         skinny(
             x,
