@@ -22,6 +22,7 @@ GROUP = ("device", "model", "dtype", "context", "batch", "seq")
 
 # What other projects publish about themselves: source, hardware, model, figure, unit; and the case, model and rows of
 # ours that answers it. No hardware of theirs is ours: the device of every figure is named.
+LENGTHS = range(512, 4096 + 1)  # of those figures that are given for lengths
 PUBLISHED: tuple[tuple[str, str, str, str, tuple[str, str, str]], ...] = (
     ("llama2.c, one CPU core", "one CPU core", "7B", "0.27 tokens/s", ("decode", "7b", "tokens_per_s")),
     ("llama2.c with CUDA", "not named", "7B", "4.19 tokens/s", ("decode", "7b", "tokens_per_s")),
@@ -157,22 +158,25 @@ def _published(records: Sequence[Record]) -> str:
 
 def _best(ours: Sequence[Record], metric: str) -> tuple[str, str, str]:
     if metric == "ms":
-        ours = [
-            r
-            for group in latest(ours, ("device", "context", "dtype"))
-            for r in group
-            if "torch" in r.get("speedup", {})
-        ]
-        ups = [r["speedup"]["torch"] for r in ours if r["impl"] == "pallas"]
-        if not ups:
+        ours = [r for r in ours if r["impl"] == "pallas" and "torch" in r.get("speedup", {}) and r["seq"] in LENGTHS]
+        # Of one device, the last; of each length its last run.
+        ours = [r for g in latest(ours, ("context", "dtype")) for r in g if r["device"] == _last(ours)["device"]]
+        if not ours:
             return "not measured yet", "", ""
-        return f"{min(ups):.2f} to {max(ups):.2f} times", ours[-1]["device"], commit_of(ours[-1])
+        low, high = (f"{pick(r['speedup']['torch'] for r in ours):.2f}" for pick in (min, max))
+        lengths = sorted({r["seq"] for r in ours})
+        at = " to ".join(str(n) for n in sorted({lengths[0], lengths[-1]}))
+        return f"{low if low == high else f'{low} to {high}'} times, at {at}", ours[-1]["device"], commit_of(ours[-1])
     ours = [r for group in latest(ours, ("device", "dtype", "seq", "context")) for r in group]
     if not ours:
         return "not measured yet", "", ""
     best = max((r for r in ours if r["dtype"] in ("bf16", "f16")), key=lambda r: r["value"], default=None)
     best = best or max(ours, key=lambda r: r["value"])
     return f"{best['value']:,.0f} tokens/s ({best['dtype']}, {best['impl']})", best["device"], commit_of(best)
+
+
+def _last(records: Sequence[Record]) -> Record:
+    return max(records, key=lambda r: r["when"])
 
 
 def _charts(*patterns: str) -> str:

@@ -210,3 +210,15 @@ def test_the_newest_commits_runs_stand_together() -> None:
     more = [a_record(value=3.0, batch=8, run="r3", commit="new", when="2026-03")]
     (group,) = names.newest(old + new + more)
     assert [(r["batch"], r["value"]) for r in group] == [(1, 2.0), (8, 3.0)]
+
+
+def test_a_ratio_beside_a_published_one_is_of_one_device_and_says_its_lengths() -> None:
+    def ffn(seq: int, ratio: float, device: str, when: str) -> record.Record:
+        base = a_record(suite="ops", case="ffn", impl="pallas", metric="ms", value=1.0, device=device, when=when)
+        return base | dict(seq=seq, context=seq, speedup={"torch": ratio})
+
+    old = [ffn(n, 9.0, "an old GPU", "2026-01") for n in (512, 1024)]
+    new = [ffn(n, r, "a new GPU", "2026-02") for n, r in ((512, 1.5), (1024, 1.2), (8192, 3.0))]
+    row = TABLES["published"](old + new).splitlines()[-1]
+    assert "1.20 to 1.50 times, at 512 to 1024 | a new GPU" in row
+    assert "1.50 times, at 512 |" in TABLES["published"](new[:1]).splitlines()[-1]
