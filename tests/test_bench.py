@@ -29,8 +29,16 @@ from bench.peers import NotSupported, Output, Peer
 class Fake:
     {method}
     def peak_bytes(self): return 1
-PEER = Peer("fake-{name}", "model", lambda: None, lambda job: Fake())
+PEER = Peer("fake-{name}", "{kind}", lambda: None, lambda job: Fake())
 """
+
+# The same of operations, in the first of their stretches or in the last.
+OP_FAKES = {
+    "op_crash": "def run(self, **_): import os; print('about to die', file=sys.stderr); os.abort(); yield",
+    "op_late": "def run(self, **_):\n        for _ in range(3): yield\n        import time; time.sleep(600)",
+    "op_memory": "def run(self, **_): raise MemoryError('cannot hold it'); yield",
+    "op_wrong": "def run(self, **_): yield; return dict(error_vs_reference=0.5, peak_bytes=1, samples=[])",
+}
 
 
 @pytest.fixture
@@ -38,7 +46,9 @@ def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "path" / "fakes"
     folder.mkdir(parents=True)
     for name, method in FAKES.items():
-        (folder / f"{name}.py").write_text(FAKE.format(name=name, method=method))
+        (folder / f"{name}.py").write_text(FAKE.format(name=name, method=method, kind="model"))
+    for name, method in OP_FAKES.items():
+        (folder / f"{name}.py").write_text(FAKE.format(name=name, method=method, kind="ops"))
     monkeypatch.setenv("PYTHONPATH", str(folder.parent))
     monkeypatch.syspath_prepend(str(folder.parent))
 
@@ -329,6 +339,26 @@ def test_ops_check_and_time_and_place_on_the_roofline(tmp_path: Path, capsys: py
     assert "memory_reduction" in done["attention-prefill"]
     assert "ffn" in capsys.readouterr().out
     assert len(list((tmp_path / "plots").glob("roofline-ops-f32-cpu-*.png"))) == 1
+
+
+def test_ops_survive_their_peers(fakes: None, tmp_path: Path) -> None:
+    argv = ["--model", "stories260k", "--seq", "16,32", "--op", "attention", "--warmup", "1", "--iterations", "3"]
+    argv += ["--backends", "xla", "--peers", ",".join(f"fakes.{name}" for name in OP_FAKES), "--time-limit", "15"]
+    with pytest.raises(SystemExit) as end:
+        ops.main([*argv, "--results", str(tmp_path)])
+    assert end.value.code == 0
+    rows = list(record.read(tmp_path))
+    assert [r["value"] is not None for r in rows if r["impl"] == "xla"] == [True, True]
+    why = {
+        "op_crash": "SIGABRT",
+        "op_late": "no answer within 15 s",
+        "op_memory": "out of memory",
+        "op_wrong": "error 5.0e-01",
+    }
+    for name, says in why.items():
+        mine = [r for r in rows if r["impl"] == f"fake-{name}"]
+        assert len(mine) == 2  # a process that died is started again for the next case
+        assert all(says in r["why"] and r["failed"] for r in mine), mine
 
 
 # The notebook
