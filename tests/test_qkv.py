@@ -161,7 +161,10 @@ def test_prompts_through_the_interpreted_kernel(monkeypatch: pytest.MonkeyPatch,
     def attempt(*arguments: Any, backend: str, **options: Any) -> Any:
         check_qkv(*arguments, **options)
         tiles = WideTiles(out=128, rows=128, depth=2)
-        return qkv_kernel(*arguments, **options, tiles=tiles, sms=2, interpret=plgpu.InterpretGPUParams())
+        # The interpreter's threads wait for one another: nothing else may be under way that has the machine's.
+        jax.block_until_ready(arguments)
+        out = qkv_kernel(*arguments, **options, tiles=tiles, sms=2, interpret=plgpu.InterpretGPUParams())
+        return jax.block_until_ready(out)
 
     found = []
     for fused in (False, True):
