@@ -54,12 +54,16 @@ def latest(records: Sequence[Record], keys: Sequence[str]) -> list[list[Record]]
 def newest(records: Sequence[Record]) -> list[list[Record]]:
     """Records with a figure in groups of one device, model and dtype: what the commit that ran last has, and of each
     workload its last run, so that what is compared ran together."""
+
+    def owner(record: Record) -> tuple[object, ...]:
+        return tuple(record[k] for k in NEWEST)
+
     figures = [r for r in records if r["value"] is not None]
-    commits = {tuple(g[0][k] for k in NEWEST): g[0]["commit"] for g in latest(figures, NEWEST)}
-    mine = [r for r in figures if r["commit"] == commits[tuple(r[k] for k in NEWEST)]]
+    commits = {owner(g[0]): g[0]["commit"] for g in latest(figures, NEWEST)}
+    mine = [r for r in figures if r["commit"] == commits[owner(r)]]
     whole: dict[tuple[object, ...], list[Record]] = {}
     for group in latest(mine, (*NEWEST, *WORKLOAD)):
-        whole.setdefault(tuple(group[0][k] for k in NEWEST), []).extend(group)
+        whole.setdefault(owner(group[0]), []).extend(group)
     return list(whole.values())
 
 

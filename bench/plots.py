@@ -70,13 +70,14 @@ def newest(records: Sequence[Record], folder: Path) -> Iterator[Path]:
     measured = [r for r in records if r["value"] is not None and r.get("ceilings") and "work" in r]
     whole = [r for r in measured if r["suite"] == "compare" and r["metric"] == "tokens_per_s"]
     single = [r for r in measured if r["suite"] == "ops" and r["metric"] == "ms"]
-    for group in newest_of(whole):
+    models = newest_of(whole)
+    for group in models:
         yield from compare_plots(group, folder)
     groups = latest(single, ("device", "case", "dtype"))
     for device, dtype in dict.fromkeys((g[0]["device"], g[0]["dtype"]) for g in groups):
         mine = [r for g in groups for r in g if (r["device"], r["dtype"]) == (device, dtype)]
-        steps = [g for g in newest_of(whole) if g[0]["device"] == device]
-        yield from ops_plots(mine, folder, [r for g in steps for r in g if r["dtype"] == dtype])
+        steps = [r for g in models for r in g if (r["device"], r["dtype"]) == (device, dtype)]
+        yield from ops_plots(mine, folder, steps)
 
 
 def compare_plots(records: Sequence[Record], folder: Path) -> Iterator[Path]:

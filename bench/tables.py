@@ -159,24 +159,21 @@ def _published(records: Sequence[Record]) -> str:
 def _best(ours: Sequence[Record], metric: str) -> tuple[str, str, str]:
     if metric == "ms":
         ours = [r for r in ours if r["impl"] == "pallas" and "torch" in r.get("speedup", {}) and r["seq"] in LENGTHS]
-        # Of one device, the last; of each length its last run.
-        ours = [r for g in latest(ours, ("context", "dtype")) for r in g if r["device"] == _last(ours)["device"]]
         if not ours:
             return "not measured yet", "", ""
+        # Of one device, the last; of each length its last run.
+        device = max(ours, key=lambda r: r["when"])["device"]
+        ours = [r for g in latest(ours, ("context", "dtype")) for r in g if r["device"] == device]
         low, high = (f"{pick(r['speedup']['torch'] for r in ours):.2f}" for pick in (min, max))
         lengths = sorted({r["seq"] for r in ours})
         at = " to ".join(str(n) for n in sorted({lengths[0], lengths[-1]}))
-        return f"{low if low == high else f'{low} to {high}'} times, at {at}", ours[-1]["device"], commit_of(ours[-1])
+        return f"{low if low == high else f'{low} to {high}'} times, at {at}", device, commit_of(ours[-1])
     ours = [r for group in latest(ours, ("device", "dtype", "seq", "context")) for r in group]
     if not ours:
         return "not measured yet", "", ""
     best = max((r for r in ours if r["dtype"] in ("bf16", "f16")), key=lambda r: r["value"], default=None)
     best = best or max(ours, key=lambda r: r["value"])
     return f"{best['value']:,.0f} tokens/s ({best['dtype']}, {best['impl']})", best["device"], commit_of(best)
-
-
-def _last(records: Sequence[Record]) -> Record:
-    return max(records, key=lambda r: r["when"])
 
 
 def _charts(*patterns: str) -> str:
