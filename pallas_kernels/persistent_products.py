@@ -16,19 +16,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import ring
+from pallas_kernels.digits import HALF_BYTE, in_bytes
+from pallas_kernels.lanes import LANES, put_some, some_of
 from pallas_kernels.persistent_ends import Fill, Finish, units_of
-from pallas_kernels.persistent_lanes import (
-    HALF_BYTE,
-    LANES,
-    SUMS,
-    fold,
-    in_bytes,
-    put_row,
-    put_some,
-    put_sums,
-    scale_rows,
-    some_of,
-)
+from pallas_kernels.persistent_lanes import SUMS, fold, put_row, put_sums, scale_rows
 from pallas_kernels.persistent_plan import BLOCK, ROW_UNIT, TAKING_TURNS, Plan, Product
 from pallas_kernels.ring import claim, my_stages
 from pallas_kernels.tiles import WGMMA_ROWS

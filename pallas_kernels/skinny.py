@@ -8,11 +8,12 @@ the inputs are cut, the partial sums are added in one fixed order afterwards, in
 Where the inputs are not cut, as for most shapes, the kernel finishes its sums itself and no operation follows it.
 
 Inside a block one warpgroup issues TMA copies into a ring of stages; the others take the stages in turn, each with
-accumulators of its own, and add those up through shared memory when the piece is done.
+accumulators of its own, and add those up through shared memory when the piece is done. Against integer weights few rows
+are multiplied as digits, see `pallas_kernels.skinny_digits`.
 """
 
 import functools
-import math
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.indexed import layer_index
 from pallas_kernels.ring import claim, consumer_registers, drain
 from pallas_kernels.skinny_consume import consume
+from pallas_kernels.skinny_digits import consume_integers, scratch_of
 from pallas_kernels.skinny_plan import Plan, SkinnyTiles, plan, tiles_for
 from pallas_kernels.tiles import (
     WGMMA_ROWS,
@@ -48,7 +50,7 @@ def check_skinny(x: jax.Array, w: Weight, *, tiles: SkinnyTiles | None = None) -
     fmt = format_of(w)
     rows, inner = x.shape
     out = w.shape[-2]
-    tiles = tiles or tiles_for(fmt, inner, rows)
+    tiles = tiles or tiles_for(fmt, out, inner, rows)
     if rows > MAX_ROWS:
         raise Unsupported(f"at most {MAX_ROWS} rows, found {rows}")
     if inner % tiles.step:
@@ -57,6 +59,8 @@ def check_skinny(x: jax.Array, w: Weight, *, tiles: SkinnyTiles | None = None) -
         raise Unsupported(f"{out} outputs: must be a multiple of 8" + ", at least 64" * fmt.quantized)
     if fmt.group is not None and tiles.step % fmt.group:
         raise Unsupported(f"groups of {fmt.group} inputs: must divide {tiles.step}")
+    if tiles.digits and (not fmt.quantized or tiles.step % 128 or (fmt.group or 128) % 128):
+        raise Unsupported("digits are for integer weights, one scale a row or for a multiple of 128 inputs")
 
 
 def skinny(
@@ -76,11 +80,11 @@ def skinny(
     With ``layer``, w is stacked [layers, out, in] and read in place.
     """
     fmt = format_of(w)
-    tiles = tiles or tiles_for(fmt, x.shape[1], x.shape[0])
+    tiles = tiles or tiles_for(fmt, w.shape[-2], x.shape[1], x.shape[0])
     return _skinny(
         x,
         w,
-        layer_index(layer),
+        None if layer is None else layer_index(layer),
         residual,
         swiglu=swiglu,
         out_dtype=jnp.dtype(out_dtype or x.dtype),
@@ -92,28 +96,33 @@ def skinny(
 
 # Compiled as a function of its own: the layers of a model then share one trace and one lowering.
 @functools.partial(jax.jit, static_argnames=("interpret", "out_dtype", "sms", "swiglu", "tiles"))
-def _skinny(x: jax.Array, w: Weight, layer: jax.Array, residual: jax.Array | None, *, swiglu: bool, out_dtype: Any,
-            tiles: SkinnyTiles, sms: int, interpret: Any) -> jax.Array:  # fmt: skip
+def _skinny(x: jax.Array, w: Weight, layer: jax.Array | None, residual: jax.Array | None, *, swiglu: bool,
+            out_dtype: Any, tiles: SkinnyTiles, sms: int, interpret: Any) -> jax.Array:  # fmt: skip
     fmt = format_of(w)
     rows, inner = x.shape
-    padded = 8 * math.ceil(rows / 8)
-    p = plan(w.shape[-2], inner, padded, fmt, tiles, sms)
+    p = replace(plan(w.shape[-2], inner, rows, fmt, tiles, sms), interpret=bool(interpret))
     data, scale = split(w)
-    x = jnp.pad(x, ((0, padded - rows), (0, 0)))
-    arguments = [layer, shuffle_inputs(x) if fmt.quantized and not interpret else x, data]
-    if fmt.grouped or (fmt.quantized and p.direct):
-        arguments.append(scale)
+    if not tiles.digits:
+        x = jnp.pad(x, ((0, p.padded - rows), (0, 0)))
+        x = shuffle_inputs(x) if fmt.quantized and not interpret else x
+    arguments = {"layer": layer, "x": x, "w": data}
+    if fmt.grouped or (fmt.quantized and (p.direct or tiles.digits)):
+        arguments["scale"] = scale
+    arguments = {name: a for name, a in arguments.items() if a is not None}
     # What follows a finished product, if anything, or what works on the small parts, is one XLA fusion.
     if p.direct:
         done = jax.ShapeDtypeStruct((rows, p.out), jnp.float32 if swiglu or residual is not None else out_dtype)
-        y = _kernel(fmt, p, tiles, x.dtype, done, interpret)(*arguments)
+        y = _kernel(tuple(arguments), fmt, p, tiles, x.dtype, done, interpret)(*arguments.values())
     else:
-        done = jax.ShapeDtypeStruct((p.cuts, p.out, p.rows), jnp.float32)
-        parts = _kernel(fmt, p, tiles, x.dtype, done, interpret)(*arguments)
-        y = functools.reduce(jnp.add, [parts[i] for i in range(p.cuts)])[:, :rows]  # a fixed order
-        if scale is not None and not fmt.grouped:
-            y = y * scale[layer[0]].astype(jnp.float32)
-        y = y.T
+        shape = (rows, p.out) if tiles.digits else (p.out, p.padded)
+        done = jax.ShapeDtypeStruct((p.cuts, *shape), jnp.float32)
+        parts = _kernel(tuple(arguments), fmt, p, tiles, x.dtype, done, interpret)(*arguments.values())
+        y = functools.reduce(jnp.add, [parts[i] for i in range(p.cuts)])  # a fixed order
+        if not tiles.digits:
+            y = y[:, :rows]
+            if scale is not None and not fmt.grouped:
+                y = y * scale[0 if layer is None else layer[0]].astype(jnp.float32)
+            y = y.T
     if swiglu:
         gate, up = jnp.split(y, 2, axis=-1)
         y = jax.nn.silu(gate) * up
@@ -122,26 +131,18 @@ def _skinny(x: jax.Array, w: Weight, layer: jax.Array, residual: jax.Array | Non
     return y.astype(out_dtype)
 
 
-def _kernel(fmt: Format, p: Plan, tiles: SkinnyTiles, dtype: Any, done: jax.ShapeDtypeStruct, interpret: Any) -> Any:
-    """The launch. It leaves finished sums [rows, out], or float32 parts [cuts, out, padded rows]."""
-    others = tiles.consumers - 1
+def _kernel(names: tuple[str, ...], fmt: Format, p: Plan, tiles: SkinnyTiles, dtype: Any, done: jax.ShapeDtypeStruct,
+            interpret: Any) -> Any:  # fmt: skip
+    """The launch. It leaves finished sums [rows, out], or float32 parts: of digits [cuts, rows, out], else [cuts, out,
+    padded rows]."""
     scratch = {
         "w_ring": swizzled((p.depth, p.height, tiles.step), fmt.dtype),
-        "x_ring": swizzled((p.depth, p.rows, tiles.step), dtype, run=fmt.group),
-        "sums": plgpu.SMEM((max(1, others), p.height, p.rows), jnp.float32),
-        "full": plgpu.Barrier(num_arrivals=2, num_barriers=p.depth),
+        "full": plgpu.Barrier(num_arrivals=1 if tiles.digits else 2, num_barriers=p.depth),
         "free": plgpu.Barrier(num_arrivals=1, num_barriers=p.depth),
     }
-    if others:
-        scratch["summed"] = plgpu.Barrier(num_arrivals=others)
-        scratch["stored"] = plgpu.Barrier(num_arrivals=1)
-    if p.direct:
-        scratch["turned"] = plgpu.SMEM((p.rows, p.height), jnp.float32)
-        scratch["finished"] = plgpu.SMEM((p.rows, p.strip), done.dtype)
-    if interpret and fmt.quantized:
-        scratch["widened"] = swizzled((tiles.consumers, WGMMA_ROWS, tiles.step), dtype, run=fmt.group)
+    scratch |= scratch_of(fmt, p, tiles) if tiles.digits else _scratch_of_floats(fmt, p, tiles, dtype, done)
     return plgpu.kernel(
-        functools.partial(_body, fmt=fmt, p=p, tiles=tiles, dtype=dtype, interpret=interpret),
+        functools.partial(_body, names=names, fmt=fmt, p=p, tiles=tiles, dtype=dtype, interpret=interpret),
         out_type=done,
         scratch_types=scratch,
         grid=(p.blocks,),
@@ -153,9 +154,29 @@ def _kernel(fmt: Format, p: Plan, tiles: SkinnyTiles, dtype: Any, done: jax.Shap
     )
 
 
-def _body(*refs: Any, fmt: Format, p: Plan, tiles: SkinnyTiles, dtype: Any, interpret: Any, **scratch: Any) -> None:
-    layer_ref, x_ref, w_ref, *scale_ref, out_ref = refs
-    layer = layer_ref[0]
+def _scratch_of_floats(fmt: Format, p: Plan, tiles: SkinnyTiles, dtype: Any, done: Any) -> dict[str, Any]:
+    others = tiles.consumers - 1
+    scratch = {
+        "x_ring": swizzled((p.depth, p.columns, tiles.step), dtype, run=fmt.group),
+        "sums": plgpu.SMEM((max(1, others), p.height, p.columns), jnp.float32),
+    }
+    if others:
+        scratch["summed"] = plgpu.Barrier(num_arrivals=others)
+        scratch["stored"] = plgpu.Barrier(num_arrivals=1)
+    if p.direct:
+        scratch["turned"] = plgpu.SMEM((p.columns, p.height), jnp.float32)
+        scratch["finished"] = plgpu.SMEM((p.columns, p.strip), done.dtype)
+    if p.interpret and fmt.quantized:
+        scratch["widened"] = swizzled((tiles.consumers, WGMMA_ROWS, tiles.step), dtype, run=fmt.group)
+    return scratch
+
+
+def _body(*refs: Any, names: tuple[str, ...], fmt: Format, p: Plan, tiles: SkinnyTiles, dtype: Any, interpret: Any,
+          **scratch: Any) -> None:  # fmt: skip
+    *arguments, out_ref = refs
+    given = dict(zip(names, arguments, strict=True))
+    x_ref, w_ref, scale_ref = given["x"], given["w"], given.get("scale")
+    layer = given["layer"][0] if "layer" in given else 0  # a number that the first copy would wait for
     block, me = lax.axis_index("block"), lax.axis_index("warpgroup")
     turns = (p.strips * p.cuts - block + p.blocks - 1) // p.blocks
 
@@ -177,13 +198,16 @@ def _body(*refs: Any, fmt: Format, p: Plan, tiles: SkinnyTiles, dtype: Any, inte
     def _() -> None:
         if tiles.consumers > 1 and not interpret:
             plgpu.set_max_registers(consumer_registers(tiles.consumers, PRODUCER_REGISTERS), action="increase")
-        scales = scale_ref[0].at[layer] if scale_ref else None
-        consume(me, scales, out_ref, turns, piece, fmt, p, tiles, dtype, **scratch)
+        scales = None if scale_ref is None else scale_ref.at[layer]
+        if tiles.digits:
+            consume_integers(me, x_ref, scales, out_ref, turns, piece, fmt, p, tiles, **scratch)
+        else:
+            consume(me, scales, out_ref, turns, piece, fmt, p, tiles, dtype, **scratch)
 
 
-def _produce(x_ref: Any, w_ref: Any, turns: Any, piece: Any, p: Plan, step: int, *, w_ring: Any, x_ring: Any,
-             full: Any, free: Any, **_: Any) -> None:  # fmt: skip
-    """Keep the ring full. Copies run ahead of the sums, across pieces too."""
+def _produce(x_ref: Any, w_ref: Any, turns: Any, piece: Any, p: Plan, step: int, *, w_ring: Any, full: Any,
+             free: Any, x_ring: Any = None, **_: Any) -> None:  # fmt: skip
+    """Keep the ring full; digits of x are not in it. Copies run ahead of the sums, across pieces too."""
 
     def turn(t: Any, count: Any) -> Any:
         row, _, start, end = piece(t)
@@ -193,7 +217,8 @@ def _produce(x_ref: Any, w_ref: Any, turns: Any, piece: Any, p: Plan, step: int,
             slot = claim(count, p.depth, free)
             inputs = pl.ds(i * step, step)
             plgpu.copy_gmem_to_smem(w_ref.at[pl.ds(row, p.strip), inputs], w_ring.at[slot, place], full.at[slot])
-            plgpu.copy_gmem_to_smem(x_ref.at[:, inputs], x_ring.at[slot], full.at[slot])
+            if x_ring is not None:
+                plgpu.copy_gmem_to_smem(x_ref.at[:, inputs], x_ring.at[slot], full.at[slot])
             return count + 1
 
         return lax.fori_loop(start, end, stage, count)

@@ -1,4 +1,7 @@
-"""What the multiplying warpgroups of a product for few rows do: `pallas_kernels.skinny` has the launch."""
+"""What the multiplying warpgroups of a product for few rows do with floats: integer weights are widened on their way.
+
+`pallas_kernels.skinny` has the launch, `pallas_kernels.skinny_digits` what is done with integers.
+"""
 
 from typing import Any
 
@@ -9,12 +12,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.persistent_layouts import outputs
-from pallas_kernels.ring import first_of_mine, my_stages
 from pallas_kernels.skinny_plan import Plan, SkinnyTiles
-from pallas_kernels.tiles import WGMMA_ROWS, Format, load_shuffled, scale_column, spread, widen_shuffled
+from pallas_kernels.skinny_sums import sums_of
+from pallas_kernels.tiles import WGMMA_ROWS, Format, load_shuffled, widen_shuffled
 
 CHUNK = 128  # inputs that are widened at a time, while the products of the last so many run
-MOST_REGISTERS = 64  # of a thread, for accumulators
 
 
 def consume(me: Any, scales: Any, out_ref: Any, turns: Any, piece: Any, fmt: Format, p: Plan, tiles: SkinnyTiles,
@@ -22,7 +24,6 @@ def consume(me: Any, scales: Any, out_ref: Any, turns: Any, piece: Any, fmt: For
             stored: Any = None, widened: Any = None, **ends: Any) -> None:  # fmt: skip
     """Multiply the stages whose turn it is, then add up what the consumers have."""
     last = tiles.consumers - 1
-    accumulator = plgpu.ACC((WGMMA_ROWS, p.rows), jnp.float32)
     chunk = min(CHUNK, tiles.step)
     group = min(fmt.group or tiles.step, tiles.step)
 
@@ -54,8 +55,7 @@ def consume(me: Any, scales: Any, out_ref: Any, turns: Any, piece: Any, fmt: For
                 product((c + g) // group, weights, c + g, c + g + width)
             plgpu.wgmma_wait(0 if widened is not None else chunk // width)  # the last chunk's registers are free
 
-    def multiply_all(slot: Any, accs: list[Any], which: range) -> None:
-        """Some tiles of a stage; ``accs`` [tile][group]."""
+    def multiply_all(_: Any, slot: Any, accs: list[Any], which: range) -> None:
         integers = integers_of(slot, which[0]) if fmt.quantized else None
         for tile, mine in zip(which, accs, strict=True):
             multiply(slot, tile, mine, integers)
@@ -63,65 +63,11 @@ def consume(me: Any, scales: Any, out_ref: Any, turns: Any, piece: Any, fmt: For
                 integers = integers_of(slot, tile + 1)
         plgpu.wgmma_wait(0)
 
-    def fold(start: Any, end: Any, count: Any, stage: Any, carry: Any) -> Any:
-        """``stage(step, slot, carry)`` over the stages of a piece that are this consumer's."""
-
-        def one(number: Any, slot: Any, carry: Any) -> Any:
-            return stage(start + number, slot, carry)
-
-        return my_stages(me, tiles.consumers, count, end - start, p.depth, full, free, one, carry)
-
-    def scale_of(row: Any, tile: int, column: Any) -> jax.Array:
-        return scale_column(scales, row - p.shift(row) + p.tiles[tile], column, WGMMA_ROWS)
-
-    def one_scale_a_row(start: Any, end: Any, count: Any, row: Any) -> list[jax.Array]:
-        # Loaded now, for the end: what comes from memory takes as long as several stages.
-        factors = [scale_of(row, tile, 0) for tile in range(len(p.tiles))] if scales is not None else None
-
-        def scoped(*accs: Any) -> list[jax.Array]:
-            def stage(_: Any, slot: Any, carry: Any) -> Any:
-                multiply_all(slot, [[acc] for acc in accs], range(len(accs)))
-                return carry
-
-            fold(start, end, count, stage, None)
-            return [acc[...] for acc in accs]
-
-        totals = pl.run_scoped(scoped, *[accumulator] * len(p.tiles))
-        if factors is None:
-            return totals
-        return [total * spread(factor, total.shape) for total, factor in zip(totals, factors, strict=True)]
-
-    def one_scale_a_group(start: Any, end: Any, count: Any, row: Any) -> list[jax.Array]:
-        groups = tiles.step // group
-        together = max(1, min(len(p.tiles), MOST_REGISTERS // (groups * p.rows // 2)))  # tiles in flight
-
-        def scales_of(step: Any) -> list[list[jax.Array]]:
-            step = jnp.minimum(step, p.steps - 1)
-            return [[scale_of(row, tile, step * groups + g) for g in range(groups)] for tile in range(len(p.tiles))]
-
-        def stage(step: Any, slot: Any, carry: Any) -> Any:
-            totals, factors = list(carry[0]), carry[1]
-            following = scales_of(step + tiles.consumers)  # as above: one stage ahead
-            for begin in range(0, len(p.tiles), together):
-                which = range(begin, min(begin + together, len(p.tiles)))
-
-                def scoped(*accs: Any, which: range = which) -> list[jax.Array]:
-                    multiply_all(slot, [list(accs[i : i + groups]) for i in range(0, len(accs), groups)], which)
-                    return [acc[...] for acc in accs]
-
-                parts = iter(pl.run_scoped(scoped, *[accumulator] * (len(which) * groups)))
-                for tile in which:
-                    for factor in factors[tile]:
-                        totals[tile] = totals[tile] + next(parts) * spread(factor, (WGMMA_ROWS, p.rows))
-            return totals, following
-
-        zero = plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, p.rows), jnp.float32), plgpu.Layout.WGMMA)
-        carry = [zero] * len(p.tiles), scales_of(start + first_of_mine(me, tiles.consumers, count))
-        return fold(start, end, count, stage, carry)[0]
-
     def turn(t: Any, count: Any) -> Any:
         row, cut, start, end = piece(t)
-        totals = (one_scale_a_group if fmt.grouped else one_scale_a_row)(start, end, count, row)
+        totals = sums_of(
+            (row, cut, start, end), count, me, scales, multiply_all, fmt, p, tiles, jnp.float32, full=full, free=free
+        )
         places = [pl.ds(tile, WGMMA_ROWS) for tile in p.tiles]
 
         if last:

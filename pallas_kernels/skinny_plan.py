@@ -6,7 +6,7 @@ what the busiest block has to do, whose constants were fitted to measurements on
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,24 +18,36 @@ PIECE_COST = 20_000  # finishing a piece takes as long as so many bytes of a blo
 FUSION_COST = 53_000  # likewise what follows the kernel where it leaves parts: a launch, and all sums once more
 MULTIPLY_COST = {4: 0.63, 8: 0.9, 16: 0.2}  # likewise of a weight of so many bits: widening an integer, wgmma
 L2_COST = 0.3  # of a byte that comes from the cache, in bytes that come from memory
+DIGITS_COST = {4: 0.25, 8: 0.19}  # the same of an integer that is multiplied as one
+MOST_ROWS_AS_DIGITS = 8  # from which on weights are widened instead
 ENOUGH_IN_FLIGHT = 48_000  # bytes that a block must have asked for to keep its share of the memory busy
 
 
 @dataclass(frozen=True)
 class SkinnyTiles:
     """How the work is cut. ``step``: inputs a stage; ``consumers``: warpgroups that multiply; ``strip``: the most
-    output rows of a piece; ``cuts``: the most ranges of the inputs; ``depth``: the most stages in flight."""
+    output rows of a piece; ``cuts``: the most ranges of the inputs; ``depth``: the most stages in flight; ``digits``:
+    how many an input is made of, 2 or 3, or 0 where weights are widened to its dtype instead."""
 
     step: int
     consumers: int
     strip: int = 192
     cuts: int = 4
     depth: int = 16
+    digits: int = 0
 
 
-def tiles_for(fmt: Format, inner: int, rows: int) -> SkinnyTiles:
-    """The measured choice for one H200."""
-    step = 256 if fmt.quantized and inner % 256 == 0 and rows <= 16 else 128
+def tiles_for(fmt: Format, out: int, inner: int, rows: int) -> SkinnyTiles:
+    """The measured choice for one H200; with digits, what is reckoned to be it."""
+    wide = inner % 256 == 0
+    if fmt.quantized and rows <= MOST_ROWS_AS_DIGITS and (fmt.group or 128) % 128 == 0:
+        # Strips of less than a wgmma tile have little in a stage, which costs as much time as another. They are short
+        # where outputs are few and x has room, else the inputs are cut.
+        short = out <= WGMMA_ROWS * 132 and rows * inner <= 2**15
+        step = max(256 if wide and (fmt.bits == 4 or (short and rows <= 2)) else 128, fmt.group or 1)
+        consumers = (4 if rows <= 2 else 3) if fmt.bits == 4 and short else 2
+        return SkinnyTiles(step=step, consumers=consumers, strip=256, cuts=8, depth=24, digits=3)
+    step = 256 if fmt.quantized and wide and rows <= 16 else 128
     return SkinnyTiles(step=step, consumers=3 if fmt.bits == 4 and rows <= 16 else 2)
 
 
@@ -51,11 +63,42 @@ class Plan:
     cuts: int
     blocks: int
     depth: int
+    digits: int
+    interpret: bool = False
+
+    @property
+    def padded(self) -> int:
+        """Rows of x, and those that wgmma takes beside."""
+        return 8 * math.ceil(self.rows / 8)
+
+    @property
+    def apart(self) -> bool:
+        """Whether the digits of all rows share 8 columns: else each has 8 or a multiple for itself."""
+        return 0 < self.digits * self.rows <= 8
+
+    @property
+    def columns(self) -> int:
+        """Columns of x in a product: its rows, or their digits."""
+        return 8 if self.apart else max(1, self.digits) * self.padded
+
+    def column(self, digit: int, row: Any) -> Any:
+        """Where a row's digit is."""
+        return digit * (self.rows if self.apart else self.padded) + row
+
+    @property
+    def cut_steps(self) -> int:
+        """Stages over a range of the inputs, at most."""
+        return math.ceil(self.steps / self.cuts)
 
     @property
     def height(self) -> int:
         """Rows of a stage in shared memory: wgmma takes 64 at a time."""
         return max(self.strip, WGMMA_ROWS)
+
+    @property
+    def wgmma_rows(self) -> int:
+        """The same in whole tiles."""
+        return WGMMA_ROWS * math.ceil(self.height / WGMMA_ROWS)
 
     @property
     def tiles(self) -> tuple[int, ...]:
@@ -72,7 +115,7 @@ class Plan:
     @property
     def direct(self) -> bool:
         """Whether the kernel finishes its sums itself."""
-        return self.cuts == 1 and self.rows == 8
+        return self.cuts == 1 and (self.digits > 0 or self.padded == 8)
 
 
 def plan(out: int, inner: int, rows: int, fmt: Format, tiles: SkinnyTiles, sms: int) -> Plan:
@@ -81,25 +124,36 @@ def plan(out: int, inner: int, rows: int, fmt: Format, tiles: SkinnyTiles, sms: 
 
     def piece(strip: int, cuts: int) -> Plan:
         strips = math.ceil(out / strip)
-        height = max(strip, WGMMA_ROWS)
-        stage = nbytes((height, tiles.step), fmt.bits) + nbytes((rows, tiles.step), 16)
-        sums = max(1, tiles.consumers - 1) + (2 if cuts == 1 else 0)
-        room = SHARED_BYTES - 4096 - sums * nbytes((height, rows), 32)
-        depth = min(tiles.depth, room // stage) // tiles.consumers * tiles.consumers
-        return Plan(out, rows, steps, strip, strips, cuts, min(sms, strips * cuts), depth)
+        # As digits, x stays in its block, which so keeps to one range of the inputs.
+        blocks = min(sms // cuts * cuts if tiles.digits else sms, strips * cuts)
+        made = Plan(out, rows, steps, strip, strips, cuts, blocks, 0, tiles.digits)
+        stage = nbytes((made.height, tiles.step), fmt.bits)
+        if tiles.digits:
+            held = nbytes((made.cut_steps * tiles.step, made.columns), 8)
+            sums = nbytes((tiles.consumers, made.padded, made.wgmma_rows), 32)
+        else:
+            held, stage = 0, stage + nbytes((made.columns, tiles.step), 16)
+            several = max(1, tiles.consumers - 1) + (2 if cuts == 1 else 0)
+            sums = nbytes((several, made.height, made.columns), 32)
+        room = SHARED_BYTES - 4096 - sums - held
+        return replace(made, depth=min(tiles.depth, room // stage) // tiles.consumers * tiles.consumers)
 
     def cost(p: Plan) -> float:
         """What the busiest block reads, in bytes, and everything else as so many bytes."""
-        turns, stages = math.ceil(p.strips * p.cuts / p.blocks), math.ceil(steps / p.cuts)
-        multiplied = nbytes((WGMMA_ROWS * len(p.tiles), tiles.step), 8) * MULTIPLY_COST[fmt.bits]
+        turns = math.ceil(p.strips * p.cuts / p.blocks)
+        multiplied = nbytes((WGMMA_ROWS * len(p.tiles), tiles.step), 8)
+        multiplied *= (DIGITS_COST if tiles.digits else MULTIPLY_COST)[fmt.bits]
         weights = max(nbytes((p.strip, tiles.step), fmt.bits), multiplied)  # one waits for the other
-        activations = nbytes((rows, tiles.step), 16) * L2_COST
-        in_flight = p.depth * nbytes((p.strip, tiles.step), fmt.bits)
-        reading = turns * stages * (weights + activations) * max(1, ENOUGH_IN_FLIGHT / in_flight)
-        fusion = 0 if p.direct else FUSION_COST + p.cuts * nbytes((out, rows), 2 * 32) / sms
-        return reading + turns * PIECE_COST + fusion
+        activations = nbytes((p.padded, tiles.step), 16) * L2_COST
+        underway = p.depth - 1 if tiles.digits else p.depth  # beside a stage that is being multiplied
+        in_flight = underway * nbytes((p.strip, tiles.step), fmt.bits)
+        each = weights + (0 if tiles.digits else activations)
+        reading = turns * p.cut_steps * each * max(1, ENOUGH_IN_FLIGHT / max(1, in_flight))
+        once = p.cut_steps * activations if tiles.digits else 0
+        fusion = 0 if p.direct else FUSION_COST + p.cuts * nbytes((out, p.padded), 2 * 32) / sms
+        return reading + once + turns * PIECE_COST + fusion
 
     strips = range(8, min(tiles.strip, out) + 1, 8)
-    cuts = range(1, min(tiles.cuts, steps) + 1)
+    cuts = range(1, min(tiles.cuts, steps, sms) + 1)
     candidates = (piece(*c) for c in itertools.product(strips, cuts))
-    return min((p for p in candidates if p.depth), key=cost)
+    return min((p for p in candidates if p.depth > 0), key=cost)

@@ -32,7 +32,7 @@ from pallas_kernels.decode_step import (
     plan_of,
     shape_of,
 )
-from pallas_kernels.persistent_lanes import digits_of
+from pallas_kernels.digits import digits_of
 from pallas_kernels.persistent_launch import buffers
 from pallas_kernels.persistent_plan import Tiles
 

@@ -17,6 +17,7 @@ from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import QuantizedTensor, Unsupported, dequantize, ffn, matmul, quantize
+from pallas_kernels.digits import digits_of
 from pallas_kernels.ffn import CASES as FFN_CASES
 from pallas_kernels.ffn import check_ffn, ffn_kernel, ffn_reference
 from pallas_kernels.matmul import CASES, check_product, product
@@ -110,11 +111,42 @@ def test_skinny_interpreted(fmt: str, rows: int, out: int, tiles: SkinnyTiles, s
     assert error(y, exact(x, w)) < 1e-5
 
 
-def test_skinny_interpreted_with_everything_after_it() -> None:
+@pytest.mark.parametrize("size", [1e-30, 1.0, 3e30])
+def test_three_digits_are_a_row(size: float) -> None:
+    """Every bit of inputs that are a hundredth of the row's largest."""
+    x = (normal(0, 4, 4096) * jnp.bfloat16(size)).at[:, 5].mul(100)
+    digits, scale = digits_of(x, 3)
+    back = sum(np.asarray(d, np.float64) * 256 ** (2 - i) for i, d in enumerate(digits)) / 2**21
+    small = np.delete(back * np.asarray(scale, np.float64)[:, None] - np.asarray(x, np.float64), 5, axis=1)
+    assert np.abs(small).max() <= 2.0**-21 * np.abs(np.asarray(x, np.float64)).max()
+    assert np.linalg.norm(small) <= 5e-5 * np.linalg.norm(np.delete(np.asarray(x, np.float64), 5, axis=1))
+
+
+@pytest.mark.parametrize(
+    ("rows", "out", "tiles", "sms"),
+    [
+        (1, 192, SkinnyTiles(step=128, consumers=2, strip=64, cuts=1, depth=4, digits=3), 3),
+        (2, 160, SkinnyTiles(step=128, consumers=1, strip=32, cuts=1, depth=2, digits=3), 3),  # less than a wgmma tile
+        (5, 176, SkinnyTiles(step=256, consumers=3, strip=88, cuts=1, depth=3, digits=3), 1),  # several pieces a block
+        (4, 176, SkinnyTiles(step=128, consumers=2, strip=88, cuts=1, depth=4, digits=2), 2),
+        (9, 320, SkinnyTiles(step=128, consumers=2, strip=64, depth=4, digits=3), 4),  # parts
+    ],
+)
+@pytest.mark.parametrize("fmt", ["int8", "int4-g128"])
+def test_skinny_interpreted_as_digits(fmt: str, rows: int, out: int, tiles: SkinnyTiles, sms: int) -> None:
+    """Whatever the largest input: one of the first row's is a hundred times the others."""
+    x, w = normal(0, rows, 768).at[0, 5].mul(100), weight(fmt, out, 768)
+    y = race_free(skinny(x, w, out_dtype=jnp.float32, tiles=tiles, sms=sms, interpret=interpreter()))
+    assert error(y, exact(x, w)) < (1e-6 if tiles.digits == 3 else 4e-4)
+
+
+@pytest.mark.parametrize("fmt", ["bf16", "int8", "int4-g128"])
+def test_skinny_interpreted_with_everything_after_it(fmt: str) -> None:
     """SwiGLU, a layer of a stack, strips that are no multiple of 64, float16, several pieces a block."""
-    x, w = normal(0, 2, 256, dtype=jnp.float16), weight("bf16", 3, 176, 256).astype(jnp.float16)
+    x, w = normal(0, 2, 256, dtype=jnp.float16), weight(fmt, 3, 176, 256)
+    w = w if isinstance(w, QuantizedTensor) else w.astype(jnp.float16)
     residual = normal(2, 2, 88, dtype=jnp.float16)
-    tiles = SkinnyTiles(step=128, consumers=1, strip=88, cuts=1, depth=2)
+    tiles = SkinnyTiles(step=128, consumers=1, strip=88, cuts=1, depth=2, digits=0 if fmt == "bf16" else 3)
     y = race_free(
         skinny(
             x,
@@ -186,7 +218,7 @@ def test_ffn_interpreted(rows: int) -> None:
 # Lowered for an H200: the real shapes
 
 
-@pytest.mark.parametrize(("case", "rows"), [("7b-down", 1), ("70b-gate-up", 33), ("13b-down", 512)])
+@pytest.mark.parametrize(("case", "rows"), [("7b-down", 1), ("70b-gate-up", 8), ("70b-gate-up", 33), ("13b-down", 512)])
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_real_shapes_lower(fmt: str, case: str, rows: int) -> None:
     out, inner = CASES[case]["out"], CASES[case]["inner"]
@@ -233,7 +265,7 @@ def test_plan_keeps_the_gpu_busy(case: str, fmt: str, rows: int) -> None:
     """The busiest multiprocessor reads little over its share, and has enough copies in flight to wait for none."""
     out, inner = CASES[case]["out"], CASES[case]["inner"]
     form = format_of(abstract(fmt, out, inner))
-    p = plan(out, inner, rows, form, skinny_tiles_for(form, inner, rows), SMS)
+    p = plan(out, inner, rows, form, skinny_tiles_for(form, out, inner, rows), SMS)
     turns = -(-p.strips * p.cuts // p.blocks)
     assert turns * p.strip * -(-p.steps // p.cuts) < 1.2 * out * p.steps / SMS
     assert p.depth * p.strip * (inner // p.steps) * form.bits / 8 > 32 * 1024
@@ -266,6 +298,13 @@ def test_refused_rows_and_inputs() -> None:
         check_wide(jax.ShapeDtypeStruct((65, 4032), jnp.bfloat16), w)
     with pytest.raises(Unsupported, match="norm has shape"):
         check_ffn(jax.ShapeDtypeStruct((1, 4096), jnp.bfloat16), jnp.ones(8), w, w)
+
+
+def test_refused_digits() -> None:
+    x, tiles = jax.ShapeDtypeStruct((1, 4096), jnp.bfloat16), SkinnyTiles(step=128, consumers=2, digits=3)
+    for fmt in ("bf16", "int8-g32"):
+        with pytest.raises(Unsupported, match="digits are for integer weights"):
+            check_skinny(x, abstract(fmt, 4096, 4096), tiles=tiles)
 
 
 def test_refused_pairs() -> None:
@@ -319,7 +358,8 @@ def test_norm_on_gpu(dim: int, rows: int) -> None:
 @pytest.mark.parametrize("case", ["7b-down", "13b-down", "7b-head", "70b-gate-up"])
 def test_product_on_gpu(case: str, fmt: str, rows: int) -> None:
     out, inner = CASES[case]["out"], CASES[case]["inner"]
-    x, w = normal(0, rows, inner), jax.jit(lambda: weight(fmt, out, inner))()
+    # One input is a hundred times the others: what is made of x must not be coarse for all.
+    x, w = normal(0, rows, inner).at[0, 5].mul(100), jax.jit(lambda: weight(fmt, out, inner))()
     run = jax.jit(lambda x, w: matmul(x, w, out_dtype=jnp.float32, backend="pallas"))
     y, reference = run(x, w), jax.jit(functools.partial(exact, rounded=rows > 64))(x, w)
     assert error(y, reference) < 1e-4
