@@ -1,6 +1,8 @@
 # What is here runs on a fresh machine with Python 3.12 and make; EXTRA=cuda13 (or cuda12) installs JAX for a GPU.
 PYTHON ?= python3
 EXTRA ?=
+# Tests run in so many processes. Each computes with all cores, but most of a test is one thread that traces.
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready$(if $(EXTRA),-$(EXTRA))
@@ -12,7 +14,7 @@ demo: setup
 	@$(BIN)/python -m jllama.generate -p "Once upon a time," -n 300 --temp 0.7 --top-p 0.9 --seed 7 --echo
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 setup: $(READY)
 

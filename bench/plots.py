@@ -9,12 +9,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.names import cores, is_cpu, latest, plain_name, short, versions_of
-from bench.names import newest as newest_of
+from bench.names import cores, is_cpu, latest, newest, plain_name, short, versions_of
 from bench.record import Record
 from bench.roofline import best_of, of_dict
 
-COLOURS = {"xla": "#1f77b4", "pallas": "#d62728", "auto": "#9467bd", "torch": "#ff7f0e", "torch-graph": "#ff7f0e"}
+COLOURS = {"xla": "#1f77b4", "pallas": "#d62728", "auto": "#9467bd", "torch": "#ff7f0e", "torch-graph": "#e6ab02"}
 COLOURS |= {"hf-eager": "#c5b0d5", "hf-compile": "#8c564b", "llama.cpp": "#2ca02c", "llama2.c": "#bcbd22"}
 COLOURS |= {"cudnn": "#2ca02c", "tokamax": "#17becf", "jax-example": "#7f7f7f", "llama2.c-1t": "#dbdb8d"}
 OTHERS = ("#e377c2", "#aec7e8", "#98df8a", "#ffbb78")
@@ -65,12 +64,12 @@ def colour(impl: str, impls: Sequence[str]) -> str:
     return COLOURS[impl] if impl in COLOURS else OTHERS[rest.index(impl) % len(OTHERS)]
 
 
-def newest(records: Sequence[Record], folder: Path) -> Iterator[Path]:
+def draw(records: Sequence[Record], folder: Path) -> Iterator[Path]:
     """Every chart, of the newest runs."""
     measured = [r for r in records if r["value"] is not None and r.get("ceilings") and "work" in r]
     whole = [r for r in measured if r["suite"] == "compare" and r["metric"] == "tokens_per_s"]
     single = [r for r in measured if r["suite"] == "ops" and r["metric"] == "ms"]
-    models = newest_of(whole)
+    models = newest(whole)
     for group in models:
         yield from compare_plots(group, folder)
     groups = latest(single, ("device", "case", "dtype"))

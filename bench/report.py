@@ -64,7 +64,7 @@ def _draw(records: Sequence[Record], folder: Path) -> None:
     if (why := plots.unavailable()) is not None:
         print(f"no plots: {why}")
         return
-    print(f"{len(list(plots.newest(records, folder)))} charts in {folder}")
+    print(f"{len(list(plots.draw(records, folder)))} charts in {folder}")
 
 
 def _files(given: Sequence[str]) -> list[Path]:

@@ -68,15 +68,17 @@ def _share(r: Record) -> str:
 
 
 def _where(records: Sequence[Record]) -> str:
-    """Under a table: devices, versions, ceilings and load of the newest run of each."""
+    """Under a table: devices, versions, ceilings and load of each run in it."""
     lines = []
-    for group in latest(records, NEWEST):
+    for group in latest(records, (*NEWEST, "run")):
         r = group[0]
         parts = [r["device"], *versions_of(group, "jax", "torch", "transformers", "tokamax")]
         if c := r.get("ceilings"):
             rates = (f"{name} {c[name] / 1e9:,.0f} GB/s" for name in ("copy", "read", "stream") if name in c)
             parts.append(f"ceilings: {', '.join(rates)}")
             parts.append(f"{c['matrix'] / 1e12:,.2f} TFLOP/s")
+            if "launch" in c:  # rates taken from elsewhere have none
+                parts.append(f"a launch {c['launch'] * 1e6:,.1f} us, behind another {c['kernel'] * 1e6:,.1f} us")
         if is_cpu(r) and r.get("load_average"):
             parts.append(f"load average {r['load_average'][0]:.1f} at its start")
         parts += [r["note"]] if "note" in r else []
@@ -94,22 +96,21 @@ def _startup(records: Sequence[Record]) -> str:
         "memory": "peak MB",
     }
     chosen = [r for r in records if r["suite"] == "compare" and r["value"] is not None and r["case"] in wanted]
+    chosen = [r for group in newest(chosen) for r in group]
+    found = {(*(r[k] for k in GROUP), r["impl"], r["case"]): r for r in chosen}
     rows = []
-    for group in newest(chosen):
-        first = min((r["batch"], r["seq"], r["context"]) for r in group)
-        for impl in dict.fromkeys(r["impl"] for r in group):
-            mine = [r for r in group if r["impl"] == impl and (r["batch"], r["seq"], r["context"]) == first]
-            values = {r["case"]: r["value"] for r in mine}
-            if not mine:
-                continue
-            cells = [
-                f"{values[c] / 1e6:,.0f}" if c == "memory" else f"{values[c]:.3f}" if c in values else ""
-                for c in wanted
-            ]
-            rows.append(
-                (mine[0]["device"], mine[0]["model"], mine[0]["dtype"], name_of(impl), *cells, commit_of(mine[0]))
-            )
-    return markdown(("device", "model", "dtype", "implementation", *wanted.values(), "commit"), rows)
+    for *workload, impl in sorted(dict.fromkeys(key[:-1] for key in found)):
+        mine = {case: found.get((*workload, impl, case)) for case in wanted}
+        one = next(r for r in mine.values() if r)
+        cells = ["" if r is None else _seconds_or_mb(r) for r in mine.values()]
+        sizes = (one["device"], one["model"], one["dtype"], str(one["batch"]), str(one["seq"]))
+        rows.append((*sizes, name_of(impl), *cells, commit_of(one)))
+    head = ("device", "model", "dtype", "batch", "prompt", "implementation")
+    return markdown((*head, *wanted.values(), "commit"), rows)
+
+
+def _seconds_or_mb(r: Record) -> str:
+    return f"{r['value'] / 1e6:,.0f}" if r["case"] == "memory" else f"{r['value']:.3f}"
 
 
 def _ops(records: Sequence[Record], *cases: str) -> str:

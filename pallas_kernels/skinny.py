@@ -27,7 +27,7 @@ from pallas_kernels.indexed import layer_index
 from pallas_kernels.ring import claim, consumer_registers, drain
 from pallas_kernels.skinny_consume import consume
 from pallas_kernels.skinny_digits import consume_integers, scratch_of
-from pallas_kernels.skinny_plan import Plan, SkinnyTiles, plan, tiles_for
+from pallas_kernels.skinny_plan import MOST_ROWS_AS_DIGITS, Plan, SkinnyTiles, plan, tiles_for
 from pallas_kernels.tiles import (
     WGMMA_ROWS,
     Format,
@@ -59,6 +59,8 @@ def check_skinny(x: jax.Array, w: Weight, *, tiles: SkinnyTiles | None = None) -
         raise Unsupported(f"{out} outputs: must be a multiple of 8" + ", at least 64" * fmt.quantized)
     if fmt.group is not None and tiles.step % fmt.group:
         raise Unsupported(f"groups of {fmt.group} inputs: must divide {tiles.step}")
+    if tiles.digits and rows > MOST_ROWS_AS_DIGITS:
+        raise Unsupported(f"digits of at most {MOST_ROWS_AS_DIGITS} rows, found {rows}")
     if tiles.digits and (not fmt.quantized or tiles.step % 128 or (fmt.group or 128) % 128):
         raise Unsupported("digits are for integer weights, one scale a row or for a multiple of 128 inputs")
 

@@ -18,7 +18,7 @@ from jaxlib.mlir.dialects import arith
 from pallas_kernels.digits import HALF_BYTE, in_bytes
 from pallas_kernels.lanes import LANES, SCALAR, plus, prefetch_line, put_some, some_of, thread_anew, times
 from pallas_kernels.skinny_fill import WARPS, fill, together
-from pallas_kernels.skinny_plan import Plan, SkinnyTiles
+from pallas_kernels.skinny_plan import DIGITS, Plan, SkinnyTiles
 from pallas_kernels.skinny_sums import sums_of
 from pallas_kernels.tiles import WGMMA_ROWS, Format, swizzled
 
@@ -32,7 +32,7 @@ def scratch_of(fmt: Format, p: Plan, tiles: SkinnyTiles) -> dict[str, Any]:
         "x": swizzled((p.cut_steps, p.columns, tiles.step), jnp.int8, run=fmt.group),
         "sizes": plgpu.SMEM((p.rows, WARPS * tiles.consumers), jnp.int32),
         "factors": plgpu.SMEM((p.columns,), jnp.float32),
-        "sums": plgpu.SMEM((tiles.consumers, p.padded, p.wgmma_rows), jnp.float32),
+        "sums": plgpu.SMEM((tiles.consumers, p.columns, p.wgmma_rows), jnp.float32),
         "together": plgpu.Barrier(num_arrivals=tiles.consumers),
     }
     if p.interpret and fmt.bits == 4:
@@ -114,11 +114,9 @@ def multiply_tile(weights: Any, x: Any, accs: list[Any], fmt: Format, p: Plan, t
 
 
 def put_tile(sums: Any, total: jax.Array, factors: Any, p: Plan) -> None:
-    """Write a tile's sums [64, columns] to ``sums`` [padded rows, 64], times what the digits are worth."""
+    """Write a tile's sums [64, columns] to ``sums`` [columns, 64], times what the digits are worth."""
     worth = plgpu.load(factors, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
     total = total * lax.broadcast_in_dim(worth, total.shape, (1,))
-    if not p.apart:
-        total = functools.reduce(jnp.add, [total[:, i * p.padded : (i + 1) * p.padded] for i in range(p.digits)])
     sums.T[...] = plgpu.layout_cast(total, plgpu.Layout.WGMMA_TRANSPOSED)
 
 
@@ -129,15 +127,15 @@ def pieces_of(p: Plan) -> list[tuple[int, int]]:
 
 def finish(out_ref: Any, sums: Any, row: Any, row_scales: list[jax.Array] | None, me: Any, p: Plan,
            tiles: SkinnyTiles) -> None:  # fmt: skip
-    """Add up the consumers' sums and the digits that are apart, in their order, and write rows of the result. Rows and
-    pieces of the strip are dealt out to the consumers."""
+    """Add up the consumers' sums and the digits, in their order, and write rows of the result. Rows and pieces of
+    the strip are dealt out to the consumers."""
     consumers = tiles.consumers
     for number, (at, n) in enumerate(pieces_of(p)):
         first = lax.rem(me + consumers - number % consumers, consumers)
 
         def finished(turn: Any, _: Any, number: int = number, at: int = at, n: int = n, first: Any = first) -> None:
             token = first + turn * consumers
-            columns = [p.column(digit, token) for digit in range(p.digits)] if p.apart else [token]
+            columns = [p.column(digit, token) for digit in range(DIGITS)]
             places = [sums.at[other, column] for other in range(consumers) for column in columns]
             total = functools.reduce(jnp.add, [some_of(p, place, p.shift(row) + at, n) for place in places])
             total = total if row_scales is None else total * row_scales[number]

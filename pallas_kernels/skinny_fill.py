@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu.fragmented_array import FragmentedArray
 from jax.experimental.mosaic.gpu.utils import c
@@ -39,12 +38,11 @@ from pallas_kernels.lanes import (
     times,
 )
 from pallas_kernels.persistent_layouts import UNIT
-from pallas_kernels.skinny_plan import Plan, SkinnyTiles
+from pallas_kernels.skinny_plan import DIGITS, Plan, SkinnyTiles
 from pallas_kernels.tiles import Format, transforms_of
 
 WARPS = LANES // 32
 NEIGHBOURS = 8  # inputs that a thread takes at a time
-MOST_VECTORS = 16  # of so many inputs that a thread fetches at a time
 
 
 def together(barrier: Any) -> None:
@@ -64,31 +62,12 @@ def fill(x_ref: Any, first: Any, last: Any, fmt: Format, p: Plan, tiles: SkinnyT
     # Where a thread's inputs of a row begin, 8 at a time; the last of all once more where there are none left.
     count = math.ceil(p.cut_steps * tiles.step / NEIGHBOURS / LANES / tiles.consumers)
     parts = [(me + i * tiles.consumers, first, last) for i in range(count)]
-
-    def fetch(row: Any) -> list[jax.Array]:
-        return [_fetch(x_ref, row, *part) for part in parts]
-
-    def put(row: Any, fetched: list[jax.Array]) -> None:
-        _put(fetched, parts, row, fmt, p, tiles, smem)
-
-    on_their_way = max(1, MOST_VECTORS // count)
-    fetched = []
-    for begin in range(0, p.rows, on_their_way):
-        rows = range(begin, min(begin + on_their_way, p.rows))
-        fetched = [fetch(row) for row in rows]
-        for row, values in zip(rows, fetched, strict=True):
-            _measure(values, row, me, smem["sizes"])
+    fetched = [[_fetch(x_ref, row, *part) for part in parts] for row in range(p.rows)]
+    for row, values in enumerate(fetched):
+        _measure(values, row, me, smem["sizes"])
     together(smem["together"])
-    if p.rows == 1:
-        put(0, fetched[0])
-    else:
-
-        def each(row: Any, fetched: Any) -> Any:
-            ahead = fetch(jnp.minimum(row + 1, p.rows - 1))
-            put(row, fetched)
-            return ahead
-
-        lax.fori_loop(0, p.rows, each, fetch(0))
+    for row, values in enumerate(fetched):
+        _put(values, parts, row, fmt, p, tiles, smem)
     plgpu.commit_smem()
     together(smem["together"])
 
@@ -155,11 +134,11 @@ def _put(values: list[jax.Array], parts: list[tuple[Any, Any, Any]], row: Any, f
             def write(number: int, within: Any, value: Any, slab: Any = slab) -> None:
                 swizzled_store(value, x, transforms, 16, slab, column(number), within)
 
-            whole = shifted(floats(eight.registers.item()), inverse, p.digits)
-            write_digits(whole, p.digits, fmt.bits, rest(own, tiles.step), write)
-        worth = worth_of(p.digits, fmt.bits)
-        for number in range(p.digits):  # all threads write the same
-            here = arith.mulf(scale, c(worth * 256 ** (p.digits - 1 - number), scale.type))
+            whole = shifted(floats(eight.registers.item()), inverse, DIGITS)
+            write_digits(whole, DIGITS, fmt.bits, rest(own, tiles.step), write)
+        worth = worth_of(DIGITS, fmt.bits)
+        for number in range(DIGITS):  # all threads write the same
+            here = arith.mulf(scale, c(worth * 256 ** (DIGITS - 1 - number), scale.type))
             memref.store(here, factors, place(column(number)))
 
     refs = smem["x"], smem["sizes"], smem["factors"]
@@ -176,10 +155,10 @@ def _fill_interpreted(x_ref: Any, first: Any, last: Any, fmt: Format, p: Plan, t
 
         @pl.when(me == row % tiles.consumers)
         def _(row: int = row) -> None:
-            digits, scale = digits_of(jnp.stack(steps_of(row)).reshape(1, -1), p.digits)
-            worth = worth_of(p.digits, fmt.bits)
+            digits, scale = digits_of(jnp.stack(steps_of(row)).reshape(1, -1), DIGITS)
+            worth = worth_of(DIGITS, fmt.bits)
             for number, digit in enumerate(digits):
                 column = p.column(number, row)
-                smem["factors"][column] = scale[0] * (worth * 256 ** (p.digits - 1 - number))
+                smem["factors"][column] = scale[0] * (worth * 256 ** (DIGITS - 1 - number))
                 for i, some in enumerate(digit.reshape(p.cut_steps, tiles.step)):
                     smem["x"].at[i, column][...] = some

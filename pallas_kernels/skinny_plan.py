@@ -19,7 +19,9 @@ FUSION_COST = 53_000  # likewise what follows the kernel where it leaves parts: 
 MULTIPLY_COST = {4: 0.63, 8: 0.9, 16: 0.2}  # likewise of a weight of so many bits: widening an integer, wgmma
 L2_COST = 0.3  # of a byte that comes from the cache, in bytes that come from memory
 DIGITS_COST = {4: 0.25, 8: 0.19}  # the same of an integer that is multiplied as one
-MOST_ROWS_AS_DIGITS = 8  # from which on weights are widened instead
+COLUMNS = 8  # of wgmma at least: so many digits cost no more than one
+DIGITS = 3  # of an input, see `pallas_kernels.digits`
+MOST_ROWS_AS_DIGITS = COLUMNS // DIGITS
 ENOUGH_IN_FLIGHT = 48_000  # bytes that a block must have asked for to keep its share of the memory busy
 
 
@@ -27,26 +29,26 @@ ENOUGH_IN_FLIGHT = 48_000  # bytes that a block must have asked for to keep its 
 class SkinnyTiles:
     """How the work is cut. ``step``: inputs a stage; ``consumers``: warpgroups that multiply; ``strip``: the most
     output rows of a piece; ``cuts``: the most ranges of the inputs; ``depth``: the most stages in flight; ``digits``:
-    how many an input is made of, 2 or 3, or 0 where weights are widened to its dtype instead."""
+    whether inputs are made of them, else integer weights are widened to the inputs' dtype."""
 
     step: int
     consumers: int
     strip: int = 192
     cuts: int = 4
     depth: int = 16
-    digits: int = 0
+    digits: bool = False
 
 
 def tiles_for(fmt: Format, out: int, inner: int, rows: int) -> SkinnyTiles:
-    """The measured choice for one H200; with digits, what is reckoned to be it."""
+    """The measured choice for one H200."""
     wide = inner % 256 == 0
     if fmt.quantized and rows <= MOST_ROWS_AS_DIGITS and (fmt.group or 128) % 128 == 0:
-        # Strips of less than a wgmma tile have little in a stage, which costs as much time as another. They are short
-        # where outputs are few and x has room, else the inputs are cut.
-        short = out <= WGMMA_ROWS * 132 and rows * inner <= 2**15
-        step = max(256 if wide and (fmt.bits == 4 or (short and rows <= 2)) else 128, fmt.group or 1)
-        consumers = (4 if rows <= 2 else 3) if fmt.bits == 4 and short else 2
-        return SkinnyTiles(step=step, consumers=consumers, strip=256, cuts=8, depth=24, digits=3)
+        # The shorter a block's strip, the less there is in a stage, whose scales take as long to come; and the more
+        # accumulators have room in registers.
+        high = math.ceil(out / (WGMMA_ROWS * 132))
+        consumers = max(2, 5 - high) if fmt.bits == 4 else 2
+        step = max(256 if wide else 128, fmt.group or 1)
+        return SkinnyTiles(step=step, consumers=consumers, strip=256, cuts=8, depth=24, digits=True)
     step = 256 if fmt.quantized and wide and rows <= 16 else 128
     return SkinnyTiles(step=step, consumers=3 if fmt.bits == 4 and rows <= 16 else 2)
 
@@ -63,7 +65,7 @@ class Plan:
     cuts: int
     blocks: int
     depth: int
-    digits: int
+    digits: bool
     interpret: bool = False
 
     @property
@@ -72,18 +74,13 @@ class Plan:
         return 8 * math.ceil(self.rows / 8)
 
     @property
-    def apart(self) -> bool:
-        """Whether the digits of all rows share 8 columns: else each has 8 or a multiple for itself."""
-        return 0 < self.digits * self.rows <= 8
-
-    @property
     def columns(self) -> int:
         """Columns of x in a product: its rows, or their digits."""
-        return 8 if self.apart else max(1, self.digits) * self.padded
+        return COLUMNS if self.digits else self.padded
 
     def column(self, digit: int, row: Any) -> Any:
         """Where a row's digit is."""
-        return digit * (self.rows if self.apart else self.padded) + row
+        return digit * self.rows + row
 
     @property
     def cut_steps(self) -> int:
@@ -115,7 +112,7 @@ class Plan:
     @property
     def direct(self) -> bool:
         """Whether the kernel finishes its sums itself."""
-        return self.cuts == 1 and (self.digits > 0 or self.padded == 8)
+        return self.cuts == 1 and self.padded == 8
 
 
 def plan(out: int, inner: int, rows: int, fmt: Format, tiles: SkinnyTiles, sms: int) -> Plan:
@@ -130,7 +127,7 @@ def plan(out: int, inner: int, rows: int, fmt: Format, tiles: SkinnyTiles, sms: 
         stage = nbytes((made.height, tiles.step), fmt.bits)
         if tiles.digits:
             held = nbytes((made.cut_steps * tiles.step, made.columns), 8)
-            sums = nbytes((tiles.consumers, made.padded, made.wgmma_rows), 32)
+            sums = nbytes((tiles.consumers, made.columns, made.wgmma_rows), 32)
         else:
             held, stage = 0, stage + nbytes((made.columns, tiles.step), 16)
             several = max(1, tiles.consumers - 1) + (2 if cuts == 1 else 0)

@@ -124,7 +124,7 @@ def test_every_chart_of_the_newest_runs(tmp_path: Path) -> None:
     more = dict(ceilings=ceilings, work={"bytes": 1e10, "flops": 1e10, "tokens": 1})
     op = more | dict(suite="ops", case="ffn", metric="ms", value=0.5, samples=[0.5], speedup={"xla": 1.0})
     rows = [a_record(**more), a_record(**more, batch=8), a_record(**op), a_record(**op, seq=16, context=32)]
-    names = {path.name for path in plots.newest(rows, tmp_path) if path.suffix == ".png"}
+    names = {path.name for path in plots.draw(rows, tmp_path) if path.suffix == ".png"}
     assert names == {
         "decode-7b-bf16-h200.png",
         "roofline-7b-bf16-h200.png",
@@ -210,6 +210,22 @@ def test_the_newest_commits_runs_stand_together() -> None:
     more = [a_record(value=3.0, batch=8, run="r3", commit="new", when="2026-03")]
     (group,) = names.newest(old + new + more)
     assert [(r["batch"], r["value"]) for r in group] == [(1, 2.0), (8, 3.0)]
+
+
+def test_starting_is_shown_of_every_workload() -> None:
+    """A row a workload and implementation; what only the first workload has is empty in the others."""
+    some = [
+        a_record(case=case, metric=metric, batch=batch, value=value, samples=[value])
+        for batch, case, metric, value in (
+            (1, "load", "s", 3.0),
+            (1, "compile", "s", 2.0),
+            (8, "compile", "s", 4.0),
+            (8, "memory", "bytes_peak", 7e9),
+        )
+    ]
+    first, second = ([c.strip() for c in row.split("|")[4:-2]] for row in TABLES["startup"](some).splitlines()[2:])
+    assert first == ["1", str(some[0]["seq"]), "**jllama, XLA**", "3.000", "2.000", "", "", ""]
+    assert second == ["8", str(some[0]["seq"]), "**jllama, XLA**", "", "4.000", "", "", "7,000"]
 
 
 def test_a_ratio_beside_a_published_one_is_of_one_device_and_says_its_lengths() -> None:
