@@ -35,12 +35,12 @@ ops() {
 for part in "${@:-models}"; do
   case $part in
     models)
-      compare "${MODELS_S:-280}" models --dtype "${DTYPE:-bf16}" --batch "${BATCH:-1,8}" --context "${CONTEXT:-4000}" \
-        --prefill "${PREFILL:-512,2048}" --backends "${BACKENDS:-pallas,xla}" --share "${SHARE:-35}" \
+      compare "${MODELS_S:-280}" models --dtype "${DTYPE:-bf16}" --batch "${BATCH:-1,8}" --context "${CONTEXT-4000}" \
+        --prefill "${PREFILL-512,2048}" --backends "${BACKENDS:-pallas,xla}" --share "${SHARE:-35}" \
         --peers "${PEERS:-torch-graph,llama.cpp,hf-compile,hf-eager,vllm,sglang,tensorrt-llm,maxtext}"
       ;;
     quant)
-      compare "${QUANT_S:-130}" quant --dtype int8,int4 --batch "${BATCH:-1,8}" --prefill "${PREFILL:-512,2048}" \
+      compare "${QUANT_S:-130}" quant --dtype int8,int4 --batch "${BATCH:-1,8}" --prefill "${PREFILL-512,2048}" \
         --backends "${BACKENDS:-pallas}" --peers none
       ;;
     ops)

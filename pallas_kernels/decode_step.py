@@ -86,8 +86,10 @@ def shape_of(x: jax.Array, weights: StepWeights, k: jax.Array, eps: float) -> Sh
 
 
 def tiles_for(fmt: Format) -> Tiles:
-    """What was quickest on an H200."""
-    return Tiles(step=256) if fmt.quantized else Tiles(step=128)
+    """What was quickest on an H200. More stages of 4 bits on their way only delay what blocks tell one another."""
+    if not fmt.quantized:
+        return Tiles(step=128)
+    return Tiles(step=256, depth=10) if fmt.bits == 4 else Tiles(step=256)
 
 
 def fits(plan: Plan) -> bool:
