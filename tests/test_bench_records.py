@@ -203,13 +203,17 @@ def test_a_line_of_the_terminals_table_is_of_one_dtype() -> None:
     assert second.split()[-2:] == ["1.0000", "14,000"]
 
 
-def test_the_newest_commits_runs_stand_together() -> None:
-    """Of another run of the same commit what it alone has; nothing of an earlier commit, nor what has no figure."""
-    old = [a_record(value=1.0, batch=b) for b in (1, 8, 64)]
+def test_the_last_run_of_each_workload_stands_whatever_ran_later() -> None:
+    """A later run of one workload hides no other; what has no figure, or is a rehearsal, replaces none."""
+    old = [a_record(value=1.0, batch=b, impl=i) for b in (1, 8, 64) for i in ("xla", "pallas")]
     new = [a_record(value=v, batch=b, run="r2", commit="new", when="2026-02") for b, v in ((1, 2.0), (8, None))]
-    more = [a_record(value=3.0, batch=8, run="r3", commit="new", when="2026-03")]
-    (group,) = names.newest(old + new + more)
-    assert [(r["batch"], r["value"]) for r in group] == [(1, 2.0), (8, 3.0)]
+    rehearsal = [a_record(value=9.0, batch=64, run="r3", when="2026-03", note="a rehearsal")]
+    (group,) = names.newest(old + new + rehearsal)
+    assert [(r["batch"], r["value"], r["impl"]) for r in group] == [
+        (1, 2.0, "xla"),
+        *((b, 1.0, i) for b in (8, 64) for i in ("xla", "pallas")),
+    ]
+    assert names.newest(rehearsal) == [rehearsal]
 
 
 def test_starting_is_shown_of_every_workload() -> None:
