@@ -4,8 +4,8 @@ from collections.abc import Collection, Iterable, Sequence
 
 from bench.record import Record
 
-NEWEST = ("device", "model", "dtype")
-WORKLOAD = ("case", "metric", "batch", "seq")
+NEWEST = ("device", "model", "dtype")  # what a run is the newest of
+WORKLOAD = ("case", "metric", "batch", "seq")  # whatever the number of new tokens: a rate hardly depends on it
 NONE = "*nothing recorded yet*"
 OURS = ("xla", "pallas", "auto")
 NAMES = {
@@ -55,12 +55,16 @@ def newest(records: Sequence[Record]) -> list[list[Record]]:
     """Records with a figure in groups of one device, model and dtype: of each workload its last run, whose
     implementations ran together, so that a run of a few workloads leaves the figures of the others where they are.
     Runs with a ``note``, rehearsals, stand only where there is no other."""
+
+    def owner(record: Record) -> tuple[object, ...]:
+        return tuple(record[k] for k in NEWEST)
+
     figures = [r for r in records if r["value"] is not None]
-    proper = {tuple(r[k] for k in NEWEST) for r in figures if "note" not in r}
-    figures = [r for r in figures if "note" not in r or tuple(r[k] for k in NEWEST) not in proper]
+    proper = {owner(r) for r in figures if "note" not in r}
+    figures = [r for r in figures if "note" not in r or owner(r) not in proper]
     whole: dict[tuple[object, ...], list[Record]] = {}
     for group in latest(figures, (*NEWEST, *WORKLOAD)):
-        whole.setdefault(tuple(group[0][k] for k in NEWEST), []).extend(group)
+        whole.setdefault(owner(group[0]), []).extend(group)
     return list(whole.values())
 
 

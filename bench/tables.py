@@ -99,7 +99,7 @@ def _startup(records: Sequence[Record]) -> str:
     chosen = [r for group in newest(chosen) for r in group]
     found = {(*(r[k] for k in GROUP), r["impl"], r["case"]): r for r in chosen}
     rows = []
-    for *workload, impl in sorted(dict.fromkeys(key[:-1] for key in found)):
+    for *workload, impl in sorted({key[:-1] for key in found}):
         mine = {case: found.get((*workload, impl, case)) for case in wanted}
         one = next(r for r in mine.values() if r)
         cells = ["" if r is None else _seconds_or_mb(r) for r in mine.values()]

@@ -19,7 +19,7 @@ from pallas_kernels import persistent_ends as ends
 from pallas_kernels import persistent_products as products
 from pallas_kernels.persistent_layouts import outputs
 from pallas_kernels.persistent_plan import ROWS, TAKING_TURNS, Plan, factors_shape, scales_shape, sums_shape
-from pallas_kernels.ring import consumer_registers
+from pallas_kernels.ring import consumer_registers, together
 from pallas_kernels.tiles import WGMMA_ROWS, swizzled
 
 LAYER_PHASES = ("qkv", "attend", "o", "gate_up", "down")
@@ -130,7 +130,7 @@ def _everything(plan: Plan, refs: Refs, smem: Refs, *, registers: bool) -> None:
     def enter(layer: Any, name: str) -> None:
         """Wait until every block is through with the phases before."""
         if arrived is None:
-            products.together(plan, smem)
+            together(smem["together"])
             return
         before = layer * len(LAYER_PHASES) + PHASES.index(name) % len(LAYER_PHASES)
         all_of_them = before * plan.blocks
@@ -143,7 +143,7 @@ def _everything(plan: Plan, refs: Refs, smem: Refs, *, registers: bool) -> None:
     def leave() -> None:
         """Say that this block is through with a phase."""
         if arrived is not None:
-            products.together(plan, smem)
+            together(smem["together"])
             pl.when(me == 0)(lambda: plgpu.semaphore_signal(arrived, memory_scope="gpu"))
 
     @pl.when(me == consumers)
@@ -245,7 +245,7 @@ def _prepare(plan: Plan, name: str, layer: Any, block: Any, me: Any, count: Any,
 
 def _attend(plan: Plan, layer: Any, block: Any, me: Any, count: Any, refs: Refs, smem: Refs) -> Any:
     """The first warpgroup's part of a phase in which the others wait."""
-    products.together(plan, smem)  # all are done with the sums of the phase before, whose place keys now take
+    together(smem["together"])  # all are done with the sums of the phase before, whose place keys now take
 
     @pl.when(me == 0)
     def _() -> None:

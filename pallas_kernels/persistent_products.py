@@ -21,7 +21,7 @@ from pallas_kernels.lanes import LANES, put_some, some_of
 from pallas_kernels.persistent_ends import Fill, Finish, units_of
 from pallas_kernels.persistent_lanes import SUMS, fold, put_row, put_sums, scale_rows
 from pallas_kernels.persistent_plan import BLOCK, ROW_UNIT, TAKING_TURNS, Plan, Product
-from pallas_kernels.ring import claim, my_stages
+from pallas_kernels.ring import claim, my_stages, together
 from pallas_kernels.tiles import WGMMA_ROWS
 
 Refs = dict[str, Any]
@@ -130,7 +130,7 @@ def product(name: str, scales: Any, fill: Fill, finish: Finish, plan: Plan, bloc
     def run() -> Any:
         after = multiply(name, fill, plan, block, me, count, smem)
         with jax.named_scope("together"):
-            together(plan, smem)
+            together(smem["together"])
 
         def whole(token: Any, half: int, at: int, some: int) -> jax.Array:
             """The consumers' shares and the cuts, in their order."""
@@ -184,14 +184,14 @@ def multiply(name: str, fill: Fill, plan: Plan, block: Any, me: Any, count: Any,
         steps = jnp.minimum(p.cut_steps - first, p.held_steps)
         if chunks > 1:
             # Not before the first: whoever read what is there is through, or this phase had not begun.
-            pl.when(index > 0)(lambda: together(plan, smem))
+            pl.when(index > 0)(lambda: together(smem["together"]))
         with jax.named_scope("fill"):
             if lone:
                 put_units(name, fill.make(fetched), 0, plan, me, smem)
             else:
                 put_tokens(name, fill, first, plan, me, smem)
             plgpu.commit_smem()
-            together(plan, smem)
+            together(smem["together"])
         if lone and chunks > 1:  # the next chunk's x is on its way meanwhile
             fetched = fill.fetch(0, jnp.minimum(index + 1, chunks - 1) * p.held_steps)
 
@@ -321,9 +321,3 @@ def own_columns(total: jax.Array, tile: Any, p: Product, plan: Plan) -> jax.Arra
             lax.rem(lax.div(row, p.strip), p.cuts) == cut, total[:, cut * columns : (cut + 1) * columns], own
         )
     return own
-
-
-def together(plan: Plan, smem: Refs) -> None:
-    """All consumers of the block meet here."""
-    plgpu.barrier_arrive(smem["together"])
-    plgpu.barrier_wait(smem["together"])

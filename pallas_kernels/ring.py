@@ -60,6 +60,12 @@ def my_stages(me: Any, consumers: int, count: Any, stages: Any, depth: int, full
     return lax.fori_loop(0, (stages - first + consumers - 1) // consumers, body, carry)
 
 
+def together(barrier: Any) -> None:
+    """All consumers of the block meet here."""
+    plgpu.barrier_arrive(barrier)
+    plgpu.barrier_wait(barrier)
+
+
 def consumer_registers(consumers: int, producer: int) -> int:
     """What a thread of a consumer may have once the producer has given up all but ``producer`` registers."""
     each = 65536 // (128 * (consumers + 1)) // 8 * 8  # what the launch gives

@@ -17,7 +17,8 @@ from jaxlib.mlir.dialects import arith
 
 from pallas_kernels.digits import HALF_BYTE, in_bytes
 from pallas_kernels.lanes import LANES, SCALAR, plus, prefetch_line, put_some, some_of, thread_anew, times
-from pallas_kernels.skinny_fill import WARPS, fill, together
+from pallas_kernels.ring import together
+from pallas_kernels.skinny_fill import WARPS, fill
 from pallas_kernels.skinny_plan import DIGITS, Plan, SkinnyTiles
 from pallas_kernels.skinny_sums import sums_of
 from pallas_kernels.tiles import WGMMA_ROWS, Format, swizzled
@@ -43,8 +44,8 @@ def scratch_of(fmt: Format, p: Plan, tiles: SkinnyTiles) -> dict[str, Any]:
 def consume_integers(me: Any, x_ref: Any, scales: Any, out_ref: Any, turns: Any, piece: Any, fmt: Format, p: Plan,
                      tiles: SkinnyTiles, *, w_ring: Any, full: Any, free: Any, **smem: Any) -> None:  # fmt: skip
     """Multiply the stages whose turn it is, then finish some of the outputs."""
-    _, _, first, end = piece(0)  # the range of the inputs is the same for all pieces of a block
-    prefetch(scales, piece(0)[0], fmt, p, tiles, me)
+    row, _, first, end = piece(0)  # the range of the inputs is the same for all pieces of a block
+    prefetch(scales, row, fmt, p, tiles, me)
     with jax.named_scope("digits"):
         fill(x_ref, first * tiles.step, end * tiles.step, fmt, p, tiles, me, smem)
 

@@ -38,17 +38,12 @@ from pallas_kernels.lanes import (
     times,
 )
 from pallas_kernels.persistent_layouts import UNIT
+from pallas_kernels.ring import together
 from pallas_kernels.skinny_plan import DIGITS, Plan, SkinnyTiles
 from pallas_kernels.tiles import Format, transforms_of
 
 WARPS = LANES // 32
 NEIGHBOURS = 8  # inputs that a thread takes at a time
-
-
-def together(barrier: Any) -> None:
-    """All consumers of the block meet here."""
-    plgpu.barrier_arrive(barrier)
-    plgpu.barrier_wait(barrier)
 
 
 def fill(x_ref: Any, first: Any, last: Any, fmt: Format, p: Plan, tiles: SkinnyTiles, me: Any, smem: Any) -> None:
@@ -61,13 +56,13 @@ def fill(x_ref: Any, first: Any, last: Any, fmt: Format, p: Plan, tiles: SkinnyT
         return
     # Where a thread's inputs of a row begin, 8 at a time; the last of all once more where there are none left.
     count = math.ceil(p.cut_steps * tiles.step / NEIGHBOURS / LANES / tiles.consumers)
-    parts = [(me + i * tiles.consumers, first, last) for i in range(count)]
-    fetched = [[_fetch(x_ref, row, *part) for part in parts] for row in range(p.rows)]
+    units = [me + i * tiles.consumers for i in range(count)]
+    fetched = [[_fetch(x_ref, row, unit, first, last) for unit in units] for row in range(p.rows)]
     for row, values in enumerate(fetched):
         _measure(values, row, me, smem["sizes"])
     together(smem["together"])
     for row, values in enumerate(fetched):
-        _put(values, parts, row, fmt, p, tiles, smem)
+        _put(values, units, row, first, last, fmt, p, tiles, smem)
     plgpu.commit_smem()
     together(smem["together"])
 
@@ -108,16 +103,13 @@ def _measure(values: list[jax.Array], row: Any, me: Any, sizes: Any) -> None:
     measure(sizes, tuple(values), row, me)  # type: ignore[call-arg]
 
 
-def _put(values: list[jax.Array], parts: list[tuple[Any, Any, Any]], row: Any, fmt: Format, p: Plan,
+def _put(values: list[jax.Array], units: list[Any], row: Any, first: Any, last: Any, fmt: Format, p: Plan,
          tiles: SkinnyTiles, smem: Any) -> None:  # fmt: skip
     """Write a thread's inputs of a row as digits."""
     transforms = transforms_of(tiles.step, jnp.int8, fmt.group)
-    units, first, last = [unit for unit, _, _ in parts], *parts[0][1:]
     refs = plgpu.RefType(transforms), plgpu.RefType(), plgpu.RefType()
 
-    @plgpu.inline_mgpu(
-        arg_types=(refs, (UNIT,) * len(values), (SCALAR,) * len(units), *[SCALAR] * 3),
-    )
+    @plgpu.inline_mgpu(arg_types=(refs, (UNIT,) * len(values), (SCALAR,) * len(units), *[SCALAR] * 3))
     def put(_: Any, refs: Any, values: Any, units: Any, row: Any, first: Any, last: Any) -> None:
         x, sizes, factors = refs
         row, first, last = (a.registers.item() for a in (row, first, last))

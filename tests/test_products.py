@@ -126,19 +126,10 @@ def test_three_digits_are_a_row(size: float) -> None:
     ("rows", "out", "tiles", "sms"),
     [
         (1, 192, SkinnyTiles(step=128, consumers=2, strip=64, cuts=1, depth=4, digits=True), 3),
-        (
-            2,
-            160,
-            SkinnyTiles(step=128, consumers=1, strip=32, cuts=1, depth=2, digits=True),
-            3,
-        ),  # less than a wgmma tile
-        (
-            2,
-            176,
-            SkinnyTiles(step=256, consumers=3, strip=88, cuts=1, depth=3, digits=True),
-            1,
-        ),  # several pieces a block
-        (1, 320, SkinnyTiles(step=128, consumers=2, strip=64, depth=4, digits=True), 4),  # parts
+        # Less than a wgmma tile; several pieces a block; parts.
+        (2, 160, SkinnyTiles(step=128, consumers=1, strip=32, cuts=1, depth=2, digits=True), 3),
+        (2, 176, SkinnyTiles(step=256, consumers=3, strip=88, cuts=1, depth=3, digits=True), 1),
+        (1, 320, SkinnyTiles(step=128, consumers=2, strip=64, depth=4, digits=True), 4),
     ],
 )
 @pytest.mark.parametrize("fmt", ["int8", "int4-g128"])
