@@ -25,12 +25,11 @@ from pallas_kernels.softmax_tiles import (
     Ring,
     hide,
     no_keys,
-    pad_rows,
     rescale,
     soften,
     weigh,
 )
-from pallas_kernels.tiles import FLOATS, swizzled
+from pallas_kernels.tiles import FLOATS, pad_rows, swizzled
 
 CONSUMERS = 2
 BLOCK_ROWS = CONSUMERS * ROWS

@@ -18,8 +18,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import flash_attention
 from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.indexed import Indexed, in_place
-from pallas_kernels.softmax_tiles import ROWS, hide, no_keys, pad_rows, rescale, soften, weigh
-from pallas_kernels.tiles import swizzled
+from pallas_kernels.softmax_tiles import ROWS, hide, no_keys, rescale, soften, weigh
+from pallas_kernels.tiles import pad_rows, swizzled
 
 
 @dataclasses.dataclass(frozen=True)

@@ -92,6 +92,13 @@ def thread_anew() -> Any:
     return rest(inline_ptx("mov.u32 $0, %tid.x;", result_types=i32, has_side_effects=True), 128)
 
 
+def unknown(value: int) -> Any:
+    """A number that the assembler does not know: of a logical operation with two that it knows it makes one anew at
+    every use. A block's third index is zero, as these kernels have no more than two."""
+    i32 = ir.IntegerType.get_signless(32)
+    return plus(inline_ptx("mov.u32 $0, %ctaid.z;", result_types=i32), value)
+
+
 def integer(value: Any) -> Any:
     return c(value, ir.IntegerType.get_signless(32)) if isinstance(value, int) else value
 

@@ -27,18 +27,19 @@ from pallas_kernels.indexed import layer_index
 from pallas_kernels.ring import claim, consumer_registers, drain
 from pallas_kernels.skinny_consume import consume
 from pallas_kernels.skinny_digits import consume_integers, scratch_of
-from pallas_kernels.skinny_plan import MOST_ROWS_AS_DIGITS, Plan, SkinnyTiles, plan, tiles_for
+from pallas_kernels.skinny_plan import COLUMNS, MOST_ROWS_AS_DIGITS, Plan, SkinnyTiles, plan, tiles_for
 from pallas_kernels.tiles import (
     WGMMA_ROWS,
     Format,
     Weight,
     check_product,
     format_of,
-    shuffle_inputs,
+    pad_rows,
     sm_count,
     split,
     swizzled,
 )
+from pallas_kernels.widen import shuffle_inputs
 
 MAX_ROWS = 64
 PRODUCER_REGISTERS = 24
@@ -105,7 +106,8 @@ def _skinny(x: jax.Array, w: Weight, layer: jax.Array | None, residual: jax.Arra
     p = replace(plan(w.shape[-2], inner, rows, fmt, tiles, sms), interpret=bool(interpret))
     data, scale = split(w)
     if not tiles.digits:
-        x = jnp.pad(x, ((0, p.padded - rows), (0, 0)))
+        # Copies fill what up to 8 rows lack; TMA's tiles are of 8, so that more rows are whole tiles in memory, too.
+        x = pad_rows(x, 0) if rows > COLUMNS else x
         x = shuffle_inputs(x) if fmt.quantized and not interpret else x
     arguments = {"layer": layer, "x": x, "w": data}
     if fmt.grouped or (fmt.quantized and (p.direct or tiles.digits)):
@@ -210,6 +212,7 @@ def _body(*refs: Any, names: tuple[str, ...], fmt: Format, p: Plan, tiles: Skinn
 def _produce(x_ref: Any, w_ref: Any, turns: Any, piece: Any, p: Plan, step: int, *, w_ring: Any, full: Any,
              free: Any, x_ring: Any = None, **_: Any) -> None:  # fmt: skip
     """Keep the ring full; digits of x are not in it. Copies run ahead of the sums, across pieces too."""
+    rows = pl.ds(turns * 0, p.columns)  # JAX 0.12 refuses more rows than there are where they start at a constant
 
     def turn(t: Any, count: Any) -> Any:
         row, _, start, end = piece(t)
@@ -220,7 +223,7 @@ def _produce(x_ref: Any, w_ref: Any, turns: Any, piece: Any, p: Plan, step: int,
             inputs = pl.ds(i * step, step)
             plgpu.copy_gmem_to_smem(w_ref.at[pl.ds(row, p.strip), inputs], w_ring.at[slot, place], full.at[slot])
             if x_ring is not None:
-                plgpu.copy_gmem_to_smem(x_ref.at[:, inputs], x_ring.at[slot], full.at[slot])
+                plgpu.copy_gmem_to_smem(x_ref.at[rows, inputs], x_ring.at[slot], full.at[slot])
             return count + 1
 
         return lax.fori_loop(start, end, stage, count)

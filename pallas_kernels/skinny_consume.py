@@ -14,7 +14,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.persistent_layouts import outputs
 from pallas_kernels.skinny_plan import Plan, SkinnyTiles
 from pallas_kernels.skinny_sums import sums_of
-from pallas_kernels.tiles import WGMMA_ROWS, Format, load_shuffled, widen_shuffled
+from pallas_kernels.tiles import WGMMA_ROWS, Format
+from pallas_kernels.widen import load_shuffled, widen_shuffled
 
 CHUNK = 128  # inputs that are widened at a time, while the products of the last so many run
 

@@ -49,6 +49,8 @@ def tiles_for(fmt: Format, out: int, inner: int, rows: int) -> SkinnyTiles:
         consumers = max(2, 5 - high) if fmt.bits == 4 else 2
         step = max(256 if wide else 128, fmt.group or 1)
         return SkinnyTiles(step=step, consumers=consumers, strip=256, cuts=8, depth=24, digits=True)
+    if not fmt.quantized and rows <= COLUMNS:
+        return SkinnyTiles(step=128, consumers=3, strip=256)
     step = 256 if fmt.quantized and wide and rows <= 16 else 128
     return SkinnyTiles(step=step, consumers=3 if fmt.bits == 4 and rows <= 16 else 2)
 

@@ -91,9 +91,3 @@ def weigh(acc: jax.Array, p: jax.Array, values: Ref, p_smem: Ref | None) -> jax.
         return ref[...]
 
     return acc + pl.run_scoped(product, plgpu.ACC(acc.shape, jnp.float32))
-
-
-def pad_rows(x: jax.Array, axis: int) -> jax.Array:
-    """Zeros behind ``axis`` up to the 8 rows of a shared memory tile; a copy only for a length that needs them."""
-    missing = -x.shape[axis] % 8
-    return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)]) if missing else x

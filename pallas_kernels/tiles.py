@@ -1,7 +1,8 @@
-"""What the product kernels share: weights as arguments, tiles of them in shared memory, and tiles as wgmma operands.
+"""What the product kernels share: weights as arguments, tiles of them in shared memory, and their scales.
 
 Both kernels make the weight wgmma's left operand, because it is the only one that may come from registers, and
-registers are where an integer weight becomes a float: ``acc [out, rows] += w [out, in] · x [rows, in]ᵀ``.
+registers are where an integer weight becomes a float (`pallas_kernels.widen`): ``acc [out, rows] += w [out, in] ·
+x [rows, in]ᵀ``.
 """
 
 from dataclasses import dataclass
@@ -9,11 +10,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic.gpu.fragmented_array import WGMMA_LAYOUT, FragmentedArray
-from jax.experimental.mosaic.gpu.utils import dtype_to_ir_type, vector_slice
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.dispatch import Unsupported
@@ -90,45 +88,10 @@ def nbytes(shape: tuple[int, ...], bits: int) -> int:
     return size * bits // 8
 
 
-def load_integers(tile: Any, fmt: Format) -> jax.Array:
-    """A tile of integers from shared memory, still as a thread's wide loads bring them: packed, neighbours together."""
-    return plgpu.load(tile, layout=plgpu.Layout.WGMMA_UPCAST_4X if fmt.bits == 4 else plgpu.Layout.WGMMA_UPCAST_2X)
-
-
-def widen(integers: jax.Array, dtype: Any) -> jax.Array:
-    """What `load_integers` gave, as wgmma's left operand. Threads exchange values while they are still narrow.
-
-    Both steps must stay together: integers on their way through a loop in wgmma's layout would be unpacked, two to a
-    register, and widening them took five times as long."""
-    return plgpu.layout_cast(integers, plgpu.Layout.WGMMA).astype(dtype)
-
-
-def load_shuffled(tile: Any) -> jax.Array:
-    """A tile of integers from shared memory for `widen_shuffled`: of 32 inputs, each of 4 threads holds 8 in a row."""
-    return plgpu.load(tile, layout=plgpu.Layout.WGMMA_UPCAST_4X)
-
-
-def widen_shuffled(integers: jax.Array, dtype: Any) -> jax.Array:
-    """What `load_shuffled` gave, as wgmma's left operand, without an exchange between threads: every 32 inputs come out
-    in the order that `shuffle_inputs` gives the activations. A sum does not mind the order of its terms."""
-
-    def reinterpret(_: Any, integers: Any) -> Any:
-        floats = integers.astype(dtype_to_ir_type(jnp.dtype(dtype)))
-        registers = np.empty(WGMMA_LAYOUT.registers_shape(floats.shape), dtype=object)
-        for index, eight in np.ndenumerate(floats.registers):
-            for pair in range(4):  # wgmma wants 2 inputs in a row, 8 apart: it gets 2 in a row, 2 apart
-                place = (index[0], 4 * index[1] + pair, *index[2:])
-                registers[place] = vector_slice(eight, slice(2 * pair, 2 * pair + 2))
-        return FragmentedArray(_registers=registers, _layout=WGMMA_LAYOUT, _is_signed=None)
-
-    floats = plgpu.ShapeDtypeStruct(integers.shape, dtype, layout=plgpu.Layout.WGMMA)
-    arguments = (plgpu.Layout.WGMMA_UPCAST_4X,)
-    return plgpu.inline_mgpu(arg_types=arguments, return_type=floats)(reinterpret)(integers)
-
-
-def shuffle_inputs(x: jax.Array) -> jax.Array:
-    """Activations [rows, in] in the order of inputs that `widen_shuffled` gives the weights."""
-    return x.reshape(x.shape[0], -1, 4, 4, 2).swapaxes(2, 3).reshape(x.shape)
+def pad_rows(x: jax.Array, axis: int) -> jax.Array:
+    """Zeros behind ``axis`` up to the 8 rows of a shared memory tile; a copy only for a length that needs them."""
+    missing = -x.shape[axis] % 8
+    return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)]) if missing else x
 
 
 def scale_column(scales: Any, row: Any, group: Any, rows: int) -> jax.Array:

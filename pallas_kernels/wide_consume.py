@@ -10,10 +10,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.tiles import load_integers, scale_column, spread, widen
+from pallas_kernels.tiles import scale_column, spread
 from pallas_kernels.wide_plan import CONSUMERS, Problem, Refs, WideTiles
 from pallas_kernels.wide_rotary import angles, finish
 from pallas_kernels.wide_trade import Trade
+from pallas_kernels.widen import load_integers, widen, widen_scaled
 
 
 def consume(me: Any, refs: Refs, problem: Problem, depth: int, turns: Any, done: Any, tile: Any, tiles: WideTiles, *,
@@ -51,12 +52,16 @@ def consume(me: Any, refs: Refs, problem: Problem, depth: int, turns: Any, done:
         plgpu.wgmma_wait(0)
         plgpu.barrier_arrive(free.at[lax.rem(first + steps - 1, depth)])
 
-    def scaled(weights: jax.Array, i: int, head: Any, column: Any, out: Any) -> Any:
+    def operand(integers: jax.Array, scale: Any, i: int) -> Any:
         """Weights of one group of inputs as wgmma's left operand. Scales of a group are applied here, before the
         rounding; scales of a row at the end."""
-        if fmt.grouped:
-            scale = scale_column(refs["scale"], head * problem.out + out + first_out, column, part)
-            weights = (weights.astype(jnp.float32) * spread(scale, weights.shape)).astype(problem.dtype)
+        if scale is None:
+            weights = widen(integers, problem.dtype)
+        elif fmt.bits == 4 and widened is None:
+            weights = widen_scaled(integers, scale, problem.dtype)
+        else:
+            floats = widen(integers, problem.dtype).astype(jnp.float32)
+            weights = (floats * spread(scale, floats.shape)).astype(problem.dtype)
         if widened is None:
             return weights
         # The interpreter has no wgmma with an operand in registers.
@@ -65,21 +70,26 @@ def consume(me: Any, refs: Refs, problem: Problem, depth: int, turns: Any, done:
         plgpu.commit_smem()
         return place
 
+    def scales_of(head: Any, column: Any, out: Any) -> jax.Array:
+        return scale_column(refs["scale"], head * problem.out + out + first_out, column, part)
+
     def quantized(accs: Any, first: Any, out: Any) -> None:
-        """The integers of the next stage are loaded while the products of this one run."""
+        """The integers of the next stage, and its groups' scales, are loaded while the products of this one run."""
+        groups = range(0, tiles.step, group)
 
-        def load(k: Any) -> list[jax.Array]:
-            slot = lax.rem(first + k, depth)
+        def load(k: Any) -> list[Any]:
+            slot, begin = lax.rem(first + k, depth), k * tiles.step
+            scales = [
+                [scales_of(h, (begin + g) // fmt.group, out) if fmt.grouped else None for g in groups] for h in heads
+            ]
             plgpu.barrier_wait(full.at[slot])
-            return [load_integers(weights_of(slot, head), fmt) for head in heads]
+            return [(load_integers(weights_of(slot, h), fmt), own) for h, own in zip(heads, scales, strict=True)]
 
-        def multiply(k: Any, integers: list[jax.Array]) -> None:
+        def multiply(k: Any, loaded: list[Any]) -> None:
             slot = lax.rem(first + k, depth)
-            for i, (head, acc) in enumerate(zip(heads, accs, strict=True)):
-                floats = widen(integers[i], problem.dtype)
-                for g in range(0, tiles.step, group):
-                    column = (k * tiles.step + g) // fmt.group if fmt.grouped else 0
-                    weights = scaled(floats[:, g : g + group], i, head, column, out)
+            for i, (acc, (integers, scales)) in enumerate(zip(accs, loaded, strict=True)):
+                for g, scale in zip(groups, scales, strict=True):
+                    weights = operand(integers[:, g : g + group], scale, i)
                     plgpu.wgmma(acc, weights, x_ring.at[slot, my_rows, pl.ds(g, group)].T)
                     if widened is not None:
                         plgpu.wgmma_wait(0)
@@ -88,8 +98,8 @@ def consume(me: Any, refs: Refs, problem: Problem, depth: int, turns: Any, done:
             plgpu.wgmma_wait(0)
             plgpu.barrier_arrive(free.at[lax.rem(first + k, depth)])
 
-        def stage(k: Any, integers: list[jax.Array]) -> list[jax.Array]:
-            multiply(k, integers)
+        def stage(k: Any, loaded: list[Any]) -> list[Any]:
+            multiply(k, loaded)
             following = load(k + 1)
             release(k)
             return following
