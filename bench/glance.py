@@ -1,5 +1,6 @@
 """The results at one glance: a row an implementation, a column a workload."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,12 +37,23 @@ def _column(r: Record) -> Column:
 
 
 def _columns(records: Sequence[Record]) -> list[Column]:
-    """Larger models first, decoding before prefill, and one row before many."""
+    """The model with the most workloads first, then larger ones; decoding before prefill, one row before many."""
+    workloads = Counter(model for _, model, *_ in {_column(r) for r in records})
 
     def order(r: Record) -> tuple[Any, ...]:
         size = r.get("work", {}).get("bytes", 0) / (r["batch"] if r["case"] == "prefill" else 1)
         model = max((o.get("work", {}).get("bytes", 0) for o in records if o["model"] == r["model"]), default=size)
-        return (-model, r["model"], r["device"], r["case"], r["context"] > 1024, r["batch"], r["seq"], r["context"])
+        return (
+            -workloads[r["model"]],
+            -model,
+            r["model"],
+            r["device"],
+            r["case"],
+            r["context"] > 1024,
+            r["batch"],
+            r["seq"],
+            r["context"],
+        )
 
     return list(dict.fromkeys(_column(r) for r in sorted(records, key=order)))
 
