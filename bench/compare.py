@@ -29,6 +29,7 @@ def parser() -> argparse.ArgumentParser:
         "--prefill", default="", metavar="N,...", help="prompt lengths to time prefill at, for example 512,2048"
     )
     p.add_argument("--context", default="", metavar="N,...", help="decode one row up to these lengths, too")
+    p.add_argument("--sampled", action="store_true", help="decode ours with temperature and top-p, too")
     p.add_argument("--backends", default=None, help="of ours: xla,pallas,auto (default: xla, and pallas on a GPU)")
     p.add_argument("--peers", default=None, help="names, all or none (default: all)")
     p.add_argument(

@@ -75,7 +75,8 @@ class Comparison:
         ask = functools.partial(self.reference.ask, "encode", 60, model=self.path, text="Once upon a time,")
         text = None if self.settings.preset else ask()["ids"]
         s = self.settings
-        loads = grid(s.batch, s.prompt_len or [len(text) if text else 8], s.new_tokens, s.prefill, s.context)
+        lengths = s.prompt_len or [len(text) if text else 8]
+        loads = grid(s.batch, lengths, s.new_tokens, s.prefill, s.context, sampled=s.sampled)
         self.loads = [w for w in loads if w.context <= shape["max_seq_len"]]
         if left := len(loads) - len(self.loads):
             say(f"{self.name}: skipping {left} workloads past its context of {shape['max_seq_len']}")
@@ -95,6 +96,10 @@ class Comparison:
 
     def _ceilings(self) -> dict[str, float]:
         return self.reference.ceilings(self.dtype, self.weights)
+
+    def loads_of(self, entry: Entry) -> list[Workload]:
+        """What an implementation is given: peers are asked for greedy tokens only, which can be checked."""
+        return [w for w in self.loads if entry.ours or not w.sampled]
 
     def measure_ceilings_again(self) -> None:
         """The machine may have been busy: the best of before and after is nearer to its ceiling."""
@@ -127,12 +132,13 @@ class Comparison:
         for entry in group:
             entry.clock = Budget(self.settings.share, "a peer's share")
         for load in self.loads:
-            for entry in (e for e in group if e.why is None):
+            takers = [e for e in group if load in self.loads_of(e)]
+            for entry in (e for e in takers if e.why is None):
                 if not entry.ours and "why" not in entry.outcomes.get(load, {}):
                     entry.guard(load, lambda e: e.clock.check())
                 self.warm_up(entry, load)
             for _ in range(self.settings.runs):
-                for entry in (e for e in group if e.why is None and "why" not in e.outcomes.get(load, {})):
+                for entry in (e for e in takers if e.why is None and "why" not in e.outcomes.get(load, {})):
                     entry.guard(load, functools.partial(self._timed, load=load))
         for entry in group:
             entry.close()
@@ -140,7 +146,7 @@ class Comparison:
     def record(self, group: list[Entry]) -> None:
         """Append what was measured, at once: a run that is ended keeps what it has."""
         order = self.settings.order or self.default_order
-        made = [r for e in group for r in records_of(self.run, e, self.name, self.dtype, self.loads, self.dims)]
+        made = [r for e in group for r in records_of(self.run, e, self.name, self.dtype, self.loads_of(e), self.dims)]
         made = [r | {"order": order} for r in made]
         append(results(self.settings) / "compare.jsonl", made)
         self.records += made
@@ -159,7 +165,7 @@ class Comparison:
     def _generate(self, entry: Entry, load: Workload) -> dict[str, Any]:
         assert entry.worker is not None
         self.settings.clock.check()
-        fields = {"prompts": self.inputs[load], "new_tokens": load.new_tokens}
+        fields = {"prompts": self.inputs[load], "new_tokens": load.new_tokens, "sampled": load.sampled}
         return entry.worker.ask("generate", self.settings.time_limit, **fields)
 
     def _timed(self, entry: Entry, load: Workload) -> None:
@@ -171,7 +177,7 @@ class Comparison:
         outcome = entry.outcomes[load] = {"runs": []}
         outcome["cold"] = self._generate(entry, load)
         warm = outcome["warm"] = self._generate(entry, load)
-        check = outcome["check"] = self._check(entry, load, warm["ids"])
+        check = outcome["check"] = UNCHECKED if load.sampled else self._check(entry, load, warm["ids"])
         if entry.ours and entry.worker is not None:
             sizes = {"batch": load.batch, "prompt": load.prompt_len, "context": load.context}
             outcome["choices"] = entry.worker.ask("chosen", 60, args=sizes)["choices"]

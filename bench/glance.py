@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from bench.names import commit_of, cores, is_cpu, is_ours, markdown, name_of, newest, short, versions_of
+from bench.names import CHECKED, commit_of, cores, is_cpu, is_ours, markdown, name_of, newest, short, versions_of
 from bench.record import Record
 
 Column = tuple[Any, ...]  # what a record must have to stand in it
@@ -14,6 +14,7 @@ COLUMN = ("device", "model", "case", "batch", "seq", "context")
 def glance(records: Sequence[Record], keep: Callable[[Record], bool]) -> str:
     """Tokens/s of what is newest of every device, model and dtype, with the share of the floor in brackets."""
     chosen = [r for r in records if r["suite"] == "compare" and r["metric"] == "tokens_per_s" and keep(r)]
+    chosen = [r for r in chosen if r["case"] in CHECKED]
     chosen = [r for group in newest(chosen) for r in group]
     columns = _columns(chosen)
     cells = {(_row(r), _column(r)): r for r in chosen}

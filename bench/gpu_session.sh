@@ -3,7 +3,7 @@
 #
 #   bench/gpu_session.sh COMMIT FOLDER PART...
 #     models  the 7B shape in bf16: our backends and the peers that are installed         MODELS_S (default 280)
-#     quant   the same in int8 and int4: ours                                             QUANT_S (default 130)
+#     quant   the same in int8 and int4, greedy and drawing: ours                         QUANT_S (default 130)
 #     ops     attention, feed-forward, layer, products, beside other libraries'           OPS_S (default 170)
 #
 # All three fit one call of ten minutes. COMMIT names this tree, for a copy without its history. FOLDER receives the
@@ -41,7 +41,7 @@ for part in "${@:-models}"; do
       ;;
     quant)
       compare "${QUANT_S:-130}" quant --dtype int8,int4 --batch "${BATCH:-1,8}" --prefill "${PREFILL-512,2048}" \
-        --backends "${BACKENDS:-pallas}" --peers none
+        --backends "${BACKENDS:-pallas}" --peers none --sampled
       ;;
     ops)
       seconds=${OPS_S:-170}

@@ -6,6 +6,7 @@ from bench.record import Record
 
 NEWEST = ("device", "model", "dtype")  # what a run is the newest of
 WORKLOAD = ("case", "metric", "batch", "seq")  # whatever the number of new tokens: a rate hardly depends on it
+CHECKED = ("decode", "prefill")  # workloads that peers have, too
 NONE = "*nothing recorded yet*"
 OURS = ("xla", "pallas", "auto")
 NAMES = {

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.names import cores, is_cpu, latest, newest, plain_name, short, versions_of
+from bench.names import CHECKED, cores, is_cpu, latest, newest, plain_name, short, versions_of
 from bench.record import Record
 from bench.roofline import best_of, of_dict
 
@@ -67,7 +67,7 @@ def colour(impl: str, impls: Sequence[str]) -> str:
 def draw(records: Sequence[Record], folder: Path) -> Iterator[Path]:
     """Every chart, of the newest runs."""
     measured = [r for r in records if r["value"] is not None and r.get("ceilings") and "work" in r]
-    whole = [r for r in measured if r["suite"] == "compare" and r["metric"] == "tokens_per_s"]
+    whole = [r for r in measured if r["suite"] == "compare" and r["case"] in CHECKED]
     single = [r for r in measured if r["suite"] == "ops" and r["metric"] == "ms"]
     models = newest(whole)
     for group in models:
@@ -81,8 +81,8 @@ def draw(records: Sequence[Record], folder: Path) -> Iterator[Path]:
 
 def compare_plots(records: Sequence[Record], folder: Path) -> Iterator[Path]:
     """Bars of tokens/s for every workload group, and the decode steps on the roofline."""
-    good = [r for r in records if r["value"] is not None and r["metric"] == "tokens_per_s"]
-    for case in ("decode", "prefill"):
+    good = [r for r in records if r["value"] is not None and r["case"] in CHECKED]
+    for case in CHECKED:
         chosen = [r for r in good if r["case"] == case]
         if chosen:
             fig = bars(chosen, case)

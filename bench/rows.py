@@ -7,7 +7,7 @@ from typing import Any
 from bench.measure import stats_dict
 from bench.record import Record, Run
 from bench.roofline import Work, decode_work, floor_s, of_dict, prefill_work
-from bench.workloads import Workload
+from bench.workloads import SAMPLING, Workload
 
 
 def records_of(
@@ -23,6 +23,7 @@ def records_of(
             suite="compare", case=load.case, impl=entry.impl, model=model, dtype=stored, batch=load.batch
         )
         base |= dict(seq=load.prompt_len, context=load.context, new_tokens=load.new_tokens)
+        base |= {"sampling": SAMPLING} if load.sampled else {}
         floor = run_floor(run, load, dtype, dims)
         base["work"] = work_of(load, dtype, dims)
         if not outcome.get("runs"):
@@ -49,10 +50,10 @@ def records_of(
 
 def work_of(load: Workload, dtype: str, dims: Mapping[str, int]) -> dict[str, float]:
     """Bytes and flops of a decode step or a prefill, and the tokens that it makes or takes."""
-    if load.case == "decode":
-        work, tokens = decode_work(dims, dtype, load.batch, load.mean_context), load.batch
-    else:
+    if load.case == "prefill":
         work, tokens = prefill_work(dims, dtype, load.batch, load.prompt_len), load.batch * load.prompt_len
+    else:
+        work, tokens = decode_work(dims, dtype, load.batch, load.mean_context), load.batch
     return {"bytes": work.bytes, "flops": work.flops, "tokens": tokens}
 
 
@@ -67,12 +68,14 @@ def _figures(
 ) -> Iterable[tuple[str, str, list[float], float | None]]:
     runs, cold = outcome["runs"], outcome["cold"]
     ttft = [r["first_s"] for r in runs]
-    if load.case == "decode":
+    if load.case == "prefill":
+        speeds = [load.batch * load.prompt_len / t for t in ttft]
+    else:
         steps = [r["steps"] or len(r["ids"][0]) - 1 for r in runs]
         speeds = [load.batch * n / r["decode_s"] for n, r in zip(steps, runs, strict=True)]
-        yield "decode", "tokens_per_s", speeds, floor
-    else:
-        yield "prefill", "tokens_per_s", [load.batch * load.prompt_len / t for t in ttft], floor
+    yield load.case, "tokens_per_s", speeds, floor
+    if load.sampled:  # all else is the greedy workload's
+        return
     yield "ttft-warm", "s", ttft, None
     yield "memory", "bytes_peak", [outcome["warm"]["peak_bytes"]], None
     warm_s = statistics.median([r["first_s"] + r["decode_s"] for r in runs])
@@ -97,7 +100,9 @@ def table(records: Sequence[Record]) -> str:
         others = {o["case"]: o["value"] for o in records if all(o[k] == r[k] for k in alike)}
         noise = 100 * r["stats"]["std"] / r["stats"]["mean"]
         figures = (f"{r['value']:,.1f}", f"{noise:.1f}", f"{100 * r['value'] / r['floor']:.0f}")
-        lines.append((*start, *figures, f"{others['ttft-warm']:.4f}", f"{others['memory'] / 1e6:,.0f}"))
+        first, held = others.get("ttft-warm"), others.get("memory")
+        more = ("" if first is None else f"{first:.4f}", "" if held is None else f"{held / 1e6:,.0f}")
+        lines.append((*start, *figures, *more))
     return align(lines)
 
 

@@ -90,7 +90,7 @@ def waves(parts: Sequence[Part], room: float) -> Iterator[list[Part]]:
 def _warm_up(part: Part) -> None:
     comparison, entry = part
     comparison.open(entry)
-    for load in comparison.loads:
+    for load in comparison.loads_of(entry):
         comparison.warm_up(entry, load)
 
 

@@ -194,6 +194,7 @@ TABLES: dict[str, Table] = {
     "decode-gpu": lambda records: _speeds(records, "decode", lambda r: not is_cpu(r)),
     "prefill-cpu": lambda records: _speeds(records, "prefill", is_cpu),
     "prefill-gpu": lambda records: _speeds(records, "prefill", lambda r: not is_cpu(r)),
+    "sampled": lambda records: _speeds(records, "sampled", lambda _: True),
     "startup": _startup,
     "ops-attention": lambda records: _ops(records, "attention", "decode-attention"),
     "ops-ffn": lambda records: _ops(records, "ffn", "layer"),

@@ -107,6 +107,9 @@ def test_workloads_in_the_order_of_what_matters() -> None:
         ("decode", 8, 128, 384),
         ("decode", 1, 3744, 4000),
     ]
+    assert workloads.grid([1, 8], [128], 256, [], [], sampled=True)[2:] == [
+        workloads.Workload("sampled", batch, 128, 256) for batch in (1, 8)
+    ]
 
 
 # Floors

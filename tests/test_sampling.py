@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jllama.errors import InputError
-from jllama.sampling import make_sampling, sample, truncate
+from jllama.sampling import make_sampling, pick, sample, truncate
 
 ROWS, VOCAB = 4, 50  # fixed, so that the properties below compile once for every set of settings
 DRAWS = 16384
@@ -174,6 +174,28 @@ def test_the_statistic_notices_settings_that_are_a_little_off(wrong: dict[str, A
         except AssertionError:
             noticed.append(True)
     assert any(noticed)
+
+
+def test_draws_from_a_vocabulary_of_many_blocks() -> None:
+    logits = (np.random.RandomState(9).standard_normal((ROWS, 700)) * 2).astype(np.float32)
+    counts = np.asarray(drawn(logits, make_sampling(ROWS, seed=3, temperature=1.0, top_p=(1.0, 0.9, 0.5, 0.99)), None))
+    for row, top_p in enumerate((1.0, 0.9, 0.5, 0.99)):
+        assert chi_square(counts[row], np_sampler(logits[row], top_p=top_p)[0]) < LIMIT
+
+
+@pytest.mark.parametrize("vocab", [1, 50, 128, 700, 32000])
+def test_what_is_excluded_is_never_picked_whatever_the_share(vocab: int) -> None:
+    random = np.random.RandomState(1)
+    mass = np.exp(random.standard_normal((64, vocab)) * 8).astype(np.float32)
+    mass[random.rand(64, vocab) < np.linspace(0, 0.999, 64)[:, None]] = 0
+    mass[np.arange(64), random.randint(vocab, size=64)] = 1
+    for share in (0.0, 1e-7, 0.5, 1 - 2.0**-23, 1.0, 1.1):
+        token = np.asarray(jax.jit(pick)(mass, np.full(64, share, np.float32)))
+        assert (mass[np.arange(64), token] > 0).all()
+        exact = np.cumsum(mass, axis=1, dtype=np.float64) / mass.sum(axis=1, dtype=np.float64, keepdims=True)
+        reached, before = (np.pad(exact, ((0, 0), (1, 0)))[np.arange(64), token + i] for i in (1, 0))
+        assert (before - 1e-5 <= min(share, 1.0)).all()
+        assert (reached + 1e-5 >= min(share, 1.0)).all()
 
 
 def test_draws_of_one_row_and_of_neighbours_are_independent() -> None:

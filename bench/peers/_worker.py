@@ -66,7 +66,8 @@ def _answer(name: str, request: dict[str, Any], state: dict[str, Any]) -> dict[s
         state["peer"] = peer.open(request["job"])
         return {"load_s": time.perf_counter() - begin, "versions": package_versions(peer.packages)}
     if do == "generate":
-        output = state["peer"].generate(request["prompts"], request["new_tokens"])
+        drawing = {"sampled": True} if request.get("sampled") else {}  # ours alone are asked for it
+        output = state["peer"].generate(request["prompts"], request["new_tokens"], **drawing)
         return dataclasses.asdict(output) | {"peak_bytes": state["peer"].peak_bytes()}
     if do == "begin":
         state["stretches"] = state["peer"].run(**request["args"])

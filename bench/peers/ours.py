@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.peers import NotSupported, Output, Peer
-from bench.workloads import DRAWN, SEED
+from bench.workloads import DRAWN, SAMPLING, SEED
 
 CHUNK = 64  # tokens between two looks at the output; a terminal takes 16, a benchmark need not look
 DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
@@ -53,21 +53,23 @@ class Ours:
         self.params = make(stacked=stacked)
         jax.block_until_ready(self.params)
 
-    def generate(self, prompts: list[list[int]], new_tokens: int) -> Output:
-        """Through the same `Session` that the command line uses. The first token's time is that of a run of its own:
-        when the first of many arrives, later ones are under way, and on a CPU maybe done."""
+    def generate(self, prompts: list[list[int]], new_tokens: int, *, sampled: bool = False) -> Output:
+        """Greedily, or as `SAMPLING` says; through the same `Session` that the command line uses. The first token's
+        time is that of a run of its own: when the first of many arrives, later ones are under way, and on a CPU maybe
+        done."""
         self._load(len(prompts))
         room, chunk = len(prompts[0]) + new_tokens, even_chunk(new_tokens - 1)
-        ids, first, _ = self._run(prompts, 1, room, chunk)
+        ids, first, _ = self._run(prompts, 1, room, chunk, sampled)
         if new_tokens == 1:
             return Output(ids, first, 0.0)
-        ids, arrived, total = self._run(prompts, new_tokens, room, chunk)
+        ids, arrived, total = self._run(prompts, new_tokens, room, chunk, sampled)
         return Output(ids, first, total - min(first, arrived))
 
     def _run(
-        self, prompts: list[list[int]], new_tokens: int, room: int, chunk: int
+        self, prompts: list[list[int]], new_tokens: int, room: int, chunk: int, sampled: bool
     ) -> tuple[list[list[int]], float, float]:
         """The new ids; seconds until the first of them, and until the last."""
+        from jllama.sampling import make_sampling
         from jllama.stream import Session
         from pallas_kernels import Unsupported
 
@@ -75,10 +77,11 @@ class Ours:
         session = Session(
             self.params, max_len=-(-room // 128) * 128, batch=len(prompts), backend=self.job["backend"], chunk=chunk
         )
+        sampling = make_sampling(len(prompts), seed=SEED, **SAMPLING) if sampled else None
         ids: list[list[int]] = [[] for _ in prompts]
         begin, first = time.perf_counter(), 0.0
         try:
-            for tokens in session.run(prompts, new_tokens):
+            for tokens in session.run(prompts, new_tokens, sampling):
                 first = first or time.perf_counter() - begin
                 for row, new in zip(ids, tokens.ids, strict=True):
                     row.extend(new)
