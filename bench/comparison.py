@@ -77,7 +77,8 @@ class Comparison:
         s = self.settings
         lengths = s.prompt_len or [len(text) if text else 8]
         loads = grid(s.batch, lengths, s.new_tokens, s.prefill, s.context, sampled=s.sampled)
-        self.loads = [w for w in loads if w.context <= shape["max_seq_len"]]
+        # The last token that a row draws is never fed back.
+        self.loads = [w for w in loads if w.context - 1 <= shape["max_seq_len"]]
         if left := len(loads) - len(self.loads):
             say(f"{self.name}: skipping {left} workloads past its context of {shape['max_seq_len']}")
         self.inputs = {w: prompts(w, shape["vocab_size"], shape["bos_id"], text) for w in self.loads}

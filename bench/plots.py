@@ -51,11 +51,11 @@ def save(fig: Any, folder: Path, name: str) -> list[Path]:
 
 
 def label(records: Sequence[Record]) -> str:
-    """Device, versions, commit and run of what a chart shows."""
-    first = records[0]
+    """Device, versions, commits and runs of what a chart shows."""
     shown = versions_of(records, "jax", "torch", "transformers", "tokamax")
-    runs = sorted({r["run"] for r in records})
-    return f"{first['device']}\n{', '.join(shown)}\ncommit {first['commit']}, run {runs[-1]}"
+    ran = sorted({(r["run"], r["commit"][:10]) for r in records})
+    runs = "\n".join(f"run {run}, commit {commit}" for run, commit in ran)
+    return f"{records[0]['device']}\n{', '.join(shown)}\n{runs}"
 
 
 def colour(impl: str, impls: Sequence[str]) -> str:
@@ -202,6 +202,6 @@ def roofline(records: Sequence[Record]) -> Any:
         ax.plot([], [], MARKERS[number % len(MARKERS)], color="black", label=case)
     ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     ax.set_title(
-        f"Roofline, {records[0]['dtype']}; ceilings measured in the same run\n{label(records)}", fontsize=9, loc="left"
+        f"Roofline, {records[0]['dtype']}; ceilings measured in the same runs\n{label(records)}", fontsize=9, loc="left"
     )
     return fig
