@@ -109,6 +109,7 @@ def worst(mine: jax.Array, wanted: jax.Array) -> jax.Array:
     return (jnp.abs(mine - wanted) / (jnp.abs(wanted) + jnp.sqrt((wanted * wanted).mean()))).max()
 
 
+@pytest.mark.timeout(240)  # on a CPU, where compiling takes most of it
 def test_phases_are_compared_as_they_should() -> None:
     """`by_phase` on an interpreted step: the stress test on a GPU compares with the right thing, and would notice."""
     case = Case((5, 9), 64, fmt="int8", blocks=2)
