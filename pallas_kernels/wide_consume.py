@@ -30,6 +30,8 @@ def consume(me: Any, refs: Refs, problem: Problem, depth: int, turns: Any, done:
     accumulators = [plgpu.ACC((part, columns), jnp.float32) for _ in heads]
 
     group = min(fmt.group or tiles.step, tiles.step)
+    # The interpreter has no wgmma with an operand in registers, and no instructions to save.
+    packed = widened is None and fmt.bits == 4 and fmt.grouped and refs["scale"].dtype.itemsize == 2
 
     def weights_of(slot: Any, head: Any) -> Any:
         return w_ring.at[slot, pl.ds(head * tiles.out + first_out, part)]
@@ -57,14 +59,13 @@ def consume(me: Any, refs: Refs, problem: Problem, depth: int, turns: Any, done:
         rounding; scales of a row at the end."""
         if scale is None:
             weights = widen(integers, problem.dtype)
-        elif fmt.bits == 4 and widened is None:
+        elif packed:
             weights = widen_scaled(integers, scale, problem.dtype)
         else:
             floats = widen(integers, problem.dtype).astype(jnp.float32)
             weights = (floats * spread(scale, floats.shape)).astype(problem.dtype)
         if widened is None:
             return weights
-        # The interpreter has no wgmma with an operand in registers.
         place = widened.at[me, pl.ds(i * part, part), pl.ds(0, group)]
         place[...] = weights
         plgpu.commit_smem()

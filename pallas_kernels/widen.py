@@ -63,8 +63,8 @@ MOVES = (-8, 0, 12)
 
 
 def widen_scaled(integers: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array:
-    """4-bit integers that `load_integers` gave, times a scale [rows] that was a float16, rounded to ``dtype`` once, as
-    wgmma's left operand. A third of the instructions that `widen`, a product and a rounding take."""
+    """4-bit integers that `load_integers` gave, times a scale [rows] of at most 11 bits, as a float16 has, rounded to
+    ``dtype`` once, as wgmma's left operand: what `widen`, a product and a rounding give, in fewer instructions."""
     floats = plgpu.ShapeDtypeStruct(integers.shape, dtype, layout=plgpu.Layout.WGMMA)
     arguments = plgpu.Layout.WGMMA_UPCAST_4X, plgpu.Layout.WGMMA.reduce(1)
 
@@ -73,7 +73,7 @@ def widen_scaled(integers: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array
         rounded = ir.VectorType.get((2,), dtype_to_ir_type(jnp.dtype(dtype)))
         pair = ir.VectorType.get((2,), ir.F32Type.get())
         scales = [vector.extract(s, [], [0]) for s in scale.registers.flat]  # of rows r and r + 8, of every 64
-        # What `_float_of` adds, times the scale: exact, as a float16 has 11 bits, this at most 13.
+        # What `_float_of` adds, at most 13 bits, times the scale: exact.
         excess = [{at: arith.mulf(s, c(-float(2 ** (23 - at) + 8), s.type)) for at in PLACES} for s in scales]
         magic = {at: unknown((127 + 23 - at) << 23 | 8 << at) for at in PLACES}
         registers = np.empty(WGMMA_LAYOUT.registers_shape(integers.shape), dtype=object)
