@@ -13,8 +13,7 @@ COLUMN = ("device", "model", "case", "batch", "seq", "context")
 
 def glance(records: Sequence[Record], keep: Callable[[Record], bool]) -> str:
     """Tokens/s of what is newest of every device, model and dtype, with the share of the floor in brackets."""
-    chosen = [r for r in records if r["suite"] == "compare" and r["metric"] == "tokens_per_s" and keep(r)]
-    chosen = [r for r in chosen if r["case"] in CHECKED]
+    chosen = [r for r in records if r["suite"] == "compare" and r["case"] in CHECKED and keep(r)]
     chosen = [r for group in newest(chosen) for r in group]
     columns = _columns(chosen)
     cells = {(_row(r), _column(r)): r for r in chosen}

@@ -19,7 +19,7 @@ from pallas_kernels import flash_attention
 from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.indexed import Indexed, in_place
 from pallas_kernels.softmax_tiles import ROWS, hide, no_keys, rescale, soften, weigh
-from pallas_kernels.tiles import pad_rows, swizzled
+from pallas_kernels.tiles import fill_rows, pad_rows, swizzled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,7 @@ def decode_parts(
     """Attention over each part of the keys, [B, kv_heads, splits, rows, D], and log2 of the sum of its weights' terms,
     [B, kv_heads, splits, ROWS], both in float32."""
     B, kv_heads, rows, D = q.shape
-    q = q if rows < 8 else pad_rows(q, 2)
+    q = fill_rows(q, 2)
     (k, layer), (v, _) = in_place(k), in_place(v)
     k, v = pad_rows(k, 3), pad_rows(v, 3)
     S, group = k.shape[3], rows // queries

@@ -27,14 +27,14 @@ from pallas_kernels.indexed import layer_index
 from pallas_kernels.ring import claim, consumer_registers, drain
 from pallas_kernels.skinny_consume import consume
 from pallas_kernels.skinny_digits import consume_integers, scratch_of
-from pallas_kernels.skinny_plan import COLUMNS, MOST_ROWS_AS_DIGITS, Plan, SkinnyTiles, plan, tiles_for
+from pallas_kernels.skinny_plan import MOST_ROWS_AS_DIGITS, Plan, SkinnyTiles, plan, tiles_for
 from pallas_kernels.tiles import (
     WGMMA_ROWS,
     Format,
     Weight,
     check_product,
+    fill_rows,
     format_of,
-    pad_rows,
     sm_count,
     split,
     swizzled,
@@ -106,8 +106,7 @@ def _skinny(x: jax.Array, w: Weight, layer: jax.Array | None, residual: jax.Arra
     p = replace(plan(w.shape[-2], inner, rows, fmt, tiles, sms), interpret=bool(interpret))
     data, scale = split(w)
     if not tiles.digits:
-        # Copies fill what up to 8 rows lack; TMA's tiles are of 8, so that more rows are whole tiles in memory, too.
-        x = pad_rows(x, 0) if rows > COLUMNS else x
+        x = fill_rows(x, 0)
         x = shuffle_inputs(x) if fmt.quantized and not interpret else x
     arguments = {"layer": layer, "x": x, "w": data}
     if fmt.grouped or (fmt.quantized and (p.direct or tiles.digits)):

@@ -94,6 +94,11 @@ def pad_rows(x: jax.Array, axis: int) -> jax.Array:
     return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)]) if missing else x
 
 
+def fill_rows(x: jax.Array, axis: int) -> jax.Array:
+    """`pad_rows`, unless there are fewer than one tile has: a copy of a whole tile fills the rest by itself."""
+    return x if x.shape[axis] < 8 else pad_rows(x, axis)
+
+
 def scale_column(scales: Any, row: Any, group: Any, rows: int) -> jax.Array:
     """The scales of one group of inputs, for ``rows`` rows from ``row``, as float32 in registers."""
     column = scales.at[pl.ds(row, rows), group]

@@ -56,19 +56,18 @@ def shuffle_inputs(x: jax.Array) -> jax.Array:
     return x.reshape(x.shape[0], -1, 4, 4, 2).swapaxes(2, 3).reshape(x.shape)
 
 
-# Where an integer of 4 bits may lie in the word that `_float_of` makes a float of; and how far a word of eight is
-# moved, to the right, so that three, three and two of them lie there.
-PLACES = (8, 12, 16)
-MOVES = (-8, 0, 12)
+PLACES = (8, 12, 16)  # where an integer of 4 bits may lie in the word that `_float_of` makes a float of
+# Of the eight of a word, in their order: how far it is moved to the right, and where the integer then lies.
+EIGHT = [(by, at) for by, places in ((-8, PLACES[:2]), (0, PLACES), (12, PLACES)) for at in places]
 
 
 def widen_scaled(integers: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array:
     """4-bit integers that `load_integers` gave, times a scale [rows] of at most 11 bits, as a float16 has, rounded to
     ``dtype`` once, as wgmma's left operand: what `widen`, a product and a rounding give, in fewer instructions."""
-    floats = plgpu.ShapeDtypeStruct(integers.shape, dtype, layout=plgpu.Layout.WGMMA)
+    operand = plgpu.ShapeDtypeStruct(integers.shape, dtype, layout=plgpu.Layout.WGMMA)
     arguments = plgpu.Layout.WGMMA_UPCAST_4X, plgpu.Layout.WGMMA.reduce(1)
 
-    @plgpu.inline_mgpu(arg_types=arguments, return_type=floats)
+    @plgpu.inline_mgpu(arg_types=arguments, return_type=operand)
     def convert(_: Any, integers: Any, scale: Any) -> Any:
         rounded = ir.VectorType.get((2,), dtype_to_ir_type(jnp.dtype(dtype)))
         pair = ir.VectorType.get((2,), ir.F32Type.get())
@@ -80,11 +79,7 @@ def widen_scaled(integers: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array
         for index, eight in np.ndenumerate(integers.registers):
             row = 2 * index[0] + index[4]
             word = _traded(bitcast(eight, ir.IntegerType.get_signless(32)))
-            numbers = [
-                math.fma(_float_of(word, at, by, magic[at]), scales[row], excess[row][at])
-                for by in MOVES
-                for at in _taken(by)
-            ]
+            numbers = [math.fma(_float_of(word, by, at, magic[at]), scales[row], excess[row][at]) for by, at in EIGHT]
             for i in range(4):
                 two = vector.from_elements(pair, numbers[2 * i : 2 * i + 2])
                 registers[index[0], 4 * index[1] + i, *index[2:]] = arith.truncf(rounded, two)
@@ -105,12 +100,7 @@ def _traded(word: Any) -> Any:
     return swap(swap(word, 2, 0x5410, 0x3276), 1, 0x6240, 0x3715)
 
 
-def _taken(by: int) -> tuple[int, ...]:
-    """At which places of a word moved ``by`` bits integers lie that no other move brings there, in their order."""
-    return PLACES[:2] if by < 0 else PLACES
-
-
-def _float_of(word: Any, at: int, by: int, magic: Any) -> Any:
+def _float_of(word: Any, by: int, at: int, magic: Any) -> Any:
     """The 4 bits at ``at`` of a word moved ``by`` bits to the right, put below the exponent of a float32 whose unit
     they then are: the signed integer and 2 ** (23 - at) + 8. ``magic``: that exponent, and the bit of the sign, which,
     turned about, makes the integer 8 more."""

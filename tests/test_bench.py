@@ -287,7 +287,7 @@ def test_compare_survives_its_peers(fakes: None, order: str, tmp_path: Path, cap
         "fakes.crash,fakes.wrong,fakes.refuse",
     ]
     argv += ["--cache-dir", str(tmp_path), "--results", str(tmp_path / "out"), "--prefill", "16", "--time-limit", "60"]
-    argv += ["--order", order]
+    argv += ["--order", order, "--sampled"]
     with pytest.raises(SystemExit) as end:
         compare.main(argv)
     assert end.value.code == 0
@@ -300,6 +300,8 @@ def test_compare_survives_its_peers(fakes: None, order: str, tmp_path: Path, cap
     assert ours["decode"]["agreement"] == 1
     assert len(ours["decode"]["samples"]) == 2
     assert len({r["run"] for r in rows}) == 1
+    (drawn,) = [r for r in rows if r["case"] == "sampled"]  # of ours alone
+    assert (drawn["impl"], drawn["agreement"], len(drawn["samples"])) == ("xla", None, 2)
     whys = {r["impl"]: (r["why"], r["failed"]) for r in rows if r["value"] is None and r["case"] == "decode"}
     assert "SIGABRT" in whys["fake-crash"][0]
     assert "its tokens differ" in whys["fake-wrong"][0]
