@@ -19,16 +19,22 @@ Ref = Any  # of pallas, which has no public type for it
 
 @dataclasses.dataclass(frozen=True)
 class Ring:
-    """Tiles on their way from the warpgroup that loads to those that compute."""
+    """Tiles on their way from the warpgroup that loads to those that compute, numbered from ``first`` of all that come
+    through."""
 
     smem: Ref
     full: Ref
     free: Ref
     stages: int
+    first: Any = 0
+
+    def from_here(self, first: Any) -> "Ring":
+        """The same ring, whose tile 0 is now that with this number."""
+        return dataclasses.replace(self, first=first)
 
     def slot(self, j: jax.Array | int) -> jax.Array | int:
         """Where tile j lies."""
-        return lax.rem(j, self.stages)
+        return lax.rem(self.first + j, self.stages)
 
     def tile(self, j: jax.Array | int) -> Ref:
         """Tile j, once it is there."""
@@ -36,8 +42,7 @@ class Ring:
 
     def fetch(self, j: jax.Array, source: Ref) -> None:
         """Start to load tile j where it will not hurt a tile in use."""
-
-        slot = claim(j, self.stages, self.free)
+        slot = claim(self.first + j, self.stages, self.free)
         plgpu.copy_gmem_to_smem(source, self.smem.at[slot], self.full.at[slot])
 
     def wait(self, j: jax.Array | int) -> None:
@@ -48,10 +53,9 @@ class Ring:
         """Say that this warpgroup is done with tile j."""
         plgpu.barrier_arrive(self.free.at[self.slot(j)])
 
-    def drain(self, count: jax.Array) -> None:
-        """Wait until the last of ``count`` tiles are released: whoever waits on a barrier sees all its phases."""
-
-        drain(count, self.stages, self.free)
+    def drain(self) -> None:
+        """Wait until the last tiles before ``first`` are released: whoever waits on a barrier sees all its phases."""
+        drain(self.first, self.stages, self.free)
 
 
 def no_keys() -> tuple[jax.Array, jax.Array]:

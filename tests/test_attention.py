@@ -106,7 +106,7 @@ def test_interpreted(kind: str, name: str) -> None:
     case, kernel = find(kind, name)
     # Small tiles and two stages: every slot of a ring is used again.
     tiles = (
-        flash_attention.Tiles(keys=64, stages=2)
+        flash_attention.Tiles(keys=64, stages=2, blocks=2)  # several items a block
         if kind == "prefill"
         else flash_decode.Tiles(keys=64, stages=2, blocks=8 * case.heads)
     )
