@@ -172,8 +172,8 @@ def generate(
     return Generated(drawn.tokens, drawn.logprobs, state.drawn)
 
 
-# The compiled pieces. What a caller hands over as cache, logits or state is donated: it is gone after the call.
-jit_prefill = functools.partial(jax.jit, static_argnames="backend", donate_argnames=("logits", "cache"))(prefill)
+# The compiled pieces. What a caller hands over as cache, state or tokens seen is donated: it is gone after the call.
+jit_prefill = functools.partial(jax.jit, static_argnames="backend", donate_argnames="cache")(prefill)
 jit_begin = functools.partial(jax.jit, donate_argnames=("cache", "seen"))(begin)
 jit_decode_chunk = functools.partial(jax.jit, static_argnames=("steps", "backend"), donate_argnames="state")(
     decode_chunk

@@ -4,6 +4,7 @@ import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, fields, replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -75,6 +76,8 @@ class Session:
     timings: Timings = field(default_factory=Timings)
 
     def __post_init__(self) -> None:
+        # Made once: before a prompt's first operation every step of the host is time in which the device waits.
+        self._no_logits = jnp.zeros((self.batch, self.params.config.vocab_size), jnp.float32)
         self._forget()
 
     def _forget(self) -> None:
@@ -90,21 +93,13 @@ class Session:
     ) -> Generator[Tokens]:
         """Continue the prompts (one a row of the batch). Close the iterator to stop early; the cache stays usable."""
         self._check(prompts)
-        sampling = make_sampling(self.batch) if sampling is None else sampling
         self.timings = Timings()
         clock = _Clock(self.timings)
         limit = np.asarray([min(max_new_tokens, self.max_len - len(p)) for p in prompts], np.int32)
         logits, cache = self._prefill(prompts, int(limit.max()))
+        sampling = make_sampling(self.batch) if sampling is None else sampling
         seen = self._seen(prompts) if sampling.repetition_penalty is not None else None
-        state, drawn = jit_begin(
-            logits,
-            cache,
-            sampling,
-            jnp.asarray(limit),
-            stop_table(self.batch, stop_ids),
-            seen,
-        )
-        drawn = Drawn(drawn.tokens[None], drawn.logprobs[None])
+        state, drawn = jit_begin(logits, cache, sampling, limit, stop_table(self.batch, stop_ids), seen)
         left = int(limit.max()) - 1
         try:
             self._held = [list(p) for p in prompts]
@@ -115,7 +110,7 @@ class Session:
                     state, ahead = jit_decode_chunk(self.params, state, steps=self.chunk, backend=self.backend)
                     left -= self.chunk
                 tokens = self._collect(drawn)
-                clock.tick(tokens, steps=drawn.tokens.shape[0])
+                clock.tick(tokens, steps=drawn.tokens.size // self.batch)
                 yield tokens
                 if ahead is None or not any(tokens.ids):
                     break
@@ -131,10 +126,8 @@ class Session:
                 self._cache = state.cache
 
     def _collect(self, drawn: Drawn) -> Tokens:
-        tokens, logprobs = (
-            np.asarray(drawn.tokens).T,
-            np.asarray(drawn.logprobs).T,
-        )  # [B, steps]; blocks
+        drawn = jax.device_get(drawn)  # blocks; both on their way at once
+        tokens, logprobs = (a.reshape(-1, self.batch).T for a in (drawn.tokens, drawn.logprobs))  # [B, steps]
         if np.isnan(logprobs).any():
             row = int(np.isnan(logprobs).any(axis=1).argmax())
             raise InputError(f"model: row {row}: logits are NaN: the weights hold NaN or Inf, or overflow this dtype")
@@ -153,18 +146,18 @@ class Session:
             if not 0 < len(prompt) < self.max_len:
                 expected = f"1 to {self.max_len - 1} tokens (one less than the context)"
                 raise InputError(f"prompt {i}: expected {expected}, found {len(prompt)}")
-            worst = max(prompt, key=lambda t: t if t >= 0 else self.params.config.vocab_size - t)
-            if not 0 <= worst < self.params.config.vocab_size:
+            strange = [t for t in prompt if not 0 <= t < self.params.config.vocab_size]
+            if strange:
                 expected = f"token ids from 0 to {self.params.config.vocab_size - 1}"
-                raise InputError(f"prompt {i}: expected {expected}, found {worst}")
+                raise InputError(f"prompt {i}: expected {expected}, found {strange[0]}")
 
-    def _prefill(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> tuple[jnp.ndarray, KVCache]:
+    def _prefill(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> tuple[jax.Array, KVCache]:
         # The last token drawn is not in the cache, and the last of a prompt must be fed to give logits.
         kept = [min(_common_prefix(h[:-1], p), len(p) - 1) for h, p in zip(self._held, prompts, strict=True)]
         room = self._room_for(max(map(len, prompts)) + new_tokens)
-        cache = replace(room, lengths=jnp.asarray(kept, jnp.int32))
+        cache = replace(room, lengths=np.asarray(kept, np.int32))
         self._forget()  # donated from here on; it comes back once there is text
-        logits = jnp.zeros((self.batch, self.params.config.vocab_size), jnp.float32)
+        logits = self._no_logits
         rest = [list(p[k:]) for p, k in zip(prompts, kept, strict=True)]
         self.timings.prompt_tokens = sum(map(len, rest))
         for at in range(0, max(map(len, rest)), PREFILL_PIECE):
@@ -180,9 +173,9 @@ class Session:
             return init_cache(params.config, self.batch, size, params.dtype, stacked=params.stacked)
         return self._cache if size <= self._cache.max_len else grow(self._cache, size)
 
-    def _seen(self, prompts: Sequence[Sequence[int]]) -> jnp.ndarray:
+    def _seen(self, prompts: Sequence[Sequence[int]]) -> jax.Array:
         tokens, lengths = pad(prompts)
-        return tokens_seen(tokens, lengths, self.params.config.vocab_size)
+        return tokens_seen(jnp.asarray(tokens), jnp.asarray(lengths), self.params.config.vocab_size)
 
 
 class _Clock:
@@ -206,12 +199,13 @@ class _Clock:
         self._since, self._compiled = now, compiled
 
 
-def pad(rows: Sequence[Sequence[int]]) -> tuple[jnp.ndarray, jnp.ndarray]:
-    """Rows of different lengths as one [B, bucket] array, and their lengths [B]."""
+def pad(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of different lengths as one [B, bucket] array, and their lengths [B]; a compiled call takes them as they
+    are, sooner than the host could make device arrays of them."""
     out = np.zeros((len(rows), bucket(max(map(len, rows)))), np.int32)
     for i, row in enumerate(rows):
         out[i, : len(row)] = row
-    return jnp.asarray(out), jnp.asarray([len(row) for row in rows], jnp.int32)
+    return out, np.asarray([len(row) for row in rows], np.int32)
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
