@@ -17,7 +17,7 @@ EPS = 1e-5
 
 def _import() -> Any:
     """tokamax imports its profiler, of 30 MB, for one tool that nothing here uses."""
-    if find_spec("xprof") is None:
+    if "xprof" not in sys.modules and find_spec("xprof") is None:
         for name in ("xprof", "xprof.cli", "xprof.cli.tools", "xprof.cli.tools.get_kernel_stats_tool"):
             module = sys.modules[name] = ModuleType(name)
             module.__path__ = []
