@@ -54,7 +54,8 @@ def latest(records: Sequence[Record], keys: Sequence[str]) -> list[list[Record]]
 
 def newest(records: Sequence[Record]) -> list[list[Record]]:
     """Records with a figure in groups of one device, model and dtype: of each workload its last run, whose
-    implementations ran together, so that a run of a few workloads leaves the figures of the others where they are.
+    implementations ran together, so that a run of a few workloads leaves the figures of the others where they are. What
+    a run measured twice, in a second command on the same machine, stands with the second figure.
     Runs with a ``note``, rehearsals, stand only where there is no other."""
 
     def owner(record: Record) -> tuple[object, ...]:
@@ -65,7 +66,8 @@ def newest(records: Sequence[Record]) -> list[list[Record]]:
     figures = [r for r in figures if "note" not in r or owner(r) not in proper]
     whole: dict[tuple[object, ...], list[Record]] = {}
     for group in latest(figures, (*NEWEST, *WORKLOAD)):
-        whole.setdefault(owner(group[0]), []).extend(group)
+        last = {(r["impl"], r["metric"]): r for r in group}
+        whole.setdefault(owner(group[0]), []).extend(last.values())
     return list(whole.values())
 
 

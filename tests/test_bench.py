@@ -93,9 +93,50 @@ def test_every_operation_of_an_iteration_runs(seconds: float, monkeypatch: pytes
     assert len(samples) == 4
     assert all(s > 0 for s in samples)
     length, calls = (5, measure.MAX_CALLS) if seconds > 1 else (1, 1)
-    assert how == {"sets": 2, "ops_per_call": length, "calls": calls}
+    assert how == {"sets": 2, "ops_per_call": length, "calls": calls, "queued": False}
     assert len(ran) == 12 + 5 * length * calls  # the rough timing, then warm-up and iterations
     assert (2.0 in ran) == (length > 1)  # inputs rotate
+
+
+def test_what_is_queued_is_timed_from_the_end_of_the_work_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device and a clock stand in for the GPU's: the first work is too short for a host that takes 50 s."""
+    import jax
+
+    now, free, sizes = 0.0, 0.0, []
+
+    class Work:
+        def __init__(self, seconds: float) -> None:
+            nonlocal free
+            self.seconds = seconds
+            self.end = free = max(free, now) + seconds
+
+        def is_ready(self) -> bool:
+            return self.end <= now
+
+    def jit(function: object, **how: object) -> object:
+        if "static_argnums" not in how:
+            return lambda work: Work(work.seconds)
+        return lambda size: sizes.append(size) or Work(size)
+
+    def wait(works: object) -> None:
+        nonlocal now
+        now = max(now, *(work.end for work in jax.tree.leaves(works)))
+
+    def host() -> Work:
+        nonlocal now
+        now += 50
+        return Work(20)
+
+    monkeypatch.setattr(jax, "jit", jit)
+    monkeypatch.setattr(jax, "block_until_ready", wait)
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(measure.Queue, "SIZES", (1, 10))
+    chain = measure.Chain(host, sets=1, length=2, calls=1, queued=True)
+    assert chain.samples(1, 3) == [10, 10, 10]
+    assert sizes == [1, 10]
+    monkeypatch.setattr(measure.Queue, "SIZES", (1,))
+    with pytest.raises(RuntimeError, match="the host takes longer"):
+        chain.samples(1, 2)
 
 
 def test_workloads_in_the_order_of_what_matters() -> None:
