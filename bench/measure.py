@@ -2,9 +2,10 @@
 
 An iteration is some compiled calls that are under way together, and its figure their time divided by the operations
 inside. These are chained within a call, each fed with the one before it, so that no compiler removes or reorders
-work: straight, not in a loop, whose every turn costs a GPU microseconds. On a GPU the calls are lined up behind other
-work (`Queue`), so that what is timed is the device, as by the events that time a CUDA graph, and not the host's way
-of handing over a call. Inputs rotate through more bytes than the last cache holds, and are random, never zeros.
+work: straight, not in a loop, whose every turn costs a GPU microseconds. On a GPU an iteration's time is what twice as
+many calls take longer, so that the way to the device and back is no part of it, as it is none where events time a CUDA
+graph; and calls so short that the host may hand them over more slowly than the device runs them are lined up behind
+other work first (`Queue`). Inputs rotate through more bytes than the last cache holds, and are random, never zeros.
 """
 
 import statistics
@@ -17,8 +18,8 @@ from typing import Any
 import numpy as np
 
 ITERATION_S = 10e-3  # how long an iteration should take: what the host adds at its end is under a percent of it
-MAX_CHAIN = 24  # operations in one compiled call
-MAX_CALLS = 16  # calls of an iteration, under way at once: jax lets the host run 32 ahead
+MAX_CHAIN = 96  # operations in one compiled call
+MAX_CALLS = 8  # calls of an iteration, under way at once
 MAX_SETS = 12  # input sets to rotate through
 
 
@@ -112,32 +113,44 @@ class Chain:
     sets: int
     length: int
     calls: int
-    queued: bool  # behind other work, which a GPU needs and a CPU does not: its host is the device
+    gpu: bool
+    queued: bool  # behind other work
 
     @property
     def how(self) -> dict[str, Any]:
         """For the record."""
-        return {"sets": self.sets, "ops_per_call": self.length, "calls": self.calls, "queued": self.queued}
+        timed = {"difference": self.gpu, "queued": self.queued}
+        return {"sets": self.sets, "ops_per_call": self.length, "calls": self.calls, **timed}
 
     def samples(self, warmup: int, iterations: int) -> list[float]:
         """Seconds of one operation, for every iteration."""
         import jax
 
-        def iteration() -> list[Any]:
-            return [self.call() for _ in range(self.calls)]
+        def run(calls: int) -> list[Any]:
+            return [self.call() for _ in range(calls)]
 
-        if self.queued:
-            queue = Queue()
-            seconds = [queue.seconds(iteration) for _ in range(warmup + iterations)][warmup:]
+        if self.gpu:
+            seconds = Queue().seconds if self.queued else _seconds
+            both = [
+                [seconds(lambda n=n: run(n)) for n in (self.calls, 2 * self.calls)] for _ in range(warmup + iterations)
+            ]
+            times = [longer - shorter for shorter, longer in both[warmup:]]
         else:
-            seconds = time_calls(iteration, jax.block_until_ready, warmup=warmup, iterations=iterations)
-        return [s / (self.length * self.calls) for s in seconds]
+            times = time_calls(lambda: run(self.calls), jax.block_until_ready, warmup=warmup, iterations=iterations)
+        return [s / (self.length * self.calls) for s in times]
+
+
+def _seconds(calls: Callable[[], Any]) -> float:
+    import jax
+
+    (sample,) = time_calls(calls, jax.block_until_ready, warmup=0, iterations=1)
+    return sample
 
 
 class Queue:
-    """Keeps a GPU busy while the host lines up what is to be timed behind that, and times what the device takes."""
+    """Keeps a GPU busy while the host lines up what is to be timed behind that."""
 
-    TURNS = 8
+    TURNS = 8  # and twice an iteration's calls: jax lets the host run 32 ahead
     SIZES = tuple(
         1 << power for power in (28, 29, 30)
     )  # float32 numbers; a turn over the first takes half a millisecond
@@ -158,8 +171,8 @@ class Queue:
         self._work = self._turn(self._make(self._sizes.pop(0)))
 
     def seconds(self, calls: Callable[[], Any]) -> float:
-        """From the end of the work before ``calls`` to the end of theirs. Where the device was done with the former
-        before all was lined up, that was not enough of it: once more with more."""
+        """From the end of the work before ``calls`` to the end of theirs, as the host hears of them, which is late by up
+        to 0.4 ms. Where the device was done too soon, once more with more of it."""
         import jax
 
         while True:
@@ -201,8 +214,9 @@ def chain_jax_op(
         return x
 
     compiled = jax.jit(chained).lower(sets).compile()
-    calls = max(1, min(MAX_CALLS, round(ITERATION_S / (rough * length))))
-    return Chain(lambda: compiled(sets), len(sets), length, calls, jax.default_backend() == "gpu")
+    gpu, each = jax.default_backend() == "gpu", rough_s(compiled, (sets,))
+    calls = max(1, min(MAX_CALLS, round(ITERATION_S / each)))
+    return Chain(lambda: compiled(sets), len(sets), length, calls, gpu, gpu and each * MAX_CALLS < ITERATION_S)
 
 
 def time_jax_op(

@@ -93,13 +93,15 @@ def test_every_operation_of_an_iteration_runs(seconds: float, monkeypatch: pytes
     assert len(samples) == 4
     assert all(s > 0 for s in samples)
     length, calls = (5, measure.MAX_CALLS) if seconds > 1 else (1, 1)
-    assert how == {"sets": 2, "ops_per_call": length, "calls": calls, "queued": False}
-    assert len(ran) == 12 + 5 * length * calls  # the rough timing, then warm-up and iterations
+    assert how == {"sets": 2, "ops_per_call": length, "calls": calls, "difference": False, "queued": False}
+    assert len(ran) == 12 + 12 * length + 5 * length * calls  # rough timings, then warm-up and iterations
     assert (2.0 in ran) == (length > 1)  # inputs rotate
 
 
-def test_what_is_queued_is_timed_from_the_end_of_the_work_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A device and a clock stand in for the GPU's: the first work is too short for a host that takes 50 s."""
+@pytest.mark.parametrize("queued", [False, True])
+def test_the_way_to_a_gpu_and_back_is_not_timed(queued: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device and a clock stand in for the GPU's. The device takes 20 s for a call, the host 5, or, queued, 50, for
+    which the first work is too short; it hears of everything 3 s late."""
     import jax
 
     now, free, sizes = 0.0, 0.0, []
@@ -120,23 +122,24 @@ def test_what_is_queued_is_timed_from_the_end_of_the_work_before_it(monkeypatch:
 
     def wait(works: object) -> None:
         nonlocal now
-        now = max(now, *(work.end for work in jax.tree.leaves(works)))
+        now = max(now, *(work.end for work in jax.tree.leaves(works))) + 3
 
     def host() -> Work:
         nonlocal now
-        now += 50
+        now += 50 if queued else 5
         return Work(20)
 
     monkeypatch.setattr(jax, "jit", jit)
     monkeypatch.setattr(jax, "block_until_ready", wait)
     monkeypatch.setattr(measure.time, "perf_counter", lambda: now)
-    monkeypatch.setattr(measure.Queue, "SIZES", (1, 10))
-    chain = measure.Chain(host, sets=1, length=2, calls=1, queued=True)
+    monkeypatch.setattr(measure.Queue, "SIZES", (1, 30))
+    chain = measure.Chain(host, sets=1, length=2, calls=1, gpu=True, queued=queued)
     assert chain.samples(1, 3) == [10, 10, 10]
-    assert sizes == [1, 10]
-    monkeypatch.setattr(measure.Queue, "SIZES", (1,))
-    with pytest.raises(RuntimeError, match="the host takes longer"):
-        chain.samples(1, 2)
+    assert sizes == ([1, 30] if queued else [])
+    if queued:
+        monkeypatch.setattr(measure.Queue, "SIZES", (1,))
+        with pytest.raises(RuntimeError, match="the host takes longer"):
+            chain.samples(1, 2)
 
 
 def test_workloads_in_the_order_of_what_matters() -> None:
