@@ -171,7 +171,7 @@ class Queue:
         self._work = self._turn(self._make(self._sizes.pop(0)))
 
     def seconds(self, calls: Callable[[], Any]) -> float:
-        """From the end of the work before ``calls`` to the end of theirs, as the host hears of them, which is late by up
+        """From the end of the work before ``calls`` to the end of theirs, as the host hears of them, late by up
         to 0.4 ms. Where the device was done too soon, once more with more of it."""
         import jax
 
