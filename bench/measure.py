@@ -130,11 +130,8 @@ class Chain:
             return [self.call() for _ in range(calls)]
 
         if self.gpu:
-            seconds = Queue().seconds if self.queued else _seconds
-            both = [
-                [seconds(lambda n=n: run(n)) for n in (self.calls, 2 * self.calls)] for _ in range(warmup + iterations)
-            ]
-            times = [longer - shorter for shorter, longer in both[warmup:]]
+            seconds, n = Queue().seconds if self.queued else _seconds, self.calls
+            times = [seconds(lambda: run(2 * n)) - seconds(lambda: run(n)) for _ in range(warmup + iterations)][warmup:]
         else:
             times = time_calls(lambda: run(self.calls), jax.block_until_ready, warmup=warmup, iterations=iterations)
         return [s / (self.length * self.calls) for s in times]
@@ -151,9 +148,7 @@ class Queue:
     """Keeps a GPU busy while the host lines up what is to be timed behind that."""
 
     TURNS = 8  # and twice an iteration's calls: jax lets the host run 32 ahead
-    SIZES = tuple(
-        1 << power for power in (28, 29, 30)
-    )  # float32 numbers; a turn over the first takes half a millisecond
+    SIZES = (1 << 28, 1 << 29, 1 << 30)  # float32 numbers; a turn over the first takes half a millisecond
 
     def __init__(self) -> None:
         import jax
