@@ -3,23 +3,29 @@
 import jax
 import jax.numpy as jnp
 
-from jllama.cache import init_cache
+from jllama.cache import KVCache, init_cache
 from jllama.model import forward
 from jllama.params import Params
-from pallas_kernels import Choice, record
+from pallas_kernels import Choice, draw, record
 
 
 def backends(
     params: Params, *, batch: int = 1, prompt: int = 128, max_len: int = 1024, backend: str = "auto"
 ) -> dict[str, dict[str, Choice]]:
-    """The choice for every op of a prefill of ``prompt`` tokens and of a decode step: traced, not run.
+    """The choice for every op of a prefill of ``prompt`` tokens and of a decode step, a token's draw included: traced,
+    not run.
 
     Raises `pallas_kernels.Unsupported` where ``backend="pallas"`` cannot be had.
     """
     cache = jax.eval_shape(lambda: init_cache(params.config, batch, max_len, params.dtype, stacked=params.stacked))
+
+    def token(params: Params, tokens: jax.Array, cache: KVCache) -> jax.Array:
+        logits, _ = forward(params, tokens, cache, last_only=True, backend=backend)
+        return draw(logits, None, temperature=None, backend=backend)
+
     choices = {}
     for phase, length in (("prefill", prompt), ("decode", 1)):
         tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
         with record() as choices[phase]:
-            jax.eval_shape(lambda p, t, c: forward(p, t, c, last_only=True, backend=backend), params, tokens, cache)
+            jax.eval_shape(token, params, tokens, cache)
     return choices

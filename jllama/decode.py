@@ -68,6 +68,8 @@ def begin(
     limit: jax.Array,
     stop_ids: jax.Array,
     seen: jax.Array | None,
+    *,
+    backend: str = "auto",
 ) -> tuple[DecodeState, Drawn]:
     """Draw the first token of every row from the prompt's logits."""
     B = logits.shape[0]
@@ -81,7 +83,7 @@ def begin(
         seen=seen,
         sampling=sampling,
     )
-    return _draw(state, logits)
+    return _draw(state, logits, backend)
 
 
 def decode_step(params: Params, state: DecodeState, *, backend: str = "auto") -> tuple[DecodeState, Drawn]:
@@ -97,11 +99,11 @@ def decode_step(params: Params, state: DecodeState, *, backend: str = "auto") ->
         backend=backend,
     )
     assert cache is not None
-    return _draw(replace(state, cache=cache), logits)
+    return _draw(replace(state, cache=cache), logits, backend)
 
 
-def _draw(state: DecodeState, logits: jax.Array) -> tuple[DecodeState, Drawn]:
-    token, logprob = sample(logits, state.sampling, state.drawn, state.seen)
+def _draw(state: DecodeState, logits: jax.Array, backend: str) -> tuple[DecodeState, Drawn]:
+    token, logprob = sample(logits, state.sampling, state.drawn, state.seen, backend=backend)
     emitted = Drawn(jnp.where(state.done, NO_TOKEN, token), jnp.where(state.done, 0.0, logprob))
     drawn = state.drawn + ~state.done
     stopped = jnp.any(token[:, None] == state.stop_ids, axis=-1) | (drawn >= state.limit)
@@ -166,7 +168,8 @@ def generate(
     cache = init_cache(config, B, T + max_new_tokens, params.dtype, stacked=params.stacked)
     logits = jnp.zeros((B, config.vocab_size), jnp.float32)
     logits, cache = prefill(params, tokens, lengths, logits, cache, backend=backend)
-    state, first = begin(logits, cache, sampling, jnp.full(B, max_new_tokens, jnp.int32), stops, seen)
+    limit = jnp.full(B, max_new_tokens, jnp.int32)
+    state, first = begin(logits, cache, sampling, limit, stops, seen, backend=backend)
     state, rest = decode_chunk(params, state, steps=max_new_tokens - 1, backend=backend)
     drawn = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]).T, first, rest)
     return Generated(drawn.tokens, drawn.logprobs, state.drawn)
@@ -174,7 +177,7 @@ def generate(
 
 # The compiled pieces. What a caller hands over as cache, state or tokens seen is donated: it is gone after the call.
 jit_prefill = functools.partial(jax.jit, static_argnames="backend", donate_argnames="cache")(prefill)
-jit_begin = functools.partial(jax.jit, donate_argnames=("cache", "seen"))(begin)
+jit_begin = functools.partial(jax.jit, static_argnames="backend", donate_argnames=("cache", "seen"))(begin)
 jit_decode_chunk = functools.partial(jax.jit, static_argnames=("steps", "backend"), donate_argnames="state")(
     decode_chunk
 )

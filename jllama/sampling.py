@@ -1,7 +1,7 @@
 """Choosing the next token, on the device, with settings of its own for every row.
 
-The order is that of Hugging Face: repetition penalty, temperature, top-k, top-p, min-p. Nothing is sorted: the
-smallest logit that stays is found by a search over the bits of floats (`_largest_threshold`).
+The order is that of Hugging Face: repetition penalty, temperature, top-k, top-p, min-p; all but the first are
+`pallas_kernels.draw`'s.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jax import lax
 
 from jllama.errors import InputError
+from pallas_kernels.draw import draw, log_probability
 
 
 @struct.dataclass
@@ -101,91 +101,23 @@ def sample(
     sampling: Sampling,
     step: jax.Array,  # [B]: how many tokens the row has drawn before; makes each draw's key
     seen: jax.Array | None = None,  # [B, V] bool: tokens so far, for the repetition penalty
+    *,
+    backend: str = "auto",
 ) -> tuple[jax.Array, jax.Array]:
     """A token for every row [B], and its log-probability [B] under the model's own, unchanged distribution."""
-    adjusted = logits
-    if sampling.repetition_penalty is not None and seen is not None:
-        penalty = sampling.repetition_penalty[:, None]
-        adjusted = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
-    token = jnp.argmax(adjusted, axis=-1)
+    share = None
     if sampling.temperature is not None:
-        token = jnp.where(sampling.temperature > 0, _draw(adjusted, sampling, step), token)
-    logprob = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
-    return token.astype(jnp.int32), logprob
-
-
-def _draw(logits: jax.Array, sampling: Sampling, step: jax.Array) -> jax.Array:
-    assert sampling.temperature is not None
-    logits = truncate(logits / jnp.maximum(sampling.temperature, 1e-6)[:, None], sampling)
-    keys = jax.vmap(jax.random.fold_in)(sampling.key, step)
-    mass = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
-    return pick(mass, jax.vmap(jax.random.uniform)(keys))
-
-
-_BLOCK = 128  # of a vocabulary, whose masses are added up first
-
-
-def pick(mass: jax.Array, share: jax.Array) -> jax.Array:
-    """[B]: where the masses [B, V], added up from the first, pass ``share`` [B] of their sum. One random number a row:
-    to draw one for every token takes longer than all else that sampling does."""
-    blocks = jnp.pad(mass, ((0, 0), (0, -mass.shape[1] % _BLOCK))).reshape(mass.shape[0], -1, _BLOCK)
-    sums = blocks.sum(axis=2)
-    wanted = share * sums.sum(axis=1)
-    block, before = _passing(sums, wanted)
-    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
-    return block * _BLOCK + _passing(inside, jnp.maximum(wanted - before, 0))[0]
-
-
-def _passing(mass: jax.Array, wanted: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The first place of [B, n] whose running sum passes ``wanted`` [B], and the sum before it. Where rounding has left
-    too little, the last with any mass."""
-    total = jnp.cumsum(mass, axis=1)
-    place = jnp.sum((total <= wanted[:, None]) & (total < total[:, -1:]), axis=1)
-    return place, jnp.take_along_axis(total - mass, place[:, None], axis=1)[:, 0]
-
-
-def truncate(logits: jax.Array, sampling: Sampling) -> jax.Array:
-    """[B, V] logits after temperature, with those that top-k, top-p and min-p exclude at -inf."""
-    top = jnp.max(logits, axis=-1, keepdims=True)
-    if sampling.top_k is not None:
-        wanted = jnp.where(sampling.top_k > 0, sampling.top_k, logits.shape[-1])
-        logits = _keep(logits, jnp.ones_like(logits), wanted.astype(jnp.float32))
-    if sampling.top_p is not None:
-        mass = jnp.exp(logits - top)
-        # At 1 no threshold meets the target: nothing is cut, whatever the sum's rounding.
-        wanted = jnp.where(sampling.top_p < 1, sampling.top_p * jnp.sum(mass, axis=-1), jnp.inf)
-        logits = _keep(logits, mass, wanted)
-    if sampling.min_p is not None:
-        logits = jnp.where(logits - top >= jnp.log(sampling.min_p)[:, None], logits, -jnp.inf)
-    return logits
-
-
-def _keep(logits: jax.Array, weight: jax.Array, wanted: jax.Array) -> jax.Array:
-    """The largest logits whose weights together reach ``wanted`` [B]; equal logits stay or go together."""
-    bits = _ordered_bits(logits)
-    return jnp.where(bits >= _largest_threshold(bits, weight, wanted)[:, None], logits, -jnp.inf)
-
-
-def _ordered_bits(x: jax.Array) -> jax.Array:
-    """Unsigned integers in the order of the floats: larger float, larger integer."""
-    bits = lax.bitcast_convert_type(x, jnp.uint32)
-    return jnp.where(bits >> 31 == 0, bits | jnp.uint32(1 << 31), ~bits)
-
-
-_DIGIT = 4  # bits settled by one pass over the vocabulary, which tries 2**4 - 1 thresholds at once
-
-
-def _largest_threshold(bits: jax.Array, weight: jax.Array, wanted: jax.Array) -> jax.Array:
-    """[B]: the largest t with ``sum(weight where bits >= t) >= wanted``, found digit by digit from the top; 0 where
-    even the sum of all does not reach that."""
-    digits = jnp.arange(1, 2**_DIGIT, dtype=jnp.uint32)
-
-    def settle(i: jax.Array, low: jax.Array) -> jax.Array:
-        shift = jnp.uint32(32 - _DIGIT) - jnp.uint32(_DIGIT) * i.astype(jnp.uint32)
-        tried = low[:, None] + (digits << shift)  # [B, 15]
-        reached = jnp.sum(jnp.where(bits[:, None] >= tried[:, :, None], weight[:, None], 0), axis=-1)  # [B, 15]
-        # The sums fall as the threshold rises, so the number that suffice is the digit.
-        digit = jnp.sum(reached >= wanted[:, None], axis=-1, dtype=jnp.uint32)
-        return low + (digit << shift)
-
-    return lax.fori_loop(0, 32 // _DIGIT, settle, jnp.zeros(bits.shape[0], jnp.uint32))
+        share = jax.vmap(jax.random.uniform)(jax.vmap(jax.random.fold_in)(sampling.key, step))
+    how = dict(
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        backend=backend,
+    )
+    if sampling.repetition_penalty is None or seen is None:
+        return draw(logits, share, **how)
+    penalty = sampling.repetition_penalty[:, None]
+    penalised = jnp.where(logits > 0, logits / penalty, logits * penalty)
+    token, _ = draw(jnp.where(seen, penalised, logits), share, **how)
+    return token, log_probability(logits, token)

@@ -99,7 +99,9 @@ class Session:
         logits, cache = self._prefill(prompts, int(limit.max()))
         sampling = make_sampling(self.batch) if sampling is None else sampling
         seen = self._seen(prompts) if sampling.repetition_penalty is not None else None
-        state, drawn = jit_begin(logits, cache, sampling, limit, stop_table(self.batch, stop_ids), seen)
+        state, drawn = jit_begin(
+            logits, cache, sampling, limit, stop_table(self.batch, stop_ids), seen, backend=self.backend
+        )
         left = int(limit.max()) - 1
         try:
             self._held = [list(p) for p in prompts]

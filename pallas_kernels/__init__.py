@@ -3,6 +3,7 @@
 from pallas_kernels.attention import DECODE_QUERIES, attention, decode_attention
 from pallas_kernels.decode_step import StepWeights, decode_step
 from pallas_kernels.dispatch import BACKENDS, Choice, Op, Unsupported, record
+from pallas_kernels.draw import draw
 from pallas_kernels.ffn import ffn
 from pallas_kernels.indexed import Indexed, cut_out
 from pallas_kernels.matmul import Weight, matmul
@@ -10,7 +11,9 @@ from pallas_kernels.qkv import qkv
 from pallas_kernels.quantized import QuantizedTensor, dequantize, group_size, quantize
 from pallas_kernels.rms_norm import rms_norm
 
-OPS: dict[str, Op] = {op.name: op for op in (rms_norm, matmul, qkv, attention, decode_attention, ffn, decode_step)}
+OPS: dict[str, Op] = {
+    op.name: op for op in (rms_norm, matmul, qkv, attention, decode_attention, ffn, decode_step, draw)
+}
 
 __all__ = [
     "BACKENDS",
@@ -28,6 +31,7 @@ __all__ = [
     "decode_attention",
     "decode_step",
     "dequantize",
+    "draw",
     "ffn",
     "group_size",
     "matmul",

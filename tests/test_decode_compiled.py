@@ -112,7 +112,7 @@ def traces(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
         return trace
 
-    static = {"prefill": ("backend",), "begin": (), "decode_chunk": ("steps", "backend")}
+    static = {"prefill": ("backend",), "begin": ("backend",), "decode_chunk": ("steps", "backend")}
     donated = {"prefill": ("logits", "cache"), "begin": ("cache", "seen"), "decode_chunk": ("state",)}
     for name, function in dict(prefill=prefill, begin=begin, decode_chunk=decode_chunk).items():
         jitted = jax.jit(counted(function), static_argnames=static[name], donate_argnames=donated[name])

@@ -22,7 +22,7 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("jllama/errors.py", ()),
     ("jllama/config.py", ("jllama.errors",)),
     ("jllama/rope.py", ("jllama.config", "jllama.errors")),
-    ("jllama/sampling.py", ("jllama.errors",)),
+    ("jllama/sampling.py", ("jllama.errors", "pallas_kernels")),
     ("jllama/params.py", ("jllama.config", "jllama.errors", "pallas_kernels")),
     ("jllama/cache.py", ("jllama.config", "jllama.errors", "pallas_kernels")),
     ("jllama/step.py", (*(f"jllama.{name}" for name in ("cache", "config", "errors", "params")), "pallas_kernels")),

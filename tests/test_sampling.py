@@ -11,12 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jllama.errors import InputError
-from jllama.sampling import make_sampling, pick, sample, truncate
+from jllama.sampling import Sampling, make_sampling, sample
+from pallas_kernels.draw import pick, truncate
 
 ROWS, VOCAB = 4, 50  # fixed, so that the properties below compile once for every set of settings
 DRAWS = 16384
 
 jit_truncate, jit_sample = jax.jit(truncate), jax.jit(sample)
+
+
+def cuts(sampling: Sampling) -> dict[str, Any]:
+    return {name: getattr(sampling, name) for name in ("top_k", "top_p", "min_p")}
 
 
 def np_sampler(
@@ -77,7 +82,7 @@ def test_truncate_keeps_what_the_sorting_sampler_keeps(
     off = {"top_k": jnp.zeros(ROWS, jnp.int32), "top_p": jnp.ones(ROWS), "min_p": jnp.zeros(ROWS)}
     sampling = sampling.replace(**{name: v for name, v in off.items() if getattr(sampling, name) is None})
     warm = logits / np.float32(sampling.temperature)[:, None]
-    kept = np.asarray(jit_truncate(warm, sampling))
+    kept = np.asarray(jit_truncate(warm, **cuts(sampling)))
     for row in range(ROWS):
         own = {name: values[row] for name, values in given_rows.items()}
         probs, close = np_sampler(logits[row], **own)
@@ -90,14 +95,14 @@ def test_truncate_keeps_what_the_sorting_sampler_keeps(
 def test_equal_logits_stay_together_at_a_cut() -> None:
     logits = jnp.asarray([[3.0, 1.0, 2.0, 2.0, 2.0, 0.0]])
     for cut in (dict(top_k=2), dict(top_p=0.6)):
-        kept = truncate(logits, make_sampling(1, temperature=1.0, **cut)) > -jnp.inf
+        kept = truncate(logits, **cuts(make_sampling(1, temperature=1.0, **cut))) > -jnp.inf
         np.testing.assert_array_equal(kept, [[True, False, True, True, True, False]])
 
 
 def test_truncation_stands_extreme_logits() -> None:
     logits = jnp.asarray([[-jnp.inf, 1e30, -1e30, 0.0], [-jnp.inf, -jnp.inf, -jnp.inf, -5.0]])
     sampling = make_sampling(2, temperature=1.0, top_k=3, top_p=0.9, min_p=0.1)
-    np.testing.assert_array_equal(truncate(logits, sampling) > -jnp.inf, [[0, 1, 0, 0], [0, 0, 0, 1]])
+    np.testing.assert_array_equal(truncate(logits, **cuts(sampling)) > -jnp.inf, [[0, 1, 0, 0], [0, 0, 0, 1]])
 
 
 def chi_square(counts: np.ndarray, probs: np.ndarray) -> float:

@@ -27,6 +27,8 @@ from jllama.step import runs_whole, whole_step
 from jllama.stream import Session
 from pallas_kernels import Choice, Indexed, cut_out, dispatch, flash_attention, flash_decode, record
 from pallas_kernels.attention import attention_reference
+from pallas_kernels.draw import draw
+from pallas_kernels.draw_rows import draw_rows
 from pallas_kernels.persistent_plan import Tiles
 
 # The smallest that the kernel takes.
@@ -225,10 +227,12 @@ def test_steps_through_the_interpreted_kernel(monkeypatch: pytest.MonkeyPatch) -
     options = dict(blocks=1, tiles=Tiles(depth=4, consumers=2), interpret=plgpu.InterpretGPUParams())
     interpreted = dataclasses.replace(whole_step, kernel=functools.partial(whole_step.kernel, **options))  # type: ignore
     monkeypatch.setattr("jllama.model.whole_step", interpreted)
+    drawing = functools.partial(draw_rows, interpret=plgpu.InterpretGPUParams())
+    monkeypatch.setattr("jllama.sampling.draw", dataclasses.replace(draw, kernel=drawing))
     monkeypatch.setattr(dispatch, "require_hopper", lambda: None)
     with record() as choices:
         found, again = decode_chunk(stack(params), stacked, steps=3)
-    assert choices == {"decode_step": Choice("pallas", "kernel runs here")}
+    assert choices == dict.fromkeys(("decode_step", "draw"), Choice("pallas", "kernel runs here"))
     assert_same((found.done, found.drawn, again.tokens, found.cache.lengths),
                 (wanted.done, wanted.drawn, drawn.tokens, wanted.cache.lengths))  # fmt: skip
     np.testing.assert_allclose(again.logprobs, drawn.logprobs, atol=0.1)  # bfloat16
@@ -236,7 +240,7 @@ def test_steps_through_the_interpreted_kernel(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("quant", ["none", "int4"])
-def test_a_chunk_lowers_to_one_launch_a_step(monkeypatch: pytest.MonkeyPatch, quant: str) -> None:
+def test_a_chunk_lowers_to_two_launches_a_step(monkeypatch: pytest.MonkeyPatch, quant: str) -> None:
     monkeypatch.setattr(dispatch, "require_hopper", lambda: None)
     params = jax.eval_shape(
         lambda: init(preset("7b"), jax.random.key(0), dtype=jnp.bfloat16, quant=quant, stacked=True)
@@ -245,7 +249,7 @@ def test_a_chunk_lowers_to_one_launch_a_step(monkeypatch: pytest.MonkeyPatch, qu
     chunk = jax.jit(functools.partial(decode_chunk, steps=16), donate_argnums=1)
     with jax.sharding.use_abstract_mesh(H200):
         text = chunk.trace(params, state).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("@mosaic_gpu") == 1
+    assert text.count("@mosaic_gpu") == 2  # the forward, and a draw
     entry = text[text.index("@main") :].splitlines()[0]
     assert entry.count("tf.aliasing_output") == len(jax.tree.leaves(state))
     cache = "tensor<32x1x32x2048x128xbf16>"
@@ -286,7 +290,7 @@ def test_greedy_text_on_gpu(name: str, quant: str) -> None:
     config, new = GPU_MODELS[name]
     params = init(config, jax.random.key(0), dtype=jnp.bfloat16, quant=quant, stacked=True)
     assert runs_whole(config, "bfloat16", quant)
-    assert backends(params)["decode"] == {"decode_step": Choice("pallas", "kernel runs here")}
+    assert backends(params)["decode"] == dict.fromkeys(("decode_step", "draw"), Choice("pallas", "kernel runs here"))
     prompt = np.random.RandomState(0).randint(3, config.vocab_size, 100).tolist()
     ids = run(params, prompt, new)
     assert len(ids) == new
