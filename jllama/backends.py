@@ -6,22 +6,30 @@ import jax.numpy as jnp
 from jllama.cache import KVCache, init_cache
 from jllama.model import forward
 from jllama.params import Params
-from pallas_kernels import Choice, draw, record
+from jllama.sampling import Sampling, make_sampling, sample
+from pallas_kernels import Choice, record
 
 
 def backends(
-    params: Params, *, batch: int = 1, prompt: int = 128, max_len: int = 1024, backend: str = "auto"
+    params: Params,
+    *,
+    batch: int = 1,
+    prompt: int = 128,
+    max_len: int = 1024,
+    sampling: Sampling | None = None,
+    backend: str = "auto",
 ) -> dict[str, dict[str, Choice]]:
-    """The choice for every op of a prefill of ``prompt`` tokens and of a decode step, a token's draw included: traced,
-    not run.
+    """The choice for every op of a prefill of ``prompt`` tokens and of a decode step, each with the draw of a token by
+    ``sampling`` (default: greedy): traced, not run.
 
     Raises `pallas_kernels.Unsupported` where ``backend="pallas"`` cannot be had.
     """
+    sampling = make_sampling(batch) if sampling is None else sampling
     cache = jax.eval_shape(lambda: init_cache(params.config, batch, max_len, params.dtype, stacked=params.stacked))
 
-    def token(params: Params, tokens: jax.Array, cache: KVCache) -> jax.Array:
+    def token(params: Params, tokens: jax.Array, cache: KVCache) -> tuple[jax.Array, jax.Array]:
         logits, _ = forward(params, tokens, cache, last_only=True, backend=backend)
-        return draw(logits, None, temperature=None, backend=backend)
+        return sample(logits, sampling, jnp.zeros(batch, jnp.int32), backend=backend)
 
     choices = {}
     for phase, length in (("prefill", prompt), ("decode", 1)):

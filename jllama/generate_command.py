@@ -76,19 +76,21 @@ def run(args: argparse.Namespace, prompts: list[str], settings: dict[str, Any]) 
     for at in range(0, len(prompts), batch_size):
         batch = completions[at : at + batch_size]
         session = Session(model.params, model.max_len, len(batch), args.backend)
+        sampling = make_sampling(len(batch), seed=args.seed + at, **settings)
         pieces = complete(
             session,
             model.tokenizer,
             batch,
             max_new_tokens=args.max_new_tokens,
-            sampling=make_sampling(len(batch), seed=args.seed + at, **settings),
+            sampling=sampling,
             stop_ids=() if args.ignore_eos else model.params.config.eos_ids,
             stop=args.stop,
         )
         show(args, prompts[at : at + batch_size], batch, pieces)
         total += session.timings
         if args.json:
-            report = {"timings": timings(model.load_seconds, session.timings), **describe(args, model.params, batch)}
+            spent = timings(model.load_seconds, session.timings)
+            report = {"timings": spent, **describe(args, model.params, batch, sampling)}
             for completion in batch:
                 print(json.dumps(as_json(completion, args.logprobs) | report), flush=True)
     if not args.quiet:
@@ -126,12 +128,12 @@ def timings(load_seconds: float, timings: Any) -> dict[str, float]:
     }
 
 
-def describe(args: argparse.Namespace, params: Any, batch: list[Any]) -> dict[str, Any]:
+def describe(args: argparse.Namespace, params: Any, batch: list[Any], sampling: Any) -> dict[str, Any]:
     """The backend of every op, for ``--json``."""
     from jllama.backends import backends
 
     longest = max(len(c.prompt_ids) for c in batch)
-    choices = backends(params, batch=len(batch), prompt=longest, backend=args.backend)
+    choices = backends(params, batch=len(batch), prompt=longest, sampling=sampling, backend=args.backend)
     return {"backend": {phase: {op: asdict(c) for op, c in ops.items()} for phase, ops in choices.items()}}
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.dispatch import Op
-from pallas_kernels.draw_rows import check_draw, draw_rows, too_many
+from pallas_kernels.draw_rows import check_draw, draw_rows, spare_draw
 
 
 def draw_reference(
@@ -112,7 +112,7 @@ def _largest_threshold(bits: jax.Array, weight: jax.Array, wanted: jax.Array) ->
     return lax.fori_loop(0, 32 // _DIGIT, settle, jnp.zeros(bits.shape[0], jnp.uint32))
 
 
-draw = Op("draw", draw_reference, kernel=draw_rows, check=check_draw, spare=too_many)
+draw = Op("draw", draw_reference, kernel=draw_rows, check=check_draw, spare=spare_draw)
 
 CASES: dict[str, dict[str, Any]] = {
     "7b": dict(rows=1, vocab=32000),

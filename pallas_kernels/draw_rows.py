@@ -26,8 +26,6 @@ MAX_NUMBERS = 64  # of a thread
 LEAST = 1e-36  # of a mass that counts
 COLD = 3e38
 
-CUTS = "top_k", "top_p", "min_p"
-
 
 @dataclass(frozen=True)
 class Split:
@@ -58,14 +56,14 @@ def split_of(vocab: int) -> Split | None:
     return None
 
 
-def too_many(logits: jax.Array, *_: Any, **__: Any) -> str | None:
-    """Why XLA draws from a vocabulary of this size, if it does."""
+def spare_draw(logits: jax.Array, share: jax.Array | None, **_: Any) -> str | None:
+    """Why XLA draws from such logits, if it does."""
+    if share is None:
+        return "greedy: the largest logit is one reduction"
     vocab = logits.shape[-1]
-    if split_of(vocab):
-        return None
-    return (
-        f"a vocabulary of {vocab} cannot be dealt to {MAX_WARPGROUPS} warpgroups or fewer, up to {MAX_NUMBERS} a thread"
-    )
+    if split_of(vocab) is None:
+        return f"a vocabulary of {vocab} cannot be dealt to {MAX_WARPGROUPS} warpgroups, up to {MAX_NUMBERS} a thread"
+    return None
 
 
 def check_draw(logits: jax.Array, *_: Any, **__: Any) -> None:
@@ -76,17 +74,14 @@ def check_draw(logits: jax.Array, *_: Any, **__: Any) -> None:
 
 def draw_rows(
     logits: jax.Array,
-    share: jax.Array | None,
+    share: jax.Array,
     *,
-    temperature: jax.Array | None,
-    top_k: jax.Array | None = None,
-    top_p: jax.Array | None = None,
-    min_p: jax.Array | None = None,
+    temperature: jax.Array,
     interpret: Any = False,
+    **cuts: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     """A token of every row [B], and its log-probability [B]: see `draw_reference`."""
-    settings = dict(share=share, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    given = {name: value for name, value in settings.items() if value is not None and share is not None}
+    given = {name: cut for name, cut in cuts.items() if cut is not None}
     rows, vocab = logits.shape
     split = split_of(vocab)
     assert split is not None
@@ -107,7 +102,7 @@ def draw_rows(
         ),
         interpret=interpret,
         kernel_name="draw_rows",
-    )(logits.reshape(rows, numbers, THREADS), *given.values())
+    )(logits.reshape(rows, numbers, THREADS), share, temperature, *given.values())
     return token, logprob
 
 
@@ -139,6 +134,8 @@ class Warps:
 
 def _body(
     logits_ref: Any,
+    share_ref: Any,
+    temperature_ref: Any,
     *refs: Any,
     names: tuple[str, ...],
     split: Split,
@@ -149,9 +146,9 @@ def _body(
     loaded: Any,
     together: Any,
 ) -> None:
-    *settings_refs, token_ref, logprob_ref = refs
+    *cut_refs, token_ref, logprob_ref = refs
     row, me = lax.axis_index("row"), lax.axis_index("warpgroup")
-    settings = {name: ref[row] for name, ref in zip(names, settings_refs, strict=True)}
+    cuts = {name: ref[row] for name, ref in zip(names, cut_refs, strict=True)}
     warps = Warps(split, me, sums, together)
     lines = pl.ds(me * split.numbers, split.numbers)
     mine = numbers.at[lines]
@@ -167,12 +164,10 @@ def _body(
     top = warps.largest(0, logits)
     log_total = jnp.log(warps.total(1, jnp.exp(logits - top)))
     # A row without a temperature is so cold that its largest logit alone has any mass, and takes the first of those.
-    share, warmth = jnp.float32(0), jnp.float32(COLD)
-    if settings:
-        hot = settings["temperature"] > 0
-        share = jnp.where(hot, settings["share"], 0.0)
-        warmth = jnp.where(hot, 1 / jnp.maximum(settings["temperature"], 1e-6), COLD)
-    time, mass = _cut(warps, jnp.int32(2), jnp.exp((logits - top) * warmth), settings)
+    temperature = temperature_ref[row]
+    share = jnp.where(temperature > 0, share_ref[row], 0.0)
+    warmth = jnp.where(temperature > 0, 1 / jnp.maximum(temperature, 1e-6), COLD)
+    time, mass = _cut(warps, jnp.int32(2), jnp.exp((logits - top) * warmth), cuts)
 
     if interpret:
         mine[...] = mass.reshape(mine.shape)
@@ -195,20 +190,20 @@ def _body(
         logprob_ref[row] = logits_ref[row, lax.div(token, THREADS), lax.rem(token, THREADS)] - top - log_total
 
 
-def _cut(warps: Warps, time: jax.Array, mass: jax.Array, settings: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+def _cut(warps: Warps, time: jax.Array, mass: jax.Array, cuts: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     """``mass`` [4, 32, n], of which the largest is 1, with what the cuts exclude at 0."""
-    if "top_k" in settings:
-        top_k = settings["top_k"]
+    if "top_k" in cuts:
+        top_k = cuts["top_k"]
         time, least = _least(warps, time, mass, None, top_k.astype(jnp.float32), jnp.float32(LEAST))
         mass = jnp.where(mass < jnp.where(top_k > 0, least, 0.0), 0.0, mass)
-    if "top_p" in settings:
-        top_p, total = settings["top_p"], warps.total(time, mass)
+    if "top_p" in cuts:
+        top_p, total = cuts["top_p"], warps.total(time, mass)
         # Were all that is cut below this, it would be half of what may be cut.
         low = jnp.maximum((1 - top_p) * total / (2 * mass.size * warps.split.warpgroups), LEAST)
         time, least = _least(warps, time + 1, mass, mass, top_p * total, low)
         mass = jnp.where(mass < jnp.where(top_p < 1, least, 0.0), 0.0, mass)
-    if "min_p" in settings:
-        mass = jnp.where(mass < settings["min_p"], 0.0, mass)
+    if "min_p" in cuts:
+        mass = jnp.where(mass < cuts["min_p"], 0.0, mass)
     return time, mass
 
 

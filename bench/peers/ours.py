@@ -24,6 +24,12 @@ def open_model(job: dict[str, Any]) -> "Ours":
     return Ours(job)
 
 
+def _sampling(batch: int, sampled: bool) -> Any:
+    from jllama import make_sampling
+
+    return make_sampling(batch, seed=SEED, **SAMPLING) if sampled else None
+
+
 class Ours:
     """`jllama` as a peer."""
 
@@ -69,7 +75,6 @@ class Ours:
         self, prompts: list[list[int]], new_tokens: int, room: int, chunk: int, sampled: bool
     ) -> tuple[list[list[int]], float, float]:
         """The new ids; seconds until the first of them, and until the last."""
-        from jllama.sampling import make_sampling
         from jllama.stream import Session
         from pallas_kernels import Unsupported
 
@@ -77,7 +82,7 @@ class Ours:
         session = Session(
             self.params, max_len=-(-room // 128) * 128, batch=len(prompts), backend=self.job["backend"], chunk=chunk
         )
-        sampling = make_sampling(len(prompts), seed=SEED, **SAMPLING) if sampled else None
+        sampling = _sampling(len(prompts), sampled)
         ids: list[list[int]] = [[] for _ in prompts]
         begin, first = time.perf_counter(), 0.0
         try:
@@ -96,13 +101,13 @@ class Ours:
         stats = jax.devices()[0].memory_stats() or {}
         return int(stats.get("peak_bytes_in_use") or process_peak())
 
-    def chosen(self, batch: int, prompt: int, context: int) -> dict[str, Any]:
+    def chosen(self, batch: int, prompt: int, context: int, sampled: bool) -> dict[str, Any]:
         """What runs for every op of a prefill and of a decode step, and why."""
         from jllama import backends
 
         assert self.params is not None
-        sizes = dict(batch=batch, prompt=prompt, max_len=-(-context // 128) * 128)
-        phases = backends(self.params, backend=self.job["backend"], **sizes)
+        sizes: Any = dict(batch=batch, prompt=prompt, max_len=-(-context // 128) * 128)
+        phases = backends(self.params, backend=self.job["backend"], sampling=_sampling(batch, sampled), **sizes)
         return {"choices": {p: {op: [c.impl, c.why] for op, c in ops.items()} for p, ops in phases.items()}}
 
     def hello(self) -> dict[str, Any]:
