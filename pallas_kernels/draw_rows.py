@@ -216,7 +216,7 @@ def _least(
     def more(carry: tuple[jax.Array, ...]) -> jax.Array:
         _, low, high, _, between = carry
         middle = jnp.sqrt(low * high)
-        several = between >= 2 * (1 if weight is None else low)
+        several = between >= 1.5 * (1 if weight is None else low)  # two are twice as much, but for rounding
         return several & (middle > low) & (middle < high)
 
     def halve(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
