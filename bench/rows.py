@@ -77,7 +77,8 @@ def _figures(
     if load.sampled:  # all else is the greedy workload's
         return
     yield "ttft-warm", "s", ttft, None
-    yield "memory", "bytes_peak", [outcome["warm"]["peak_bytes"]], None
+    if "peak_bytes" in outcome["warm"]:
+        yield "memory", "bytes_peak", [outcome["warm"]["peak_bytes"]], None
     warm_s = statistics.median([r["first_s"] + r["decode_s"] for r in runs])
     yield "compile", "s", [max(cold["first_s"] + cold["decode_s"] - warm_s, 1e-6)], None
     if first and "load_s" in entry.opened:
