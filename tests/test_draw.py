@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from h200 import H200
+from h200 import lower
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from np_sampler import np_sampler
 
 from jllama.sampling import make_sampling, sample
 from pallas_kernels import Unsupported
@@ -102,10 +103,7 @@ def test_draw_lowers(case: str, settings: str) -> None:
     rows, vocab = CASES[case]["rows"], CASES[case]["vocab"]
     given = {name: jax.ShapeDtypeStruct((rows,), a.dtype) for name, a in arguments(settings, 128)[2].items()}
     shapes = jax.ShapeDtypeStruct((rows, vocab), jnp.float32), jax.ShapeDtypeStruct((rows,), jnp.float32)
-    with jax.sharding.use_abstract_mesh(H200):
-        jax.jit(lambda logits, share, given: draw_rows(logits, share, **given)).trace(*shapes, given).lower(
-            lowering_platforms=("cuda",)
-        )
+    lower(lambda logits, share, given: draw_rows(logits, share, **given), *shapes, given)
 
 
 def test_which_vocabularies_fit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,28 +142,15 @@ def test_draw_on_gpu(settings: str, vocab: int) -> None:
 def assert_near(token: np.ndarray, logits: np.ndarray, share: np.ndarray, given: dict[str, Any]) -> None:
     """Every token is one that a sampler in float64 may draw, were the row's share off by what sums of float32 are."""
     for row, drawn in enumerate(token):
-        temperature, top_k, top_p, min_p = (
-            float(given[name][row]) if name in given else off
-            for name, off in (("temperature", 0.0), ("top_k", 0), ("top_p", 1.0), ("min_p", 0.0))
-        )
-        if temperature == 0:
+        own = {name: values[row].item() for name, values in given.items()}
+        if own["temperature"] == 0:
             assert drawn == logits[row].argmax()
             continue
-        either = 0.0
-        mass = np.exp((logits[row].astype(np.float64) - logits[row].max()) / temperature)
-        if 0 < top_k < len(mass):
-            mass[mass < np.sort(mass)[-int(top_k)]] = 0
-        if top_p < 1:
-            ranked = np.sort(mass)[::-1]
-            above, wanted = np.cumsum(ranked) - ranked, top_p * mass.sum()
-            last = ranked[above < wanted].min()
-            if np.abs(above - wanted).min() < CLOSE * mass.sum():
-                either = last  # may be the last, or the last but one
-            mass[mass < last] = 0
-        mass[mass < min_p] = 0
-        total, near = mass.sum(), NEAR + either / mass.sum()
-        reached = np.cumsum(mass)[drawn] / total
-        assert reached - mass[drawn] / total - near <= share[row] <= reached + near
+        probs, close = np_sampler(logits[row], **own)
+        # Top-p adds up what is rounded: a token on its cut may be the last, or the one before it is.
+        near = NEAR + (probs[probs > 0].min() if own.get("top_p", 1) < 1 and close < CLOSE else 0)
+        reached = probs[: drawn + 1].sum()
+        assert reached - probs[drawn] - near <= share[row] <= reached + near
 
 
 @pytest.mark.gpu

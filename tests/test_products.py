@@ -5,14 +5,13 @@ one, which finds what the interpreter cannot: layouts, tile sizes, shared memory
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from h200 import H200, SMS
+from h200 import SMS, lower
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -84,12 +83,6 @@ def race_free(y: Array) -> Array:
     y.block_until_ready()
     assert not interpret_pallas_call.get_races().races_found
     return y
-
-
-def lower(f: Callable[..., Any], *args: Any) -> None:
-    """Lower for an H200, on a machine that has none."""
-    with jax.sharding.use_abstract_mesh(H200):
-        jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",))
 
 
 # The interpreter: small shapes, every path
