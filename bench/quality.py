@@ -57,11 +57,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """A record for every text, format and way to choose scales."""
-    from convert import open_source
-    from jllama.checkpoint import load
-    from jllama.perplexity import cut, read_text
-    from jllama.perplexity import measure as perplexity
-    from jllama.tokenizer import tokenizer_for
+    from jllama.cli.perplexity import cut, read_text
+    from jllama.cli.perplexity import measure as perplexity
+    from jllama.formats import open_source
+    from jllama.formats.checkpoint import load
+    from jllama.text.tokenizer import tokenizer_for
 
     source = open_source(args.model)
     tokenizer = tokenizer_for(source)

@@ -14,8 +14,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.ring import claim, drain, my_stages
-from pallas_kernels.tiles import sm_count
+from pallas_kernels.hopper.common.ring import claim, drain, my_stages
+from pallas_kernels.hopper.common.tiles import sm_count
 
 STAGE = (32, 128)  # words of 4 bytes: 16 KB, that lie one behind the other in memory
 DEPTH = 12  # stages in flight: 192 KB of the 227 that a block may have

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from jllama.errors import InputError, reported
 
 if TYPE_CHECKING:
-    from convert.save import Export
-    from convert.source import Source
+    from jllama.formats.native import Export
+    from jllama.formats.source import Source
 
 PROGRAM = "jllama convert"
 FORMS = ("native", "hf", "llama2c", "gguf")
@@ -45,12 +45,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def convert(args: argparse.Namespace) -> int:
     """Write DST."""
-    from convert import open_source
     from convert.progress import watched
-    from convert.save import save
-    from convert.staging import check_replaceable
-    from convert.vocabulary import vocabulary_of
-    from jllama.tokenizer import with_tokenizer
+    from jllama.formats import open_source
+    from jllama.formats.native import save
+    from jllama.formats.staging import check_replaceable
+    from jllama.formats.vocabulary import vocabulary_of
+    from jllama.text.tokenizer import with_tokenizer
 
     to = args.to or {".gguf": "gguf", ".bin": "llama2c"}.get(args.destination.suffix, "native")
     if args.group is not None and args.quant == "none":
@@ -75,10 +75,10 @@ def convert(args: argparse.Namespace) -> int:
 
 def plan(source: "Source", to: str, args: argparse.Namespace) -> "Export":
     """What is to be written, checked to be possible."""
-    from convert.save import directory, hf_directory
     from convert.to_gguf import gguf
     from convert.to_llama2c import llama2c
-    from convert.transform import as_floats, with_dtype
+    from jllama.formats.native import directory, hf_directory
+    from jllama.formats.transform import as_floats, with_dtype
 
     if to == "llama2c":
         if args.quant == "int4" or args.dtype not in (None, "float32"):
@@ -92,7 +92,7 @@ def plan(source: "Source", to: str, args: argparse.Namespace) -> "Export":
     if to == "native":
         if args.quant == "none":
             return directory(with_dtype(source, args.dtype))
-        from jllama.quantize import quantised
+        from convert.quantize import quantised
 
         return directory(quantised(with_dtype(source, args.dtype), args.quant, args.group))
     floats = as_floats(source, args.dtype)
@@ -103,8 +103,8 @@ def check(args: argparse.Namespace) -> int:
     """Compare SRC and DST; 1 if they differ by more than their forms explain."""
     import numpy as np
 
-    from convert import open_source
     from convert.check import compare_logits, compare_tensors, tolerance
+    from jllama.formats import open_source
 
     a, b = open_source(args.source), open_source(args.destination)
     if args.tokenizer is not None:

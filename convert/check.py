@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from convert.layout import expected_shapes
-from convert.source import Integers, Source, Tensor
 from jllama.errors import InputError
+from jllama.formats.layout import expected_shapes
+from jllama.formats.source import Integers, Source, Tensor
 
 PROMPT = "Once upon a time, there was a little"
 
@@ -97,7 +97,7 @@ def compare_logits(a: Source, b: Source) -> LogitsDifference:
 
 def prompt_ids(source: Source) -> list[int]:
     """A sentence, or without a tokenizer some ids."""
-    from jllama.tokenizer import tokenizer_for
+    from jllama.text.tokenizer import tokenizer_for
 
     if source.tokenizer is not None:
         return tokenizer_for(source).encode(PROMPT)
@@ -108,7 +108,7 @@ def _logits(source: Source, ids: list[int]) -> np.ndarray:
     # Imported here: whoever converts need not wait for jax.
     import jax.numpy as jnp
 
-    from jllama.checkpoint import load
+    from jllama.formats.checkpoint import load
     from jllama.model import forward
 
     logits, _ = forward(load(source, max_len=len(ids)), jnp.asarray([ids]))

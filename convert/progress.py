@@ -4,7 +4,7 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
-from convert.output import Watch
+from jllama.formats.output import Watch
 
 
 @contextlib.contextmanager

@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from convert.gguf import ROPE_FACTORS, names_of, rope_factors
-from convert.gguf_file import MAGIC
-from convert.output import OutputFile, Watch
-from convert.save import Export
-from convert.source import DTYPES, Source, Tensor
-from convert.transform import as_dtype, as_floats, to_interleaved
-from convert.vocabulary import Vocabulary, padded, vocabulary_of
 from jllama.errors import InputError
+from jllama.formats.gguf import ROPE_FACTORS, names_of, rope_factors
+from jllama.formats.gguf_file import MAGIC
+from jllama.formats.native import Export
+from jllama.formats.output import OutputFile, Watch
+from jllama.formats.source import DTYPES, Source, Tensor
+from jllama.formats.transform import as_dtype, as_floats, to_interleaved
+from jllama.formats.vocabulary import Vocabulary, padded, vocabulary_of
 
 ALIGN = 32
 _KINDS = {"float32": 0, "float16": 1, "bfloat16": 30}  # also llama.cpp's file types, but for bfloat16

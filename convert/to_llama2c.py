@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from convert.layout import expected_shapes
-from convert.llama2c import FIELDS, HEADER_BYTES, MAGIC, MODEL_NAME, Header, Place, plan
-from convert.output import OutputFile, Watch
-from convert.save import Export
-from convert.source import Integers, Source, Tensor
-from convert.transform import as_dtype, to_interleaved
-from convert.vocabulary import padded, to_llama2c, vocabulary_of
 from jllama.config import LlamaConfig
 from jllama.errors import InputError
+from jllama.formats.layout import expected_shapes
+from jllama.formats.llama2c import FIELDS, HEADER_BYTES, MAGIC, MODEL_NAME, Header, Place, plan
+from jllama.formats.native import Export
+from jllama.formats.output import OutputFile, Watch
+from jllama.formats.source import Integers, Source, Tensor
+from jllama.formats.transform import as_dtype, to_interleaved
+from jllama.formats.vocabulary import padded, to_llama2c, vocabulary_of
 
 DEFAULT_GROUP = 64
 

@@ -23,8 +23,8 @@ import optax
 import sentencepiece
 
 import jllama
-from jllama.checkpoint import save
 from jllama.config import preset
+from jllama.formats.checkpoint import save
 from jllama.params import Params, init
 
 SEPARATOR = "<|endoftext|>"

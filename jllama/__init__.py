@@ -33,11 +33,11 @@ _HOME = {
     "generate": "jllama.decode",
     "init": "jllama.params",
     "init_cache": "jllama.cache",
-    "load": "jllama.checkpoint",
-    "load_tokenizer": "jllama.tokenizer",
+    "load": "jllama.formats.checkpoint",
+    "load_tokenizer": "jllama.text.tokenizer",
     "make_sampling": "jllama.sampling",
     "preset": "jllama.config",
-    "save": "jllama.checkpoint",
+    "save": "jllama.formats.checkpoint",
     "stack": "jllama.params",
     "unstack": "jllama.params",
 }
@@ -48,8 +48,6 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from jllama.backends import backends as backends
     from jllama.cache import KVCache as KVCache
     from jllama.cache import init_cache as init_cache
-    from jllama.checkpoint import load as load
-    from jllama.checkpoint import save as save
     from jllama.config import LlamaConfig as LlamaConfig
     from jllama.config import preset as preset
     from jllama.decode import (
@@ -66,6 +64,8 @@ if TYPE_CHECKING:  # what type checkers and editors see
     )
     from jllama.demo_model import DEMO as DEMO
     from jllama.errors import InputError as InputError
+    from jllama.formats.checkpoint import load as load
+    from jllama.formats.checkpoint import save as save
     from jllama.model import forward as forward
     from jllama.params import Layer as Layer
     from jllama.params import Params as Params
@@ -75,7 +75,7 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from jllama.sampling import Sampling as Sampling
     from jllama.sampling import make_sampling as make_sampling
     from jllama.stream import Session as Session
-    from jllama.tokenizer import load_tokenizer as load_tokenizer
+    from jllama.text.tokenizer import load_tokenizer as load_tokenizer
 
 
 def __getattr__(name: str) -> Any:

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 
 from jllama.cache import KVCache, init_cache
+from jllama.kernels import Choice, record
 from jllama.model import forward
 from jllama.params import Params
 from jllama.sampling import Sampling, make_sampling, sample
-from pallas_kernels import Choice, record
 
 
 def backends(

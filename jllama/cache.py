@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jllama.config import LlamaConfig
-from pallas_kernels import Indexed
-from pallas_kernels.qkv import write
+from jllama.kernels import Indexed, write
 
 Layers = tuple[jax.Array, ...] | jax.Array  # one array a layer, or all on a leading axis
 

@@ -7,10 +7,7 @@ import jax.numpy as jnp
 
 from jllama.cache import KVCache
 from jllama.config import LlamaConfig
-from jllama.params import Layer, Params
-from jllama.rope import rotations
-from jllama.step import whole_step
-from pallas_kernels import (
+from jllama.kernels import (
     DECODE_QUERIES,
     Indexed,
     Weight,
@@ -20,8 +17,12 @@ from pallas_kernels import (
     matmul,
     qkv,
     rms_norm,
+    rotate,
+    split_heads,
 )
-from pallas_kernels.qkv import rotate, split_heads
+from jllama.params import Layer, Params
+from jllama.rope import rotations
+from jllama.step import whole_step
 
 
 def forward(

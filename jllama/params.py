@@ -16,7 +16,7 @@ from jax import lax
 
 from jllama.config import LlamaConfig
 from jllama.errors import InputError
-from pallas_kernels import Indexed, QuantizedTensor, Weight, cut_out, group_size, quantize
+from jllama.kernels import Indexed, QuantizedTensor, Weight, cut_out, group_size, quantize
 
 QUANT_BITS = {"int8": 8, "int4": 4}
 

@@ -12,7 +12,7 @@ import numpy as np
 from flax import struct
 
 from jllama.errors import InputError
-from pallas_kernels.draw import draw, log_probability
+from jllama.kernels import draw, log_probability
 
 
 @struct.dataclass

@@ -11,10 +11,8 @@ import jax.numpy as jnp
 from jllama.cache import KVCache, init_cache
 from jllama.config import LlamaConfig
 from jllama.errors import InputError
+from jllama.kernels import Op, StepWeights, Unsupported, decode_step, require_hopper
 from jllama.params import Params, init, stack
-from pallas_kernels import Op, StepWeights, Unsupported, decode_step
-from pallas_kernels.decode_step import check, decode_step_kernel, decode_step_reference
-from pallas_kernels.dispatch import require_hopper
 
 
 def step_weights(params: Params) -> StepWeights:
@@ -44,9 +42,10 @@ def _check(x: jax.Array, params: Params, cache: KVCache, cos: jax.Array, sin: ja
     def joined(params: Params, cache: KVCache) -> tuple[StepWeights, jax.Array, jax.Array]:
         return step_weights(stack(params)), jnp.stack(cache.k), jnp.stack(cache.v)
 
+    assert decode_step.check is not None
     try:
         weights, k, v = jax.eval_shape(joined, params, cache)
-        check(x, weights, k, v, cache.lengths, cos, sin, eps=params.config.norm_eps)
+        decode_step.check(x, weights, k, v, cache.lengths, cos, sin, eps=params.config.norm_eps)
     except InputError as reason:
         raise Unsupported(str(reason)) from None
     if not params.stacked:
@@ -58,7 +57,10 @@ def _check(x: jax.Array, params: Params, cache: KVCache, cos: jax.Array, sin: ja
 # x [B, T, dim], params, cache, cos and sin [B, T, head_dim / 2] -> float32 logits [B, T, vocab_size], and the cache
 # with the new keys and values, its lengths as they were.
 whole_step = Op(
-    decode_step.name, _over_params(decode_step_reference), kernel=_over_params(decode_step_kernel), check=_check
+    decode_step.name,
+    _over_params(decode_step.reference),
+    kernel=decode_step.kernel and _over_params(decode_step.kernel),
+    check=_check,
 )
 
 

@@ -1,15 +1,15 @@
 """Llama's operations: each a `jax.numpy` reference and, where there is one, a Pallas kernel held to it."""
 
-from pallas_kernels.attention import DECODE_QUERIES, attention, decode_attention
-from pallas_kernels.decode_step import StepWeights, decode_step
-from pallas_kernels.dispatch import BACKENDS, Choice, Op, Unsupported, record
-from pallas_kernels.draw import draw
-from pallas_kernels.ffn import ffn
-from pallas_kernels.indexed import Indexed, cut_out
-from pallas_kernels.matmul import Weight, matmul
-from pallas_kernels.qkv import qkv
-from pallas_kernels.quantized import QuantizedTensor, dequantize, group_size, quantize
-from pallas_kernels.rms_norm import rms_norm
+from .attention import DECODE_QUERIES, attention, decode_attention
+from .decode_step import StepWeights, decode_step
+from .dispatch import BACKENDS, Choice, Op, Unsupported, record, require_hopper
+from .draw import draw, log_probability
+from .ffn import ffn
+from .layer_view import Indexed, cut_out
+from .matmul import Weight, matmul
+from .qkv import qkv, rotate, split_heads, write
+from .quantized import QuantizedTensor, dequantize, group_size, quantize
+from .rms_norm import rms_norm
 
 OPS: dict[str, Op] = {
     op.name: op for op in (rms_norm, matmul, qkv, attention, decode_attention, ffn, decode_step, draw)
@@ -34,9 +34,14 @@ __all__ = [
     "draw",
     "ffn",
     "group_size",
+    "log_probability",
     "matmul",
     "qkv",
     "quantize",
     "record",
+    "require_hopper",
     "rms_norm",
+    "rotate",
+    "split_heads",
+    "write",
 ]

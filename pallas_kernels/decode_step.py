@@ -12,16 +12,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention import attention_reference
-from pallas_kernels.dispatch import Op, Unsupported
-from pallas_kernels.ffn import ffn_reference
-from pallas_kernels.matmul import matmul_reference
-from pallas_kernels.persistent_launch import WEIGHTS, buffers, empty, launch_per_phase, one_launch
-from pallas_kernels.persistent_plan import ROWS, Plan, Shape, Tiles, plan
-from pallas_kernels.qkv import qkv_reference
-from pallas_kernels.quantized import QuantizedTensor
-from pallas_kernels.rms_norm import rms_norm_reference
-from pallas_kernels.tiles import WGMMA_ROWS, Format, Weight, format_of, sm_count
+from .attention import attention_reference
+from .dispatch import Op, Unsupported
+from .ffn import ffn_reference
+from .hopper.common.tiles import WGMMA_ROWS, Format, Weight, format_of, sm_count
+from .hopper.decode_step.launch import WEIGHTS, buffers, empty, launch_per_phase, one_launch
+from .hopper.decode_step.plan import ROWS, Plan, Shape, Tiles, plan
+from .matmul import matmul_reference
+from .qkv import qkv_reference
+from .quantized import QuantizedTensor
+from .rms_norm import rms_norm_reference
 
 
 @jax.tree_util.register_dataclass

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from pallas_kernels.indexed import cut_out
+from .layer_view import cut_out
 
 BACKENDS = ("auto", "xla", "pallas")
 

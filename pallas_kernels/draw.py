@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.dispatch import Op
-from pallas_kernels.draw_rows import check_draw, draw_rows, spare_draw
+from .dispatch import Op
+from .hopper.sampling.draw import check_draw, draw_rows, spare_draw
 
 
 def draw_reference(

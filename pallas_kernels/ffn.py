@@ -5,10 +5,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.dispatch import Op, Unsupported
-from pallas_kernels.indexed import Indexed
-from pallas_kernels.matmul import Weight, check_product, matmul_reference, product
-from pallas_kernels.rms_norm import rms_norm_reference
+from .dispatch import Op, Unsupported
+from .layer_view import Indexed
+from .matmul import Weight, check_product, matmul_reference, product
+from .rms_norm import rms_norm_reference
 
 
 def swiglu(gate_up: jax.Array) -> jax.Array:

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.dispatch import Op
-from pallas_kernels.indexed import Indexed
-from pallas_kernels.quantized import QuantizedTensor, dequantize
-from pallas_kernels.skinny import MAX_ROWS, check_skinny, skinny
-from pallas_kernels.tiles import Weight
-from pallas_kernels.wide import check_wide, wide
+from .dispatch import Op
+from .hopper.common.tiles import Weight
+from .hopper.gemm.large_m import check_wide, wide
+from .hopper.gemm.small_m import MAX_ROWS, check_skinny, skinny
+from .layer_view import Indexed
+from .quantized import QuantizedTensor, dequantize
 
 
 def matmul_reference(

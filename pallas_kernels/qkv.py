@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.dispatch import Op, Unsupported
-from pallas_kernels.indexed import Indexed
-from pallas_kernels.matmul import matmul_reference
-from pallas_kernels.skinny import MAX_ROWS
-from pallas_kernels.tiles import Weight
-from pallas_kernels.wide import check_wide
-from pallas_kernels.wide_plan import WideTiles
-from pallas_kernels.wide_qkv import wide_qkv
+from .dispatch import Op, Unsupported
+from .hopper.common.tiles import Weight
+from .hopper.gemm.large_m import check_wide
+from .hopper.gemm.large_m_plan import WideTiles
+from .hopper.gemm.large_m_qkv import wide_qkv
+from .hopper.gemm.small_m import MAX_ROWS
+from .layer_view import Indexed
+from .matmul import matmul_reference
 
 Result = tuple[jax.Array, jax.Array, jax.Array]
 

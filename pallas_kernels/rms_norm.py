@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.dispatch import Op
-from pallas_kernels.norm_rows import check_norm, norm_rows
+from .dispatch import Op
+from .hopper.rms_norm import check_norm, norm_rows
 
 ENOUGH_ROWS = 256  # below, a launch costs more than the fusion saves
 

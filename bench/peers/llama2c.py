@@ -94,9 +94,9 @@ class Llama2c:
 
 def export(model: str, target: Path, *, int8: bool) -> None:
     """Write ``model`` as a checkpoint of llama2.c: version 0, or version 2 with int8 weights."""
-    from convert import open_source
-    from convert.save import save
     from convert.to_llama2c import llama2c
+    from jllama.formats import open_source
+    from jllama.formats.native import save
 
     save(llama2c(open_source(model), int8=int8), target)
 

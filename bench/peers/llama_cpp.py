@@ -29,9 +29,9 @@ def gguf_of(job: dict[str, Any], folder: Path) -> str:
     """The job's model as GGUF: as it is, or written from a checkpoint in the dtype that it is stored in."""
     if job["model"].endswith(".gguf"):
         return job["model"]
-    from convert import open_source
-    from convert.save import save
     from convert.to_gguf import gguf
+    from jllama.formats import open_source
+    from jllama.formats.native import save
 
     source = open_source(job["model"])
     stored = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}.get(source.dtype)

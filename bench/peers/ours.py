@@ -133,8 +133,8 @@ class Ours:
         import jax
         import jax.numpy as jnp
 
-        from jllama.checkpoint import save
         from jllama.config import preset as find
+        from jllama.formats.checkpoint import save
         from jllama.params import init
 
         target = Path(path)
@@ -155,8 +155,8 @@ class Ours:
 
     def encode(self, model: str, text: str) -> dict[str, Any]:
         """The ids of a text, where the model has a tokenizer."""
-        from convert import open_source
-        from jllama.tokenizer import tokenizer_for
+        from jllama.formats import open_source
+        from jllama.text.tokenizer import tokenizer_for
 
         source = open_source(model)
         ids = None if source.tokenizer is None else tokenizer_for(source).encode(text)
@@ -190,8 +190,8 @@ def opened(
 
         config = preset(model.removeprefix(DRAWN))
         return config, functools.partial(init, config, jax.random.key(SEED), dtype=jax.numpy.dtype(dtype), quant=quant)
-    from convert import open_source
-    from jllama.checkpoint import load
+    from jllama.formats import open_source
+    from jllama.formats.checkpoint import load
 
     source = open_source(model)
     return source.config, functools.partial(load, source, dtype=dtype, quant=quant, batch=batch, max_len=max_len)

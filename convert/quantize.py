@@ -1,0 +1,176 @@
+"""``python -m convert.quantize SRC DST``: a checkpoint of any form to a native one with int8 or int4 weights.
+
+Tensor by tensor, in blocks of rows: neither the source nor the result is ever in memory as a whole. The numbers are
+those that ``--quant`` makes at load. Embedding and norms stay floats, as there; the head is quantised unless it is
+the embedding.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import dataclasses
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jllama.errors import InputError, reported
+
+if TYPE_CHECKING:
+    from jllama.formats.source import Source, Tensor
+
+BITS = {"int8": 8, "int4": 4}
+DEFAULT_GROUP = {"int8": None, "int4": 128}
+_BLOCK_BYTES = 64 << 20
+
+
+@dataclass
+class TensorError:
+    """How far a quantised tensor is from what it was, summed up block by block."""
+
+    name: str
+    group: int
+    squared: float = 0.0
+    signal: float = 0.0
+    largest: float = 0.0
+
+    @property
+    def relative(self) -> float:
+        """Root of the mean squared error, relative to that of the weights."""
+        return math.sqrt(self.squared / self.signal) if self.signal else 0.0
+
+
+def quantised(
+    source: "Source", quant: str, group: int | None = None, errors: dict[str, TensorError] | None = None
+) -> "Source":
+    """The same checkpoint with its matrices rounded as they are read; ``errors`` is filled along the way."""
+    if source.quant is not None:
+        raise InputError(f"{source.path}: expected float weights, found {source.quant.bits} bits already")
+    group = DEFAULT_GROUP[quant] if group is None else group
+    tensors = {
+        name: tensor if name == "embed" or len(tensor.shape) == 1 else _quantised(name, tensor, quant, group, errors)
+        for name, tensor in source.tensors.items()
+    }
+    return dataclasses.replace(source, tensors=tensors)
+
+
+def _quantised(
+    name: str, tensor: "Tensor", quant: str, group: int | None, errors: dict[str, TensorError] | None
+) -> "Tensor":
+    import jax.numpy as jnp
+    import numpy as np
+
+    from jllama.formats.source import Integers, Quantization, Tensor
+    from jllama.kernels import group_size
+
+    width = tensor.shape[1]
+    size = width if group is None else group_size(width, group)
+    error = TensorError(name, size)
+    if errors is not None:
+        errors[name] = error
+    rounded = _rounder(quant, group)
+
+    def rows(begin: int, end: int) -> Integers:
+        # Asked for in one block or in many, a row gives the same numbers: it is never rounded with another one.
+        blocks = [_one(*cut) for cut in _cuts(begin, end, width)]
+        _give_back()
+        if len(blocks) == 1:
+            return blocks[0]
+        return Integers(np.concatenate([b.data for b in blocks]), np.concatenate([b.scale for b in blocks]))
+
+    def _one(begin: int, end: int) -> Integers:
+        data, scale, (squared, signal, largest) = rounded(jnp.asarray(tensor.floats(begin, end)))
+        error.squared += float(squared)
+        error.signal += float(signal)
+        error.largest = max(error.largest, float(largest))
+        return Integers(np.asarray(data), np.asarray(scale))
+
+    dtype = "float32" if size == width else "float16"
+    return Tensor(tensor.shape, dtype, tensor.where, rows, Quantization(BITS[quant], None if size == width else size))
+
+
+def _give_back() -> None:
+    """Return freed memory to the system. glibc keeps blocks of some megabytes for later, and XLA's threads each have
+    their own heap: over a large model that adds up to gigabytes that nobody uses."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library keeps less, or cannot be asked
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _cuts(begin: int, end: int, width: int) -> list[tuple[int, int]]:
+    step = max(1, _BLOCK_BYTES // (4 * width))
+    return [(at, min(at + step, end)) for at in range(begin, end, step)]
+
+
+def _rounder(quant: str, group: int | None) -> Callable:
+    """What rounds a block, and measures the error where the block is: on the device."""
+    import jax
+    import jax.numpy as jnp
+
+    from jllama.kernels import QuantizedTensor, dequantize
+    from jllama.params import quantizer
+
+    @jax.jit
+    def measure(w: jax.Array, q: jax.Array) -> tuple[jax.Array, ...]:
+        difference = w.astype(jnp.float32) - q
+        return jnp.sum(difference**2), jnp.sum(w.astype(jnp.float32) ** 2), jnp.max(jnp.abs(difference))
+
+    def rounded(w: jax.Array) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]:
+        q = quantizer(quant, group)(w)
+        assert isinstance(q, QuantizedTensor)
+        return q.data.astype(jnp.int8), q.scale, measure(w, dequantize(q))
+
+    return rounded
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    parser = argparse.ArgumentParser(
+        prog="jllama quantize", description="Write a checkpoint of any form as a native one with int8 or int4 weights."
+    )
+    parser.add_argument("source", type=Path, metavar="SRC", help="checkpoint to read")
+    parser.add_argument("destination", type=Path, metavar="DST", help="directory to write")
+    parser.add_argument("--format", choices=tuple(BITS), default="int8", help="default: int8")
+    parser.add_argument(
+        "--group", type=int, choices=(128, 64, 32), help="inputs that share a scale (default: int8 a row, int4 128)"
+    )
+    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="tokenizer (default: the checkpoint's own)")
+    parser.add_argument("--force", action="store_true", help="replace DST if it is there")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar and no report")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; the exit code."""
+    args = parser().parse_args(argv)
+    with reported("jllama quantize"):
+        from convert.progress import watched
+        from jllama.formats import open_source
+        from jllama.formats.native import directory, save
+        from jllama.formats.staging import check_replaceable
+        from jllama.text.tokenizer import with_tokenizer
+
+        check_replaceable(args.destination, args.force)
+        errors: dict[str, TensorError] = {}
+        source = with_tokenizer(open_source(args.source), args.tokenizer)
+        export = directory(quantised(source, args.format, args.group, errors))
+        with watched(export.nbytes, "jllama quantize", quiet=args.quiet) as watch:
+            save(export, args.destination, force=args.force, watch=watch)
+        if not args.quiet:
+            print("\n".join(report(errors)))
+    return 0
+
+
+def report(errors: dict[str, TensorError]) -> list[str]:
+    """The error of every tensor, and of all together, as lines of a table."""
+    width = max(map(len, errors), default=6)
+    lines = [f"{'tensor':<{width}}  group  relative error  largest error"]
+    lines += [f"{e.name:<{width}}  {e.group:5}  {e.relative:14.6f}  {e.largest:13.3g}" for e in errors.values()]
+    total = TensorError("all", 0, *(sum(getattr(e, f) for e in errors.values()) for f in ("squared", "signal")))
+    largest = max((e.largest for e in errors.values()), default=0.0)
+    return [*lines, f"{'all':<{width}}         {total.relative:14.6f}  {largest:13.3g}"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

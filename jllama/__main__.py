@@ -1,0 +1,8 @@
+"""``python -m jllama``: the same as the console script."""
+
+import sys
+
+from jllama.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

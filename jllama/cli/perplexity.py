@@ -1,0 +1,225 @@
+"""``python -m jllama.cli.perplexity --model M --text FILE``: how well a model predicts a text.
+
+The text is cut into windows, each run after a beginning-of-sequence token, many at once. Every token is predicted
+exactly once; with ``--stride`` below the window's length, windows overlap, so that a token sees more of what precedes
+it. Neighbouring tokens are not independent, windows nearly are: the confidence interval comes from their spread.
+"""
+
+import argparse
+import functools
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jllama.cli.options import add_model_flags
+from jllama.errors import InputError, reported
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from jllama.params import Params
+
+MAX_TEXT_BYTES = 1 << 30
+_LOGITS_BYTES = 256 << 20  # what a batch's logits may take
+_Z = 1.959964  # 95 %
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """The result: mean negative log-likelihood in nats, perplexity, and the 95 % interval of each, where there is more
+    than one window to tell from."""
+
+    mean_nll: float
+    perplexity: float
+    nll_interval: tuple[float, float] | None
+    perplexity_interval: tuple[float, float] | None
+    tokens: int
+    windows: int
+
+
+@dataclass(frozen=True)
+class Window:
+    """A piece of the text: ``ids`` of which the last ``counted`` are to be predicted; bos comes before them."""
+
+    ids: tuple[int, ...]
+    counted: int
+
+
+def cut(ids: list[int], window: int, stride: int | None = None, limit: int | None = None) -> list[Window]:
+    """Windows of ``window`` tokens, bos included, that begin ``stride`` tokens apart (default: end to end)."""
+    room = window - 1
+    step = room if stride is None else stride
+    if room < 1 or not 1 <= step <= room:
+        raise InputError(f"--stride: expected 1 to {room}, one less than the window, found {step}")
+    windows, done = [], 0
+    for begin in range(0, len(ids), step):
+        end = min(begin + room, len(ids))
+        if end <= done or len(windows) == limit:
+            break
+        windows.append(Window(tuple(ids[begin:end]), end - done))
+        done = end
+    return windows
+
+
+def measure(
+    params: "Params",
+    windows: list[Window],
+    bos_id: int,
+    *,
+    batch: int | None = None,
+    backend: str = "auto",
+    progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda batches, _: batches,
+) -> Perplexity:
+    """The perplexity of ``windows``, which a batch at a time goes through the model."""
+    if not windows:
+        raise InputError("text: expected at least one token, found none")
+    width = max(len(window.ids) for window in windows)
+    batch = batch or max(1, min(16, len(windows), _LOGITS_BYTES // (4 * width * params.config.vocab_size)))
+    groups = [windows[i : i + batch] for i in range(0, len(windows), batch)]
+    sums: list[float] = []
+    for group in progress(groups, len(groups)):
+        sums += _sums(params, group, batch, width, bos_id, backend)
+    return summary(sums, [window.counted for window in windows])
+
+
+def _sums(params: "Params", group: list[Window], batch: int, width: int, bos_id: int, backend: str) -> Iterator[float]:
+    """The summed negative log-likelihood of each window. The batch is filled up, so that one program serves all."""
+    import numpy as np
+
+    tokens = np.full((batch, width + 1), bos_id, np.int32)
+    for row, window in zip(tokens, group, strict=False):
+        row[1 : 1 + len(window.ids)] = window.ids
+    nll = np.asarray(_program()(params, tokens, backend), np.float64)
+    for row, window in zip(nll, group, strict=False):
+        end = len(window.ids)
+        yield float(row[end - window.counted : end].sum())
+
+
+@functools.cache
+def _program() -> Callable[["Params", "np.ndarray", str], Any]:
+    import jax  # only here: --help need not wait for it
+
+    return jax.jit(_nll, static_argnums=2)
+
+
+def _nll(params: "Params", tokens: Any, backend: str) -> Any:
+    """[B, T]: the negative log-likelihood of each token but the first."""
+    import jax
+    import jax.numpy as jnp
+
+    from jllama.model import forward
+
+    logits, _ = forward(params, tokens[:, :-1], backend=backend)
+    chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+
+def summary(sums: list[float], counts: list[int]) -> Perplexity:
+    """Mean and interval, the windows being the independent samples."""
+    total, n = sum(counts), len(sums)
+    mean = math.fsum(sums) / total
+    interval = None
+    if n > 1:
+        # Windows differ in length: the error of a ratio of sums, not of a mean of means.
+        spread = math.fsum((s - mean * c) ** 2 for s, c in zip(sums, counts, strict=True))
+        half = _student(n - 1) * math.sqrt(spread * n / (n - 1)) / total
+        interval = (mean - half, mean + half)
+    bounds = None if interval is None else (_exp(interval[0]), _exp(interval[1]))
+    return Perplexity(mean, _exp(mean), interval, bounds, total, n)
+
+
+def _student(freedom: int) -> float:
+    """The 97.5 % quantile of Student's distribution, from the normal one's by its expansion."""
+    z, v = _Z, freedom
+    return z + (z**3 + z) / (4 * v) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    parser = argparse.ArgumentParser(prog="jllama perplexity", description="Measure how well a model predicts a text.")
+    parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="the text, UTF-8")
+    parser.add_argument("--window", type=int, metavar="N", help="tokens a window, bos included (default: 512)")
+    parser.add_argument("--stride", type=int, metavar="N", help="how far windows begin apart (default: end to end)")
+    parser.add_argument("--windows", type=int, metavar="N", help="stop after this many")
+    parser.add_argument("--batch-size", type=int, metavar="B", help="windows at once (default: what 256 MB hold)")
+    add_model_flags(parser)
+    parser.add_argument("--json", action="store_true", help="print a JSON object")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; the exit code."""
+    args = parser().parse_args(argv)
+    with reported("jllama perplexity"):
+        for name in ("windows", "batch_size"):
+            if (value := getattr(args, name)) is not None and value < 1:
+                raise InputError(f"--{name.replace('_', '-')}: expected at least 1, found {value}")
+        text = read_text(args.text)
+        from jllama.cli.runtime import as_input_error
+
+        as_input_error(lambda: print(run(args, text)))
+    return 0
+
+
+def read_text(path: Path) -> str:
+    """The text of a file of bounded size."""
+    try:
+        if (size := path.stat().st_size) > MAX_TEXT_BYTES:
+            raise InputError(f"{path}: expected at most {MAX_TEXT_BYTES} bytes of text, found {size}")
+        return path.read_text("utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: byte {error.start}: expected UTF-8 text, found other bytes") from None
+
+
+def run(args: argparse.Namespace, text: str) -> str:
+    """Load the model, measure, and say the result."""
+    from tqdm import tqdm
+
+    from jllama.cli.runtime import open_model
+
+    model = open_model(args, quiet=args.quiet)
+    window = min(512, model.max_len) if args.window is None else args.window
+    if not 2 <= window <= model.max_len:
+        raise InputError(f"--window: expected 2 to {model.max_len} (the model's context), found {window}")
+    windows = cut(model.tokenizer.encode(text, bos=False), window, args.stride, args.windows)
+    if not windows:
+        raise InputError(f"{args.text}: expected at least one token of text, found none")
+    result = measure(
+        model.params,
+        windows,
+        model.tokenizer.bos_id,
+        batch=args.batch_size,
+        backend=args.backend,
+        progress=lambda groups, total: tqdm(groups, total=total, unit="batch", disable=True if args.quiet else None),
+    )
+    if args.json:
+        # inf and nan are no JSON; a model that predicts them deserves null
+        values = {key: _finite(value) for key, value in asdict(result).items()}
+        return json.dumps({"model": args.model, "text": str(args.text), "window": window, **values})
+    spread = result.perplexity_interval
+    interval = f" (95 % confidence: {spread[0]:.4f} to {spread[1]:.4f})" if spread else ""
+    return (
+        f"perplexity {result.perplexity:.4f}{interval}\n"
+        f"mean negative log-likelihood {result.mean_nll:.6f} over {result.tokens} tokens in {result.windows} windows"
+    )
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

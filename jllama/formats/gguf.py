@@ -1,0 +1,227 @@
+"""GGUF checkpoints: config and vocabulary from the metadata, tensors of any type that the gguf package dequantises.
+
+Q8_0 and Q4_0 keep their integers: blocks of 32 with a float16 scale are exactly what `Integers` of that group are.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jllama.config import Fields, LlamaConfig, RopeScaling
+from jllama.errors import InputError
+from jllama.formats.gguf_file import GgufFile, GgufTensor, read_gguf
+from jllama.formats.layout import expected_shapes
+from jllama.formats.source import Integers, Quantization, Source, Tensor, config_at
+from jllama.formats.transform import from_interleaved
+from jllama.formats.vocabulary import MAX_PIECES, NORMAL, Vocabulary
+
+LAYER = {
+    "attn_norm": "attn_norm",
+    "wq": "attn_q",
+    "wk": "attn_k",
+    "wv": "attn_v",
+    "wo": "attn_output",
+    "ffn_norm": "ffn_norm",
+    "w_gate": "ffn_gate",
+    "w_up": "ffn_up",
+    "w_down": "ffn_down",
+}
+MODEL = {"embed": "token_embd", "norm": "output_norm", "lm_head": "output"}
+ROPE_FACTORS = "rope_freqs.weight"
+_PLAIN = {
+    "F32": ("float32", np.dtype(np.float32)),
+    "F16": ("float16", np.dtype(np.float16)),
+    "BF16": ("bfloat16", np.dtype(ml_dtypes.bfloat16)),
+}
+GROUP = 32  # of Q8_0 and Q4_0
+
+
+def recognise(path: Path) -> bool:
+    """Whether this is a file that says so by its name or by its first bytes."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return path.suffix == ".gguf" or file.read(4) == b"GGUF"
+
+
+def names_of(config: LlamaConfig) -> dict[str, str]:
+    """Our name of every tensor -> GGUF's."""
+    names = {}
+    for name in expected_shapes(config):
+        prefix, _, field = name.rpartition(".")
+        block = f"blk.{prefix.removeprefix('layers.')}."
+        names[name] = f"{block}{LAYER[field]}.weight" if prefix else f"{MODEL[name]}.weight"
+    return names
+
+
+def open_gguf(path: Path) -> Source:
+    """Open a GGUF file that holds a whole model."""
+    file = read_gguf(path)
+    config = _config(file)
+    tensors = {
+        ours: from_interleaved(_tensor(file, theirs), config, ours)
+        for ours, theirs in names_of(config).items()
+        if theirs in file.tensors
+    }
+    return Source(path, "gguf", config, tensors, _vocabulary(file, config.vocab_size))
+
+
+def _config(file: GgufFile) -> LlamaConfig:
+    where = str(file.file.path)
+    fields = Fields(where, dict(file.fields))
+    architecture = file.fields.get("general.architecture")
+    if architecture != "llama":
+        raise InputError(f"{where}: general.architecture: expected 'llama', found {str(architecture)[:60]!r}")
+    if file.fields.get("split.count", 1) not in (0, 1):
+        raise InputError(f"{where}: split.count: expected a whole file, found {str(file.fields['split.count'])[:60]!r}")
+    if fields.integer("llama.expert_count", 0, low=0):
+        raise InputError(f"{where}: llama.expert_count: expected 0 (experts are not supported), found more")
+    embed = file.tensors.get("token_embd.weight")
+    if embed is None:
+        raise InputError(f"{where}: token_embd.weight: missing")
+    n_heads = fields.integer("llama.attention.head_count", high=4096)
+    dim = fields.integer("llama.embedding_length", high=1 << 20)
+    head_dim = fields.integer("llama.attention.key_length", max(1, dim // n_heads), high=1 << 16)
+    if (rotated := fields.integer("llama.rope.dimension_count", head_dim, high=1 << 16)) != head_dim:
+        raise InputError(f"{where}: llama.rope.dimension_count: expected {head_dim} as a head has, found {rotated}")
+    vocab_size = fields.integer("llama.vocab_size", embed.shape[0])
+    theta = fields.number("llama.rope.freq_base", 10000.0)
+    config = config_at(
+        where,
+        dim=dim,
+        n_layers=fields.integer("llama.block_count", high=4096),
+        n_heads=n_heads,
+        n_kv_heads=fields.integer("llama.attention.head_count_kv", n_heads, high=4096),
+        hidden_dim=fields.integer("llama.feed_forward_length"),
+        vocab_size=vocab_size,
+        max_seq_len=fields.integer("llama.context_length", 4096),
+        head_dim=head_dim,
+        norm_eps=_short_float(fields.number("llama.attention.layer_norm_rms_epsilon", 1e-5, high=1.0)),
+        rope_theta=_short_float(theta),
+        tie_embeddings="output.weight" not in file.tensors,
+        bos_id=fields.ids("tokenizer.ggml.bos_token_id", (1,), vocab_size)[0],
+        eos_ids=fields.ids("tokenizer.ggml.eos_token_id", (2,), vocab_size),
+    )
+    return config.replace(rope_scaling=_scaling(file, fields, config))
+
+
+def _short_float(value: float) -> float:
+    """1e-5 was written as float32: the shortest decimal that gives the same float32 is what was meant."""
+    return float(str(np.float32(value)))
+
+
+def _scaling(file: GgufFile, fields: Fields, config: LlamaConfig) -> RopeScaling | None:
+    kind = fields.values.get("llama.rope.scaling.type", "none")
+    where = f"{file.file.path}: llama.rope.scaling"
+    if kind == "linear":
+        return RopeScaling("linear", _short_float(fields.number("llama.rope.scaling.factor")))
+    if kind != "none":
+        raise InputError(f"{where}.type: expected 'none' or 'linear', found {str(kind)[:60]!r}")
+    if ROPE_FACTORS not in file.tensors:
+        return None
+    table = _tensor(file, ROPE_FACTORS).read().reshape(-1).astype(np.float32)
+    # The file holds what came out of Llama 3's formula, not what went in: 3.1 went in with 8, 3.2 with 32.
+    for scaling in (RopeScaling("llama3", 8.0), RopeScaling("llama3", 32.0)):
+        expected = rope_factors(config.replace(rope_scaling=scaling))
+        if table.shape == expected.shape and np.allclose(table, expected, rtol=1e-3):
+            return scaling
+    raise InputError(f"{file.file.path}: {ROPE_FACTORS}: expected the factors of Llama 3.1 or 3.2, found others")
+
+
+def rope_factors(config: LlamaConfig) -> np.ndarray:
+    """[head_dim / 2] float32: how much slower each pair turns than without scaling."""
+    from jllama.rope import inverse_frequencies  # there is jax, too, which most conversions need not wait for
+
+    plain = inverse_frequencies(config.replace(rope_scaling=None))
+    return (plain / inverse_frequencies(config)).astype(np.float32)
+
+
+def _vocabulary(file: GgufFile, vocab_size: int) -> Vocabulary | None:
+    """The sentencepiece vocabulary; None for other kinds, which need a tokenizer file."""
+    if file.fields.get("tokenizer.ggml.model") != "llama":
+        return None
+    where, fields = str(file.file.path), file.fields
+
+    def array(name: str, kind: type, default: Any) -> tuple[Any, ...]:
+        values = fields.get(f"tokenizer.ggml.{name}", default)
+        if not isinstance(values, tuple) or len(values) > MAX_PIECES or not all(type(v) is kind for v in values):
+            raise InputError(f"{where}: tokenizer.ggml.{name}: expected an array of {kind.__name__}, found another")
+        return values
+
+    tokens = array("tokens", str, None)
+    if len(tokens) != vocab_size:
+        raise InputError(f"{where}: tokenizer.ggml.tokens: expected {vocab_size} as the embedding, found {len(tokens)}")
+    scores = array("scores", float, (0.0,) * vocab_size)
+    types = array("token_type", int, (NORMAL,) * vocab_size)
+    for name, values in (("scores", scores), ("token_type", types)):
+        if len(values) != vocab_size:
+            raise InputError(f"{where}: tokenizer.ggml.{name}: expected {vocab_size} as tokens, found {len(values)}")
+    if not all(0 <= kind <= 6 for kind in types):
+        raise InputError(f"{where}: tokenizer.ggml.token_type: expected types from 0 to 6, found another")
+    ids = Fields(where, dict(fields))
+    special = {
+        f"{n}_id": ids.integer(f"tokenizer.ggml.{long}_token_id", i, low=0, high=vocab_size - 1)
+        for i, (n, long) in enumerate((("unk", "unknown"), ("bos", "bos"), ("eos", "eos")))
+    }
+    flags = {
+        "add_dummy_prefix": ids.flag("tokenizer.ggml.add_space_prefix", True),
+        "remove_extra_whitespaces": ids.flag("tokenizer.ggml.remove_extra_whitespaces", False),
+    }
+    return Vocabulary(f"{where}: tokenizer.ggml.tokens", tokens, scores, types, **special, **flags)
+
+
+def _tensor(file: GgufFile, name: str) -> Tensor:
+    tensor = file.tensors[name]
+    where = f"{file.file.path}: {name}"
+    if tensor.kind in _PLAIN:
+        dtype, numpy_dtype = _PLAIN[tensor.kind]
+        view = file.file.view(numpy_dtype, tensor.shape, tensor.begin)
+        return Tensor(tensor.shape, dtype, where, lambda begin, end: view[begin:end])
+    if len(tensor.shape) != 2:
+        raise InputError(f"{where}: shape: expected two dimensions, found {list(tensor.shape)}")
+    raw = file.file.view(np.dtype(np.uint8), (tensor.shape[0], tensor.row_bytes), tensor.begin)
+    if tensor.kind in ("Q8_0", "Q4_0"):
+        unpack = _q8_0 if tensor.kind == "Q8_0" else _q4_0
+        bits = 8 if tensor.kind == "Q8_0" else 4
+        # A row of one block only would read as a row with one scale: the same numbers.
+        group = None if tensor.shape[1] == GROUP else GROUP
+        return Tensor(tensor.shape, "float16", where, lambda b, e: unpack(raw[b:e]), Quantization(bits, group))
+    return _dequantised(tensor, where, raw)
+
+
+def _dequantised(tensor: GgufTensor, where: str, raw: np.ndarray) -> Tensor:
+    try:
+        from gguf import GGMLQuantizationType, quants
+    except ImportError:
+        raise InputError(
+            f"{where}: type {tensor.kind}: needs the gguf package (pip install 'jllama[convert]')"
+        ) from None
+    kind = GGMLQuantizationType[tensor.kind]
+
+    def rows(begin: int, end: int) -> np.ndarray:
+        with np.errstate(all="ignore"):  # what a damaged scale makes infinite is counted when it is written
+            return quants.dequantize(raw[begin:end], kind).astype(np.float32, copy=False)
+
+    return Tensor(tensor.shape, "float32", where, rows)
+
+
+def _blocks(raw: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of blocks, each a float16 scale and then integers: the scales [out, blocks], the rest [out, blocks, n]."""
+    blocks = raw.reshape(raw.shape[0], -1, size)
+    return blocks[..., :2].copy().view(np.float16)[..., 0], blocks[..., 2:]
+
+
+def _q8_0(raw: np.ndarray) -> Integers:
+    scale, data = _blocks(raw, 34)
+    return Integers(data.reshape(raw.shape[0], -1).view(np.int8), scale)
+
+
+def _q4_0(raw: np.ndarray) -> Integers:
+    """A block's 16 bytes hold values 0 to 15 in their low halves and 16 to 31 in their high ones, 8 too large."""
+    scale, data = _blocks(raw, 18)
+    out = np.empty((*data.shape[:2], GROUP), np.int8)
+    out[..., :16] = (data & 0xF).view(np.int8) - 8
+    out[..., 16:] = (data >> 4).view(np.int8) - 8
+    return Integers(out.reshape(raw.shape[0], -1), scale)

@@ -1,0 +1,160 @@
+"""Hugging Face directories, and our native ones: the same layout, to which quantised weights add scales.
+
+A native directory *is* a Hugging Face directory. Quantised, its ``config.json`` says ``quantization_config:
+{"quant_method": "jllama", "bits": 8 | 4, "group_size": n | null}``, a weight is I8 (or U8 with two 4-bit values a
+byte, the first in the low half), and beside ``NAME.weight`` stands ``NAME.weight_scale``. Single tensors may have
+other bits and groups than that entry says: their dtype and their scales' shape decide.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from jllama.config import from_hf, read_json
+from jllama.errors import InputError
+from jllama.formats.files import first_of, inside
+from jllama.formats.layout import hf_names
+from jllama.formats.pth import PthFile
+from jllama.formats.safetensors_file import SafetensorsFile
+from jllama.formats.source import DTYPES, Integers, Quantization, Source, Tensor
+
+TOKENIZERS = ("tokenizer.model", "tokenizer.json", "tokenizer.bin")
+EXTRAS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+MAX_SHARDS = 4096
+
+
+class TensorFile(Protocol):
+    """What safetensors and torch files have in common."""
+
+    path: Path
+
+    @property
+    def entries(self) -> Mapping[str, Any]:
+        """Name -> something with dtype and shape."""
+        ...
+
+    def array(self, name: str) -> np.ndarray:
+        """The tensor as a view of the file."""
+        ...
+
+
+def recognise(path: Path) -> bool:
+    """Whether this is a directory of that layout."""
+    return path.is_dir() and (path / "config.json").exists()
+
+
+def open_hf(path: Path) -> Source:
+    """Open ``path``, a directory with config.json and weights, in one file or in shards with an index."""
+    where = inside(path, "config.json", path)
+    values = read_json(where)
+    config = from_hf(values, str(where))
+    quant = _quantization(values.get("quantization_config"), str(where))
+    files = _files(path)
+    tensors = {}
+    for ours, theirs in hf_names(config).items():
+        if theirs in files:
+            tensors[ours] = _tensor(files, theirs, quant)
+    extras = tuple(inside(path, name, path) for name in EXTRAS if (path / name).is_file())
+    return Source(path, "native" if quant else "hf", config, tensors, first_of(path, TOKENIZERS), extras)
+
+
+def _files(path: Path) -> dict[str, TensorFile]:
+    """Tensor name -> the mapped file that holds it."""
+    kinds = (("model.safetensors", SafetensorsFile), ("pytorch_model.bin", PthFile))
+    for name, kind in kinds:
+        index = path / f"{name}.index.json"
+        if index.exists():
+            return _merged([kind(inside(path, shard, index)) for shard in _shards(inside(path, index.name, path))])
+        if (path / name).exists():
+            return _merged([kind(inside(path, name, path))])
+    names = " or ".join(name for name, _ in kinds)
+    raise InputError(f"{path}: expected {names}, or an index of shards, found neither")
+
+
+def _merged(files: list[Any]) -> dict[str, TensorFile]:
+    merged: dict[str, TensorFile] = {}
+    for file in files:
+        for tensor in file.entries:
+            if tensor in merged:
+                raise InputError(f"{file.path}: {tensor}: is also in {merged[tensor].path.name}")
+            merged[tensor] = file
+    return merged
+
+
+def _shards(index: Path) -> list[str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise InputError(f"{index}: weight_map: expected an object of file names, found {type(weight_map).__name__}")
+    names = sorted(set(weight_map.values()))
+    if len(names) > MAX_SHARDS:
+        raise InputError(f"{index}: weight_map: expected at most {MAX_SHARDS} files, found {len(names)}")
+    return names
+
+
+def _quantization(value: Any, where: str) -> Quantization | None:
+    if value is None:
+        return None
+    field = f"{where}: quantization_config"
+    if not isinstance(value, dict) or value.get("quant_method") != "jllama":
+        method = value.get("quant_method") if isinstance(value, dict) else value
+        raise InputError(
+            f"{field}: expected quant_method 'jllama' (or unquantised weights), found {str(method)[:60]!r}"
+        )
+    bits, group = value.get("bits"), value.get("group_size")
+    if type(bits) is not int or bits not in (4, 8):
+        raise InputError(f"{field}: bits: expected 4 or 8, found {str(bits)[:60]!r}")
+    if group is not None and (type(group) is not int or not 1 <= group <= 1 << 20):
+        raise InputError(f"{field}: group_size: expected null or a positive integer, found {str(group)[:60]!r}")
+    return Quantization(bits, group)
+
+
+def _tensor(files: dict[str, TensorFile], name: str, quant: Quantization | None) -> Tensor:
+    file = files[name]
+    entry = file.entries[name]
+    where, dtype = f"{file.path}: {name}", str(entry.dtype)
+    if dtype in DTYPES:
+        return Tensor(entry.shape, dtype, where, lambda begin, end: file.array(name)[begin:end])
+    bits = {"int8": 8, "uint8": 4}.get(dtype)
+    if quant is None or bits is None:
+        raise InputError(f"{where}: dtype: expected one of {', '.join(DTYPES)}, found {dtype}")
+    return _quantized(files, name, where, bits)
+
+
+def _quantized(files: dict[str, TensorFile], name: str, where: str, bits: int) -> Tensor:
+    file, scale_name = files[name], f"{name}_scale"
+    if scale_name not in files:
+        raise InputError(f"{where}: quantised, but {scale_name} is missing")
+    scales = files[scale_name]
+    stored, scale = file.entries[name].shape, scales.entries[scale_name]
+    if len(stored) != 2:
+        raise InputError(f"{where}: shape: expected two dimensions, found {list(stored)}")
+    shape = stored if bits == 8 else (stored[0], 2 * stored[1])
+    # A group that does not divide a row was narrowed when it was written: the scale's width says to what.
+    if len(scale.shape) != 2 or scale.shape[0] != shape[0] or shape[1] % scale.shape[1]:
+        found = list(scale.shape)
+        raise InputError(f"{scales.path}: {scale_name}: shape: expected [{shape[0]}, groups], found {found}")
+    if str(scale.dtype) not in ("float32", "float16"):
+        raise InputError(f"{scales.path}: {scale_name}: dtype: expected float32 or float16, found {scale.dtype}")
+
+    def rows(begin: int, end: int) -> Integers:
+        data = file.array(name)[begin:end]
+        return Integers(data if bits == 8 else unpack_int4(data), scales.array(scale_name)[begin:end])
+
+    group = None if scale.shape[1] == 1 else shape[1] // scale.shape[1]
+    return Tensor(shape, str(scale.dtype), where, rows, Quantization(bits, group))
+
+
+def unpack_int4(packed: np.ndarray) -> np.ndarray:
+    """[out, in / 2] bytes -> [out, in] int8: the low half of a byte comes first."""
+    out = np.empty((packed.shape[0], 2 * packed.shape[1]), np.int8)
+    out[:, ::2] = (packed << 4).view(np.int8) >> 4
+    out[:, 1::2] = packed.view(np.int8) >> 4
+    return out
+
+
+def pack_int4(data: np.ndarray) -> np.ndarray:
+    """The reverse of `unpack_int4`."""
+    nibbles = data.view(np.uint8) & 0xF
+    return nibbles[:, ::2] | (nibbles[:, 1::2] << 4)

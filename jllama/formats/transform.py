@@ -1,0 +1,104 @@
+"""Tensors made from tensors, as lazily: other rows, other dtypes, joined shards. Nothing is computed before a read."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jllama.config import LlamaConfig
+from jllama.formats.source import DTYPES, Integers, Source, Tensor
+
+
+def half_split(config: LlamaConfig, name: str) -> np.ndarray | None:
+    """For wq and wk, where each row of the half-split rotary order lies in the interleaved one; None for the rest.
+
+    Meta, llama2.c and GGUF rotate neighbouring pairs of a head, (0, 1), (2, 3) ...; Hugging Face and this library
+    rotate row j with row j + head_dim / 2. The same weights, other rows.
+    """
+    heads = {"wq": config.n_heads, "wk": config.n_kv_heads}.get(name.rpartition(".")[2])
+    if heads is None:
+        return None
+    rows = np.arange(heads * config.head_dim).reshape(heads, config.head_dim // 2, 2)
+    return rows.swapaxes(1, 2).reshape(-1)
+
+
+def from_interleaved(tensor: Tensor, config: LlamaConfig, name: str) -> Tensor:
+    """A tensor of a format that rotates pairs, in our order."""
+    index = half_split(config, name)
+    return tensor if index is None or tensor.shape[0] != len(index) else permuted(tensor, index)
+
+
+def to_interleaved(tensor: Tensor, config: LlamaConfig, name: str) -> Tensor:
+    """The way back."""
+    index = half_split(config, name)
+    return tensor if index is None else permuted(tensor, np.argsort(index))
+
+
+def permuted(tensor: Tensor, index: np.ndarray) -> Tensor:
+    """Row i of the result is row ``index[i]``. Cheap for indices that stay near i, as within heads."""
+
+    def rows(begin: int, end: int) -> Any:
+        chosen = index[begin:end]
+        low = int(chosen.min())
+        part = tensor.rows(low, int(chosen.max()) + 1)
+        if isinstance(part, Integers):
+            return Integers(part.data[chosen - low], part.scale[chosen - low])
+        return part[chosen - low]
+
+    return dataclasses.replace(tensor, rows=rows)
+
+
+def joined(tensors: Sequence[Tensor], axis: int) -> Tensor:
+    """Shards of a float tensor as one, along ``axis`` 0 or 1."""
+    first = tensors[0]
+    if len(tensors) == 1:
+        return first
+    shape = list(first.shape)
+    shape[axis] = sum(tensor.shape[axis] for tensor in tensors)
+    if axis == 1:
+        return dataclasses.replace(
+            first, shape=tuple(shape), rows=lambda b, e: np.concatenate([t.rows(b, e) for t in tensors], axis=1)
+        )
+    ends = np.cumsum([tensor.shape[0] for tensor in tensors])
+
+    def rows(begin: int, end: int) -> np.ndarray:
+        parts = [
+            tensor.rows(max(begin - at, 0), min(end - at, tensor.shape[0]))
+            for tensor, at in zip(tensors, [0, *ends[:-1]], strict=True)
+            if begin < at + tensor.shape[0] and end > at
+        ]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    return dataclasses.replace(first, shape=tuple(shape), rows=rows)
+
+
+def as_dtype(tensor: Tensor, dtype: str) -> Tensor:
+    """The tensor as floats of ``dtype``."""
+    if tensor.dtype == dtype and tensor.quant is None:
+        return tensor
+
+    def rows(begin: int, end: int) -> np.ndarray:
+        with np.errstate(all="ignore"):  # what does not fit becomes infinite, and is counted when it is written
+            return tensor.floats(begin, end).astype(DTYPES[dtype], copy=False)
+
+    return Tensor(tensor.shape, dtype, tensor.where, rows)
+
+
+def as_floats(source: Source, dtype: str | None = None) -> Source:
+    """The same checkpoint unquantised; float tensors keep their dtype unless one is asked for."""
+
+    def convert(tensor: Tensor) -> Tensor:
+        # The product of an integer and its scale is exact in float32 only.
+        own = tensor.dtype if tensor.quant is None else "float32"
+        return as_dtype(tensor, dtype or own)
+
+    return dataclasses.replace(source, tensors={name: convert(t) for name, t in source.tensors.items()})
+
+
+def with_dtype(source: Source, dtype: str | None) -> Source:
+    """Float tensors in ``dtype``; quantised ones as they are."""
+    if dtype is None:
+        return source
+    tensors = {name: t if t.quant else as_dtype(t, dtype) for name, t in source.tensors.items()}
+    return dataclasses.replace(source, tensors=tensors)

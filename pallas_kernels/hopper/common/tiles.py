@@ -1,0 +1,119 @@
+"""What the product kernels share: weights as arguments, tiles of them in shared memory, and their scales.
+
+Both kernels make the weight wgmma's left operand, because it is the only one that may come from registers, and
+registers are where an integer weight becomes a float (`widen`): ``acc [out, rows] += w [out, in] ·
+x [rows, in]ᵀ``.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from ...dispatch import Unsupported
+from ...quantized import QuantizedTensor
+
+Weight = jax.Array | QuantizedTensor
+FLOATS = (jnp.bfloat16, jnp.float16)
+WGMMA_ROWS = 64  # wgmma takes 64 rows of its left operand at a time, no fewer
+SHARED_BYTES = 227 * 1024  # what one block of a Hopper GPU may hold
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a weight is stored: the dtype of its elements, and the inputs that share a scale (None: one scale a row)."""
+
+    dtype: jnp.dtype
+    quantized: bool
+    group: int | None
+
+    @property
+    def bits(self) -> int:
+        return jnp.iinfo(self.dtype).bits if self.quantized else 8 * self.dtype.itemsize
+
+    @property
+    def grouped(self) -> bool:
+        return self.group is not None
+
+
+def format_of(w: Weight) -> Format:
+    """The format of a weight."""
+    if not isinstance(w, QuantizedTensor):
+        return Format(jnp.dtype(w.dtype), False, None)
+    return Format(jnp.dtype(w.data.dtype), True, None if w.scale.shape[-1] == 1 else w.group)
+
+
+def split(w: Weight) -> tuple[jax.Array, jax.Array | None]:
+    """A weight's elements and scales (None for a float weight), each with a layer axis in front."""
+    data, scale = (w.data, w.scale) if isinstance(w, QuantizedTensor) else (w, None)
+    stacked = [a if a is None or a.ndim == 3 else a[None] for a in (data, scale)]
+    return stacked[0], stacked[1]
+
+
+def check_product(x: jax.Array, w: Weight) -> None:
+    """Raise `Unsupported` unless a kernel has code for this pair of dtypes and shapes."""
+    fmt = format_of(w)
+    if x.dtype not in FLOATS:
+        raise Unsupported(f"activations must be bfloat16 or float16, found {x.dtype}")
+    if not fmt.quantized and fmt.dtype != x.dtype:
+        raise Unsupported(f"weight is {fmt.dtype} but activations are {x.dtype}")
+    if x.shape[-1] != w.shape[-1]:
+        raise Unsupported(f"activations have {x.shape[-1]} inputs, the weight has {w.shape[-1]}")
+    if fmt.group is not None and fmt.group % 32:
+        raise Unsupported(f"groups of {fmt.group} inputs: must be a multiple of 32")
+
+
+def swizzled(shape: tuple[int, ...], dtype: Any, run: int | None = None, rows: int = 8) -> Any:
+    """Shared memory in the layout that TMA writes and wgmma reads: see `transforms_of`."""
+    return plgpu.SMEM(shape, dtype, transforms=transforms_of(shape[-1], dtype, run, rows))
+
+
+def transforms_of(columns: int, dtype: Any, run: int | None = None, rows: int = 8) -> tuple[Any, ...]:
+    """Tiles swizzled over up to 128 bytes; ``run`` is the shortest range of the last axis that will be sliced off
+    (default: all of it). wgmma wants tiles of 8 rows; TMA finds a tile only at a multiple of its ``rows``."""
+    bits = jnp.iinfo(dtype).bits if jnp.issubdtype(dtype, jnp.integer) else 8 * jnp.dtype(dtype).itemsize
+    swizzle = plgpu.find_swizzle((run or columns) * bits)
+    return plgpu.TilingTransform((rows, swizzle * 8 // bits)), plgpu.SwizzleTransform(swizzle)
+
+
+def nbytes(shape: tuple[int, ...], bits: int) -> int:
+    """Bytes of a dense array."""
+    size = 1
+    for n in shape:
+        size *= n
+    return size * bits // 8
+
+
+def pad_rows(x: jax.Array, axis: int) -> jax.Array:
+    """Zeros behind ``axis`` up to the 8 rows of a shared memory tile; a copy only for a length that needs them."""
+    missing = -x.shape[axis] % 8
+    return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)]) if missing else x
+
+
+def fill_rows(x: jax.Array, axis: int) -> jax.Array:
+    """`pad_rows`, unless there are fewer than one tile has: a copy of a whole tile fills the rest by itself."""
+    return x if x.shape[axis] < 8 else pad_rows(x, axis)
+
+
+def scale_column(scales: Any, row: Any, group: Any, rows: int) -> jax.Array:
+    """The scales of one group of inputs, for ``rows`` rows from ``row``, as float32 in registers."""
+    column = scales.at[pl.ds(row, rows), group]
+    return plgpu.load(column, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False).astype(jnp.float32)
+
+
+def spread(column: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """One value a row, for all columns."""
+    return lax.broadcast_in_dim(column, shape, [0])
+
+
+def sm_count() -> int:
+    """Multiprocessors of the device that is traced for: the abstract one when cross-lowering."""
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    if abstract is not None:
+        return abstract.num_cores
+    device = jax.devices()[0]
+    return getattr(device, "core_count", None) or 132

@@ -1,0 +1,155 @@
+"""The persistent decode step on a GPU: shapes of real models, phase by phase, thousands of times, and when it hangs."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from decode_steps import EPS, ON_GPU, SMALL, Case, arguments, compare, error, rotations
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.attention import attention_reference
+from pallas_kernels.decode_step import CASES, decode_step, phases
+from pallas_kernels.ffn import swiglu
+from pallas_kernels.hopper.decode_step import launch as persistent_launch
+from pallas_kernels.hopper.decode_step.plan import Tiles
+from pallas_kernels.matmul import matmul_reference
+from pallas_kernels.qkv import rotate
+from pallas_kernels.rms_norm import rms_norm_reference
+
+pytestmark = pytest.mark.timeout(60)
+
+GPU_CASES = {
+    "small": (dict(dim=512, hidden=1024, heads=8, kv_heads=2, head_dim=64, vocab=1000, layers=3), (5, 0, 300), 2),
+    "7b-layers": (CASES["7b"] | dict(layers=2), (700,), 1),
+    "7b-eight": (CASES["7b"] | dict(layers=2), (700, 1, 0, 64, 63, 65, 900, 127), 1),
+    "70b-layers": (CASES["70b"] | dict(layers=1), (700,), 8),
+    "tinyllama": (CASES["tinyllama"] | dict(layers=2), (1020, 9), 4),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fmt", ON_GPU)
+@pytest.mark.parametrize("name", GPU_CASES)
+def test_step_on_gpu(name: str, fmt: str) -> None:
+    size, start, queries = GPU_CASES[name]
+    args = jax.jit(lambda: arguments(fmt, start, queries, 1024, **size))()
+    step = jax.jit(functools.partial(decode_step, eps=EPS, backend="pallas"))
+    out = step(*args)
+    compare(out, args)
+    for _ in range(20):
+        jax.tree.map(np.testing.assert_array_equal, step(*args), out)
+
+
+@pytest.mark.gpu
+def test_many_steps_on_gpu() -> None:
+    """A donated scan of steps, each with fresh inputs, that finds its own keys again: after every step the logits are
+    those of the reference on the same cache."""
+    size = dict(dim=512, hidden=1024, heads=8, kv_heads=2, head_dim=64, vocab=1000, layers=3)
+    steps, D = 500, size["head_dim"]
+    args = arguments("bf16", (0, 7), 1, 512, **size)
+    weights, k, v, start = args[1:5]
+    xs = jax.random.normal(jax.random.key(1), (steps, 2, 1, size["dim"]), jnp.bfloat16)
+
+    def run(backend: str, k: jax.Array, v: jax.Array) -> tuple:
+        def one(carry: tuple, x: jax.Array) -> tuple:
+            k, v, start = carry
+            logits, k, v = decode_step(x, weights, k, v, start, *rotations(start, 1, D), eps=EPS, backend=backend)
+            return (k, v, start + 1), logits
+
+        return jax.lax.scan(one, (k, v, start), xs)
+
+    both = {b: jax.jit(functools.partial(run, b))(k, v) for b in ("xla", "pallas")}
+    for mine, wanted in zip(both["pallas"][1], both["xla"][1], strict=True):
+        assert error(mine, wanted) < 2e-2
+    again = jax.jit(functools.partial(run, "pallas"), donate_argnums=(0, 1))(k, v)
+    jax.tree.map(np.testing.assert_array_equal, again, both["pallas"])
+
+
+def by_phase(args: tuple, done: dict[str, jax.Array]) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """What each phase of a step of one layer and one token a row left, and what the reference makes of that which the
+    phase before left."""
+    x, w, k, v, start, cos, sin = args
+    B, D, kv_heads = x.shape[0], k.shape[4], k.shape[2]
+    rows = {name: a[:B] for name, a in done.items() if name in ("qkv", "x_mid", "hidden", "x", "logits")}
+    layer = jax.tree.map(lambda a: a[0], (w.attn_norm, w.wqkv, w.wo, w.ffn_norm, w.w_gate_up, w.w_down))
+    attn_norm, wqkv, wo, ffn_norm, w_gate_up, w_down = layer
+    dim, inner = w_down.shape
+    x_mid, hidden, x_out = rows["x_mid"][:, :dim], rows["hidden"][:, :inner], rows["x"][:, :dim]
+
+    qkv = rows["qkv"].reshape(B, 1, -1, D)
+    q, k_new, v_new = jnp.split(qkv, [qkv.shape[2] - 2 * kv_heads, qkv.shape[2] - kv_heads], axis=2)
+    here = jnp.arange(B), slice(None), start
+    keys = k[0].at[here].set(rotate(k_new, cos, sin)[:, 0])
+    values = v[0].at[here].set(v_new[:, 0])
+    attended = attention_reference(rotate(q, cos, sin), keys, values, start).reshape(B, -1)
+    weights = jax.nn.softmax(done["logs"][:, :B] * np.log(2), axis=0)  # of 8 columns each
+    parts = done["parts"][:, :B].reshape(*weights.shape, 8)
+    joined = (parts * weights[..., None]).sum(0).reshape(B, -1)[:, : wo.shape[1]].astype(jnp.bfloat16)
+
+    norm = functools.partial(rms_norm_reference, eps=EPS)
+    wide = functools.partial(matmul_reference, out_dtype=jnp.float32)
+    return {
+        "qkv": (rows["qkv"], wide(norm(x[:, 0], attn_norm), wqkv)),
+        "attend": (joined, attended),
+        "cache": (done["k"][0][here], rotate(k_new, cos, sin)[:, 0]),
+        "o": (x_mid, x[:, 0] + wide(joined, wo)),
+        "gate_up": (hidden, swiglu(wide(norm(x_mid, ffn_norm), w_gate_up))),
+        "down": (x_out, x_mid + wide(hidden, w_down)),
+        "head": (rows["logits"], wide(norm(x_out, w.norm), w.head)),
+    }
+
+
+def worst(mine: jax.Array, wanted: jax.Array) -> jax.Array:
+    """The largest difference, as a share of the number and of the size of all: what one block read too early would
+    show, and rounding of a number far above the others does not."""
+    mine, wanted = mine.astype(jnp.float32), wanted.astype(jnp.float32)
+    return (jnp.abs(mine - wanted) / (jnp.abs(wanted) + jnp.sqrt((wanted * wanted).mean()))).max()
+
+
+@pytest.mark.timeout(240)  # on a CPU, where compiling takes most of it
+def test_phases_are_compared_as_they_should() -> None:
+    """`by_phase` on an interpreted step: the stress test on a GPU compares with the right thing, and would notice."""
+    case = Case((5, 9), 64, fmt="int8", blocks=2)
+    args = case.arguments()
+    done = phases(*args, eps=EPS, tiles=Tiles(depth=4, chunk=1024), blocks=2, interpret=plgpu.InterpretGPUParams())
+    errors = {name: float(worst(*both)) for name, both in by_phase(args, done).items()}
+    assert max(errors.values()) < 0.06, errors
+    done["hidden"] = done["hidden"].at[0, 7].add(1)
+    assert worst(*by_phase(args, done)["gate_up"]) > 0.1
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("fmt", ON_GPU)
+def test_every_phase_of_10000_steps_on_gpu(fmt: str) -> None:
+    """Fresh inputs at every step, so that whatever a block reads before it is there is from another step, and wrong."""
+    size = dict(dim=1024, hidden=2048, heads=16, kv_heads=8, head_dim=64, vocab=2048, layers=1)
+    _, weights, k, v, *_ = arguments(fmt, (0, 0, 0), 1, 512, **size)
+
+    def one(state: tuple, key: jax.Array) -> tuple:
+        k, v, errors = state
+        x = jax.random.normal(key, (3, 1, size["dim"]), jnp.bfloat16)
+        start = jax.random.randint(key, (3,), 0, 500)
+        args = (x, weights, k, v, start, *rotations(start, 1, size["head_dim"]))
+        done = phases(*args, eps=EPS)
+        new = jnp.stack([worst(*both) for both in by_phase(args, done).values()])
+        return (done["k"], done["v"], jnp.maximum(errors, new)), None
+
+    keys = jax.random.split(jax.random.key(2), 10_000)
+    errors = jax.jit(lambda k, v: jax.lax.scan(one, (k, v, jnp.zeros(7)), keys)[0][2])(k, v)
+    assert errors.max() < 0.06, errors
+
+
+@pytest.mark.gpu
+def test_a_stalled_step_says_where_on_gpu(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
+    """With one block missing, a step with patience ends, and names the first phase that nobody could enter."""
+    args = arguments("bf16", (3,), 1, 64, **(SMALL | dict(dim=1024, hidden=1024)))
+    whole = persistent_launch._kernel
+    monkeypatch.setattr(
+        persistent_launch, "_kernel", lambda plan, *a: whole(dataclasses.replace(plan, blocks=plan.blocks - 1), *a)
+    )
+    jax.block_until_ready(jax.jit(functools.partial(phases, eps=EPS, patience=10_000))(*args))
+    assert "waited in vain for attend of layer 0" in capfd.readouterr().out

@@ -1,0 +1,165 @@
+"""The drawing kernel against its reference: interpreted, cross-lowered, and compiled on the GPU."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from h200 import lower
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from np_sampler import np_sampler
+
+from jllama.sampling import make_sampling, sample
+from pallas_kernels import Unsupported
+from pallas_kernels.draw import CASES, draw, draw_reference, log_probability, truncate
+from pallas_kernels.hopper.sampling.draw import Split, draw_rows, split_of
+
+SETTINGS: dict[str, dict[str, Any]] = {  # of four rows
+    "greedy": dict(temperature=(0.0, 0.0, 0.0, 0.0)),
+    "temperature": dict(temperature=(0.0, 0.3, 1.0, 3.0)),
+    "top-k": dict(temperature=(0.8, 0.8, 0.0, 0.8), top_k=(0, 1, 7, 100)),
+    "top-p": dict(temperature=(0.8, 0.8, 0.8, 0.0), top_p=(1.0, 0.9, 0.02, 0.5)),
+    "nearly-all": dict(temperature=(1.0, 1.0, 1.0, 1.0), top_p=(0.999999, 0.9999999, 0.99, 1e-9)),
+    "min-p": dict(temperature=(0.8, 0.8, 0.8, 1.5), min_p=(0.0, 0.1, 0.9, 0.001)),
+    "all": dict(
+        temperature=(0.8, 1.2, 0.0, 3.0),
+        top_k=(0, 40, 5, 10**6),
+        top_p=(0.9, 0.7, 0.5, 1.0),
+        min_p=(0.0, 0.02, 0.5, 0.0),
+    ),
+}
+ROWS = 4
+NEAR, CLOSE = 1e-5, 3e-6  # of all mass: a sum's rounding, by which a cut may fall on either side of a token
+jit_reference = jax.jit(draw_reference)
+
+
+def arguments(settings: str, vocab: int, *, seed: int = 0, spread: float = 2.0) -> tuple[Any, ...]:
+    """Logits, shares and the settings as arrays."""
+    random = np.random.RandomState(seed)
+    logits = jnp.asarray(random.standard_normal((ROWS, vocab)) * spread, jnp.float32)
+    share = jnp.asarray(random.rand(ROWS), jnp.float32)
+    types = dict(top_k=jnp.int32)
+    given = {n: jnp.asarray(rows, types.get(n, jnp.float32)) for n, rows in SETTINGS[settings].items()}
+    return logits, share, given
+
+
+def assert_drawn(found: tuple[Any, Any], logits: jax.Array, share: jax.Array, given: dict[str, Any]) -> None:
+    wanted = jit_reference(logits, share, **given)
+    np.testing.assert_array_equal(found[0], wanted[0])
+    np.testing.assert_allclose(found[1], wanted[1], atol=1e-5)
+
+
+def interpreted(*args: Any, races: bool = False, **given: Any) -> Any:
+    found = jax.block_until_ready(draw_rows(*args, **given, interpret=plgpu.InterpretGPUParams(detect_races=races)))
+    assert not races or not interpret_pallas_call.get_races().races_found
+    return found
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_draw_interpreted(settings: str) -> None:
+    logits, share, given = arguments(settings, 1280)  # two warpgroups, an odd number for every thread
+    assert_drawn(interpreted(logits, share, **given, races=True), logits, share, given)
+
+
+@pytest.mark.parametrize("settings", ["top-p", "all"])
+def test_equal_logits_stay_together(settings: str) -> None:
+    logits, share, given = arguments(settings, 512)
+    logits = jnp.round(logits * 2) / 2
+    assert_drawn(interpreted(logits, share, **given), logits, share, given)
+
+
+def test_draw_stands_extreme_logits() -> None:
+    rows = np.full((ROWS, 512), -np.inf, np.float32)
+    rows[0, 300] = 1e30
+    rows[1, 511] = -5.0
+    rows[2, :] = -1e30
+    rows[3, :] = np.linspace(0, 400, 512)  # masses below the smallest float
+    logits, (_, share, given) = jnp.asarray(rows), arguments("all", 512)
+    found = interpreted(logits, share, **given)
+    assert_drawn(found, logits, share, given)
+    not_numbers = logits.at[0, 7].set(jnp.nan).at[1, 9].set(jnp.inf)
+    token, logprob = interpreted(not_numbers, share, **given)
+    assert ((token >= 0) & (token < 512)).all()
+    np.testing.assert_array_equal(jnp.isnan(logprob), [True, True, False, False])
+    assert token[2] == found[0][2]
+    assert token[3] == found[0][3]
+
+
+@pytest.mark.parametrize("share", [0.0, 1e-7, 0.5, 1 - 2.0**-23, 1.0])
+def test_what_is_excluded_is_never_drawn_whatever_the_share(share: float) -> None:
+    logits, _, given = arguments("all", 512, seed=3, spread=6.0)
+    token, _ = interpreted(logits, jnp.full(ROWS, share), **given)
+    temperature = jnp.maximum(given.pop("temperature"), 1e-6)
+    kept = truncate(logits / temperature[:, None], **given)
+    assert (kept > -jnp.inf).sum() < kept.size / 2
+    assert (kept[jnp.arange(ROWS), token] > -jnp.inf).all()
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_draw_lowers(case: str, settings: str) -> None:
+    rows, vocab = CASES[case]["rows"], CASES[case]["vocab"]
+    given = {name: jax.ShapeDtypeStruct((rows,), a.dtype) for name, a in arguments(settings, 128)[2].items()}
+    shapes = jax.ShapeDtypeStruct((rows, vocab), jnp.float32), jax.ShapeDtypeStruct((rows,), jnp.float32)
+    lower(lambda logits, share, given: draw_rows(logits, share, **given), *shapes, given)
+
+
+def test_which_vocabularies_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert split_of(32000) == Split(5, 50)
+    assert split_of(512) == Split(1, 4)
+    assert [split_of(vocab) for vocab in (96, 32001, 64 * 5 * 128 + 128, 128256)] == [None] * 4
+    monkeypatch.setattr("pallas_kernels.dispatch.require_hopper", lambda: None)
+    for backend in ("auto", "pallas"):
+        choice = draw.choose(backend, jnp.zeros((1, 96)), jnp.zeros(1), temperature=jnp.ones(1))
+        assert (choice.impl, choice.why[:27]) == ("xla", "a vocabulary of 96 cannot b")
+        choice = draw.choose(backend, jnp.zeros((1, 512)), None, temperature=None)
+        assert (choice.impl, choice.why[:6]) == ("xla", "greedy")
+    with pytest.raises(Unsupported, match="draw: logits must be float32, found bfloat16"):
+        draw(jnp.zeros((1, 512), jnp.bfloat16), jnp.zeros(1), temperature=jnp.ones(1), backend="pallas")
+
+
+# Compiled, on a Hopper GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("vocab", [512, 1280, 32000])
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_draw_on_gpu(settings: str, vocab: int) -> None:
+    kernel = jax.jit(lambda logits, share, given: draw(logits, share, **given, backend="pallas"))
+    for seed in range(20):
+        for spread in (0.1, 2.0, 8.0):
+            logits, share, given = arguments(settings, vocab, seed=seed, spread=spread)
+            found = kernel(logits, share, given)
+            again = kernel(logits, share, given)
+            np.testing.assert_array_equal(found[0], again[0])
+            np.testing.assert_array_equal(found[1], again[1])
+            assert_near(np.asarray(found[0]), np.asarray(logits), np.asarray(share), given)
+            np.testing.assert_allclose(found[1], log_probability(logits, found[0]), atol=1e-4)
+
+
+def assert_near(token: np.ndarray, logits: np.ndarray, share: np.ndarray, given: dict[str, Any]) -> None:
+    """Every token is one that a sampler in float64 may draw, were the row's share off by what sums of float32 are."""
+    for row, drawn in enumerate(token):
+        own = {name: values[row].item() for name, values in given.items()}
+        if own["temperature"] == 0:
+            assert drawn == logits[row].argmax()
+            continue
+        probs, close = np_sampler(logits[row], **own)
+        # Top-p adds up what is rounded: a token on its cut may be the last, or the one before it is.
+        near = NEAR + (probs[probs > 0].min() if own.get("top_p", 1) < 1 and close < CLOSE else 0)
+        reached = probs[: drawn + 1].sum()
+        assert reached - probs[drawn] - near <= share[row] <= reached + near
+
+
+@pytest.mark.gpu
+def test_sampled_tokens_on_gpu_are_those_of_xla() -> None:
+    sampling = make_sampling(8, seed=1, temperature=0.8, top_p=0.9)
+    logits = jax.random.normal(jax.random.key(0), (8, 32000)) * 2
+    draw_with = jax.jit(sample, static_argnames="backend")
+
+    def tokens(backend: str) -> np.ndarray:
+        return np.stack([draw_with(logits, sampling, jnp.full(8, i), backend=backend)[0] for i in range(100)])
+
+    assert (tokens("xla") == tokens("pallas")).mean() > 0.99

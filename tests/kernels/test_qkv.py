@@ -1,0 +1,254 @@
+"""The QKV product with rotary and cache write against its float32 reference: interpreted, lowered for an H200, and
+compiled on one (marker gpu)."""
+
+import dataclasses
+import functools
+import types
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from h200 import H200
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from test_products import FORMATS, abstract, error, interpreter, lower, normal, race_free, weight
+
+from jllama.cache import init_cache
+from jllama.config import LlamaConfig, preset
+from jllama.model import forward
+from jllama.params import init, stack
+from pallas_kernels import Choice, Indexed, QuantizedTensor, Unsupported, cut_out, dequantize, dispatch, qkv, record
+from pallas_kernels.hopper.gemm.large_m_plan import WideTiles
+from pallas_kernels.qkv import CASES, check_qkv, qkv_kernel, qkv_reference
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call: the sizes of a model and of a cache, and how many tokens come to each of its sequences."""
+
+    start: tuple[int, ...]
+    tokens: int
+    max_len: int
+    heads: int = 2
+    kv_heads: int = 1
+    head_dim: int = 128
+    dim: int = 128
+    fmt: str = "bf16"
+    layers: int | None = None
+
+    @property
+    def out(self) -> int:
+        return (self.heads + 2 * self.kv_heads) * self.head_dim
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        return () if self.layers is None else (self.layers,)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of a stack the last but one."""
+        return {} if self.layers is None else {"layer": self.layers - 2}
+
+    def weight(self, w: Any) -> Any:
+        return w if self.layers is None else Indexed(w, self.layers - 2)
+
+    def shapes(self) -> list[Any]:
+        """x, w, k, v, start, cos and sin."""
+        batch = len(self.start)
+        cache = jax.ShapeDtypeStruct((*self.lead, batch, self.kv_heads, self.max_len, self.head_dim), jnp.bfloat16)
+        angles = jax.ShapeDtypeStruct((batch, self.tokens, self.head_dim // 2), jnp.float32)
+        return [
+            jax.ShapeDtypeStruct((batch, self.tokens, self.dim), jnp.bfloat16),
+            self.weight(abstract(self.fmt, *self.lead, self.out, self.dim)),
+            *(cache, cache),
+            jax.ShapeDtypeStruct((batch,), jnp.int32),
+            *(angles, angles),
+        ]
+
+    def arguments(self) -> list[Any]:
+        x, _, k, _, _, cos, _ = self.shapes()
+        angles = 6 * jax.random.uniform(jax.random.key(4), cos.shape)
+        return [
+            normal(0, *x.shape),
+            self.weight(weight(self.fmt, *self.lead, self.out, self.dim)),
+            *(normal(seed, *k.shape) for seed in (2, 3)),
+            jnp.asarray(self.start, jnp.int32),
+            *(jnp.cos(angles), jnp.sin(angles)),
+        ]
+
+
+def check(case: Case, arguments: list[Any], found: tuple[jax.Array, ...]) -> None:
+    """Queries and new keys and values are the reference's; of the rest of the cache nothing has changed but slots of
+    the same heads that are free: up to a chunk behind the last token."""
+    x, w, *cache, start, cos, sin = cut_out(arguments)
+    if isinstance(w, QuantizedTensor):
+        w = dequantize(w, x.dtype if w.scale.shape[-1] > 1 else jnp.float32)
+    exact = [a.astype(jnp.float32) for a in (x, w, *cache)]
+    q, *wanted = qkv_reference(*exact, start, cos, sin, **case.options)
+    assert error(found[0], q) < 3e-3
+    for old, new, reference in zip(cache, found[1:], wanted, strict=True):
+        old, new, reference = (
+            np.asarray(a, np.float32).reshape(case.layers or 1, *a.shape[-4:]) for a in (old, new, reference)
+        )
+        layer = case.options.get("layer", 0)
+        for b, first in enumerate(case.start):
+            end = first + case.tokens
+            if first < case.max_len:
+                assert error(new[layer, b, :, first:end], reference[layer, b, :, first:end]) < 3e-3
+            for a in (new, old):
+                a[layer, b, :, first : first - (-case.tokens // WideTiles.chunk) * WideTiles.chunk] = 0
+        np.testing.assert_array_equal(new, old)
+
+
+# The interpreter: small shapes, every path
+
+SMALL = {
+    "odd-tokens": Case((37,), 100, 176),
+    "int8-one-layer-of-a-stack": Case((37,), 100, 144, fmt="int8", layers=3),  # of its last chunk a part has no room
+    "int8-g32": Case((0,), 96, 96, fmt="int8-g32"),
+    "int4-several-starts": Case((37, 2), 96, 144, kv_heads=2, fmt="int4-g128"),
+    "no-room-for-the-last": Case((60, 0, 96), 64, 96, heads=1),
+    "no-room-at-all": Case((64, 99), 64, 64, heads=1, layers=2),
+    "heads-of-64": Case((37, 2), 96, 144, heads=2, kv_heads=1, head_dim=64, fmt="int4-g128"),  # a tile has k and v
+    "heads-of-64-odd-tokens": Case((5,), 70, 136, heads=4, kv_heads=2, head_dim=64, fmt="int8", layers=2),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_interpreted(name: str) -> None:
+    case = SMALL[name]
+    arguments = case.arguments()
+    check_qkv(*arguments, **case.options)
+    tiles = WideTiles(out=128, rows=128, depth=2, parts=2)
+    found = qkv_kernel(*arguments, **case.options, tiles=tiles, sms=2, interpret=interpreter())
+    race_free(found[0])
+    check(case, arguments, found)
+
+
+# Lowered for an H200: the real shapes
+
+
+@pytest.mark.parametrize(
+    ("fmt", "start", "tokens", "layers"),
+    [("bf16", (0, 0), 2048, 3), ("int8", (0,), 512, None), ("int4-g128", (0,), 999, 3)],
+)
+@pytest.mark.parametrize("name", CASES)
+def test_real_shapes_lower(name: str, fmt: str, start: tuple[int, ...], tokens: int, layers: int | None) -> None:
+    case = Case(start, tokens, 4104, **CASES[name], fmt=fmt, layers=layers)
+    check_qkv(*case.shapes(), **case.options)
+    lower(functools.partial(qkv_kernel, **case.options), *case.shapes())
+
+
+# In the model
+
+MODEL = LlamaConfig(
+    dim=128, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=64, hidden_dim=256, vocab_size=128, max_seq_len=256
+)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_prompts_through_the_interpreted_kernel(monkeypatch: pytest.MonkeyPatch, stacked: bool) -> None:
+    """Two prompts of different lengths, each in two pieces: what the first wrote as padding, the second overwrites.
+    Large weights make much of bfloat16: the reference rounds before it turns, the kernel after."""
+    params = tiny.model("bfloat16", MODEL)
+    params = stack(params) if stacked else params
+    pieces = [jnp.asarray([tiny.prompt(64, seed), tiny.prompt(64, seed + 1)]) for seed in (0, 2)]
+
+    def attempt(*arguments: Any, backend: str, **options: Any) -> Any:
+        check_qkv(*arguments, **options)
+        tiles = WideTiles(out=128, rows=128, depth=2)
+        # The interpreter's threads wait for one another: nothing else may be under way that has the machine's.
+        jax.block_until_ready(arguments)
+        out = qkv_kernel(*arguments, **options, tiles=tiles, sms=2, interpret=plgpu.InterpretGPUParams())
+        return jax.block_until_ready(out)
+
+    found = []
+    for fused in (False, True):
+        if fused:
+            monkeypatch.setattr("jllama.model.qkv", types.SimpleNamespace(attempt=attempt))
+        cache = init_cache(MODEL, 2, 136, jnp.bfloat16, stacked=stacked)
+        for tokens, lengths in zip(pieces, ((64, 40), (64, 64)), strict=True):
+            logits, cache = forward(params, tokens, cache, lengths=jnp.asarray(lengths), backend="xla")
+        assert cache is not None
+        k, v = ([cut_out(cache.layer(i)[j]) for i in range(MODEL.n_layers)] for j in (0, 1))
+        found.append((logits, [[a[0, :, :128], a[1, :, :104]] for a in (*k, *v)]))
+    assert max(jax.tree.leaves(jax.tree.map(error, *found))) < 0.05
+
+
+def test_a_prompt_of_the_7b_lowers_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each kernel once, whatever the number of layers, and the cache is nowhere copied."""
+    monkeypatch.setattr(dispatch, "require_hopper", lambda: None)
+    config, tokens = preset("7b"), jax.ShapeDtypeStruct((1, 512), jnp.int32)
+    params = jax.eval_shape(lambda: init(config, jax.random.key(0), dtype=jnp.bfloat16))
+    cache = jax.eval_shape(lambda: init_cache(config, 1, 2048, jnp.bfloat16))
+    run = jax.jit(functools.partial(forward, last_only=True), donate_argnums=2)
+    with jax.sharding.use_abstract_mesh(H200), record() as choices:
+        text = run.trace(params, tokens, cache).lower(lowering_platforms=("cuda",)).as_text()
+    assert choices["qkv"] == Choice("pallas", "kernel runs here")
+    assert text.count("@mosaic_gpu") == 7  # norm, qkv, attention, o, gate and up, down, head
+    assert text[text.index("@main") :].splitlines()[0].count("tf.aliasing_output") == len(jax.tree.leaves(cache))
+    whole = [line for line in text.splitlines() if "x2048x128xbf16>" in line and "func" not in line]
+    assert whole
+    assert not any(word in line for line in whole for word in ("slice", "scatter", "copy", "pad"))
+
+
+# What the kernel refuses
+
+ROWS = Case((0,), 512, 1024)
+REFUSED = {
+    "few rows": (dataclasses.replace(ROWS, tokens=64), "64 rows: up to 64 have a product of their own"),
+    "head_dim": (dataclasses.replace(ROWS, head_dim=96), "head_dim must be 64 or 128, found 96"),
+    "ragged": (dataclasses.replace(ROWS, start=(0, 3), tokens=70), "70 tokens of 2 sequences"),
+    "outputs": (dataclasses.replace(ROWS, head_dim=64, heads=1), "192 outputs: must be a multiple of 128"),
+    "no queries": (dataclasses.replace(ROWS, heads=0), "are not q's heads"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name: str) -> None:
+    case, reason = REFUSED[name]
+    with pytest.raises(Unsupported, match=reason):
+        check_qkv(*case.shapes(), **case.options)
+
+
+@pytest.mark.parametrize(
+    ("place", "shape", "dtype", "reason"),
+    [
+        (2, (1, 1, 1024, 128), jnp.float32, "must have one dtype"),
+        (3, (1, 1, 1024, 64), jnp.bfloat16, "do not belong together"),
+        (4, (2,), jnp.int32, "do not belong together"),
+        (5, (1, 512, 128), jnp.float32, "cos .1, 512, 128. and sin"),
+    ],
+)
+def test_refused_arguments(place: int, shape: tuple[int, ...], dtype: Any, reason: str) -> None:
+    arguments = ROWS.shapes()
+    arguments[place] = jax.ShapeDtypeStruct(shape, dtype)
+    with pytest.raises(Unsupported, match=reason):
+        check_qkv(*arguments)
+
+
+# Compiled, on a Hopper GPU
+
+LARGE = {
+    **{name: Case((0,), 512, 1024, **sizes) for name, sizes in CASES.items()},
+    "7b-odd": Case((300,), 1001, 1304, **CASES["7b"], layers=2),
+    "70b-several": Case((0, 777), 2048, 2824, **CASES["70b"], layers=2),
+    "tinyllama-several": Case((5, 0, 1), 160, 168, **CASES["tinyllama"], layers=2),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("name", "fmt"), [(name, case.fmt) for name, case in SMALL.items()] + [(name, f) for name in LARGE for f in FORMATS]
+)
+def test_on_gpu(name: str, fmt: str) -> None:
+    case = dataclasses.replace((SMALL | LARGE)[name], fmt=fmt)
+    arguments = case.arguments()
+    run = jax.jit(functools.partial(qkv, **case.options, backend="pallas"), donate_argnums=(2, 3))
+    found = run(*arguments[:2], *(a.copy() for a in arguments[2:4]), *arguments[4:])
+    with jax.default_matmul_precision("highest"):
+        check(case, arguments, found)
