@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import QuantizedTensor, Unsupported, dequantize, ffn, matmul, quantize
 from pallas_kernels.ffn import CASES as FFN_CASES
 from pallas_kernels.ffn import check_ffn, ffn_kernel, ffn_reference
-from pallas_kernels.hopper.common.limbs import digits_of
+from pallas_kernels.hopper.common.limbs import split_into_limbs
 from pallas_kernels.hopper.common.tiles import format_of
 from pallas_kernels.hopper.gemm.large_m import WideTiles, check_wide, wide
 from pallas_kernels.hopper.gemm.small_m import SkinnyTiles, check_skinny, plan, skinny
@@ -108,7 +108,7 @@ def test_skinny_interpreted(fmt: str, rows: int, out: int, tiles: SkinnyTiles, s
 def test_three_digits_are_a_row(size: float) -> None:
     """Every bit of inputs that are a hundredth of the row's largest."""
     x = (normal(0, 4, 4096) * jnp.bfloat16(size)).at[:, 5].mul(100)
-    digits, scale = digits_of(x, 3)
+    digits, scale = split_into_limbs(x, 3)
     back = sum(np.asarray(d, np.float64) * 256 ** (2 - i) for i, d in enumerate(digits)) / 2**21
     small = np.delete(back * np.asarray(scale, np.float64)[:, None] - np.asarray(x, np.float64), 5, axis=1)
     assert np.abs(small).max() <= 2.0**-21 * np.abs(np.asarray(x, np.float64)).max()

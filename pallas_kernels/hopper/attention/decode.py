@@ -17,8 +17,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ...dispatch import Unsupported
 from ...layer_view import Indexed, in_place
-from ..common.online_softmax import ROWS, hide, no_keys, rescale, soften, weigh
-from ..common.tiles import fill_rows, pad_rows, swizzled
+from ..common.online_softmax import QUERY_TILE, empty_statistics, mask, pv_product, rescale, update_softmax
+from ..common.tiles import pad_rows, pad_rows_unless_short, swizzled
 from . import prefill as flash_attention
 
 
@@ -40,8 +40,10 @@ def check(q: jax.Array, k: jax.Array | Indexed, v: jax.Array | Indexed, start: j
     """Raise `Unsupported` where `flash_decode` cannot run these arguments."""
     flash_attention.check(q, k, v, start)
     rows = q.shape[1] * q.shape[2] // k.shape[1]
-    if rows > ROWS:
-        raise Unsupported(f"at most {ROWS} query rows for a key head (queries times heads that share it), found {rows}")
+    if rows > QUERY_TILE:
+        raise Unsupported(
+            f"at most {QUERY_TILE} query rows for a key head (queries times heads that share it), found {rows}"
+        )
 
 
 # A jit of its own: all layers of a model share one lowering, and the compiled kernel with it.
@@ -91,7 +93,7 @@ def decode_parts(
     """Attention over each part of the keys, [B, kv_heads, splits, rows, D], and log2 of the sum of its weights' terms,
     [B, kv_heads, splits, ROWS], both in float32."""
     B, kv_heads, rows, D = q.shape
-    q = fill_rows(q, 2)
+    q = pad_rows_unless_short(q, 2)
     (k, layer), (v, _) = in_place(k), in_place(v)
     k, v = pad_rows(k, 3), pad_rows(v, 3)
     S, group = k.shape[3], rows // queries
@@ -117,12 +119,12 @@ def decode_parts(
         # Copies fill the rows behind q's with zeros, and drop those behind the result's. JAX 0.12 refuses such slices
         # where their start is a constant.
         first = split * 0
-        plgpu.copy_gmem_to_smem(q_ref.at[b, head, pl.ds(first, ROWS)], q_smem, q_full)
+        plgpu.copy_gmem_to_smem(q_ref.at[b, head, pl.ds(first, QUERY_TILE)], q_smem, q_full)
         lax.fori_loop(low, jnp.minimum(low + tiles.stages, high), lambda j, _: load(j), None)
         plgpu.barrier_wait(q_full)
 
         def last(j):
-            row = plgpu.broadcasted_iota(jnp.int32, (ROWS, tiles.keys), 0, layout=plgpu.Layout.WGMMA)
+            row = plgpu.broadcasted_iota(jnp.int32, (QUERY_TILE, tiles.keys), 0, layout=plgpu.Layout.WGMMA)
             return jnp.minimum(begin + lax.div(row, group), S - 1) - j * tiles.keys
 
         def step(j, carry, *, masked):
@@ -134,10 +136,10 @@ def decode_parts(
                 plgpu.wgmma(s_ref, q_smem, k_smem.at[slot].T)
                 return s_ref[...]
 
-            s = pl.run_scoped(scores, plgpu.ACC((ROWS, tiles.keys), jnp.float32))
-            p, alpha, m, total = soften(hide(s, last(j)) if masked else s, m, total, scale)
+            s = pl.run_scoped(scores, plgpu.ACC((QUERY_TILE, tiles.keys), jnp.float32))
+            p, alpha, m, total = update_softmax(mask(s, last(j)) if masked else s, m, total, scale)
             plgpu.barrier_wait(v_full.at[slot])
-            acc = weigh(rescale(acc, alpha), p.astype(q.dtype), v_smem.at[slot], p_smem)
+            acc = pv_product(rescale(acc, alpha), p.astype(q.dtype), v_smem.at[slot], p_smem)
 
             @pl.when(j + tiles.stages < high)
             def _():
@@ -145,8 +147,8 @@ def decode_parts(
 
             return acc, m, total
 
-        zeros = plgpu.layout_cast(jnp.zeros((ROWS, D), jnp.float32), plgpu.Layout.WGMMA)
-        carry = (zeros, *no_keys())
+        zeros = plgpu.layout_cast(jnp.zeros((QUERY_TILE, D), jnp.float32), plgpu.Layout.WGMMA)
+        carry = (zeros, *empty_statistics())
         border = jnp.clip(whole, low, high)
         carry = lax.fori_loop(low, border, functools.partial(step, masked=False), carry)
         acc, m, total = lax.fori_loop(border, high, functools.partial(step, masked=True), carry)
@@ -155,7 +157,7 @@ def decode_parts(
         out_smem[...] = rescale(acc, share)
         log_smem[...] = m + jnp.log2(total)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(out_smem, part_ref.at[b, head, split, pl.ds(first, ROWS)])
+        plgpu.copy_smem_to_gmem(out_smem, part_ref.at[b, head, split, pl.ds(first, QUERY_TILE)])
         plgpu.copy_smem_to_gmem(log_smem, log_ref.at[b, head, split])
         plgpu.wait_smem_to_gmem(0)
 
@@ -164,16 +166,16 @@ def decode_parts(
         body,
         out_type=(
             jax.ShapeDtypeStruct((B, kv_heads, splits, rows, D), jnp.float32),
-            jax.ShapeDtypeStruct((B, kv_heads, splits, ROWS), jnp.float32),
+            jax.ShapeDtypeStruct((B, kv_heads, splits, QUERY_TILE), jnp.float32),
         ),
         scratch_types=(
-            swizzled((ROWS, D), q.dtype),
+            swizzled((QUERY_TILE, D), q.dtype),
             plgpu.RefUnion(
                 (swizzled((tiles.stages, tiles.keys, D), q.dtype),) * 2,
-                plgpu.SMEM((ROWS, D), jnp.float32),  # written when all tiles are used
+                plgpu.SMEM((QUERY_TILE, D), jnp.float32),  # written when all tiles are used
             ),
-            plgpu.SMEM((ROWS,), jnp.float32),
-            None if interpret is None else swizzled((ROWS, tiles.keys), q.dtype),
+            plgpu.SMEM((QUERY_TILE,), jnp.float32),
+            None if interpret is None else swizzled((QUERY_TILE, tiles.keys), q.dtype),
             (plgpu.Barrier(), ring, ring),
         ),
         grid=(splits, kv_heads, B),

@@ -1,6 +1,5 @@
 """Pieces of the attention kernels: a ring of tiles in shared memory, and softmax over scores that come tile by tile."""
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -9,68 +8,25 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .ring import claim, drain
-
-ROWS = 64  # query rows of one warpgroup: a wgmma tile
-LOWEST = -1e30  # a maximum of nothing: finite, so that differences of maxima are numbers
+QUERY_TILE = 64  # query rows of one warpgroup: a wgmma tile
+EMPTY_MAX = -1e30  # a maximum of nothing: finite, so that differences of maxima are numbers
 
 Ref = Any  # of pallas, which has no public type for it
 
 
-@dataclasses.dataclass(frozen=True)
-class Ring:
-    """Tiles on their way from the warpgroup that loads to those that compute, numbered from ``first`` of all that come
-    through."""
-
-    smem: Ref
-    full: Ref
-    free: Ref
-    stages: int
-    first: Any = 0
-
-    def from_here(self, first: Any) -> "Ring":
-        """The same ring, whose tile 0 is now that with this number."""
-        return dataclasses.replace(self, first=first)
-
-    def slot(self, j: jax.Array | int) -> jax.Array | int:
-        """Where tile j lies."""
-        return lax.rem(self.first + j, self.stages)
-
-    def tile(self, j: jax.Array | int) -> Ref:
-        """Tile j, once it is there."""
-        return self.smem.at[self.slot(j)]
-
-    def fetch(self, j: jax.Array, source: Ref) -> None:
-        """Start to load tile j where it will not hurt a tile in use."""
-        slot = claim(self.first + j, self.stages, self.free)
-        plgpu.copy_gmem_to_smem(source, self.smem.at[slot], self.full.at[slot])
-
-    def wait(self, j: jax.Array | int) -> None:
-        """Wait for tile j."""
-        plgpu.barrier_wait(self.full.at[self.slot(j)])
-
-    def release(self, j: jax.Array | int) -> None:
-        """Say that this warpgroup is done with tile j."""
-        plgpu.barrier_arrive(self.free.at[self.slot(j)])
-
-    def drain(self) -> None:
-        """Wait until the last tiles before ``first`` are released: whoever waits on a barrier sees all its phases."""
-        drain(self.first, self.stages, self.free)
-
-
-def no_keys() -> tuple[jax.Array, jax.Array]:
+def empty_statistics() -> tuple[jax.Array, jax.Array]:
     """The statistics of a softmax over nothing, for each row: maximum (times scale) and sum."""
     row = plgpu.Layout.WGMMA.reduce(1)
-    return tuple(plgpu.layout_cast(jnp.full((ROWS,), x, jnp.float32), row) for x in (LOWEST, 0.0))
+    return tuple(plgpu.layout_cast(jnp.full((QUERY_TILE,), x, jnp.float32), row) for x in (EMPTY_MAX, 0.0))
 
 
-def hide(s: jax.Array, last: jax.Array) -> jax.Array:
+def mask(s: jax.Array, last: jax.Array) -> jax.Array:
     """Take the keys behind ``last`` out of the scores."""
     key = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=plgpu.Layout.WGMMA)
     return jnp.where(key <= last, s, -jnp.inf)
 
 
-def soften(s: jax.Array, m: jax.Array, total: jax.Array, scale: float) -> tuple[jax.Array, ...]:
+def update_softmax(s: jax.Array, m: jax.Array, total: jax.Array, scale: float) -> tuple[jax.Array, ...]:
     """Weights of a tile of scores, the factor for what was summed before, and the statistics brought up to date."""
     m_new = jnp.maximum(m, s.max(axis=1) * scale)
     alpha = jnp.exp2(m - m_new)
@@ -83,7 +39,7 @@ def rescale(acc: jax.Array, factor: jax.Array) -> jax.Array:
     return acc * lax.broadcast_in_dim(factor, acc.shape, (0,))
 
 
-def weigh(acc: jax.Array, p: jax.Array, values: Ref, p_smem: Ref | None) -> jax.Array:
+def pv_product(acc: jax.Array, p: jax.Array, values: Ref, p_smem: Ref | None) -> jax.Array:
     """acc + p @ values. The interpreter has no wgmma with A in registers: there the weights go through ``p_smem``."""
     if p_smem is None:
         return pl.run_state(lambda ref: plgpu.wgmma(ref, p, values))(plgpu.ACC.init(acc))

@@ -24,16 +24,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ...dispatch import Unsupported
 from ...layer_view import layer_index
-from ..common.ring import claim, consumer_registers, drain
+from ..common.ring import acquire, consumer_registers, drain
 from ..common.tiles import (
     WGMMA_ROWS,
     Format,
     Weight,
-    check_product,
-    fill_rows,
+    check_operands,
+    data_and_scale,
     format_of,
+    pad_rows_unless_short,
     sm_count,
-    split,
     swizzled,
 )
 from ..common.widen import shuffle_inputs
@@ -47,7 +47,7 @@ PRODUCER_REGISTERS = 24
 
 def check_skinny(x: jax.Array, w: Weight, *, tiles: SkinnyTiles | None = None) -> None:
     """Raise `Unsupported` where `skinny` cannot run; ``x`` is [rows, in]."""
-    check_product(x, w)
+    check_operands(x, w)
     fmt = format_of(w)
     rows, inner = x.shape
     out = w.shape[-2]
@@ -104,9 +104,9 @@ def _skinny(x: jax.Array, w: Weight, layer: jax.Array | None, residual: jax.Arra
     fmt = format_of(w)
     rows, inner = x.shape
     p = replace(plan(w.shape[-2], inner, rows, fmt, tiles, sms), interpret=bool(interpret))
-    data, scale = split(w)
+    data, scale = data_and_scale(w)
     if not tiles.digits:
-        x = fill_rows(x, 0)
+        x = pad_rows_unless_short(x, 0)
         x = shuffle_inputs(x) if fmt.quantized and not interpret else x
     arguments = {"layer": layer, "x": x, "w": data}
     if fmt.grouped or (fmt.quantized and (p.direct or tiles.digits)):
@@ -160,7 +160,7 @@ def _kernel(names: tuple[str, ...], fmt: Format, p: Plan, tiles: SkinnyTiles, dt
 def _scratch_of_floats(fmt: Format, p: Plan, tiles: SkinnyTiles, dtype: Any, done: Any) -> dict[str, Any]:
     others = tiles.consumers - 1
     scratch = {
-        "x_ring": swizzled((p.depth, p.columns, tiles.step), dtype, run=fmt.group),
+        "x_ring": swizzled((p.depth, p.columns, tiles.step), dtype, min_slice=fmt.group),
         "sums": plgpu.SMEM((max(1, others), p.height, p.columns), jnp.float32),
     }
     if others:
@@ -170,7 +170,7 @@ def _scratch_of_floats(fmt: Format, p: Plan, tiles: SkinnyTiles, dtype: Any, don
         scratch["turned"] = plgpu.SMEM((p.columns, p.height), jnp.float32)
         scratch["finished"] = plgpu.SMEM((p.columns, p.strip), done.dtype)
     if p.interpret and fmt.quantized:
-        scratch["widened"] = swizzled((tiles.consumers, WGMMA_ROWS, tiles.step), dtype, run=fmt.group)
+        scratch["widened"] = swizzled((tiles.consumers, WGMMA_ROWS, tiles.step), dtype, min_slice=fmt.group)
     return scratch
 
 
@@ -218,7 +218,7 @@ def _produce(x_ref: Any, w_ref: Any, turns: Any, piece: Any, p: Plan, step: int,
         place = pl.ds(p.shift(row), p.strip)
 
         def stage(i: Any, count: Any) -> Any:
-            slot = claim(count, p.depth, free)
+            slot = acquire(count, p.depth, free)
             inputs = pl.ds(i * step, step)
             plgpu.copy_gmem_to_smem(w_ref.at[pl.ds(row, p.strip), inputs], w_ring.at[slot, place], full.at[slot])
             if x_ring is not None:

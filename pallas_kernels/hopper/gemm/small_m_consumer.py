@@ -11,7 +11,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ..common.layouts import outputs
+from ..common.layouts import pair_per_lane
 from ..common.tiles import WGMMA_ROWS, Format
 from ..common.widen import load_shuffled, widen_shuffled
 from .small_m_plan import Plan, SkinnyTiles
@@ -113,7 +113,7 @@ def finish(totals: list[jax.Array], row: Any, out_ref: Any, p: Plan, *, turned: 
     for tile, total in zip(p.tiles, totals, strict=True):
         place = turned.at[:, pl.ds(tile, WGMMA_ROWS)]
         place.T[...] = plgpu.layout_cast(total, plgpu.Layout.WGMMA_TRANSPOSED)
-    sums = plgpu.load(turned.at[:, pl.ds(p.shift(row), p.strip)], layout=outputs(), optimized=False)
+    sums = plgpu.load(turned.at[:, pl.ds(p.shift(row), p.strip)], layout=pair_per_lane(), optimized=False)
     finished[...] = sums.astype(finished.dtype)
     plgpu.commit_smem()
     rows = out_ref.shape[0]

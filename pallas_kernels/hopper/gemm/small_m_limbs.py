@@ -15,9 +15,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import arith
 
-from ..common.limbs import HALF_BYTE, in_bytes
-from ..common.ring import together
-from ..common.thread_ops import LANES, SCALAR, plus, prefetch_line, put_some, some_of, thread_anew, times
+from ..common.limbs import INT4_FACTOR, load_int4_as_int8
+from ..common.ring import consumer_barrier
+from ..common.thread_ops import (
+    SCALAR,
+    WARPGROUP_SIZE,
+    add,
+    load_per_thread,
+    mul,
+    prefetch_cache_line,
+    store_per_thread,
+    volatile_thread_in_warpgroup,
+)
 from ..common.tiles import WGMMA_ROWS, Format, swizzled
 from .small_m_plan import DIGITS, Plan, SkinnyTiles
 from .small_m_prologue import WARPS, fill
@@ -30,14 +39,14 @@ LINE = 128  # bytes of a line of the cache
 def scratch_of(fmt: Format, p: Plan, tiles: SkinnyTiles) -> dict[str, Any]:
     """Shared memory and barriers beside the ring of weights."""
     scratch = {
-        "x": swizzled((p.cut_steps, p.columns, tiles.step), jnp.int8, run=fmt.group),
+        "x": swizzled((p.cut_steps, p.columns, tiles.step), jnp.int8, min_slice=fmt.group),
         "sizes": plgpu.SMEM((p.rows, WARPS * tiles.consumers), jnp.int32),
         "factors": plgpu.SMEM((p.columns,), jnp.float32),
         "sums": plgpu.SMEM((tiles.consumers, p.columns, p.wgmma_rows), jnp.float32),
         "together": plgpu.Barrier(num_arrivals=tiles.consumers),
     }
     if p.interpret and fmt.bits == 4:
-        scratch["in_bytes"] = swizzled((tiles.consumers, WGMMA_ROWS, tiles.step), jnp.int8, run=fmt.group)
+        scratch["in_bytes"] = swizzled((tiles.consumers, WGMMA_ROWS, tiles.step), jnp.int8, min_slice=fmt.group)
     return scratch
 
 
@@ -59,14 +68,16 @@ def consume_integers(me: Any, x_ref: Any, scales: Any, out_ref: Any, turns: Any,
         row, cut, start, end = piece(t)
         pl.when(t + 1 < turns)(lambda: prefetch(scales, piece(t + 1)[0], fmt, p, tiles, me))
         # Loaded now, for the end: what comes from memory takes as long as several stages.
-        row_scales = None if fmt.grouped else [some_of(p, scales.at[:, 0], row + at, n) for at, n in pieces_of(p)]
+        row_scales = (
+            None if fmt.grouped else [load_per_thread(p, scales.at[:, 0], row + at, n) for at, n in pieces_of(p)]
+        )
         here, groups = (row, cut, start, end), scales if fmt.grouped else None
         totals = sums_of(here, count, me, groups, multiply, fmt, p, tiles, jnp.int32, full=full, free=free)
         for tile, total in zip(p.tiles, totals, strict=True):
             put_tile(smem["sums"].at[me, :, pl.ds(tile, WGMMA_ROWS)], total, smem["factors"], p)
-        together(smem["together"])
+        consumer_barrier(smem["together"])
         finish(out_ref if p.direct else out_ref.at[cut], smem["sums"], row, row_scales, me, p, tiles)
-        pl.when(t + 1 < turns)(lambda: together(smem["together"]))  # sums may be written again
+        pl.when(t + 1 < turns)(lambda: consumer_barrier(smem["together"]))  # sums may be written again
         return count + end - start
 
     lax.fori_loop(0, turns, turn, jnp.int32(0))
@@ -81,11 +92,14 @@ def prefetch(scales: Any, row: Any, fmt: Format, p: Plan, tiles: SkinnyTiles, me
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SCALAR, SCALAR))
     def bring(_: Any, scales: Any, row: Any, me: Any) -> None:
-        threads = LANES * tiles.consumers
-        begin, thread = times(row.registers.item(), row_bytes), plus(times(me.registers.item(), LANES), thread_anew())
+        threads = WARPGROUP_SIZE * tiles.consumers
+        begin = mul(row.registers.item(), row_bytes)
+        thread = add(mul(me.registers.item(), WARPGROUP_SIZE), volatile_thread_in_warpgroup())
         for first in range(0, lines, threads):
-            byte = plus(begin, times(plus(thread, first), LINE))
-            prefetch_line(scales, byte, arith.cmpi(arith.CmpIPredicate.ult, byte, plus(begin, p.strip * row_bytes)))
+            byte = add(begin, mul(add(thread, first), LINE))
+            prefetch_cache_line(
+                scales, byte, arith.cmpi(arith.CmpIPredicate.ult, byte, add(begin, p.strip * row_bytes))
+            )
 
     bring(scales, row, me)  # type: ignore[call-arg]
 
@@ -97,12 +111,12 @@ def multiply_tile(weights: Any, x: Any, accs: list[Any], fmt: Format, p: Plan, t
     group = min(fmt.group or tiles.step, tiles.step)
     chunk = tiles.step if fmt.bits == 8 else min(CHUNK, tiles.step)
     if held is not None:  # the interpreter has no wgmma with an operand in registers
-        held[me] = weights[...].astype(jnp.int8) * HALF_BYTE
+        held[me] = weights[...].astype(jnp.int8) * INT4_FACTOR
         plgpu.commit_smem()
         weights = held.at[me]
     converted = fmt.bits == 4 and held is None
     for begin in range(0, tiles.step, chunk):
-        some = in_bytes(weights.at[:, begin : begin + chunk]) if converted else None
+        some = load_int4_as_int8(weights.at[:, begin : begin + chunk]) if converted else None
         width = min(group, chunk)
         for g in range(0, chunk, width):
             inputs = slice(begin + g, begin + g + width)
@@ -123,7 +137,7 @@ def put_tile(sums: Any, total: jax.Array, factors: Any, p: Plan) -> None:
 
 def pieces_of(p: Plan) -> list[tuple[int, int]]:
     """First outputs and sizes of the pieces of a strip in which every thread has one."""
-    return [(at, min(LANES, p.strip - at)) for at in range(0, p.strip, LANES)]
+    return [(at, min(WARPGROUP_SIZE, p.strip - at)) for at in range(0, p.strip, WARPGROUP_SIZE)]
 
 
 def finish(out_ref: Any, sums: Any, row: Any, row_scales: list[jax.Array] | None, me: Any, p: Plan,
@@ -138,8 +152,8 @@ def finish(out_ref: Any, sums: Any, row: Any, row_scales: list[jax.Array] | None
             token = first + turn * consumers
             columns = [p.column(digit, token) for digit in range(DIGITS)]
             places = [sums.at[other, column] for other in range(consumers) for column in columns]
-            total = functools.reduce(jnp.add, [some_of(p, place, p.shift(row) + at, n) for place in places])
+            total = functools.reduce(jnp.add, [load_per_thread(p, place, p.shift(row) + at, n) for place in places])
             total = total if row_scales is None else total * row_scales[number]
-            put_some(p, out_ref.at[token], row + at, total.astype(out_ref.dtype), n)
+            store_per_thread(p, out_ref.at[token], row + at, total.astype(out_ref.dtype), n)
 
         lax.fori_loop(0, (p.rows - first + consumers - 1) // consumers, finished, None)

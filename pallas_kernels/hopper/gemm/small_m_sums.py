@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ..common.ring import first_of_mine, my_stages
-from ..common.tiles import WGMMA_ROWS, Format, scale_column, spread
+from ..common.ring import first_own_stage, fold_own_stages
+from ..common.tiles import WGMMA_ROWS, Format, broadcast_rows, scale_column
 from .small_m_plan import Plan, SkinnyTiles
 
 MOST_REGISTERS = 64  # of a thread, for accumulators
@@ -34,7 +34,7 @@ def sums_of(
         def one(number: Any, slot: Any, carry: Any) -> Any:
             return stage(start + number, slot, carry)
 
-        return my_stages(me, tiles.consumers, count, end - start, p.depth, full, free, one, carry)
+        return fold_own_stages(me, tiles.consumers, count, end - start, p.depth, full, free, one, carry)
 
     def scale_of(tile: int, column: Any) -> jax.Array:
         return scale_column(scales, row - p.shift(row) + p.tiles[tile], column, WGMMA_ROWS)
@@ -54,7 +54,7 @@ def sums_of(
         totals = [a.astype(jnp.float32) for a in pl.run_scoped(scoped, *[accumulator] * len(p.tiles))]
         if factors is None:
             return totals
-        return [total * spread(factor, total.shape) for total, factor in zip(totals, factors, strict=True)]
+        return [total * broadcast_rows(factor, total.shape) for total, factor in zip(totals, factors, strict=True)]
 
     def one_scale_a_group() -> list[jax.Array]:
         groups = tiles.step // group
@@ -78,11 +78,11 @@ def sums_of(
                 for tile in which:
                     for factor in factors[tile]:
                         part = next(parts).astype(jnp.float32)
-                        totals[tile] = totals[tile] + part * spread(factor, (WGMMA_ROWS, p.columns))
+                        totals[tile] = totals[tile] + part * broadcast_rows(factor, (WGMMA_ROWS, p.columns))
             return totals, following
 
         zero = plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, p.columns), jnp.float32), plgpu.Layout.WGMMA)
-        carry = [zero] * len(p.tiles), scales_of(start + first_of_mine(me, tiles.consumers, count))
+        carry = [zero] * len(p.tiles), scales_of(start + first_own_stage(me, tiles.consumers, count))
         return fold(stage, carry)[0]
 
     return one_scale_a_group() if fmt.grouped else one_scale_a_row()
