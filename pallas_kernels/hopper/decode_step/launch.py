@@ -15,8 +15,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ..common.layouts import pair_per_lane
-from ..common.ring import consumer_barrier, consumer_registers
+from ..common.ring import consumer_barrier
 from ..common.tiles import WGMMA_ROWS, swizzled
+from ..common.warp_specialize import consumer_registers
 from . import attention as attention
 from . import products as products
 from . import prologues as ends
