@@ -168,7 +168,7 @@ def test_attention_reads_a_layer_in_place(kernel: Any) -> None:
     start = jnp.asarray([66])
     stacked = [Indexed(jnp.stack([a * jnp.nan, a, a * jnp.nan]), 1) for a in (k, v)]
     tiles = (
-        flash_attention.Tiles(keys=64)
+        flash_attention.PrefillTiles(keys=64)
         if kernel is flash_attention.flash_attention
         else flash_decode.DecodeTiles(keys=64)
     )
