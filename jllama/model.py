@@ -9,7 +9,7 @@ from jllama.cache import KVCache
 from jllama.config import LlamaConfig
 from jllama.kernels import (
     DECODE_QUERIES,
-    Indexed,
+    LayerView,
     Weight,
     attention,
     decode_attention,
@@ -50,7 +50,7 @@ def forward(
 
     x = params.embed[tokens]
     if cache is not None and T <= DECODE_QUERIES:
-        done = whole_step.attempt(x, params, cache, *rotation, backend=backend)
+        done = whole_step.try_kernel(x, params, cache, *rotation, backend=backend)
         if done is not None:  # in one launch
             logits, stepped = done
             return last(logits) if last_only else logits, replace(stepped, lengths=start + lengths)
@@ -87,26 +87,26 @@ def attend(
     """The attention half of a block, with its norm and residual."""
     B, T, _ = x.shape
     h = rms_norm(x, layer.attn_norm, eps=config.norm_eps, backend=backend)
-    q, seen, cache = project(h, layer.wqkv, index, cache, start, rotation, config, backend)
+    q, kv, cache = project(h, layer.wqkv, index, cache, start, rotation, config, backend)
     op = decode_attention if cache is not None and T <= DECODE_QUERIES else attention
-    out = op(q, *seen, start, backend=backend)
+    out = op(q, *kv, start, backend=backend)
     return matmul(out.reshape(B, T, -1), layer.wo, residual=x, backend=backend), cache
 
 
 def project(
     h: jax.Array,  # [B, T, dim]
-    wqkv: Weight | Indexed,
+    wqkv: Weight | LayerView,
     index: int,
     cache: KVCache | None,
     start: jax.Array,
     rotation: tuple[jax.Array, jax.Array],
     config: LlamaConfig,
     backend: str,
-) -> tuple[jax.Array, tuple[jax.Array | Indexed, jax.Array | Indexed], KVCache | None]:
+) -> tuple[jax.Array, tuple[jax.Array | LayerView, jax.Array | LayerView], KVCache | None]:
     """Queries, and the keys and values that they may see: of the new tokens and what the cache held before them."""
     if cache is not None:
         k, v, place = cache.arrays(index)
-        done = qkv.attempt(h, wqkv, k, v, start, *rotation, layer=place, backend=backend)
+        done = qkv.try_kernel(h, wqkv, k, v, start, *rotation, layer=place, backend=backend)
         if done is not None:  # in one launch
             q, k, v = done
             cache = cache.with_arrays(index, k, v)

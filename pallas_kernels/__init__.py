@@ -5,7 +5,7 @@ from .decode_step import StepWeights, decode_step
 from .dispatch import BACKENDS, Choice, Op, Unsupported, record, require_hopper
 from .draw import draw, log_probability
 from .ffn import ffn
-from .layer_view import Indexed, cut_out
+from .layer_view import LayerView, materialize
 from .matmul import Weight, matmul
 from .qkv import qkv, rotate, split_heads, write
 from .quantized import QuantizedTensor, dequantize, group_size, quantize
@@ -20,14 +20,13 @@ __all__ = [
     "DECODE_QUERIES",
     "OPS",
     "Choice",
-    "Indexed",
+    "LayerView",
     "Op",
     "QuantizedTensor",
     "StepWeights",
     "Unsupported",
     "Weight",
     "attention",
-    "cut_out",
     "decode_attention",
     "decode_step",
     "dequantize",
@@ -35,6 +34,7 @@ __all__ = [
     "ffn",
     "group_size",
     "log_probability",
+    "materialize",
     "matmul",
     "qkv",
     "quantize",

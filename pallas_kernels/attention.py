@@ -31,8 +31,8 @@ def attention_reference(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Arr
         preferred_element_type=jnp.float32,
     )
     positions = start[:, None] + jnp.arange(T)  # [B, T]
-    seen = jnp.arange(S) <= positions[:, None, None, :, None]  # [B, 1, 1, T, S]
-    scores = jnp.where(seen, scores.reshape(B, kv_heads, -1, T, S) * D**-0.5, -jnp.inf)
+    visible = jnp.arange(S) <= positions[:, None, None, :, None]  # [B, 1, 1, T, S]
+    scores = jnp.where(visible, scores.reshape(B, kv_heads, -1, T, S) * D**-0.5, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(B, kv_heads, -1, S)
     out = jnp.einsum(
         "bkrs,bksd->bkrd",

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from .layer_view import cut_out
+from .layer_view import materialize
 
 BACKENDS = ("auto", "xla", "pallas")
 
@@ -69,14 +69,14 @@ class Op:
     """A named operation: ``reference`` is its specification, ``kernel`` its fast equal.
 
     ``check(*args, **kwargs)`` raises `Unsupported`, before anything is launched, where the kernel cannot run;
-    ``spare(*args, **kwargs)`` says why XLA does without the kernel where it could, on every backend, or None.
+    ``skip_reason(*args, **kwargs)`` says why XLA does without the kernel where it could, on every backend, or None.
     """
 
     name: str
     reference: Callable[..., Any]
     kernel: Callable[..., Any] | None = None
     check: Callable[..., None] | None = None
-    spare: Callable[..., str | None] | None = None
+    skip_reason: Callable[..., str | None] | None = None
 
     def choose(self, backend: str, *args: Any, **kwargs: Any) -> Choice:
         """Decide, without running anything, which implementation these arguments get."""
@@ -86,7 +86,7 @@ class Op:
             return Choice("xla", "asked for")
         if self.kernel is None:
             return Choice("xla", "has no kernel: XLA fuses it with its neighbours")
-        if self.spare is not None and (why := self.spare(*args, **kwargs)):
+        if self.skip_reason is not None and (why := self.skip_reason(*args, **kwargs)):
             return Choice("xla", why)
         try:
             require_hopper()
@@ -101,12 +101,12 @@ class Op:
     def __call__(self, *args: Any, backend: str = "auto", **kwargs: Any) -> Any:
         choice = self._note(self.choose(backend, *args, **kwargs))
         if choice.impl == "xla":
-            args, kwargs = cut_out((args, kwargs))
+            args, kwargs = materialize((args, kwargs))
             return self.reference(*args, **kwargs)
         assert self.kernel is not None
         return self.kernel(*args, **kwargs)
 
-    def attempt(self, *args: Any, backend: str = "auto", **kwargs: Any) -> Any | None:
+    def try_kernel(self, *args: Any, backend: str = "auto", **kwargs: Any) -> Any | None:
         """What the kernel gives, or None where it is refused, whatever the backend: for a caller that then goes by
         smaller ops, which face an explicit backend each by itself."""
         try:

@@ -14,7 +14,7 @@ from .dispatch import Op
 from .hopper.common.tiles import Weight
 from .hopper.gemm.large_m import check_wide, wide
 from .hopper.gemm.small_m import MAX_ROWS, check_skinny, skinny
-from .layer_view import Indexed
+from .layer_view import LayerView
 from .quantized import QuantizedTensor, dequantize
 
 
@@ -42,9 +42,9 @@ def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
     return lax.dot_general(x, w, contract_last, precision=precision, preferred_element_type=jnp.float32)
 
 
-def check_product(x: jax.Array, w: Weight | Indexed, *, swiglu: bool = False, **_: Any) -> None:
+def check_product(x: jax.Array, w: Weight | LayerView, *, swiglu: bool = False, **_: Any) -> None:
     """Raise `Unsupported` where `product` cannot run."""
-    w = w.stacked if isinstance(w, Indexed) else w
+    w = w.stacked if isinstance(w, LayerView) else w
     x = jax.ShapeDtypeStruct((math.prod(x.shape[:-1]), x.shape[-1]), x.dtype)
     if x.shape[0] <= MAX_ROWS:
         check_skinny(x, w)
@@ -52,9 +52,9 @@ def check_product(x: jax.Array, w: Weight | Indexed, *, swiglu: bool = False, **
         check_wide(x, w, swiglu=swiglu)
 
 
-def product(x: jax.Array, w: Weight | Indexed, *, residual: jax.Array | None = None, **options: Any) -> jax.Array:
+def product(x: jax.Array, w: Weight | LayerView, *, residual: jax.Array | None = None, **options: Any) -> jax.Array:
     """`matmul_reference` by the kernel that fits the number of rows; ``options`` are those of `skinny` and `wide`."""
-    w, layer = (w.stacked, w.index) if isinstance(w, Indexed) else (w, None)
+    w, layer = (w.stacked, w.index) if isinstance(w, LayerView) else (w, None)
     lead = x.shape[:-1]
     x = x.reshape(-1, x.shape[-1])
     if residual is not None:

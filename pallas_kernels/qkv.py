@@ -13,7 +13,7 @@ from .hopper.gemm.large_m import check_wide
 from .hopper.gemm.large_m_plan import WideTiles
 from .hopper.gemm.large_m_qkv import wide_qkv
 from .hopper.gemm.small_m import MAX_ROWS
-from .layer_view import Indexed
+from .layer_view import LayerView
 from .matmul import matmul_reference
 
 Result = tuple[jax.Array, jax.Array, jax.Array]
@@ -74,7 +74,7 @@ def write(cache: jax.Array, new: jax.Array, start: jax.Array, layer: jax.Array |
 
 def check_qkv(
     x: jax.Array,
-    w: Weight | Indexed,
+    w: Weight | LayerView,
     k: jax.Array,
     v: jax.Array,
     start: jax.Array,
@@ -84,7 +84,7 @@ def check_qkv(
     layer: jax.Array | int | None = None,
 ) -> None:
     """Raise `Unsupported` where `qkv_kernel` cannot run."""
-    w = w.stacked if isinstance(w, Indexed) else w
+    w = w.stacked if isinstance(w, LayerView) else w
     (B, T, inner), (cached, kv_heads, _, D) = x.shape, k.shape[-4:]
     rows, chunk = math.prod(x.shape[:2]), WideTiles.chunk
     if rows <= MAX_ROWS:
@@ -106,7 +106,7 @@ def check_qkv(
 
 def qkv_kernel(
     x: jax.Array,
-    w: Weight | Indexed,
+    w: Weight | LayerView,
     k: jax.Array,
     v: jax.Array,
     start: jax.Array,
@@ -117,7 +117,7 @@ def qkv_kernel(
     **options: Any,
 ) -> Result:
     """`qkv_reference` in one launch; ``options`` are those of `wide_qkv`."""
-    w, index = (w.stacked, w.index) if isinstance(w, Indexed) else (w, None)
+    w, index = (w.stacked, w.index) if isinstance(w, LayerView) else (w, None)
     return wide_qkv(x, w, k, v, start, cos, sin, layer=index, cache_layer=layer, **options)
 
 

@@ -28,14 +28,14 @@ def add_rms_norm_reference(
     return x, rms_norm_reference(x, weight, eps=eps)
 
 
-def few_rows(x: jax.Array, *_: Any, **__: Any) -> str | None:
+def skip_reason(x: jax.Array, *_: Any, **__: Any) -> str | None:
     """Why XLA norms so few rows, if it does."""
     few = math.prod(x.shape[:-1]) < ENOUGH_ROWS
     return f"fewer than {ENOUGH_ROWS} rows: XLA fuses it with its neighbours" if few else None
 
 
-rms_norm = Op("rms_norm", rms_norm_reference, kernel=norm_rows, check=check_norm, spare=few_rows)
-add_rms_norm = Op("add_rms_norm", add_rms_norm_reference, kernel=norm_rows, check=check_norm, spare=few_rows)
+rms_norm = Op("rms_norm", rms_norm_reference, kernel=norm_rows, check=check_norm, skip_reason=skip_reason)
+add_rms_norm = Op("add_rms_norm", add_rms_norm_reference, kernel=norm_rows, check=check_norm, skip_reason=skip_reason)
 
 CASES = {
     "7b-decode": dict(rows=1, dim=4096),

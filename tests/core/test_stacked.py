@@ -25,7 +25,7 @@ from jllama.params import Params, init, stack, unstack
 from jllama.sampling import make_sampling
 from jllama.step import runs_whole, whole_step
 from jllama.stream import Session
-from pallas_kernels import Choice, Indexed, cut_out, dispatch, record
+from pallas_kernels import Choice, LayerView, dispatch, materialize, record
 from pallas_kernels.attention import attention_reference
 from pallas_kernels.hopper.attention import decode as flash_decode
 from pallas_kernels.hopper.attention import prefill as flash_attention
@@ -55,7 +55,7 @@ def test_forms_give_the_same_logits_and_caches(quant: str) -> None:
         _, cache = step(form, tokens, cache, lengths=lengths)
         logits, cache = step(form, tokens[:, :1], cache)
         assert cache is not None
-        k, v = ([cut_out(cache.layer(i)[j]) for i in range(tiny.CONFIG.n_layers)] for j in (0, 1))
+        k, v = ([materialize(cache.layer(i)[j]) for i in range(tiny.CONFIG.n_layers)] for j in (0, 1))
         found.append((logits, k, v, cache.lengths))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), *found)
 
@@ -79,12 +79,12 @@ def test_forms_give_the_same_text() -> None:
 def test_a_layer_is_not_cut_out() -> None:
     params = stack(init(tiny.CONFIG, jax.random.key(0), quant="int8"))
     layer = params.layer(1)
-    assert isinstance(layer.wqkv, Indexed)
+    assert isinstance(layer.wqkv, LayerView)
     assert layer.wqkv.stacked is params.layers.wqkv  # type: ignore[union-attr]
     assert layer.wqkv.shape == params.layer(0).wqkv.shape == unstack(params).layer(1).wqkv.shape
     assert layer.attn_norm.shape == (tiny.CONFIG.dim,)
     assert_same(stack(unstack(params)), params)
-    assert_same(unstack(params).layer(1), cut_out(layer))
+    assert_same(unstack(params).layer(1), materialize(layer))
 
 
 @pytest.mark.parametrize("quant", ["none", "int8", "int4"])
@@ -166,7 +166,7 @@ def test_attention_reads_a_layer_in_place(kernel: Any) -> None:
     q = jax.random.normal(keys[0], (1, 4, 2, 64), jnp.bfloat16)
     k, v = (jax.random.normal(key, (1, 1, 72, 64), jnp.bfloat16) for key in keys[1:])
     start = jnp.asarray([66])
-    stacked = [Indexed(jnp.stack([a * jnp.nan, a, a * jnp.nan]), 1) for a in (k, v)]
+    stacked = [LayerView(jnp.stack([a * jnp.nan, a, a * jnp.nan]), 1) for a in (k, v)]
     tiles = flash_attention.Tiles(keys=64) if kernel is flash_attention.flash_attention else flash_decode.Tiles(keys=64)
     found = kernel(q, *stacked, start, tiles=tiles, interpret=plgpu.InterpretGPUParams())
     wanted = attention_reference(q, k, v, start)

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ...dispatch import Unsupported
-from ...layer_view import Indexed, in_place
+from ...layer_view import LayerView, as_stacked
 from ..common.online_softmax import ROWS, hide, no_keys, rescale, soften, weigh
 from ..common.tiles import fill_rows, pad_rows, swizzled
 from . import prefill as flash_attention
@@ -36,7 +36,7 @@ FUSED_SPLITS = 16  # more parts than this are joined by reductions
 TILES = {64: Tiles(stages=5), 128: Tiles()}  # by head_dim
 
 
-def check(q: jax.Array, k: jax.Array | Indexed, v: jax.Array | Indexed, start: jax.Array) -> None:
+def check(q: jax.Array, k: jax.Array | LayerView, v: jax.Array | LayerView, start: jax.Array) -> None:
     """Raise `Unsupported` where `flash_decode` cannot run these arguments."""
     flash_attention.check(q, k, v, start)
     rows = q.shape[1] * q.shape[2] // k.shape[1]
@@ -48,8 +48,8 @@ def check(q: jax.Array, k: jax.Array | Indexed, v: jax.Array | Indexed, start: j
 @functools.partial(jax.jit, static_argnames=("tiles", "interpret"))
 def flash_decode(
     q: jax.Array,
-    k: jax.Array | Indexed,
-    v: jax.Array | Indexed,
+    k: jax.Array | LayerView,
+    v: jax.Array | LayerView,
     start: jax.Array,
     *,
     tiles: Tiles | None = None,
@@ -80,8 +80,8 @@ def join(parts: jax.Array, logs: jax.Array) -> jax.Array:
 
 def decode_parts(
     q: jax.Array,  # [B, kv_heads, rows, D], rows in order of the query, then of the head
-    k: jax.Array | Indexed,
-    v: jax.Array | Indexed,
+    k: jax.Array | LayerView,
+    v: jax.Array | LayerView,
     start: jax.Array,
     *,
     queries: int,
@@ -92,7 +92,7 @@ def decode_parts(
     [B, kv_heads, splits, ROWS], both in float32."""
     B, kv_heads, rows, D = q.shape
     q = fill_rows(q, 2)
-    (k, layer), (v, _) = in_place(k), in_place(v)
+    (k, layer), (v, _) = as_stacked(k), as_stacked(v)
     k, v = pad_rows(k, 3), pad_rows(v, 3)
     S, group = k.shape[3], rows // queries
     rows = q.shape[2]

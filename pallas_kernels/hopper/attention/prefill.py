@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ...dispatch import Unsupported
-from ...layer_view import Indexed, in_place
+from ...layer_view import LayerView, as_stacked
 from ..common.online_softmax import (
     ROWS,
     Ref,
@@ -53,7 +53,7 @@ class Tiles:
 TILES = {64: Tiles(stages=4), 128: Tiles()}  # by head_dim
 
 
-def check(q: jax.Array, k: jax.Array | Indexed, v: jax.Array | Indexed, start: jax.Array) -> None:
+def check(q: jax.Array, k: jax.Array | LayerView, v: jax.Array | LayerView, start: jax.Array) -> None:
     """Raise `Unsupported` where `flash_attention` cannot run these arguments."""
     del start
     D, heads, kv_heads = q.shape[-1], q.shape[2], k.shape[1]
@@ -69,8 +69,8 @@ def check(q: jax.Array, k: jax.Array | Indexed, v: jax.Array | Indexed, start: j
 @functools.partial(jax.jit, static_argnames=("tiles", "interpret"))
 def flash_attention(
     q: jax.Array,
-    k: jax.Array | Indexed,
-    v: jax.Array | Indexed,
+    k: jax.Array | LayerView,
+    v: jax.Array | LayerView,
     start: jax.Array,
     *,
     tiles: Tiles | None = None,
@@ -81,7 +81,7 @@ def flash_attention(
     A cache whose S is a multiple of 8 is read where it lies; any other is copied first.
     """
     T = q.shape[1]
-    (k, layer), (v, _) = in_place(k), in_place(v)
+    (k, layer), (v, _) = as_stacked(k), as_stacked(v)
     q, k, v = pad_rows(q, 1), pad_rows(k, 3), pad_rows(v, 3)
     B, padded, heads, D = q.shape
     tiles = tiles or TILES[D]
