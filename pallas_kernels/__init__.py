@@ -1,13 +1,14 @@
 """Llama's operations: each a `jax.numpy` reference and, where there is one, a Pallas kernel held to it."""
 
+from .arch import Arch, target
 from .attention import DECODE_QUERIES, attention, decode_attention
 from .decode_step import StepWeights, decode_step
-from .dispatch import BACKENDS, Choice, Op, Unsupported, record, require_hopper
+from .dispatch import BACKENDS, Choice, Choices, Kernel, Op, Unsupported, choices_of, record, recorded, require_kernels
 from .draw import draw, log_probability
 from .ffn import ffn
 from .layer_view import LayerView, materialize
 from .matmul import Weight, matmul
-from .qkv import qkv, rotate, split_heads, write
+from .qkv import qkv, qkv_reference, rotate, split_heads, write
 from .quantized import QuantizedTensor, dequantize, group_size, quantize
 from .rms_norm import rms_norm
 
@@ -19,7 +20,10 @@ __all__ = [
     "BACKENDS",
     "DECODE_QUERIES",
     "OPS",
+    "Arch",
     "Choice",
+    "Choices",
+    "Kernel",
     "LayerView",
     "Op",
     "QuantizedTensor",
@@ -27,6 +31,7 @@ __all__ = [
     "Unsupported",
     "Weight",
     "attention",
+    "choices_of",
     "decode_attention",
     "decode_step",
     "dequantize",
@@ -37,11 +42,14 @@ __all__ = [
     "materialize",
     "matmul",
     "qkv",
+    "qkv_reference",
     "quantize",
     "record",
-    "require_hopper",
+    "recorded",
+    "require_kernels",
     "rms_norm",
     "rotate",
     "split_heads",
+    "target",
     "write",
 ]

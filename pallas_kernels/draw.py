@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .dispatch import Op
+from .dispatch import Kernel, Op
 from .hopper.sampling.draw import check_draw, draw_rows, skip_reason
 
 
@@ -102,8 +102,8 @@ def _largest_threshold(bits: jax.Array, weight: jax.Array, wanted: jax.Array) ->
     digits = jnp.arange(1, 2**_DIGIT, dtype=jnp.uint32)
 
     def settle(i: jax.Array, low: jax.Array) -> jax.Array:
-        shift = jnp.uint32(32 - _DIGIT) - jnp.uint32(_DIGIT) * i.astype(jnp.uint32)
-        tried = low[:, None] + (digits << shift)  # [B, 15]
+        shift = jnp.uint32(32 - _DIGIT) - jnp.uint32(_DIGIT) * jnp.asarray(i, jnp.uint32)
+        tried = low[:, None] + (digits << shift)[None]  # [B, 15]
         reached = jnp.sum(jnp.where(bits[:, None] >= tried[:, :, None], weight[:, None], 0), axis=-1)  # [B, 15]
         # The sums fall as the threshold rises, so the number that suffice is the digit.
         digit = jnp.sum(reached >= wanted[:, None], axis=-1, dtype=jnp.uint32)
@@ -112,7 +112,7 @@ def _largest_threshold(bits: jax.Array, weight: jax.Array, wanted: jax.Array) ->
     return lax.fori_loop(0, 32 // _DIGIT, settle, jnp.zeros(bits.shape[0], jnp.uint32))
 
 
-draw = Op("draw", draw_reference, kernel=draw_rows, check=check_draw, skip_reason=skip_reason)
+draw = Op("draw", draw_reference, {"hopper": Kernel(draw_rows, check_draw)}, skip_reason=skip_reason)
 
 CASES: dict[str, dict[str, Any]] = {
     "7b": dict(rows=1, vocab=32000),

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .dispatch import Op, Unsupported
+from .dispatch import Kernel, Op, Unsupported
 from .layer_view import LayerView
 from .matmul import Weight, check_product, matmul_reference, product
 from .rms_norm import rms_norm_reference
@@ -48,7 +48,7 @@ def ffn_kernel(
     return product(product(h, w_gate_up, swiglu=True, **options), w_down, residual=x, **options)
 
 
-ffn = Op("ffn", ffn_reference, kernel=ffn_kernel, check=check_ffn)
+ffn = Op("ffn", ffn_reference, {"hopper": Kernel(ffn_kernel, check_ffn)})
 
 CASES = {
     "7b": dict(dim=4096, hidden=11008),

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .dispatch import Op
+from .dispatch import Kernel, Op
 from .hopper.common.tiles import Weight
 from .hopper.gemm.large_m import check_wide, wide
 from .hopper.gemm.small_m import MAX_ROWS, check_skinny, skinny
@@ -29,7 +29,8 @@ def matmul_reference(
 def _product(x: jax.Array, w: Weight) -> jax.Array:
     if isinstance(w, QuantizedTensor):
         if w.scale.shape[-1] == 1:  # one scale a row: it commutes with the sum, so the integers go in as they are
-            return _dot(x, w.data.astype(x.dtype)) * w.scale[..., 0]
+            y = _dot(x, w.data.astype(x.dtype))
+            return y * jnp.broadcast_to(w.scale[:, 0], y.shape)
         w = dequantize(w, x.dtype)
     return _dot(x, w.astype(x.dtype))
 
@@ -63,7 +64,7 @@ def product(x: jax.Array, w: Weight | LayerView, *, residual: jax.Array | None =
     return kernel(x, w, layer=layer, residual=residual, **options).reshape(*lead, -1)
 
 
-matmul = Op("matmul", matmul_reference, kernel=product, check=check_product)
+matmul = Op("matmul", matmul_reference, {"hopper": Kernel(product, check_product)})
 
 CASES = {
     "7b-qkv": dict(out=12288, inner=4096),

@@ -25,7 +25,8 @@ from jllama.params import Params, init, stack, unstack
 from jllama.sampling import make_sampling
 from jllama.step import runs_whole, whole_step
 from jllama.stream import Session
-from pallas_kernels import Choice, LayerView, dispatch, materialize, record
+from pallas_kernels import Choice, LayerView, materialize, record
+from pallas_kernels.arch import HOPPER, pinned
 from pallas_kernels.attention import attention_reference
 from pallas_kernels.hopper.attention import decode as flash_decode
 from pallas_kernels.hopper.attention import prefill as flash_attention
@@ -176,7 +177,7 @@ def test_attention_reads_a_layer_in_place(kernel: Any) -> None:
 # The step in one launch
 
 
-def test_why_a_step_goes_op_by_op(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_why_a_step_goes_op_by_op() -> None:
     params = init(SMALL, jax.random.key(0), dtype=jnp.bfloat16, stacked=True)
 
     def choice(params: Params, **sizes: Any) -> Choice:
@@ -186,8 +187,6 @@ def test_why_a_step_goes_op_by_op(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choice(params, backend="xla") == Choice("ops", "asked for")
     assert "decode_step" not in backends(params, prompt=16)["prefill"]
     assert not runs_whole(SMALL, "bfloat16")
-    monkeypatch.setattr(dispatch, "require_hopper", lambda: None)
-    monkeypatch.setattr("jllama.step.require_hopper", lambda: None)
     with jax.sharding.use_abstract_mesh(H200):
         assert choice(params) == Choice("pallas", "kernel runs here")
         assert choice(params, batch=9) == Choice("ops", "1 to 8 tokens a step, found 9 rows of 1")
@@ -225,10 +224,10 @@ def test_steps_through_the_interpreted_kernel(monkeypatch: pytest.MonkeyPatch) -
     wanted, drawn = decode_chunk(params, state, steps=3, backend="xla")
 
     options = dict(blocks=1, tiles=Tiles(depth=4, consumers=2), interpret=plgpu.InterpretGPUParams())
-    interpreted = dataclasses.replace(whole_step, kernel=functools.partial(whole_step.kernel, **options))  # type: ignore
-    monkeypatch.setattr("jllama.model.whole_step", interpreted)
-    monkeypatch.setattr(dispatch, "require_hopper", lambda: None)
-    with record() as choices:
+    kernel = whole_step.kernels["hopper"]
+    interpreted = dataclasses.replace(kernel, run=functools.partial(kernel.run, **options))
+    monkeypatch.setattr("jllama.model.whole_step", dataclasses.replace(whole_step, kernels={"hopper": interpreted}))
+    with record() as choices, pinned(HOPPER):
         found, again = decode_chunk(stack(params), stacked, steps=3)
     assert choices["decode_step"] == Choice("pallas", "kernel runs here")
     assert choices.keys() == {"decode_step", "draw"}
@@ -240,9 +239,8 @@ def test_steps_through_the_interpreted_kernel(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(("quant", "sampling", "launches"), [("none", {}, 1), ("int4", dict(temperature=0.8), 2)])
 def test_a_chunk_lowers_to_one_launch_a_step_and_one_a_draw(
-    monkeypatch: pytest.MonkeyPatch, quant: str, sampling: dict[str, Any], launches: int
+    quant: str, sampling: dict[str, Any], launches: int
 ) -> None:
-    monkeypatch.setattr(dispatch, "require_hopper", lambda: None)
     params = jax.eval_shape(
         lambda: init(preset("7b"), jax.random.key(0), dtype=jnp.bfloat16, quant=quant, stacked=True)
     )

@@ -25,7 +25,6 @@ from pallas_kernels import (
     QuantizedTensor,
     Unsupported,
     dequantize,
-    dispatch,
     materialize,
     qkv,
     record,
@@ -168,7 +167,7 @@ def test_prompts_through_the_interpreted_kernel(monkeypatch: pytest.MonkeyPatch,
     params = stack(params) if stacked else params
     pieces = [jnp.asarray([tiny.prompt(64, seed), tiny.prompt(64, seed + 1)]) for seed in (0, 2)]
 
-    def try_kernel(*arguments: Any, backend: str, **options: Any) -> Any:
+    def try_kernel(_: Any, *arguments: Any, backend: str, **options: Any) -> Any:
         check_qkv(*arguments, **options)
         tiles = WideTiles(out=128, rows=128, depth=2)
         # The interpreter's threads wait for one another: nothing else may be under way that has the machine's.
@@ -189,9 +188,8 @@ def test_prompts_through_the_interpreted_kernel(monkeypatch: pytest.MonkeyPatch,
     assert max(jax.tree.leaves(jax.tree.map(error, *found))) < 0.05
 
 
-def test_a_prompt_of_the_7b_lowers_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_of_the_7b_lowers_in_place() -> None:
     """Each kernel once, whatever the number of layers, and the cache is nowhere copied."""
-    monkeypatch.setattr(dispatch, "require_hopper", lambda: None)
     config, tokens = preset("7b"), jax.ShapeDtypeStruct((1, 512), jnp.int32)
     params = jax.eval_shape(lambda: init(config, jax.random.key(0), dtype=jnp.bfloat16))
     cache = jax.eval_shape(lambda: init_cache(config, 1, 2048, jnp.bfloat16))

@@ -15,6 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from ...arch import planned
 from ...dispatch import Unsupported
 from ...layer_view import LayerView, as_stacked
 from ..common.online_softmax import ROWS, hide, no_keys, rescale, soften, weigh
@@ -24,11 +25,12 @@ from . import prefill as flash_attention
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """What can be tuned: keys per tile, tiles in flight, blocks to spread the work over."""
+    """What can be tuned: keys per tile, tiles in flight, and blocks to spread the work over (None: one for each
+    multiprocessor)."""
 
     keys: int = 128
     stages: int = 3
-    blocks: int = 132
+    blocks: int | None = None
 
 
 FUSED_SPLITS = 16  # more parts than this are joined by reductions
@@ -96,7 +98,7 @@ def decode_parts(
     k, v = pad_rows(k, 3), pad_rows(v, 3)
     S, group = k.shape[3], rows // queries
     rows = q.shape[2]
-    splits = max(1, min(tiles.blocks // (B * kv_heads), pl.cdiv(S, tiles.keys)))
+    splits = max(1, min((tiles.blocks or planned().sms) // (B * kv_heads), pl.cdiv(S, tiles.keys)))
     scale = D**-0.5 * math.log2(math.e)
 
     def body(layer_ref, start_ref, q_ref, k_ref, v_ref, part_ref, log_ref, q_smem, shared, log_smem, p_smem, barriers):

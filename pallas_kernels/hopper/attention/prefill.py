@@ -21,6 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from ...arch import planned
 from ...dispatch import Unsupported
 from ...layer_view import LayerView, as_stacked
 from ..common.online_softmax import (
@@ -33,7 +34,7 @@ from ..common.online_softmax import (
     soften,
     weigh,
 )
-from ..common.tiles import FLOATS, pad_rows, sm_count, swizzled
+from ..common.tiles import FLOATS, pad_rows, swizzled
 
 CONSUMERS = 2
 BLOCK_ROWS = CONSUMERS * ROWS
@@ -87,7 +88,7 @@ def flash_attention(
     tiles = tiles or TILES[D]
     # As many heads together as share so many bytes of keys and values.
     fit = max(1, tiles.l2_bytes // (k.shape[3] * D * 4)) * (heads // k.shape[2])
-    items = schedule(B * heads, pl.cdiv(padded, BLOCK_ROWS), fit, tiles.blocks or sm_count())
+    items = schedule(B * heads, pl.cdiv(padded, BLOCK_ROWS), fit, tiles.blocks or planned().sms)
     ring = {"num_barriers": tiles.stages}
     stream = (
         swizzled((tiles.stages, tiles.keys, D), q.dtype),

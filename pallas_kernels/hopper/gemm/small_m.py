@@ -22,6 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from ...arch import planned
 from ...dispatch import Unsupported
 from ...layer_view import layer_index
 from ..common.ring import claim, consumer_registers, drain
@@ -32,7 +33,6 @@ from ..common.tiles import (
     check_product,
     fill_rows,
     format_of,
-    sm_count,
     split,
     swizzled,
 )
@@ -92,7 +92,7 @@ def skinny(
         swiglu=swiglu,
         out_dtype=jnp.dtype(out_dtype or x.dtype),
         tiles=tiles,
-        sms=sms or sm_count(),
+        sms=sms or planned().sms,
         interpret=interpret,
     )
 

@@ -12,7 +12,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from ..common.tiles import SHARED_BYTES, WGMMA_ROWS, Format, nbytes
+from ...arch import planned
+from ..common.tiles import WGMMA_ROWS, Format, nbytes
 
 PIECE_COST = 20_000  # finishing a piece takes as long as so many bytes of a block's share of the bandwidth
 FUSION_COST = 53_000  # likewise what follows the kernel where it leaves parts: a launch, and all sums once more
@@ -45,7 +46,7 @@ def tiles_for(fmt: Format, out: int, inner: int, rows: int) -> SkinnyTiles:
     if fmt.quantized and rows <= MOST_ROWS_AS_DIGITS and (fmt.group or 128) % 128 == 0:
         # The shorter a block's strip, the less there is in a stage, whose scales take as long to come; and the more
         # accumulators have room in registers.
-        high = math.ceil(out / (WGMMA_ROWS * 132))
+        high = math.ceil(out / (WGMMA_ROWS * planned().sms))
         consumers = max(2, 5 - high) if fmt.bits == 4 else 2
         step = max(256 if wide else 128, fmt.group or 1)
         return SkinnyTiles(step=step, consumers=consumers, strip=256, cuts=8, depth=24, digits=True)
@@ -134,7 +135,7 @@ def plan(out: int, inner: int, rows: int, fmt: Format, tiles: SkinnyTiles, sms: 
             held, stage = 0, stage + nbytes((made.columns, tiles.step), 16)
             several = max(1, tiles.consumers - 1) + (2 if cuts == 1 else 0)
             sums = nbytes((several, made.height, made.columns), 32)
-        room = SHARED_BYTES - 4096 - sums - held
+        room = planned().shared_bytes - 4096 - sums - held
         return replace(made, depth=min(tiles.depth, room // stage) // tiles.consumers * tiles.consumers)
 
     def cost(p: Plan) -> float:
