@@ -1,12 +1,13 @@
 """The forward pass, in one sitting. Pure: the same arguments give the same logits, and nothing else happens."""
 
 from dataclasses import replace
+from typing import overload
 
 import jax
 import jax.numpy as jnp
 
 from jllama.cache import KVCache
-from jllama.config import LlamaConfig
+from jllama.config import Backend, LlamaConfig
 from jllama.kernels import (
     DECODE_QUERIES,
     Indexed,
@@ -25,6 +26,26 @@ from jllama.rope import rotations
 from jllama.step import whole_step
 
 
+@overload
+def forward(
+    params: Params,
+    tokens: jax.Array,
+    cache: None = None,
+    *,
+    lengths: jax.Array | None = None,
+    last_only: bool = False,
+    backend: Backend = "auto",
+) -> tuple[jax.Array, None]: ...
+@overload
+def forward(
+    params: Params,
+    tokens: jax.Array,
+    cache: KVCache,
+    *,
+    lengths: jax.Array | None = None,
+    last_only: bool = False,
+    backend: Backend = "auto",
+) -> tuple[jax.Array, KVCache]: ...
 def forward(
     params: Params,
     tokens: jax.Array,
@@ -32,7 +53,7 @@ def forward(
     *,
     lengths: jax.Array | None = None,
     last_only: bool = False,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> tuple[jax.Array, KVCache | None]:
     """Logits of ``tokens`` [B, T], which continue whatever each row of ``cache`` holds.
 
