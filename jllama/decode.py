@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import lax
+from jax.core import Tracer
 
 from jllama.cache import KVCache, init_cache
 from jllama.config import Backend, LlamaConfig
@@ -245,7 +246,7 @@ def _check_rows(
 
 def _known(x: jax.Array | np.ndarray) -> bool:
     """Whether this process can look at the values: they are not traced, nor on another process's devices."""
-    return not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
+    return not isinstance(x, Tracer) and getattr(x, "is_fully_addressable", True)
 
 
 # The compiled pieces. What a caller hands over as cache, state or tokens seen is donated: it is gone after the call.
