@@ -6,6 +6,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.typing import DTypeLike
 
 from jllama.config import LlamaConfig
 from jllama.kernels import LayerView, write
@@ -64,9 +65,7 @@ def _replaced(arrays: Layers, index: int, new: jax.Array) -> Layers:
     return (*arrays[:index], new, *arrays[index + 1 :])
 
 
-def init_cache(
-    config: LlamaConfig, batch: int, max_len: int, dtype: jnp.dtype | type, *, stacked: bool = False
-) -> KVCache:
+def init_cache(config: LlamaConfig, batch: int, max_len: int, dtype: DTypeLike, *, stacked: bool = False) -> KVCache:
     """An empty cache with room for ``max_len`` positions a row, or a few more; ``stacked`` as the params are."""
     shape = (batch, config.n_kv_heads, _whole_tiles(max_len), config.head_dim)
     return _empty(config.n_layers, shape, jnp.dtype(dtype), stacked)
@@ -98,7 +97,7 @@ def grow(cache: KVCache, max_len: int) -> KVCache:
     return replace(cache, k=jax.tree.map(wider, cache.k), v=jax.tree.map(wider, cache.v))
 
 
-def cache_bytes(config: LlamaConfig, batch: int, max_len: int, dtype: jnp.dtype | type) -> int:
+def cache_bytes(config: LlamaConfig, batch: int, max_len: int, dtype: DTypeLike) -> int:
     """What `init_cache` would take on the device."""
     return (
         2

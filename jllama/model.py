@@ -2,12 +2,13 @@
 
 import functools
 from dataclasses import replace
+from typing import overload
 
 import jax
 import jax.numpy as jnp
 
 from jllama.cache import KVCache
-from jllama.config import LlamaConfig
+from jllama.config import Backend, LlamaConfig
 from jllama.kernels import (
     DECODE_QUERIES,
     LayerView,
@@ -27,6 +28,26 @@ from jllama.rope import rotations
 from jllama.step import last_token, whole_step
 
 
+@overload
+def forward(
+    params: Params,
+    tokens: jax.Array,
+    cache: None = None,
+    *,
+    lengths: jax.Array | None = None,
+    last_only: bool = False,
+    backend: Backend = "auto",
+) -> tuple[jax.Array, None]: ...
+@overload
+def forward(
+    params: Params,
+    tokens: jax.Array,
+    cache: KVCache,
+    *,
+    lengths: jax.Array | None = None,
+    last_only: bool = False,
+    backend: Backend = "auto",
+) -> tuple[jax.Array, KVCache]: ...
 def forward(
     params: Params,
     tokens: jax.Array,
@@ -34,7 +55,7 @@ def forward(
     *,
     lengths: jax.Array | None = None,
     last_only: bool = False,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> tuple[jax.Array, KVCache | None]:
     """Logits of ``tokens`` [B, T], which continue whatever each row of ``cache`` holds.
 

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
+from jax.typing import DTypeLike
 
-from jllama.config import LlamaConfig
+from jllama.config import LlamaConfig, Quant
 from jllama.errors import InputError
 from jllama.kernels import LayerView, QuantizedTensor, Weight, group_size, materialize, quantize
 
@@ -111,7 +112,7 @@ def weight_bytes(params: Params, *, per_token: bool = False) -> int:
     return total - params.embed.nbytes if per_token and params.lm_head is not None else total
 
 
-def quantizer(quant: str, group: int | None = None) -> Callable[[jax.Array], Weight]:
+def quantizer(quant: Quant, group: int | None = None) -> Callable[[jax.Array], Weight]:
     """What turns a float weight into the asked form: ``none``, ``int8`` (per channel) or ``int4`` (groups of 128)."""
     if quant == "none":
         return lambda w: w
@@ -147,8 +148,8 @@ def init(
     config: LlamaConfig,
     key: jax.Array,
     *,
-    dtype: jnp.dtype | type = jnp.float32,
-    quant: str = "none",
+    dtype: DTypeLike = jnp.float32,
+    quant: Quant = "none",
     group: int | None = None,
     stacked: bool = False,
 ) -> Params:

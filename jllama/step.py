@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jllama.cache import KVCache, init_cache
-from jllama.config import LlamaConfig
+from jllama.config import LlamaConfig, Quant
 from jllama.errors import InputError
 from jllama.kernels import Kernel, Op, StepWeights, Unsupported, decode_step, require_kernels
 from jllama.params import Params, init, stack
@@ -82,7 +82,7 @@ whole_step = Op(
 def runs_whole(
     config: LlamaConfig,
     dtype: str,
-    quant: str = "none",
+    quant: Quant = "none",
     group: int | None = None,
     *,
     batch: int = 1,
