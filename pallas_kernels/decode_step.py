@@ -12,10 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .arch import planned
 from .attention import attention_reference
-from .dispatch import Op, Unsupported
+from .dispatch import Kernel, Op, Unsupported
 from .ffn import ffn_reference
-from .hopper.common.tiles import WGMMA_ROWS, Format, Weight, format_of, sm_count
+from .hopper.common.tiles import WGMMA_ROWS, Format, Weight, format_of
 from .hopper.decode_step.launch import WEIGHTS, buffers, empty, launch_per_phase, one_launch
 from .hopper.decode_step.plan import ROWS, Plan, Shape, Tiles, plan
 from .matmul import matmul_reference
@@ -100,7 +101,7 @@ def fits(plan: Plan) -> bool:
 def plan_of(shape: Shape, tiles: Tiles | None = None, blocks: int | None = None) -> Plan:
     """How this device runs a step of these sizes: with less of x at a time where too little memory is left for
     weights."""
-    blocks, wanted = blocks or sm_count(), tiles or tiles_for(shape.fmt)
+    blocks, wanted = blocks or planned().sms, tiles or tiles_for(shape.fmt)
     made = plan(shape, wanted, blocks)
     return made if tiles or fits(made) else plan(shape, replace(wanted, chunk=2048), blocks)
 
@@ -128,8 +129,8 @@ def check(
     if cos.shape != sin.shape or cos.shape != (*x.shape[:2], shape.head_dim // 2):
         raise Unsupported(f"cos {cos.shape} and sin {sin.shape} are not {(*x.shape[:2], shape.head_dim // 2)}")
     _check_sizes(shape, tiles or tiles_for(shape.fmt))
-    if blocks is not None and blocks > sm_count():
-        raise Unsupported(f"{blocks} blocks on {sm_count()} multiprocessors would wait for one another forever")
+    if blocks is not None and blocks > planned().sms:
+        raise Unsupported(f"{blocks} blocks on {planned().sms} multiprocessors would wait for one another forever")
     if not fits(plan_of(shape, tiles, blocks)):
         raise Unsupported("too little shared memory for the ring of weights")
 
@@ -254,7 +255,7 @@ def lines_of_16(scales: jax.Array) -> jax.Array:
     return scales.reshape(*lead, out // 8, groups // 2, 16)
 
 
-decode_step = Op("decode_step", decode_step_reference, kernel=decode_step_kernel, check=check)
+decode_step = Op("decode_step", decode_step_reference, {"hopper": Kernel(decode_step_kernel, check)})
 
 CASES = {
     "7b": dict(dim=4096, hidden=11008, heads=32, kv_heads=32, head_dim=128, vocab=32000, layers=32),

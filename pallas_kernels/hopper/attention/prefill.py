@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from ...arch import planned
 from ...dispatch import Unsupported
-from ...layer_view import Indexed, in_place
-from ..common.tiles import ACTIVATION_DTYPES, pad_rows, sm_count, swizzled
+from ...layer_view import LayerView, as_stacked
+from ..common.tiles import ACTIVATION_DTYPES, pad_rows, swizzled
 from .prefill_block import CONSUMERS, ITEM_QUERIES, Scratch, TileStream, run_block
 from .prefill_schedule import schedule
 
@@ -34,7 +35,7 @@ class PrefillTiles:
 TILES = {64: PrefillTiles(stages=4), 128: PrefillTiles()}  # by head_dim
 
 
-def check(q: jax.Array, k: jax.Array | Indexed, v: jax.Array | Indexed, start: jax.Array) -> None:
+def check(q: jax.Array, k: jax.Array | LayerView, v: jax.Array | LayerView, start: jax.Array) -> None:
     """Raise `Unsupported` where `flash_attention` cannot run these arguments."""
     del start
     D, heads, kv_heads = q.shape[-1], q.shape[2], k.shape[1]
@@ -50,8 +51,8 @@ def check(q: jax.Array, k: jax.Array | Indexed, v: jax.Array | Indexed, start: j
 @functools.partial(jax.jit, static_argnames=("tiles", "interpret"))
 def flash_attention(
     q: jax.Array,
-    k: jax.Array | Indexed,
-    v: jax.Array | Indexed,
+    k: jax.Array | LayerView,
+    v: jax.Array | LayerView,
     start: jax.Array,
     *,
     tiles: PrefillTiles | None = None,
@@ -62,13 +63,13 @@ def flash_attention(
     A cache whose S is a multiple of 8 is read in place. Any other is copied first.
     """
     T = q.shape[1]
-    (k, layer), (v, _) = in_place(k), in_place(v)
+    (k, layer), (v, _) = as_stacked(k), as_stacked(v)
     q, k, v = pad_rows(q, 1), pad_rows(k, 3), pad_rows(v, 3)
     B, padded, heads, D = q.shape
     tiles = tiles or TILES[D]
     # As many heads run together as have keys and values that fit.
     heads_together = max(1, tiles.l2_bytes // (k.shape[3] * D * 4)) * (heads // k.shape[2])
-    items = schedule(B * heads, pl.cdiv(padded, ITEM_QUERIES), heads_together, tiles.blocks or sm_count())
+    items = schedule(B * heads, pl.cdiv(padded, ITEM_QUERIES), heads_together, tiles.blocks or planned().sms)
 
     def stream() -> TileStream:
         return TileStream(

@@ -80,14 +80,16 @@ def one_launch(
 ) -> dict[str, jax.Array]:
     """The whole step in one launch. ``state`` is changed in place where the caller gave it away. The interpreter can
     run it where there is only one block."""
-    refs = {name: jax.new_ref(a) for name, a in state.items()}
 
     def body(*args: Any, **smem: Any) -> None:
-        everything = dict(zip((*inputs, *refs), args, strict=True))
+        everything = dict(zip((*inputs, *state), args, strict=True))
         _everything(plan, everything, smem, registers=not interpret and plan.tiles.consumers > 1)
 
-    _kernel(plan, body, "decode_step", interpret)(*inputs.values(), *refs.values())
-    return {name: jax.freeze(ref) for name, ref in refs.items()}
+    def launch(refs: Refs) -> None:
+        _kernel(plan, body, "decode_step", interpret)(*inputs.values(), *(refs[name] for name in state))
+
+    # Not jax.new_ref: a function with such effects has no rule under jax.custom_jvp.
+    return pl.run_state(launch)(state)
 
 
 def launch_per_phase(

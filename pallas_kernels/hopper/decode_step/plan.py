@@ -14,7 +14,8 @@ from typing import Any
 from jax import lax
 from jax.experimental import pallas as pl
 
-from ..common.tiles import SHARED_BYTES, WGMMA_ROWS, Format, nbytes
+from ...arch import planned
+from ..common.tiles import WGMMA_ROWS, Format, nbytes
 
 ROWS = 8  # token rows of a step: the least that wgmma takes, so that 1 costs what 8 cost
 SMALL = 8192  # bytes of shared memory for barriers, and for scratch that the compiler adds
@@ -200,7 +201,7 @@ def plan(shape: Shape, tiles: Tiles, blocks: int) -> Plan:
     splits = max(1, min(blocks // (shape.batch * shape.kv_heads), MAX_SPLITS, math.ceil(shape.max_len / tiles.keys)))
     stage = nbytes((WGMMA_ROWS, tiles.step), shape.fmt.bits)
     made = Plan(shape, tiles, blocks, splits, 0, products)
-    room = SHARED_BYTES - SMALL - shared_bytes(made)
+    room = planned().shared_bytes - SMALL - shared_bytes(made)
     return replace(made, depth=min(tiles.depth, room // stage) // tiles.consumers * tiles.consumers)
 
 

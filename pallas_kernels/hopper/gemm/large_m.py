@@ -15,9 +15,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from ...arch import planned
 from ...layer_view import layer_index
 from ..common.ring import acquire, drain
-from ..common.tiles import SHARED_BYTES, Weight, data_and_scale, format_of, nbytes, sm_count, swizzled
+from ..common.tiles import Weight, data_and_scale, format_of, nbytes, swizzled
 from ..common.warp_specialize import warp_specialize
 from .large_m_block import Block, Operands, PassWork, Scratch
 from .large_m_consumer import consume
@@ -45,7 +46,7 @@ def large_m_gemm(
 
     With ``layer``, w is stacked [layers, out, in] and read in place.
     """
-    out, sms = w.shape[-2] // (2 if swiglu else 1), sms or sm_count()
+    out, sms = w.shape[-2] // (2 if swiglu else 1), sms or planned().sms
     tiles = tiles or tiles_for(format_of(w), x.shape[0], out, swiglu, sms)
     if residual is not None and (swiglu or tiles.split_rows or tiles.out != CONSUMERS * tiles.step):
         raise ValueError(f"a residual needs tiles of {CONSUMERS} * step outputs, halved by outputs; found {tiles}")
@@ -128,7 +129,7 @@ def _scratch(problem: LargeMProblem, tiles: LargeMTiles, interpret: Any) -> tupl
     finished = (2, CONSUMERS, tiles.chunk, tiles.consumer_out)
     exchange = tiles.exchange or problem.rotary is not None
     stage = nbytes((projections * tiles.out, tiles.step), fmt.bits) + nbytes((tiles.rows, tiles.step), 16)
-    room = SHARED_BYTES - SCRATCH_RESERVE - nbytes(finished, 8 * jnp.dtype(problem.out_dtype).itemsize)
+    room = planned().shared_bytes - SCRATCH_RESERVE - nbytes(finished, 8 * jnp.dtype(problem.out_dtype).itemsize)
     room -= nbytes(finished, 16) if exchange else 0
     depth = min(tiles.depth, room // stage)
     widened = (CONSUMERS, projections * tiles.consumer_out, tiles.step)

@@ -4,9 +4,12 @@ import functools
 from typing import Any
 
 import jax
+from jax import lax
+from jax.experimental import pallas as pl
 
+from ...arch import planned
 from ...layer_view import layer_index
-from ..common.tiles import Weight, data_and_scale, format_of, sm_count
+from ..common.tiles import Weight, data_and_scale, format_of
 from .large_m import launch, pad_to_tiles
 from .large_m_plan import LargeMProblem, LargeMTiles, Rotary, tiles_for
 from .large_m_rotary import tables
@@ -29,7 +32,7 @@ def large_m_qkv(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`qkv_reference`; with ``layer`` w is stacked, with ``cache_layer`` the cache. Inside a jit that owns the cache,
     it is changed in place."""
-    sms = sms or sm_count()
+    sms = sms or planned().sms
     tiles = tiles or tiles_for(format_of(w), x.shape[0] * x.shape[1], w.shape[-2], False, sms)
     return _qkv(
         x, w, layer_index(layer), k, v, layer_index(cache_layer), start, cos, sin,
@@ -40,8 +43,8 @@ def large_m_qkv(
 # A jit of its own: all layers of a model share one trace and one lowering.
 @functools.partial(jax.jit, static_argnames=("interpret", "sms", "tiles"))
 def _qkv(x: jax.Array, w: Weight, layer: jax.Array, k: jax.Array, v: jax.Array, cache_layer: jax.Array,
-              start: jax.Array, cos: jax.Array, sin: jax.Array, *, tiles: LargeMTiles, sms: int,
-              interpret: Any) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+         start: jax.Array, cos: jax.Array, sin: jax.Array, *, tiles: LargeMTiles, sms: int,
+         interpret: Any) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
     (B, T, inner), (*_, kv_heads, max_len, D) = x.shape, k.shape
     rotary = Rotary(head_dim=D, heads=w.shape[-2] // D - 2 * kv_heads, kv_heads=kv_heads, batch=B, tokens=T)
     x, cos, sin = (pad_to_tiles(a.reshape(B * T, -1), tiles) for a in (x, cos, sin))
@@ -57,7 +60,13 @@ def _qkv(x: jax.Array, w: Weight, layer: jax.Array, k: jax.Array, v: jax.Array, 
     data, scale = data_and_scale(w)
     arguments = {"layer": layer, "x": x, "w": data, "scale": scale, "cache_layer": cache_layer, "start": start}
     arguments["cos"], arguments["sin"] = tables(cos, sin)
-    planes = {name: jax.new_ref(a.reshape(-1, max_len, D)) for name, a in (("k", k), ("v", v))}
-    q = launch(problem, tiles, sms, interpret, arguments | planes)
-    k, v = (jax.freeze(ref).reshape(k.shape) for ref in planes.values())
-    return q[: B * T].reshape(B, T, rotary.heads, D), k, v
+    state = {name: a.reshape(-1, max_len, D) for name, a in (("k", k), ("v", v))}
+    state["q"] = lax.empty((problem.rows, problem.columns), dtype=problem.out_dtype)
+
+    def write(refs: dict[str, Any]) -> None:
+        q = refs.pop("q")
+        q[...] = launch(problem, tiles, sms, interpret, arguments | refs)
+
+    # Not jax.new_ref: a function with such effects has no rule under jax.custom_jvp.
+    done = pl.run_state(write)(state)
+    return done["q"][: B * T].reshape(B, T, rotary.heads, D), done["k"].reshape(k.shape), done["v"].reshape(k.shape)
