@@ -93,8 +93,8 @@ def widen_scaled(integers: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array
 
 
 def _transpose_bytes(word: Any) -> Any:
-    """Four threads transpose the bytes of their words. Before, a thread has eight neighbours of 32 inputs; after, two of
-    every eight, as wgmma expects. The halves of the words are exchanged first, then the bytes."""
+    """Four threads transpose the bytes of their words. Before, a thread has eight neighbours of 32 inputs; after, two
+    of every eight, as wgmma expects. The halves of the words are exchanged first, then the bytes."""
     thread = rem(thread_in_warpgroup(), 4)
 
     def swap(word: Any, distance: int, low: int, high: int) -> Any:
