@@ -32,7 +32,7 @@ from pallas_kernels.decode_step import (
     plan_of,
     shape_of,
 )
-from pallas_kernels.hopper.common.limbs import digits_of
+from pallas_kernels.hopper.common.limbs import split_into_limbs
 from pallas_kernels.hopper.decode_step.launch import buffers
 from pallas_kernels.hopper.decode_step.plan import Tiles
 
@@ -77,7 +77,7 @@ def test_phases_interpreted(name: str) -> None:
 def test_digits_are_x(size: float) -> None:
     """Two digits give back every bit of a bfloat16 that is not far below the largest of its block."""
     x = jax.random.normal(jax.random.key(0), (8, 256), jnp.float32).astype(jnp.bfloat16) * jnp.bfloat16(size)
-    (first, second), scale = digits_of(x)
+    (first, second), scale = split_into_limbs(x)
     assert jnp.abs(first.astype(jnp.int32)).max() <= 127
     exact = np.asarray(x, np.float64)
     back = np.asarray(scale, np.float64)[:, None] * (np.asarray(first) * 256.0 + np.asarray(second)) / (127 * 256)
@@ -87,7 +87,7 @@ def test_digits_are_x(size: float) -> None:
 
 def test_digits_of_what_is_no_number_are_worth_none() -> None:
     x = jnp.ones((2, 256), jnp.bfloat16).at[0, 3].set(jnp.nan).at[1, 5].set(jnp.inf)
-    digits, scale = digits_of(x)
+    digits, scale = split_into_limbs(x)
     assert not jnp.isfinite(sum(d.astype(jnp.float32) for d in digits) * scale[:, None]).any()
 
 

@@ -17,9 +17,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ..common.layouts import few, line, pairs
-from ..common.online_softmax import ROWS as TILE
-from ..common.online_softmax import no_keys, rescale, soften, weigh
+from ..common.layouts import one_per_lane, one_per_thread, pair_per_thread
+from ..common.online_softmax import QUERY_TILE, empty_statistics, pv_product, rescale, update_softmax
 from .plan import ROWS, Plan
 from .products import Refs
 from .prologues import load
@@ -98,12 +97,12 @@ def one_item(plan: Plan, item: Item, refs: Refs, smem: Refs) -> None:
             plgpu.wgmma(acc, smem["q"], k.T)
             return acc[...]
 
-        return pl.run_scoped(product, plgpu.ACC((TILE, keys), jnp.float32))
+        return pl.run_scoped(product, plgpu.ACC((QUERY_TILE, keys), jnp.float32))
 
     def add(s: jax.Array, slot: Any, carry: Any) -> Any:
         acc, m, total = carry
-        p, alpha, m, total = soften(s, m, total, scale)
-        acc = weigh(rescale(acc, alpha), p.astype(jnp.bfloat16), smem["v"].at[slot], smem.get("weights"))
+        p, alpha, m, total = update_softmax(s, m, total, scale)
+        acc = pv_product(rescale(acc, alpha), p.astype(jnp.bfloat16), smem["v"].at[slot], smem.get("weights"))
         return acc, m, total
 
     def tile(j: Any, carry: Any) -> Any:
@@ -117,10 +116,10 @@ def one_item(plan: Plan, item: Item, refs: Refs, smem: Refs) -> None:
         pl.when(j + stages < item.high)(lambda: item.fetch(plan, j + stages, smem))
         return carry
 
-    zeros = plgpu.layout_cast(jnp.zeros((TILE, shape.head_dim), jnp.float32), plgpu.Layout.WGMMA)
+    zeros = plgpu.layout_cast(jnp.zeros((QUERY_TILE, shape.head_dim), jnp.float32), plgpu.Layout.WGMMA)
     last = (item.split == plan.splits - 1).astype(jnp.int32)
     pl.when(last == 0)(lambda: fetch_last(plan, item, smem))
-    acc, m, total = lax.fori_loop(item.low - last, item.high, tile, (zeros, *no_keys()))
+    acc, m, total = lax.fori_loop(item.low - last, item.high, tile, (zeros, *empty_statistics()))
     pl.when(item.split == plan.splits - 1)(lambda: write_cache(plan, item, smem))
 
     share = 1 / jnp.where(total > 0, total, 1.0)  # a part without keys is zero, not 0 / 0
@@ -133,11 +132,11 @@ def one_item(plan: Plan, item: Item, refs: Refs, smem: Refs) -> None:
         def save(t: Any, _: Any, g: int = g, column: Any = column) -> None:
             token = item.b * shape.queries + t
             place = refs["parts"].at[item.split, token, pl.ds(column * D, D)]
-            place[...] = load(smem["part"].at[g * ROWS + token], line(D))
+            place[...] = load(smem["part"].at[g * ROWS + token], one_per_thread(D))
             # Once for every 8 columns, as those who join the parts read them.
             log = jnp.full(D // 8, smem["log"][g * ROWS + token])
             refs["logs"].at[item.split, token, pl.ds(column * (D // 8), D // 8)][...] = plgpu.layout_cast(
-                log, few(D // 8)
+                log, one_per_lane(D // 8)
             )
 
         lax.fori_loop(0, shape.queries, save, None)
@@ -145,7 +144,7 @@ def one_item(plan: Plan, item: Item, refs: Refs, smem: Refs) -> None:
 
 def rotated(plan: Plan, column: Any, refs: Refs) -> jax.Array:
     """One head of all tokens [8, D], turned by the tokens' positions; in float32, as the reference does."""
-    D, layout = plan.shape.head_dim, pairs()
+    D, layout = plan.shape.head_dim, pair_per_thread()
     first, second = (
         load(refs["qkv"].at[:, pl.ds(column * D + half * (D // 2), D // 2)], layout).astype(jnp.float32)
         for half in range(2)
@@ -161,12 +160,12 @@ def new_tile(plan: Plan, head: Any, refs: Refs, smem: Refs) -> None:
     shape, D = plan.shape, plan.shape.head_dim
     k = rotated(plan, shape.heads + head, refs)
     column = (shape.heads + shape.kv_heads + head) * D
-    v = load(refs["qkv"].at[:, pl.ds(column, D)], pairs())
+    v = load(refs["qkv"].at[:, pl.ds(column, D)], pair_per_thread())
     # Weights of keys that are not there are zero, but zero times what happens to lie there may be no number.
-    token = plgpu.broadcasted_iota(jnp.int32, (ROWS, D), 0, layout=pairs())
+    token = plgpu.broadcasted_iota(jnp.int32, (ROWS, D), 0, layout=pair_per_thread())
     v = jnp.where(token < shape.rows, v.astype(jnp.float32), 0.0).astype(jnp.bfloat16)
     behind = plan.tiles.keys - ROWS
-    zeros = plgpu.layout_cast(jnp.zeros((behind, D), jnp.bfloat16), pairs())
+    zeros = plgpu.layout_cast(jnp.zeros((behind, D), jnp.bfloat16), pair_per_thread())
     for name, value in (("k", k), ("v", v)):
         tile = smem[name].at[plan.tiles.stages - 1]
         tile.at[pl.ds(0, ROWS)][...] = value
@@ -183,7 +182,7 @@ def write_cache(plan: Plan, item: Item, smem: Refs) -> None:
         @pl.when(item.start + t < shape.max_len)
         def _() -> None:
             for cache, new in ((item.k, smem["new_k"]), (item.v, smem["new_v"])):
-                cache.at[item.start + t][...] = load(new.at[item.b * shape.queries + t], line(shape.head_dim))
+                cache.at[item.start + t][...] = load(new.at[item.b * shape.queries + t], one_per_thread(shape.head_dim))
 
     lax.fori_loop(0, shape.queries, token, None)
 

@@ -14,9 +14,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ..common.layouts import outputs
-from ..common.ring import consumer_registers, together
+from ..common.layouts import pair_per_lane
+from ..common.ring import consumer_barrier
 from ..common.tiles import WGMMA_ROWS, swizzled
+from ..common.warp_specialize import consumer_registers
 from . import attention as attention
 from . import products as products
 from . import prologues as ends
@@ -69,7 +70,7 @@ def end_in_zeros(plan: Plan, refs: Refs) -> None:
         missing = refs[name].shape[-1] - begin
         if not missing:
             continue
-        zeros = plgpu.layout_cast(jnp.zeros((ROWS, missing), refs[name].dtype), outputs())
+        zeros = plgpu.layout_cast(jnp.zeros((ROWS, missing), refs[name].dtype), pair_per_lane())
         for buffer in [refs[name]] if len(refs[name].shape) == 2 else [refs[name].at[i] for i in range(plan.splits)]:
             buffer[:, pl.ds(begin, missing)] = zeros
 
@@ -130,7 +131,7 @@ def _everything(plan: Plan, refs: Refs, smem: Refs, *, registers: bool) -> None:
     def enter(layer: Any, name: str) -> None:
         """Wait until every block is through with the phases before."""
         if arrived is None:
-            together(smem["together"])
+            consumer_barrier(smem["together"])
             return
         before = layer * len(LAYER_PHASES) + PHASES.index(name) % len(LAYER_PHASES)
         all_of_them = before * plan.blocks
@@ -143,7 +144,7 @@ def _everything(plan: Plan, refs: Refs, smem: Refs, *, registers: bool) -> None:
     def leave() -> None:
         """Say that this block is through with a phase."""
         if arrived is not None:
-            together(smem["together"])
+            consumer_barrier(smem["together"])
             pl.when(me == 0)(lambda: plgpu.semaphore_signal(arrived, memory_scope="gpu"))
 
     @pl.when(me == consumers)
@@ -245,7 +246,7 @@ def _prepare(plan: Plan, name: str, layer: Any, block: Any, me: Any, count: Any,
 
 def _attend(plan: Plan, layer: Any, block: Any, me: Any, count: Any, refs: Refs, smem: Refs) -> Any:
     """The first warpgroup's part of a phase in which the others wait."""
-    together(smem["together"])  # all are done with the sums of the phase before, whose place keys now take
+    consumer_barrier(smem["together"])  # all are done with the sums of the phase before, whose place keys now take
 
     @pl.when(me == 0)
     def _() -> None:
@@ -269,7 +270,7 @@ def _kernel(plan: Plan, body: Any, name: str, interpret: Any) -> Any:
     # scales of a phase once the phase after it is under way.
     def x(cuts: int) -> Any:
         shape = t.chunk // t.step // cuts, cuts * s.columns, t.step
-        return swizzled(shape, jnp.dtype(jnp.int8) if s.fmt.quantized else bf16, run=s.fmt.group)
+        return swizzled(shape, jnp.dtype(jnp.int8) if s.fmt.quantized else bf16, min_slice=s.fmt.group)
 
     xs = [
         (
@@ -283,7 +284,9 @@ def _kernel(plan: Plan, body: Any, name: str, interpret: Any) -> Any:
     part = plgpu.SMEM((WGMMA_ROWS, s.head_dim), jnp.float32)
     scratch = {
         "shared_place": plgpu.RefUnion(*xs, (keys, keys, q), part),
-        "ring": swizzled((plan.depth, WGMMA_ROWS, t.step), s.fmt.dtype, run=s.fmt.group if s.fmt.bits == 8 else None),
+        "ring": swizzled(
+            (plan.depth, WGMMA_ROWS, t.step), s.fmt.dtype, min_slice=s.fmt.group if s.fmt.bits == 8 else None
+        ),
         "log": plgpu.SMEM((WGMMA_ROWS,), jnp.float32),
         "new_k": plgpu.SMEM((ROWS, s.head_dim), jnp.bfloat16),
         "new_v": plgpu.SMEM((ROWS, s.head_dim), jnp.bfloat16),
@@ -305,7 +308,9 @@ def _kernel(plan: Plan, body: Any, name: str, interpret: Any) -> Any:
     if interpret:  # it has no wgmma with its left operand in registers
         scratch["weights"] = swizzled((WGMMA_ROWS, t.keys), bf16)
         if s.fmt.bits == 4:
-            scratch["in_bytes"] = swizzled((t.consumers, WGMMA_ROWS, t.step), jnp.dtype(jnp.int8), run=s.fmt.group)
+            scratch["in_bytes"] = swizzled(
+                (t.consumers, WGMMA_ROWS, t.step), jnp.dtype(jnp.int8), min_slice=s.fmt.group
+            )
 
     def unpacked(*args: Any, shared_place: Any, **smem: Any) -> None:
         *views, attention, smem["part"] = shared_place

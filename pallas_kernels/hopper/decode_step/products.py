@@ -16,9 +16,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ..common import ring
-from ..common.limbs import HALF_BYTE, in_bytes
-from ..common.ring import claim, my_stages, together
-from ..common.thread_ops import LANES, put_some, some_of
+from ..common.limbs import INT4_FACTOR, load_int4_as_int8
+from ..common.ring import acquire, consumer_barrier, fold_own_stages
+from ..common.thread_ops import WARPGROUP_SIZE, load_per_thread, store_per_thread
 from ..common.tiles import WGMMA_ROWS
 from .plan import BLOCK, ROW_UNIT, TAKING_TURNS, Plan, Product
 from .prologues import Fill, Finish, units_of
@@ -54,7 +54,7 @@ def stream(name: str, weight: Any, scales: Any, uses: Any, plan: Plan, block: An
             pieces = list(p.pieces(tile))
 
             def stage(k: Any, count: Any, pieces: Any = pieces, first: int = first) -> Any:
-                slot = claim(count, plan.depth, smem["free"])
+                slot = acquire(count, plan.depth, smem["free"])
                 for piece in pieces:
                     # A range with a step less than the others ends with any weights: x is zero there.
                     step = jnp.minimum(piece.cut * p.cut_steps + first + k, p.inner // p.step - 1)
@@ -114,28 +114,30 @@ def product(name: str, scales: Any, fill: Fill, finish: Finish, plan: Plan, bloc
     mine = share_of(p, plan)
     row = pl.multiple_of(jnp.minimum(me * mine, p.strip - mine), 8)
     outer = pl.multiple_of(first_row(p, block) + row, 8)
-    pieces = [(at, min(LANES, mine - at)) for at in range(0, mine, LANES)]
+    pieces = [(at, min(WARPGROUP_SIZE, mine - at)) for at in range(0, mine, WARPGROUP_SIZE)]
     by_row = shape.fmt.quantized and not shape.fmt.grouped
 
     def scales_of(at: int, some: int) -> list[jax.Array]:
-        return [some_of(plan, scales.at[:, 0], half * p.out + outer + at, some) for half in range(p.halves)]
+        return [load_per_thread(plan, scales.at[:, 0], half * p.out + outer + at, some) for half in range(p.halves)]
 
     row_scales = [scales_of(*piece) if by_row else None for piece in pieces]
     if finish.residual is not None:  # the phase before did not write it; what is not needed yet lies beside
         each = [(token, at, some) for token in range(shape.rows) for at, some in pieces]
-        before = [some_of(plan, finish.residual.at[token], outer + at, some) for token, at, some in each]
+        before = [load_per_thread(plan, finish.residual.at[token], outer + at, some) for token, at, some in each]
         for (token, at, some), values in zip(each, before, strict=True):
-            put_some(plan, smem["residual"].at[me, token], at, values, some)
+            store_per_thread(plan, smem["residual"].at[me, token], at, values, some)
 
     def run() -> Any:
         after = multiply(name, fill, plan, block, me, count, smem)
         with jax.named_scope("together"):
-            together(smem["together"])
+            consumer_barrier(smem["together"])
 
         def whole(token: Any, half: int, at: int, some: int) -> jax.Array:
             """The consumers' shares and the cuts, in their order."""
             parts = [
-                some_of(plan, smem["sums"][name].at[other, token], (half * p.cuts + cut) * p.strip + row + at, some)
+                load_per_thread(
+                    plan, smem["sums"][name].at[other, token], (half * p.cuts + cut) * p.strip + row + at, some
+                )
                 for other in range(plan.tiles.consumers)
                 for cut in range(p.cuts)
             ]
@@ -148,9 +150,9 @@ def product(name: str, scales: Any, fill: Fill, finish: Finish, plan: Plan, bloc
                     sums = [a * b for a, b in zip(sums, factors, strict=True)]
                 residual = None
                 if finish.residual is not None:
-                    residual = some_of(plan, smem["residual"].at[me, token], *piece).astype(jnp.float32)
+                    residual = load_per_thread(plan, smem["residual"].at[me, token], *piece).astype(jnp.float32)
                 done = finish.combine(sums, residual)
-                put_some(plan, finish.out.at[token], outer + piece[0], done.astype(finish.out.dtype), piece[1])
+                store_per_thread(plan, finish.out.at[token], outer + piece[0], done.astype(finish.out.dtype), piece[1])
 
         pl.when(block * p.strip < p.out)(lambda: loop(shape.rows, finished, None))
         return after
@@ -174,7 +176,7 @@ def multiply(name: str, fill: Fill, plan: Plan, block: Any, me: Any, count: Any,
         """Fold ``stage(step, slot, carry)`` over the stages of a tile that are this consumer's."""
         mine = steps_of(p, block, steps)
         release = not in_registers(plan)
-        return my_stages(
+        return fold_own_stages(
             me, consumers, count, mine, plan.depth, smem["full"], smem["free"], stage, carry, release=release
         )
 
@@ -184,14 +186,14 @@ def multiply(name: str, fill: Fill, plan: Plan, block: Any, me: Any, count: Any,
         steps = jnp.minimum(p.cut_steps - first, p.held_steps)
         if chunks > 1:
             # Not before the first: whoever read what is there is through, or this phase had not begun.
-            pl.when(index > 0)(lambda: together(smem["together"]))
+            pl.when(index > 0)(lambda: consumer_barrier(smem["together"]))
         with jax.named_scope("fill"):
             if lone:
                 put_units(name, fill.make(fetched), 0, plan, me, smem)
             else:
                 put_tokens(name, fill, first, plan, me, smem)
             plgpu.commit_smem()
-            together(smem["together"])
+            consumer_barrier(smem["together"])
         if lone and chunks > 1:  # the next chunk's x is on its way meanwhile
             fetched = fill.fetch(0, jnp.minimum(index + 1, chunks - 1) * p.held_steps)
 
@@ -302,11 +304,11 @@ def operand(slot: Any, plan: Plan, me: Any, smem: Refs) -> Any:
     if plan.shape.fmt.bits == 8:
         return weights
     if in_registers(plan):
-        taken = in_bytes(weights)
+        taken = load_int4_as_int8(weights)
         plgpu.barrier_arrive(smem["free"].at[slot])  # the next stage may come while this one is multiplied
         return taken
     # The interpreter has no wgmma with an operand in registers.
-    smem["in_bytes"][me] = weights[...].astype(jnp.int8) * HALF_BYTE
+    smem["in_bytes"][me] = weights[...].astype(jnp.int8) * INT4_FACTOR
     plgpu.commit_smem()
     return smem["in_bytes"].at[me]
 

@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ..common.layouts import UNIT
+from ..common.layouts import EIGHT_PER_THREAD
 from .plan import ROW_UNIT, Plan, Product
 
 Refs = dict[str, Any]
@@ -38,7 +38,7 @@ def load(ref: Any, layout: Any) -> jax.Array:
 
 def unit(plan: Plan, row: Any, column: Any) -> jax.Array:
     """1024 columns of one token as [4, 32, 8]: neighbours stay together in a thread."""
-    return reshaped(plan, row.at[pl.ds(column, ROW_UNIT)], (4, 32, 8), UNIT)
+    return reshaped(plan, row.at[pl.ds(column, ROW_UNIT)], (4, 32, 8), EIGHT_PER_THREAD)
 
 
 def reshaped(plan: Plan, ref: Any, shape: tuple[int, ...], layout: Any) -> jax.Array:
@@ -113,7 +113,7 @@ def joined(plan: Plan, p: Product, parts: Any, logs: Any, me: Any) -> Fill:
     def fetch(row: Any, first: Any) -> Any:
         def one(column: Any, split: int) -> tuple[jax.Array, jax.Array]:
             lines = pl.ds(pl.multiple_of(lax.div(column, 8), ROW_UNIT // 8), ROW_UNIT // 8)
-            log = reshaped(plan, logs.at[split, row, lines], (4, 32), UNIT.reduce(2))
+            log = reshaped(plan, logs.at[split, row, lines], (4, 32), EIGHT_PER_THREAD.reduce(2))
             return unit(plan, parts.at[split, row], column), log
 
         return [[one(column, split) for split in range(plan.splits)] for column in columns_of(plan, p, me, first)]

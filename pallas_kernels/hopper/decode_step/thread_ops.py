@@ -16,29 +16,29 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, math, memref, vector
 
-from ..common.layouts import UNIT
+from ..common.layouts import EIGHT_PER_THREAD
 from ..common.limbs import (
-    digits_of,
-    floats,
-    largest_of,
-    of_warp,
-    powers_of,
-    shifted,
+    lowest_limb_value,
+    max_abs_bits,
+    scale_and_inverse,
+    split_into_limbs,
     swizzled_store,
-    worth_of,
-    write_digits,
+    to_fixed_point,
+    to_floats,
+    warp_max,
+    write_limbs,
 )
 from ..common.thread_ops import (
     SCALAR,
-    integer,
-    least,
-    over,
-    place,
-    plus,
-    rest,
-    thread_anew,
+    add,
+    as_i32,
+    as_indices,
+    div,
+    min_,
+    mul,
+    rem,
     thread_in_warpgroup,
-    times,
+    volatile_thread_in_warpgroup,
 )
 from ..common.tiles import WGMMA_ROWS, transforms_of
 from .plan import BLOCK, DIGITS, ROW_UNIT, Plan, Product
@@ -52,8 +52,8 @@ def put_row(plan: Plan, p: Product, x: Any, factors: Any, values: jax.Array, cut
     """Write ``values`` [4, 32, 8], the next 1024 inputs of token ``row`` from ``step`` of a cut on, to x [steps,
     columns of all cuts, inputs] in shared memory. Pallas writes whole tiles of 8 tokens, and most often there is one.
 
-    For integer weights a token has two rows side by side, of its digits (see `digits_of`), and ``factors`` [blocks of
-    inputs, tokens of all cuts] gets what the second is worth."""
+    For integer weights a token has two rows side by side, of its limbs (see `split_into_limbs`), and ``factors``
+    [blocks of inputs, tokens of all cuts] gets what the second is worth."""
     integers = plan.shape.fmt.quantized
     if plan.interpret:
         _put_row_interpreted(plan, p, x, factors, values, cut, step, row)
@@ -63,27 +63,27 @@ def put_row(plan: Plan, p: Product, x: Any, factors: Any, values: jax.Array, cut
     refs = (x, factors) if integers else (x,)
     types = (plgpu.RefType(transforms), plgpu.RefType())[: len(refs)]
 
-    @plgpu.inline_mgpu(arg_types=(types, UNIT, SCALAR, SCALAR, SCALAR))
+    @plgpu.inline_mgpu(arg_types=(types, EIGHT_PER_THREAD, SCALAR, SCALAR, SCALAR))
     def put(_: Any, refs: Any, values: Any, cut: Any, step: Any, row: Any) -> None:
         cut, step, row = (a.registers.item() for a in (cut, step, row))
         (eight,) = values.registers.flat  # this thread's inputs: 8 * thread and on
-        first = times(thread_anew(), 8)
-        slab, within = plus(step, over(first, p.step)), rest(first, p.step)
-        column = plus(times(cut, plan.shape.columns), times(row, plan.shape.digits))
+        first = mul(volatile_thread_in_warpgroup(), 8)
+        slab, within = add(step, div(first, p.step)), rem(first, p.step)
+        column = add(mul(cut, plan.shape.columns), mul(row, plan.shape.digits))
 
         def write(number: int, at: Any, value: Any) -> None:
-            swizzled_store(value, refs[0], transforms, 16 // dtype.itemsize, slab, plus(column, number), at)
+            swizzled_store(value, refs[0], transforms, 16 // dtype.itemsize, slab, add(column, number), at)
 
         if not integers:
             write(0, within, eight)
             return
-        numbers = floats(eight)
-        scale, inverse = powers_of(of_warp(largest_of(numbers)))
-        write_digits(shifted(numbers, inverse, DIGITS), DIGITS, plan.shape.fmt.bits, within, write)
-        block = plus(over(times(step, p.step), BLOCK), over(first, BLOCK))
-        worth = arith.mulf(scale, c(worth_of(DIGITS, plan.shape.fmt.bits), scale.type))
+        numbers = to_floats(eight)
+        scale, inverse = scale_and_inverse(warp_max(max_abs_bits(numbers)))
+        write_limbs(to_fixed_point(numbers, inverse, DIGITS), DIGITS, plan.shape.fmt.bits, within, write)
+        block = add(div(mul(step, p.step), BLOCK), div(first, BLOCK))
+        worth = arith.mulf(scale, c(lowest_limb_value(DIGITS, plan.shape.fmt.bits), scale.type))
         # A block's threads write the same.
-        memref.store(worth, refs[1], place(block, plus(times(cut, plan.shape.places), row)))
+        memref.store(worth, refs[1], as_indices(block, add(mul(cut, plan.shape.places), row)))
 
     put(refs, values, cut, step, row)  # type: ignore[call-arg]
 
@@ -94,9 +94,9 @@ def _put_row_interpreted(
     column, steps = cut * plan.shape.columns + row * plan.shape.digits, ROW_UNIT // p.step
     rows: Any = [values]
     if plan.shape.fmt.quantized:
-        rows, scale = digits_of(values.reshape(-1, BLOCK))
+        rows, scale = split_into_limbs(values.reshape(-1, BLOCK))
         for i in range(ROW_UNIT // BLOCK):
-            factors[step * p.step // BLOCK + i, cut * plan.shape.places + row] = scale[i] * worth_of(
+            factors[step * p.step // BLOCK + i, cut * plan.shape.places + row] = scale[i] * lowest_limb_value(
                 DIGITS, plan.shape.fmt.bits
             )
     for number, one in enumerate(rows):
@@ -125,16 +125,16 @@ def scale_rows(plan: Plan, p: Product, scales: Any, tile: Any, group: Any) -> ja
         row = row_of(thread)
         registers = np.empty(WGMMA_ROW_LAYOUT.registers_shape((WGMMA_ROWS,)), dtype=object)
         for i, index in enumerate(np.ndindex(registers.shape)):  # rows r and r + 8
-            stacked = plus(plus(row, 8 * i), times(tile, WGMMA_ROWS))
+            stacked = add(add(row, 8 * i), mul(tile, WGMMA_ROWS))
             if p.tiles * WGMMA_ROWS > p.stacked:
-                stacked = least(stacked, p.stacked - 1)
-            part, inside = over(stacked, p.strip), rest(stacked, p.strip)
-            half, cut = over(part, p.cuts), rest(part, p.cuts)
-            column = plus(group, times(cut, cut_groups))
+                stacked = min_(stacked, p.stacked - 1)
+            part, inside = div(stacked, p.strip), rem(stacked, p.strip)
+            half, cut = div(part, p.cuts), rem(part, p.cuts)
+            column = add(group, mul(cut, cut_groups))
             if p.cuts > 1:
-                column = least(column, groups - 1)
-            flat = plus(times(rest(inside, 8), groups), column)
-            scale = memref.load(scales, place(half, over(inside, 8), over(flat, 16), rest(flat, 16)))
+                column = min_(column, groups - 1)
+            flat = add(mul(rem(inside, 8), groups), column)
+            scale = memref.load(scales, as_indices(half, div(inside, 8), div(flat, 16), rem(flat, 16)))
             one = arith.extf(ir.F32Type.get(), scale)
             registers[index] = vector.broadcast(ir.VectorType.get((1,), ir.F32Type.get()), one)
         return FragmentedArray(_registers=registers, _layout=WGMMA_ROW_LAYOUT, _is_signed=None)
@@ -161,21 +161,21 @@ def fold(plan: Plan, p: Product, part: jax.Array, factors: Any, scales: list[jax
     @plgpu.inline_mgpu(
         arg_types=layouts, return_type=plgpu.ShapeDtypeStruct((WGMMA_ROWS, places), jnp.float32, layout=SUMS)
     )
-    def add(_: Any, part: Any, factors: Any, scales: Any, tile: Any, total: Any) -> Any:
+    def combine(_: Any, part: Any, factors: Any, scales: Any, tile: Any, total: Any) -> Any:
         f32, tile, thread = ir.F32Type.get(), tile.registers.item(), thread_in_warpgroup()
         registers = np.empty_like(total.registers)
         for index in np.ndindex(registers.shape):
             column, half = index[1], index[4]  # of 8 columns, and of rows r and r + 8
-            row = plus(times(tile, WGMMA_ROWS), plus(row_of(thread), 8 * half))
-            cut = rest(over(row, p.strip), p.cuts)
-            own, factor = None, plus(times(cut, places), plus(4 * column, rest(thread, 4)))
+            row = add(mul(tile, WGMMA_ROWS), add(row_of(thread), 8 * half))
+            cut = rem(div(row, p.strip), p.cuts)
+            own, factor = None, add(mul(cut, places), add(4 * column, rem(thread, 4)))
             for i in range(p.cuts):
                 pair = part.registers[0, i * (places // 4) + column, *index[2:]]
                 first, second = (vector.extract(pair, [], [digit]) for digit in range(DIGITS))
-                whole = plus(times(first, 256), second)
-                here = arith.cmpi(arith.CmpIPredicate.eq, cut, integer(i))
+                whole = add(mul(first, 256), second)
+                here = arith.cmpi(arith.CmpIPredicate.eq, cut, as_i32(i))
                 own = whole if own is None else arith.select(here, whole, own)
-            worth = memref.load(factors, place(factor))
+            worth = memref.load(factors, as_indices(factor))
             for scale in scales:
                 worth = arith.mulf(worth, vector.extract(scale.registers.flat[half], [], [0]))
             before = vector.extract(total.registers[index], [], [0])
@@ -183,7 +183,7 @@ def fold(plan: Plan, p: Product, part: jax.Array, factors: Any, scales: list[jax
             registers[index] = vector.broadcast(ir.VectorType.get((1,), f32), after)
         return FragmentedArray(_registers=registers, _layout=total.layout, _is_signed=None)
 
-    return add(part, factors, tuple(scales), tile, total)  # type: ignore[call-arg]
+    return combine(part, factors, tuple(scales), tile, total)  # type: ignore[call-arg]
 
 
 def put_sums(plan: Plan, sums: Any, total: jax.Array, tile: Any, again: Any) -> None:
@@ -195,10 +195,10 @@ def put_sums(plan: Plan, sums: Any, total: jax.Array, tile: Any, again: Any) -> 
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SUMS, SCALAR, SCALAR))
     def put(_: Any, sums: Any, total: Any, tile: Any, again: Any) -> None:
-        tile, again, thread = tile.registers.item(), again.registers.item(), thread_anew()
+        tile, again, thread = tile.registers.item(), again.registers.item(), volatile_thread_in_warpgroup()
         for index, value in np.ndenumerate(total.registers):
-            token = plus(4 * index[1], rest(thread, 4))
-            here = place(token, plus(times(tile, WGMMA_ROWS), plus(row_of(thread), 8 * index[4])))
+            token = add(4 * index[1], rem(thread, 4))
+            here = as_indices(token, add(mul(tile, WGMMA_ROWS), add(row_of(thread), 8 * index[4])))
             one = vector.extract(value, [], [0])
             before = arith.select(again, memref.load(sums, here), c(0.0, one.type))
             memref.store(arith.addf(before, one), sums, here)
@@ -208,4 +208,4 @@ def put_sums(plan: Plan, sums: Any, total: jax.Array, tile: Any, again: Any) -> 
 
 def row_of(thread: Any) -> Any:
     """The first of a thread's two rows of wgmma's 64; the second is 8 further."""
-    return plus(times(over(thread, 32), 16), over(rest(thread, 32), 4))
+    return add(mul(div(thread, 32), 16), div(rem(thread, 32), 4))
