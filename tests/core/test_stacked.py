@@ -167,7 +167,11 @@ def test_attention_reads_a_layer_in_place(kernel: Any) -> None:
     k, v = (jax.random.normal(key, (1, 1, 72, 64), jnp.bfloat16) for key in keys[1:])
     start = jnp.asarray([66])
     stacked = [Indexed(jnp.stack([a * jnp.nan, a, a * jnp.nan]), 1) for a in (k, v)]
-    tiles = flash_attention.Tiles(keys=64) if kernel is flash_attention.flash_attention else flash_decode.Tiles(keys=64)
+    tiles = (
+        flash_attention.Tiles(keys=64)
+        if kernel is flash_attention.flash_attention
+        else flash_decode.DecodeTiles(keys=64)
+    )
     found = kernel(q, *stacked, start, tiles=tiles, interpret=plgpu.InterpretGPUParams())
     wanted = attention_reference(q, k, v, start)
     np.testing.assert_allclose(np.asarray(found, np.float32), np.asarray(wanted, np.float32), atol=2e-2)

@@ -27,7 +27,7 @@ from ..common.online_softmax import (
     QUERY_TILE,
     Ref,
     empty_statistics,
-    mask,
+    mask_after,
     pv_product,
     rescale,
     update_softmax,
@@ -40,7 +40,7 @@ BLOCK_ROWS = CONSUMERS * QUERY_TILE
 
 
 @dataclasses.dataclass(frozen=True)
-class Tiles:
+class PrefillTiles:
     """What can be tuned: keys per tile, tiles in flight, the bytes of keys and values that the blocks running at a
     time share, so that they find them in the L2 cache, and the most blocks (None: one a multiprocessor)."""
 
@@ -50,7 +50,7 @@ class Tiles:
     blocks: int | None = None
 
 
-TILES = {64: Tiles(stages=4), 128: Tiles()}  # by head_dim
+TILES = {64: PrefillTiles(stages=4), 128: PrefillTiles()}  # by head_dim
 
 
 def check(q: jax.Array, k: jax.Array | Indexed, v: jax.Array | Indexed, start: jax.Array) -> None:
@@ -73,7 +73,7 @@ def flash_attention(
     v: jax.Array | Indexed,
     start: jax.Array,
     *,
-    tiles: Tiles | None = None,
+    tiles: PrefillTiles | None = None,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> jax.Array:
     """q [B, T, heads, D], k and v [B, kv_heads, S, D], start [B] -> [B, T, heads, D]; see `attention_reference`.
@@ -153,7 +153,7 @@ def block(
     turn: Ref,
     p_smem: Ref | None,  # for the interpreter
     *,
-    tiles: Tiles,
+    tiles: PrefillTiles,
 ) -> None:
     """What the three warpgroups of a block do."""
     q_smem, q_full, q_free = q_stream
@@ -278,7 +278,7 @@ def consume(
 
     def find_weights(s, j, m, total, *, masked):
         keys.release(j)
-        return update_softmax(mask(s, last(j)) if masked else s, m, total, scale)
+        return update_softmax(mask_after(s, last(j)) if masked else s, m, total, scale)
 
     def first_scores(s_ref):
         keys.wait(0)

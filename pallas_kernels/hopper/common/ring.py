@@ -67,12 +67,6 @@ def consumer_barrier(barrier: Any) -> None:
     plgpu.barrier_wait(barrier)
 
 
-def consumer_registers(consumers: int, producer: int) -> int:
-    """What a thread of a consumer may have once the producer has given up all but ``producer`` registers."""
-    each = 65536 // (128 * (consumers + 1)) // 8 * 8  # what the launch gives
-    return min(240, (each + (each - producer) // consumers) // 8 * 8)
-
-
 @dataclasses.dataclass(frozen=True)
 class TileRing:
     """Tiles on their way from the warpgroup that loads to those that compute, numbered from ``first`` of all that come

@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ..common.layouts import one_per_lane, one_per_thread, pair_per_thread
-from ..common.online_softmax import QUERY_TILE, empty_statistics, pv_product, rescale, update_softmax
+from ..common.online_softmax import KeyValueTile, attend_tiles, empty_softmax
 from .block import Block
 from .memory import Ref
 from .plan import MAX_TOKENS
@@ -100,39 +100,31 @@ def _attend_item(b: Block, item: WorkItem) -> None:
         s.q.at[pl.ds(g * MAX_TOKENS, MAX_TOKENS)][...] = q[g]
     plgpu.commit_smem()
 
-    def scores(k: Ref) -> jax.Array:
-        def product(acc: Any) -> jax.Array:
-            plgpu.wgmma(acc, s.q, k.T)
-            return acc[...]
-
-        return pl.run_scoped(product, plgpu.ACC((QUERY_TILE, keys), jnp.float32))
-
-    def add(tile_scores: jax.Array, slot: Any, carry: Any) -> Any:
-        acc, m, total = carry
-        p, alpha, m, total = update_softmax(tile_scores, m, total, scale)
-        acc = pv_product(rescale(acc, alpha), p.astype(jnp.bfloat16), s.v.at[slot], b.scratch.softmax_weights)
-        return acc, m, total
-
-    def tile(j: Any, carry: Any) -> Any:
+    def tile(j: Any) -> KeyValueTile:
         """Cached tile ``j``; the one before the first is the new keys, in the ring's last slot."""
         new = j < item.low
         slot = jnp.where(new, stages - 1, lax.rem(j - item.low, stages))
-        pl.when(j >= item.low)(lambda: plgpu.barrier_wait(b.scratch.keys_full.at[slot]))
-        masked = mask_tile(scores(s.k.at[slot]), new, item.start - 1 - j * keys, shape.queries)
-        carry = add(masked, slot, carry)
-        pl.when(new)(plgpu.commit_smem)
-        pl.when(j + stages < item.high)(lambda: item.fetch(b, j + stages))
-        return carry
 
-    zeros = plgpu.layout_cast(jnp.zeros((QUERY_TILE, shape.head_dim), jnp.float32), plgpu.Layout.WGMMA)
+        def wait() -> None:  # one barrier for keys and values
+            pl.when(j >= item.low)(lambda: plgpu.barrier_wait(b.scratch.keys_full.at[slot]))
+
+        def release() -> None:
+            pl.when(new)(plgpu.commit_smem)
+            pl.when(j + stages < item.high)(lambda: item.fetch(b, j + stages))
+
+        def mask(scores: jax.Array) -> jax.Array:
+            return mask_tile(scores, new, item.start - 1 - j * keys, shape.queries)
+
+        return KeyValueTile(s.k.at[slot], s.v.at[slot], wait, lambda: None, release, mask)
+
+    softmax = empty_softmax(shape.head_dim)
     is_last = (item.split == b.plan.key_splits - 1).astype(jnp.int32)
     pl.when(is_last == 0)(lambda: item.fetch_last_slot(b))
-    acc, m, total = lax.fori_loop(item.low - is_last, item.high, tile, (zeros, *empty_statistics()))
+    p_smem = b.scratch.softmax_weights
+    softmax = attend_tiles(softmax, item.low - is_last, item.high, tile, q=s.q, scale=scale, p_smem=p_smem)
     pl.when(item.split == b.plan.key_splits - 1)(lambda: _write_cache(b, item))
-
-    inverse = 1 / jnp.where(total > 0, total, 1.0)  # a split without keys gives zero, not 0 / 0
-    b.attention_output[...] = rescale(acc, inverse)
-    b.scratch.log_sums[...] = m + jnp.log2(total)
+    b.attention_output[...] = softmax.output()
+    b.scratch.log_sums[...] = softmax.log_total()
     _store_output(b, item)
 
 

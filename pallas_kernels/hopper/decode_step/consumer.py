@@ -28,6 +28,8 @@ def consume(b: Block, barrier: GridBarrier) -> None:
                 barrier.arrive(here)
         return count
 
+    if b.plan.spin_limit:
+        b.scratch.gave_up[b.warpgroup] = 0
     over_phases(b.plan, visit)
 
 

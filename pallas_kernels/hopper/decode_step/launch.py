@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ..common.layouts import pair_per_lane
-from ..common.ring import consumer_registers
+from ..common.warp_specialize import warp_specialize
 from .block import Block, TileOps
 from .consumer import consume
 from .grid import GridBarrier
@@ -28,28 +28,17 @@ def launch_step(
 ) -> StepBuffers:
     """All phases. ``buffers`` are changed in place where the caller donated them. The interpreter can run it with a
     single block."""
-    consumers, registers = plan.tiles.consumers, not interpret and plan.tiles.consumers > 1
 
     def body(b: Block) -> None:
         barrier = GridBarrier.of(plan)
-
-        @pl.when(b.warpgroup == consumers)
-        def _() -> None:
-            if registers:
-                plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
-            produce(b)
-
-        @pl.when((b.warpgroup == 0) & (b.index == 0))
-        def _() -> None:
-            zero_padding(b)
-
-        @pl.when(b.warpgroup < consumers)
-        def _() -> None:
-            if registers:
-                plgpu.set_max_registers(consumer_registers(consumers, PRODUCER_REGISTERS), action="increase")
-            if plan.spin_limit:
-                b.scratch.gave_up[b.warpgroup] = 0
-            consume(b, barrier)
+        pl.when((b.warpgroup == 0) & (b.index == 0))(lambda: zero_padding(b))
+        warp_specialize(
+            b.warpgroup,
+            producer=lambda: produce(b),
+            consumer=lambda: consume(b, barrier),
+            consumers=plan.tiles.consumers,
+            producer_registers=None if interpret else PRODUCER_REGISTERS,
+        )
 
     return call(plan, ops, body, inputs, buffers, "decode_step", interpret)
 

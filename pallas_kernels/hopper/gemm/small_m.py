@@ -24,7 +24,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ...dispatch import Unsupported
 from ...layer_view import layer_index
-from ..common.ring import acquire, consumer_registers, drain
+from ..common.ring import acquire, drain
+from ..common.warp_specialize import consumer_registers
 from ..common.tiles import (
     WGMMA_ROWS,
     Format,
