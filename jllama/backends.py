@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jllama.cache import KVCache, init_cache
+from jllama.config import Backend
 from jllama.kernels import Choice, record
 from jllama.model import forward
 from jllama.params import Params
@@ -17,7 +18,7 @@ def backends(
     prompt: int = 128,
     max_len: int = 1024,
     sampling: Sampling | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> dict[str, dict[str, Choice]]:
     """The choice for every op of a prefill of ``prompt`` tokens and of a decode step, each with the draw of a token by
     ``sampling`` (default: greedy): traced, not run.

@@ -10,12 +10,14 @@ import numpy as np
 
 from jllama.cache import KVCache, grow, init_cache
 from jllama.compilation import compile_seconds
+from jllama.config import Backend
 from jllama.decode import (
     NO_TOKEN,
     Drawn,
-    jit_begin,
+    check_prompts,
     jit_decode_chunk,
     jit_prefill,
+    jit_sample_first,
     stop_table,
     tokens_seen,
 )
@@ -71,7 +73,7 @@ class Session:
     params: Params
     max_len: int
     batch: int = 1
-    backend: str = "auto"
+    backend: Backend = "auto"
     chunk: int = CHUNK
     timings: Timings = field(default_factory=Timings)
 
@@ -99,7 +101,7 @@ class Session:
         logits, cache = self._prefill(prompts, int(limit.max()))
         sampling = make_sampling(self.batch) if sampling is None else sampling
         seen = self._seen(prompts) if sampling.repetition_penalty is not None else None
-        state, drawn = jit_begin(
+        state, drawn = jit_sample_first(
             logits, cache, sampling, limit, stop_table(self.batch, stop_ids), seen, backend=self.backend
         )
         left = int(limit.max()) - 1
@@ -144,14 +146,7 @@ class Session:
     def _check(self, prompts: Sequence[Sequence[int]]) -> None:
         if len(prompts) != self.batch:
             raise InputError(f"prompts: expected {self.batch} (the session's batch), found {len(prompts)}")
-        for i, prompt in enumerate(prompts):
-            if not 0 < len(prompt) < self.max_len:
-                expected = f"1 to {self.max_len - 1} tokens (one less than the context)"
-                raise InputError(f"prompt {i}: expected {expected}, found {len(prompt)}")
-            strange = [t for t in prompt if not 0 <= t < self.params.config.vocab_size]
-            if strange:
-                expected = f"token ids from 0 to {self.params.config.vocab_size - 1}"
-                raise InputError(f"prompt {i}: expected {expected}, found {strange[0]}")
+        check_prompts(prompts, self.max_len - 1, "one less than the context", self.params.config)
 
     def _prefill(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> tuple[jax.Array, KVCache]:
         # The last token drawn is not in the cache, and the last of a prompt must be fed to give logits.

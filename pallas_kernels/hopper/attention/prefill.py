@@ -21,8 +21,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from ...arch import planned
 from ...dispatch import Unsupported
-from ...layer_view import Indexed, in_place
+from ...layer_view import LayerView, as_stacked
 from ..common.online_softmax import (
     QUERY_TILE,
     Ref,
@@ -33,7 +34,7 @@ from ..common.online_softmax import (
     update_softmax,
 )
 from ..common.ring import TileRing
-from ..common.tiles import ACTIVATION_DTYPES, pad_rows, sm_count, swizzled
+from ..common.tiles import ACTIVATION_DTYPES, pad_rows, swizzled
 
 CONSUMERS = 2
 BLOCK_ROWS = CONSUMERS * QUERY_TILE
@@ -53,7 +54,7 @@ class PrefillTiles:
 TILES = {64: PrefillTiles(stages=4), 128: PrefillTiles()}  # by head_dim
 
 
-def check(q: jax.Array, k: jax.Array | Indexed, v: jax.Array | Indexed, start: jax.Array) -> None:
+def check(q: jax.Array, k: jax.Array | LayerView, v: jax.Array | LayerView, start: jax.Array) -> None:
     """Raise `Unsupported` where `flash_attention` cannot run these arguments."""
     del start
     D, heads, kv_heads = q.shape[-1], q.shape[2], k.shape[1]
@@ -69,8 +70,8 @@ def check(q: jax.Array, k: jax.Array | Indexed, v: jax.Array | Indexed, start: j
 @functools.partial(jax.jit, static_argnames=("tiles", "interpret"))
 def flash_attention(
     q: jax.Array,
-    k: jax.Array | Indexed,
-    v: jax.Array | Indexed,
+    k: jax.Array | LayerView,
+    v: jax.Array | LayerView,
     start: jax.Array,
     *,
     tiles: PrefillTiles | None = None,
@@ -81,13 +82,13 @@ def flash_attention(
     A cache whose S is a multiple of 8 is read where it lies; any other is copied first.
     """
     T = q.shape[1]
-    (k, layer), (v, _) = in_place(k), in_place(v)
+    (k, layer), (v, _) = as_stacked(k), as_stacked(v)
     q, k, v = pad_rows(q, 1), pad_rows(k, 3), pad_rows(v, 3)
     B, padded, heads, D = q.shape
     tiles = tiles or TILES[D]
     # As many heads together as share so many bytes of keys and values.
     fit = max(1, tiles.l2_bytes // (k.shape[3] * D * 4)) * (heads // k.shape[2])
-    items = schedule(B * heads, pl.cdiv(padded, BLOCK_ROWS), fit, tiles.blocks or sm_count())
+    items = schedule(B * heads, pl.cdiv(padded, BLOCK_ROWS), fit, tiles.blocks or planned().sms)
     ring = {"num_barriers": tiles.stages}
     stream = (
         swizzled((tiles.stages, tiles.keys, D), q.dtype),

@@ -16,15 +16,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from ...arch import planned
 from ...layer_view import layer_index
 from ..common.ring import acquire, drain
 from ..common.tiles import (
-    SHARED_BYTES,
     Weight,
     data_and_scale,
     format_of,
     nbytes,
-    sm_count,
     swizzled,
 )
 from .large_m_consumer import consume
@@ -49,7 +48,7 @@ def wide(
 
     With ``layer``, w is stacked [layers, out, in] and read in place.
     """
-    out, sms = w.shape[-2] // (2 if swiglu else 1), sms or sm_count()
+    out, sms = w.shape[-2] // (2 if swiglu else 1), sms or planned().sms
     tiles = tiles or tiles_for(format_of(w), x.shape[0], out, swiglu, sms)
     if residual is not None and (swiglu or tiles.by_rows or tiles.out != CONSUMERS * tiles.step):
         raise ValueError(f"a residual needs tiles of {CONSUMERS} * step outputs, halved by outputs; found {tiles}")
@@ -102,7 +101,7 @@ def launch(problem: Problem, tiles: WideTiles, sms: int, interpret: Any, argumen
     part = tiles.part
     finished = (2, CONSUMERS, tiles.chunk, part)
     stage = nbytes((problem.heads * tiles.out, tiles.step), fmt.bits) + nbytes((tiles.rows, tiles.step), 16)
-    room = SHARED_BYTES - 2048 - nbytes(finished, 8 * jnp.dtype(problem.out_dtype).itemsize)
+    room = planned().shared_bytes - 2048 - nbytes(finished, 8 * jnp.dtype(problem.out_dtype).itemsize)
     trade = tiles.trade or problem.rotary is not None
     room -= nbytes(finished, 16) if trade else 0
     depth = min(tiles.depth, room // stage)

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from ...arch import planned
 from ...dispatch import Unsupported
 from ..common.tiles import Format, Weight, check_operands, format_of
 
@@ -129,7 +130,7 @@ def check_wide(x: jax.Array, w: Weight, *, swiglu: bool = False, tiles: WideTile
     check_operands(x, w)
     fmt = format_of(w)
     out = w.shape[-2] // (2 if swiglu else 1)
-    tiles = tiles or tiles_for(fmt, x.shape[0], out, swiglu, 132)
+    tiles = tiles or tiles_for(fmt, x.shape[0], out, swiglu, planned().sms)
     if x.shape[1] % tiles.step:
         raise Unsupported(f"{x.shape[1]} inputs: must be a multiple of {tiles.step}")
     side_by_side = tiles.out * (2 if tiles.pair else 1)

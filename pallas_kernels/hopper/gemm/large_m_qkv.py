@@ -4,9 +4,12 @@ import functools
 from typing import Any
 
 import jax
+from jax import lax
+from jax.experimental import pallas as pl
 
+from ...arch import planned
 from ...layer_view import layer_index
-from ..common.tiles import Weight, data_and_scale, format_of, sm_count
+from ..common.tiles import Weight, data_and_scale, format_of
 from .large_m import launch, whole_tiles
 from .large_m_plan import Problem, Rotary, WideTiles, tiles_for
 from .large_m_rotary import tables
@@ -29,7 +32,7 @@ def wide_qkv(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`qkv_reference`; with ``layer`` w is stacked, with ``cache_layer`` the cache. Inside a jit that owns the cache,
     this is changed in place."""
-    sms = sms or sm_count()
+    sms = sms or planned().sms
     tiles = tiles or tiles_for(format_of(w), x.shape[0] * x.shape[1], w.shape[-2], False, sms)
     return _wide_qkv(
         x, w, layer_index(layer), k, v, layer_index(cache_layer), start, cos, sin,
@@ -57,7 +60,13 @@ def _wide_qkv(x: jax.Array, w: Weight, layer: jax.Array, k: jax.Array, v: jax.Ar
     data, scale = data_and_scale(w)
     arguments = {"layer": layer, "x": x, "w": data, "scale": scale, "cache_layer": cache_layer, "start": start}
     arguments["cos"], arguments["sin"] = tables(cos, sin)
-    planes = {name: jax.new_ref(a.reshape(-1, max_len, D)) for name, a in (("k", k), ("v", v))}
-    q = launch(problem, tiles, sms, interpret, arguments | planes)
-    k, v = (jax.freeze(ref).reshape(k.shape) for ref in planes.values())
-    return q[: B * T].reshape(B, T, rotary.heads, D), k, v
+    state = {name: a.reshape(-1, max_len, D) for name, a in (("k", k), ("v", v))}
+    state["q"] = lax.empty((problem.rows, problem.columns), dtype=problem.out_dtype)
+
+    def write(refs: dict[str, Any]) -> None:
+        q = refs.pop("q")
+        q[...] = launch(problem, tiles, sms, interpret, arguments | refs)
+
+    # Not jax.new_ref: a function with such effects has no rule under jax.custom_jvp.
+    done = pl.run_state(write)(state)
+    return done["q"][: B * T].reshape(B, T, rotary.heads, D), done["k"].reshape(k.shape), done["v"].reshape(k.shape)
