@@ -180,7 +180,8 @@ def check_memory(source: Source, dtype: str, quant: Quant, group: int | None, ba
     if free is None:
         return
     config = source.config
-    quant = _stored(source)[0] if quant == "none" else quant
+    if quant == "none":
+        quant, group = _stored(source)
 
     def need(quant: Quant, max_len: int) -> int:
         rest = cache_bytes(config, batch, max_len, jnp.dtype(dtype)) + workspace_bytes(config, batch, max_len, dtype)
@@ -192,7 +193,7 @@ def check_memory(source: Source, dtype: str, quant: Quant, group: int | None, ba
         model_bytes(config, dtype, quant, group),
         cache_bytes(config, batch, max_len, jnp.dtype(dtype)),
     )
-    narrower = QUANTS[QUANTS.index(quant) + 1 :]
+    narrower = QUANTS[QUANTS.index(quant) + 1 :] if source.quant is None else ()  # integers are not rounded again
     fits = [f"--quant {name}" for name in narrower if need(name, max_len) <= free][:1]
     lengths = [n for n in (max_len >> k for k in range(1, 8)) if n >= 128 and need(quant, n) <= free]
     fits += [f"--max-seq-len {n}" for n in lengths[:1]]
