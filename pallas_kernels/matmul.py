@@ -12,7 +12,7 @@ from jax import lax
 
 from .dispatch import Kernel, Op
 from .hopper.common.tiles import Weight
-from .hopper.gemm.large_m import check_wide, wide
+from .hopper.gemm.large_m import check_large_m, large_m_gemm
 from .hopper.gemm.small_m import SMALL_M_MAX, check_small_m, small_m_gemm
 from .layer_view import LayerView
 from .quantized import QuantizedTensor, dequantize
@@ -50,7 +50,7 @@ def check_product(x: jax.Array, w: Weight | LayerView, *, swiglu: bool = False, 
     if x.shape[0] <= SMALL_M_MAX:
         check_small_m(x, w)
     else:
-        check_wide(x, w, swiglu=swiglu)
+        check_large_m(x, w, swiglu=swiglu)
 
 
 def product(x: jax.Array, w: Weight | LayerView, *, residual: jax.Array | None = None, **options: Any) -> jax.Array:
@@ -60,7 +60,7 @@ def product(x: jax.Array, w: Weight | LayerView, *, residual: jax.Array | None =
     x = x.reshape(-1, x.shape[-1])
     if residual is not None:
         residual = residual.reshape(-1, residual.shape[-1])
-    kernel = small_m_gemm if x.shape[0] <= SMALL_M_MAX else wide
+    kernel = small_m_gemm if x.shape[0] <= SMALL_M_MAX else large_m_gemm
     return kernel(x, w, layer=layer, residual=residual, **options).reshape(*lead, -1)
 
 

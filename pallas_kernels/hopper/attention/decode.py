@@ -29,12 +29,11 @@ FUSED_SPLITS = 16  # more splits than this are joined by reductions
 
 @dataclass(frozen=True)
 class DecodeTiles:
-    """What can be tuned: keys a tile, tiles in flight, and how many blocks share the work (None: one
-    for each multiprocessor)."""
+    """What can be tuned."""
 
-    keys: int = 128
-    stages: int = 3
-    blocks: int | None = None
+    keys: int = 128  # of a tile
+    stages: int = 3  # tiles in flight
+    blocks: int | None = None  # None: one a multiprocessor
 
 
 TILES = {64: DecodeTiles(stages=5), 128: DecodeTiles()}  # by head_dim
