@@ -23,6 +23,7 @@ from ..common.online_softmax import KeyValueTile, attend_tiles, empty_softmax
 from .block import Block
 from .memory import Ref
 from .plan import MAX_TOKENS
+from .schedule import over_items
 from .thread_ops import load
 
 
@@ -81,12 +82,12 @@ def prefetch(b: Block) -> None:
 def attend(b: Block) -> None:
     """Every work item of this block."""
 
-    def turn(i: Any, _: Any) -> None:
-        item = WorkItem.of(b, i * b.plan.blocks + b.index)
-        pl.when(i > 0)(lambda: item.fetch_first(b))
+    def one_item(index: Any, turn: Any) -> None:
+        item = WorkItem.of(b, index)
+        pl.when(turn > 0)(lambda: item.fetch_first(b))  # the first item's were prefetched
         _attend_item(b, item)
 
-    lax.fori_loop(0, (b.plan.attention_items - b.index + b.plan.blocks - 1) // b.plan.blocks, turn, None)
+    over_items(b, b.plan.attention_items, one_item)
 
 
 def _attend_item(b: Block, item: WorkItem) -> None:
