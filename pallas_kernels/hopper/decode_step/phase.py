@@ -54,9 +54,7 @@ class ProductPhase(Phase):
     epilogue: Epilogue  # makes the output of the sums
     halves: int = 1  # weights stacked in one array whose outputs the epilogue combines, like gate and up
     gain: GainName | None = None  # of the prologue's norm
-    residual: BufferName | None = (
-        None  # what the epilogue adds; prefetched, so that the previous phase must not write it
-    )
+    residual: BufferName | None = None  # what the epilogue adds; prefetched: the previous phase must not write it
     scale_slot: int = 0  # where the scales of int4 weights lie; phases in a row should alternate
 
 
@@ -80,12 +78,9 @@ def check_table(layer_phases: tuple[Phase, ...], head: ProductPhase) -> None:
             raise ValueError(f"{phase.name}: no earlier phase writes {', '.join(sorted(missing))}")
         if isinstance(phase, ProductPhase):
             if phase.residual in before.writes:
-                raise ValueError(
-                    f"{phase.name}: {before.name} writes its residual {phase.residual}, which is prefetched"
-                )
-            if both := {*phase.reads, phase.residual} & set(phase.writes):
-                raise ValueError(
-                    f"{phase.name}: a product phase must not write what it reads: {', '.join(sorted(both))}"
-                )
+                found = f"{before.name} writes its residual {phase.residual}"
+                raise ValueError(f"{phase.name}: {found}, which is prefetched before that phase ends")
+            if {*phase.reads, phase.residual} & set(phase.writes):
+                raise ValueError(f"{phase.name}: a product phase must not write what it reads, {phase.writes[0]}")
         written |= set(phase.writes)
         before = phase
