@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 
 from ...arch import planned
 from ..common.tiles import WGMMA_ROWS, Format, nbytes
-from .phase import Phase, ProductPhase
+from .phase import Phase, ProductPhase, check_table
 
 MAX_TOKENS = 8  # wgmma's right operand has at least 8 columns, so that 1 token costs what 8 cost
 RESERVED_BYTES = 8192  # of shared memory: barriers, small arrays, and scratch that the compiler adds
@@ -239,6 +239,7 @@ def plan_step(
     shape: StepShape, tiles: StepTiles, blocks: int, layer_phases: tuple[Phase, ...], head: ProductPhase
 ) -> StepPlan:
     """Tile ``shape`` for ``blocks`` blocks."""
+    check_table(layer_phases, head)
     products = {
         p.name: plan_product(getattr(shape, p.inner), getattr(shape, p.outer), p.halves, tiles, blocks)
         for p in (*layer_phases, head)
