@@ -175,20 +175,21 @@ def answer(
         return
     completion = Completion(ids)
     pieces = lm.complete([completion], row=len(conversation.exchanges), **options)
-    begun = False
+    shown = ""
     try:
         for _, text in pieces:
             # Formats put white space before the answer; the terminal needs none.
-            print(text if begun else text.lstrip(), end="", flush=True)
-            begun = begun or bool(text.strip())
+            new = text if shown else text.lstrip()
+            print(new, end="", flush=True)
+            shown += new
         print()
     except KeyboardInterrupt:
         pieces.close()
         print()
         say("(stopped)")
-        if not completion.text.strip():
+        if not shown:
             return  # before it had begun: nothing was asked
-    conversation.exchanges.append(Exchange(question, completion.text.strip()))
+    conversation.exchanges.append(Exchange(question, shown.strip()))
     if completion.finish_reason == "length":
         say(f"(cut off after {len(completion.ids)} tokens)")
     if not args.quiet:
