@@ -1,6 +1,6 @@
 """Llama's operations: each a `jax.numpy` reference and, where there is one, a Pallas kernel held to it."""
 
-from .arch import Arch, target
+from .arch import Arch, pinned, target
 from .attention import DECODE_QUERIES, attention, decode_attention
 from .decode_step import StepWeights, decode_step
 from .dispatch import BACKENDS, Choice, Choices, Kernel, Op, Unsupported, choices_of, record, recorded, require_kernels
@@ -11,6 +11,7 @@ from .matmul import Weight, matmul
 from .qkv import qkv, qkv_reference, rotate, split_heads, write
 from .quantized import QuantizedTensor, dequantize, group_size, quantize
 from .rms_norm import rms_norm
+from .transforms import vary_with
 
 OPS: dict[str, Op] = {
     op.name: op for op in (rms_norm, matmul, qkv, attention, decode_attention, ffn, decode_step, draw)
@@ -41,6 +42,7 @@ __all__ = [
     "log_probability",
     "materialize",
     "matmul",
+    "pinned",
     "qkv",
     "qkv_reference",
     "quantize",
@@ -51,5 +53,6 @@ __all__ = [
     "rotate",
     "split_heads",
     "target",
+    "vary_with",
     "write",
 ]

@@ -11,6 +11,7 @@ from jax import lax
 
 from .dispatch import Kernel, Op
 from .hopper.sampling.draw import check_draw, draw_rows, skip_reason
+from .transforms import vary_with
 
 
 def draw_reference(
@@ -109,7 +110,8 @@ def _largest_threshold(bits: jax.Array, weight: jax.Array, wanted: jax.Array) ->
         digit = jnp.sum(reached >= wanted[:, None], axis=-1, dtype=jnp.uint32)
         return low + (digit << shift)
 
-    return lax.fori_loop(0, 32 // _DIGIT, settle, jnp.zeros(bits.shape[0], jnp.uint32))
+    zeros = vary_with(jnp.zeros(bits.shape[0], jnp.uint32), bits, weight, wanted)
+    return lax.fori_loop(0, 32 // _DIGIT, settle, zeros)
 
 
 draw = Op("draw", draw_reference, {"hopper": Kernel(draw_rows, check_draw)}, skip_reason=skip_reason)

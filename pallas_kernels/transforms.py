@@ -51,7 +51,7 @@ def with_rules(
             for i, array in zip(where, arrays, strict=True):
                 filled[i] = array
             args, kwargs = jax.tree.unflatten(tree, filled)
-            return _varying(function(*args, **kwargs), arrays)
+            return vary_with(function(*args, **kwargs), *arrays)
 
         return call
 
@@ -100,16 +100,16 @@ def with_rules(
     return differentiable(*arrays)
 
 
-def _varying(out: Any, arrays: tuple[jax.Array, ...]) -> Any:
-    """``out`` with the type that `jax.shard_map` gives to what is computed from ``arrays``: a kernel's results come
-    without the mesh axes over which they vary."""
-    axes = frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in arrays))
+def vary_with(tree: Any, *arrays: Any) -> Any:
+    """The arrays of a tree with the type under `jax.shard_map` of what is computed from all ``arrays``: they vary over
+    the same mesh axes. A kernel's results and constants come without."""
+    axes = frozenset[str]().union(*(jax.typeof(a).manual_axis_type.varying for a in arrays))
 
-    def vary(a: jax.Array) -> jax.Array:
+    def one(a: jax.Array) -> jax.Array:
         missing = tuple(axes - jax.typeof(a).manual_axis_type.varying)
         return lax.pcast(a, missing, to="varying") if missing else a
 
-    return jax.tree.map(vary, out) if axes else out
+    return jax.tree.map(one, tree) if axes else tree
 
 
 # A result that no platform's code can give. An exception at trace time would come too early: the platform is known
@@ -124,7 +124,7 @@ def refuse(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], re
     out, tree = jax.tree.flatten(jax.eval_shape(lambda: function(*args, **kwargs)))
     avals = tuple(ShapedArray(a.shape, a.dtype) for a in out)
     arrays = tuple(a for a in jax.tree.leaves((args, kwargs)) if isinstance(a, jax.Array))
-    return _varying(jax.tree.unflatten(tree, _refused.bind(avals=avals, reason=reason)), arrays)
+    return vary_with(jax.tree.unflatten(tree, _refused.bind(avals=avals, reason=reason)), *arrays)
 
 
 @_refused.def_impl

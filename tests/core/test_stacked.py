@@ -30,7 +30,7 @@ from pallas_kernels.arch import HOPPER, pinned
 from pallas_kernels.attention import attention_reference
 from pallas_kernels.hopper.attention import decode as flash_decode
 from pallas_kernels.hopper.attention import prefill as flash_attention
-from pallas_kernels.hopper.decode_step.plan import Tiles
+from pallas_kernels.hopper.decode_step.plan import StepTiles
 
 # The smallest that the kernel takes.
 SMALL = LlamaConfig(
@@ -229,7 +229,7 @@ def test_steps_through_the_interpreted_kernel(monkeypatch: pytest.MonkeyPatch) -
     stacked = state.replace(cache=cache.replace(k=jnp.stack(cache.k), v=jnp.stack(cache.v)))
     wanted, drawn = decode_chunk(params, state, steps=3, backend="xla")
 
-    options = dict(blocks=1, tiles=Tiles(depth=4, consumers=2), interpret=plgpu.InterpretGPUParams())
+    options = dict(blocks=1, tiles=StepTiles(depth=4, consumers=2), interpret=plgpu.InterpretGPUParams())
     kernel = whole_step.kernels["hopper"]
     interpreted = dataclasses.replace(kernel, run=functools.partial(kernel.run, **options))
     monkeypatch.setattr("jllama.model.whole_step", dataclasses.replace(whole_step, kernels={"hopper": interpreted}))
