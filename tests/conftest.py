@@ -9,6 +9,8 @@ import pytest
 # The warpgroups of Pallas's GPU interpreter wait for one another in the CPU client's pool, which has as many threads as
 # the machine has cores: on two cores all may wait at once. Read when the first device is asked for.
 os.environ.setdefault("PJRT_NPROC", "32")
+# Several test processes share a GPU: none may take most of its memory when it starts.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 ROOT = Path(__file__).parents[1]
 
