@@ -12,8 +12,8 @@ from jax import lax
 
 from .dispatch import Kernel, Op
 from .hopper.common.tiles import Weight
-from .hopper.gemm.large_m import check_wide, wide
-from .hopper.gemm.small_m import MAX_ROWS, check_skinny, skinny
+from .hopper.gemm.large_m import check_large_m, large_m_gemm
+from .hopper.gemm.small_m import SMALL_M_MAX, check_small_m, small_m_gemm
 from .layer_view import LayerView
 from .quantized import QuantizedTensor, dequantize
 
@@ -47,20 +47,20 @@ def check_product(x: jax.Array, w: Weight | LayerView, *, swiglu: bool = False, 
     """Raise `Unsupported` where `product` cannot run."""
     w = w.stacked if isinstance(w, LayerView) else w
     x = jax.ShapeDtypeStruct((math.prod(x.shape[:-1]), x.shape[-1]), x.dtype)
-    if x.shape[0] <= MAX_ROWS:
-        check_skinny(x, w)
+    if x.shape[0] <= SMALL_M_MAX:
+        check_small_m(x, w)
     else:
-        check_wide(x, w, swiglu=swiglu)
+        check_large_m(x, w, swiglu=swiglu)
 
 
 def product(x: jax.Array, w: Weight | LayerView, *, residual: jax.Array | None = None, **options: Any) -> jax.Array:
-    """`matmul_reference` by the kernel that fits the number of rows; ``options`` are those of `skinny` and `wide`."""
+    """`matmul_reference` by the kernel that fits the number of rows; ``options`` are those of that kernel."""
     w, layer = (w.stacked, w.index) if isinstance(w, LayerView) else (w, None)
     lead = x.shape[:-1]
     x = x.reshape(-1, x.shape[-1])
     if residual is not None:
         residual = residual.reshape(-1, residual.shape[-1])
-    kernel = skinny if x.shape[0] <= MAX_ROWS else wide
+    kernel = small_m_gemm if x.shape[0] <= SMALL_M_MAX else large_m_gemm
     return kernel(x, w, layer=layer, residual=residual, **options).reshape(*lead, -1)
 
 

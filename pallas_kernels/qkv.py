@@ -10,10 +10,10 @@ from jax import lax
 
 from .dispatch import Kernel, Op, Unsupported
 from .hopper.common.tiles import Weight
-from .hopper.gemm.large_m import check_wide
-from .hopper.gemm.large_m_plan import WideTiles
-from .hopper.gemm.large_m_qkv import wide_qkv
-from .hopper.gemm.small_m import MAX_ROWS
+from .hopper.gemm.large_m import check_large_m
+from .hopper.gemm.large_m_plan import LargeMTiles
+from .hopper.gemm.large_m_qkv import large_m_qkv
+from .hopper.gemm.small_m import SMALL_M_MAX
 from .layer_view import LayerView
 from .matmul import matmul_reference
 
@@ -88,9 +88,9 @@ def check_qkv(
     """Raise `Unsupported` where `qkv_kernel` cannot run."""
     w = w.stacked if isinstance(w, LayerView) else w
     (B, T, inner), (cached, kv_heads, _, D) = x.shape, k.shape[-4:]
-    rows, chunk = math.prod(x.shape[:2]), WideTiles.chunk
-    if rows <= MAX_ROWS:
-        raise Unsupported(f"{rows} rows: up to {MAX_ROWS} have a product of their own")
+    rows, chunk = math.prod(x.shape[:2]), LargeMTiles.chunk
+    if rows <= SMALL_M_MAX:
+        raise Unsupported(f"{rows} rows: up to {SMALL_M_MAX} have a product of their own")
     if D not in (64, 128):
         raise Unsupported(f"head_dim must be 64 or 128, found {D}")
     if k.shape != v.shape or k.ndim != (4 if layer is None else 5) or (cached, *start.shape) != (B, B):
@@ -103,7 +103,7 @@ def check_qkv(
         raise Unsupported(f"{T} tokens of {B} sequences: of several, they must be a multiple of {chunk}")
     if w.shape[-2] % D or w.shape[-2] <= 2 * kv_heads * D:
         raise Unsupported(f"{w.shape[-2]} outputs are not q's heads and two times {kv_heads} of {D}")
-    check_wide(jax.ShapeDtypeStruct((rows, inner), x.dtype), w)
+    check_large_m(jax.ShapeDtypeStruct((rows, inner), x.dtype), w)
 
 
 def qkv_kernel(
@@ -118,9 +118,9 @@ def qkv_kernel(
     layer: jax.Array | int | None = None,
     **options: Any,
 ) -> Result:
-    """`qkv_reference` in one launch; ``options`` are those of `wide_qkv`."""
+    """`qkv_reference` in one launch; ``options`` are those of `large_m_qkv`."""
     w, index = (w.stacked, w.index) if isinstance(w, LayerView) else (w, None)
-    return wide_qkv(x, w, k, v, start, cos, sin, layer=index, cache_layer=layer, **options)
+    return large_m_qkv(x, w, k, v, start, cos, sin, layer=index, cache_layer=layer, **options)
 
 
 qkv = Op("qkv", qkv_reference, {"hopper": Kernel(qkv_kernel, check_qkv)})

@@ -30,7 +30,7 @@ from pallas_kernels.arch import HOPPER, pinned
 from pallas_kernels.attention import attention_reference
 from pallas_kernels.hopper.attention import decode as flash_decode
 from pallas_kernels.hopper.attention import prefill as flash_attention
-from pallas_kernels.hopper.decode_step.plan import Tiles
+from pallas_kernels.hopper.decode_step.plan import StepTiles
 
 # The smallest that the kernel takes.
 SMALL = LlamaConfig(
@@ -168,7 +168,11 @@ def test_attention_reads_a_layer_in_place(kernel: Any) -> None:
     k, v = (jax.random.normal(key, (1, 1, 72, 64), jnp.bfloat16) for key in keys[1:])
     start = jnp.asarray([66])
     stacked = [LayerView(jnp.stack([a * jnp.nan, a, a * jnp.nan]), 1) for a in (k, v)]
-    tiles = flash_attention.Tiles(keys=64) if kernel is flash_attention.flash_attention else flash_decode.Tiles(keys=64)
+    tiles = (
+        flash_attention.PrefillTiles(keys=64)
+        if kernel is flash_attention.flash_attention
+        else flash_decode.DecodeTiles(keys=64)
+    )
     found = kernel(q, *stacked, start, tiles=tiles, interpret=plgpu.InterpretGPUParams())
     wanted = attention_reference(q, k, v, start)
     np.testing.assert_allclose(np.asarray(found, np.float32), np.asarray(wanted, np.float32), atol=2e-2)
@@ -225,7 +229,7 @@ def test_steps_through_the_interpreted_kernel(monkeypatch: pytest.MonkeyPatch) -
     stacked = state.replace(cache=cache.replace(k=jnp.stack(cache.k), v=jnp.stack(cache.v)))
     wanted, drawn = decode_chunk(params, state, steps=3, backend="xla")
 
-    options = dict(blocks=1, tiles=Tiles(depth=4, consumers=2), interpret=plgpu.InterpretGPUParams())
+    options = dict(blocks=1, tiles=StepTiles(depth=4, consumers=2), interpret=plgpu.InterpretGPUParams())
     kernel = whole_step.kernels["hopper"]
     interpreted = dataclasses.replace(kernel, run=functools.partial(kernel.run, **options))
     monkeypatch.setattr("jllama.model.whole_step", dataclasses.replace(whole_step, kernels={"hopper": interpreted}))

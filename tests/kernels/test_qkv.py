@@ -29,7 +29,7 @@ from pallas_kernels import (
     qkv,
     record,
 )
-from pallas_kernels.hopper.gemm.large_m_plan import WideTiles
+from pallas_kernels.hopper.gemm.large_m_plan import LargeMTiles
 from pallas_kernels.qkv import CASES, check_qkv, qkv_kernel, qkv_reference
 
 pytestmark = pytest.mark.timeout(120)
@@ -109,7 +109,7 @@ def check(case: Case, arguments: list[Any], found: tuple[jax.Array, ...]) -> Non
             if first < case.max_len:
                 assert error(new[layer, b, :, first:end], reference[layer, b, :, first:end]) < 3e-3
             for a in (new, old):
-                a[layer, b, :, first : first - (-case.tokens // WideTiles.chunk) * WideTiles.chunk] = 0
+                a[layer, b, :, first : first - (-case.tokens // LargeMTiles.chunk) * LargeMTiles.chunk] = 0
         np.testing.assert_array_equal(new, old)
 
 
@@ -132,7 +132,7 @@ def test_interpreted(name: str) -> None:
     case = SMALL[name]
     arguments = case.arguments()
     check_qkv(*arguments, **case.options)
-    tiles = WideTiles(out=128, rows=128, depth=2, parts=2)
+    tiles = LargeMTiles(out=128, rows=128, depth=2, row_splits=2)
     found = qkv_kernel(*arguments, **case.options, tiles=tiles, sms=2, interpret=interpreter())
     race_free(found[0])
     check(case, arguments, found)
@@ -169,7 +169,7 @@ def test_prompts_through_the_interpreted_kernel(monkeypatch: pytest.MonkeyPatch,
 
     def try_kernel(_: Any, *arguments: Any, backend: str, **options: Any) -> Any:
         check_qkv(*arguments, **options)
-        tiles = WideTiles(out=128, rows=128, depth=2)
+        tiles = LargeMTiles(out=128, rows=128, depth=2)
         # The interpreter's threads wait for one another: nothing else may be under way that has the machine's.
         jax.block_until_ready(arguments)
         out = qkv_kernel(*arguments, **options, tiles=tiles, sms=2, interpret=plgpu.InterpretGPUParams())
