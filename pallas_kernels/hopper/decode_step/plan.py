@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from ..common.tiles import SHARED_BYTES, WGMMA_ROWS, Format, nbytes
+from ...arch import planned
+from ..common.tiles import WGMMA_ROWS, Format, nbytes
 from .phase import Phase, ProductPhase, check_table
 
 MAX_TOKENS = 8  # wgmma's right operand has at least 8 columns, so that 1 token costs what 8 cost
@@ -248,7 +249,7 @@ def plan_step(
     key_splits = max(1, min(per_head, MAX_KEY_SPLITS, math.ceil(shape.max_len / tiles.keys)))
     plan = StepPlan(shape, tiles, blocks, layer_phases, head, products, key_splits, depth=0)
     stage = nbytes((WGMMA_ROWS, tiles.step), shape.fmt.bits)
-    room = SHARED_BYTES - RESERVED_BYTES - shared_bytes(plan)
+    room = planned().shared_bytes - RESERVED_BYTES - shared_bytes(plan)
     return replace(plan, depth=min(tiles.depth, room // stage) // tiles.consumers * tiles.consumers)
 
 
