@@ -90,7 +90,7 @@ def run(args: argparse.Namespace, prompts: list[str], settings: dict[str, Any]) 
         total += session.timings
         if args.json:
             spent = timings(model.load_seconds, session.timings)
-            report = {"timings": spent, **describe(args, model.params, batch, sampling)}
+            report = {"timings": spent, "backend": backend_report(session.backends)}
             for completion in batch:
                 print(json.dumps(as_json(completion, args.logprobs) | report), flush=True)
     if not args.quiet:
@@ -128,13 +128,9 @@ def timings(load_seconds: float, timings: Any) -> dict[str, float]:
     }
 
 
-def describe(args: argparse.Namespace, params: Any, batch: list[Any], sampling: Any) -> dict[str, Any]:
-    """The backend of every op, for ``--json``."""
-    from jllama.backends import backends
-
-    longest = max(len(c.prompt_ids) for c in batch)
-    choices = backends(params, batch=len(batch), prompt=longest, sampling=sampling, backend=args.backend)
-    return {"backend": {phase: {op: asdict(c) for op, c in ops.items()} for phase, ops in choices.items()}}
+def backend_report(backends: dict[str, Any]) -> dict[str, Any]:
+    """The backend of every op that ran, for ``--json``."""
+    return {phase: {op: asdict(choice) for op, choice in ops.items()} for phase, ops in backends.items()}
 
 
 def as_json(completion: Any, logprobs: bool) -> dict[str, Any]:

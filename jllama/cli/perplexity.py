@@ -6,7 +6,6 @@ it. Neighbouring tokens are not independent, windows nearly are: the confidence 
 """
 
 import argparse
-import functools
 import json
 import math
 import sys
@@ -19,8 +18,7 @@ from jllama.cli.options import add_model_flags
 from jllama.errors import InputError, reported
 
 if TYPE_CHECKING:
-    import numpy as np
-
+    from jllama.config import Backend
     from jllama.params import Params
 
 MAX_TEXT_BYTES = 1 << 30
@@ -71,7 +69,7 @@ def measure(
     bos_id: int,
     *,
     batch: int | None = None,
-    backend: str = "auto",
+    backend: "Backend" = "auto",
     progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda batches, _: batches,
 ) -> Perplexity:
     """The perplexity of ``windows``, which a batch at a time goes through the model."""
@@ -86,36 +84,21 @@ def measure(
     return summary(sums, [window.counted for window in windows])
 
 
-def _sums(params: "Params", group: list[Window], batch: int, width: int, bos_id: int, backend: str) -> Iterator[float]:
+def _sums(
+    params: "Params", group: list[Window], batch: int, width: int, bos_id: int, backend: "Backend"
+) -> Iterator[float]:
     """The summed negative log-likelihood of each window. The batch is filled up, so that one program serves all."""
     import numpy as np
+
+    from jllama.scoring import token_logprobs
 
     tokens = np.full((batch, width + 1), bos_id, np.int32)
     for row, window in zip(tokens, group, strict=False):
         row[1 : 1 + len(window.ids)] = window.ids
-    nll = np.asarray(_program()(params, tokens, backend), np.float64)
-    for row, window in zip(nll, group, strict=False):
+    logprobs = np.asarray(token_logprobs(params, tokens, backend=backend), np.float64)
+    for row, window in zip(logprobs, group, strict=False):
         end = len(window.ids)
-        yield float(row[end - window.counted : end].sum())
-
-
-@functools.cache
-def _program() -> Callable[["Params", "np.ndarray", str], Any]:
-    import jax  # only here: --help need not wait for it
-
-    return jax.jit(_nll, static_argnums=2)
-
-
-def _nll(params: "Params", tokens: Any, backend: str) -> Any:
-    """[B, T]: the negative log-likelihood of each token but the first."""
-    import jax
-    import jax.numpy as jnp
-
-    from jllama.model import forward
-
-    logits, _ = forward(params, tokens[:, :-1], backend=backend)
-    chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - chosen
+        yield -float(row[end - window.counted : end].sum())
 
 
 def summary(sums: list[float], counts: list[int]) -> Perplexity:

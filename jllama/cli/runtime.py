@@ -13,7 +13,7 @@ from jllama.device import bandwidth, default_device
 from jllama.errors import InputError
 from jllama.formats import open_source
 from jllama.formats.checkpoint import load
-from jllama.kernels import Unsupported, require_hopper
+from jllama.kernels import Unsupported, require_kernels
 from jllama.params import Params, weight_bytes
 from jllama.stream import Timings
 from jllama.text.tokenizer import Tokenizer, tokenizer_for
@@ -36,7 +36,7 @@ def open_model(args: argparse.Namespace, *, batch: int = 1, quiet: bool = False)
         enable_cache(args.compilation_cache)
     start_clock()
     if args.backend == "pallas":
-        require_hopper()  # before anything is loaded
+        require_kernels()  # before anything is loaded
     source = open_source(args.model)
     context = source.config.max_seq_len
     if args.max_seq_len is not None and not 2 <= args.max_seq_len <= context:

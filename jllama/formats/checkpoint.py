@@ -6,14 +6,15 @@ At any moment one tensor is on its way: the file is mapped, so the host holds no
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from jllama.cache import cache_bytes
-from jllama.config import LlamaConfig
+from jllama.config import LlamaConfig, Quant
 from jllama.device import default_device, free_bytes
 from jllama.errors import InputError
 from jllama.formats import open_source
@@ -21,13 +22,13 @@ from jllama.formats.layout import FUSED, expected_shapes
 from jllama.formats.native import directory
 from jllama.formats.native import save as write
 from jllama.formats.source import Integers, Quantization, Source, Tensor
-from jllama.kernels import QuantizedTensor, Weight, cut_out, group_size
+from jllama.kernels import QuantizedTensor, Weight, group_size, materialize
 from jllama.params import QUANT_BITS, Layer, Params, put, quantizer
 from jllama.step import runs_whole
 from jllama.stream import PREFILL_PIECE
 
 DTYPES = ("float32", "bfloat16", "float16")
-QUANTS = ("none", *QUANT_BITS)
+QUANTS: tuple[Quant, ...] = get_args(Quant)
 
 Progress = Callable[[Iterable[str], int], Iterable[str]]  # wraps the names of `total` tensors, to show them pass
 
@@ -35,26 +36,24 @@ Progress = Callable[[Iterable[str], int], Iterable[str]]  # wraps the names of `
 def load(
     path: str | Path | Source,
     *,
-    dtype: str | None = None,
-    quant: str = "none",
+    dtype: DTypeLike | None = None,
+    quant: Quant = "none",
     group: int | None = None,
     batch: int = 1,
     max_len: int | None = None,
-    stacked: bool | None = False,
+    stacked: bool | None = None,
     progress: Progress | None = None,
 ) -> Params:
     """Load a checkpoint onto the default device.
 
-    ``dtype``: of activations, cache and unquantised weights (default: float32 on a CPU; on a GPU the checkpoint's, or
-    bfloat16 beside quantised weights).
+    ``dtype``: of activations, cache and unquantised weights, as jax.numpy takes it or by name (default: float32 on a
+    CPU; on a GPU the checkpoint's, or bfloat16 beside quantised weights).
     ``quant``: ``none``, ``int8`` (a scale per output channel) or ``int4`` (per group of 128); ``group`` changes that.
     ``batch`` and ``max_len`` (default: the model's context) size the cache that must fit beside the weights.
-    ``stacked``: the form of the layers (see `Params`); None: stacked where a decode step then runs in one launch.
+    ``stacked``: the form of the layers (see `Params`); by default stacked where a decode step then is one launch.
     """
     source = path if isinstance(path, Source) else open_source(path)
-    dtype = dtype or default_dtype(source)
-    if dtype not in DTYPES:
-        raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype!r}")
+    dtype = default_dtype(source) if dtype is None else dtype_name(dtype)
     if quant not in QUANTS:
         raise InputError(f"quant: expected one of {', '.join(QUANTS)}, found {quant!r}")
     if source.quant is not None and quant != "none":
@@ -71,11 +70,23 @@ def load(
     return _assemble(source, dtype, quantizer(quant, group), progress or (lambda names, _: names), stacked)
 
 
-def _stored(source: Source) -> tuple[str, int | None]:
+def dtype_name(dtype: DTypeLike) -> str:
+    """The name of a dtype that a model can have, however it was given."""
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = dtype
+    if name not in DTYPES:
+        raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, found {name!r}")
+    return str(name)
+
+
+def _stored(source: Source) -> tuple[Quant, int | None]:
     """How the layers' weights are stored, in the words of `load`."""
     if source.quant is None:
         return "none", None
-    return {bits: name for name, bits in QUANT_BITS.items()}[source.quant.bits], source.quant.group
+    bits = source.quant.bits
+    return next(name for name in QUANTS if QUANT_BITS.get(name) == bits), source.quant.group
 
 
 def _alike(source: Source) -> bool:
@@ -141,7 +152,7 @@ def _place(source: Source, parts: list[str], dtype: str, to_weight: Callable[[ja
     return weight if isinstance(weight, QuantizedTensor) else weight.astype(dtype)
 
 
-def model_bytes(config: LlamaConfig, dtype: str, quant: str, group: int | None = None) -> int:
+def model_bytes(config: LlamaConfig, dtype: str, quant: Quant, group: int | None = None) -> int:
     """What the weights take on the device."""
     itemsize, total = jnp.dtype(dtype).itemsize, 0
     for name, shape in expected_shapes(config).items():
@@ -163,7 +174,7 @@ def workspace_bytes(config: LlamaConfig, batch: int, max_len: int, dtype: str) -
     return activations + scores + config.vocab_size * config.dim * jnp.dtype(dtype).itemsize
 
 
-def check_memory(source: Source, dtype: str, quant: str, group: int | None, batch: int, max_len: int) -> None:
+def check_memory(source: Source, dtype: str, quant: Quant, group: int | None, batch: int, max_len: int) -> None:
     """Hold weights, cache and workspace against what the device has free, before anything is loaded."""
     free = free_bytes(default_device())
     if free is None:
@@ -172,7 +183,7 @@ def check_memory(source: Source, dtype: str, quant: str, group: int | None, batc
     if quant == "none":
         quant, group = _stored(source)
 
-    def need(quant: str, max_len: int) -> int:
+    def need(quant: Quant, max_len: int) -> int:
         rest = cache_bytes(config, batch, max_len, jnp.dtype(dtype)) + workspace_bytes(config, batch, max_len, dtype)
         return model_bytes(config, dtype, quant, group) + rest
 
@@ -213,7 +224,7 @@ def _unfused(params: Params) -> Iterator[tuple[str, Tensor]]:
         yield "lm_head", _tensor("lm_head", params.lm_head)
     shapes = expected_shapes(params.config)
     for i in range(params.config.n_layers):
-        layer = cut_out(params.layer(i))
+        layer = materialize(params.layer(i))
         for field, parts in FUSED.items():
             at = 0
             for name in (f"layers.{i}.{part}" for part in parts):
