@@ -14,14 +14,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jllama.cli.options import add_model_flags
+from jllama.cli.inputs import read_text
+from jllama.cli.options import Parser, add_model_flags
 from jllama.errors import InputError, reported
 
 if TYPE_CHECKING:
     from jllama.config import Backend
     from jllama.params import Params
 
-MAX_TEXT_BYTES = 1 << 30
 _LOGITS_BYTES = 256 << 20  # what a batch's logits may take
 _Z = 1.959964  # 95 %
 
@@ -125,9 +125,9 @@ def _exp(value: float) -> float:
     return math.exp(value) if value < 700 else math.inf
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command's flags."""
-    parser = argparse.ArgumentParser(prog="jllama perplexity", description="Measure how well a model predicts a text.")
+    parser = Parser(prog="jllama perplexity", description="Measure how well a model predicts a text.")
     parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="the text, UTF-8")
     parser.add_argument("--window", type=int, metavar="N", help="tokens a window, bos included (default: 512)")
     parser.add_argument("--stride", type=int, metavar="N", help="how far windows begin apart (default: end to end)")
@@ -153,35 +153,23 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def read_text(path: Path) -> str:
-    """The text of a file of bounded size."""
-    try:
-        if (size := path.stat().st_size) > MAX_TEXT_BYTES:
-            raise InputError(f"{path}: expected at most {MAX_TEXT_BYTES} bytes of text, found {size}")
-        return path.read_text("utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: byte {error.start}: expected UTF-8 text, found other bytes") from None
-
-
 def run(args: argparse.Namespace, text: str) -> str:
     """Load the model, measure, and say the result."""
     from tqdm import tqdm
 
     from jllama.cli.runtime import open_model
 
-    model = open_model(args, quiet=args.quiet)
-    window = min(512, model.max_len) if args.window is None else args.window
-    if not 2 <= window <= model.max_len:
-        raise InputError(f"--window: expected 2 to {model.max_len} (the model's context), found {window}")
-    windows = cut(model.tokenizer.encode(text, bos=False), window, args.stride, args.windows)
+    lm = open_model(args, quiet=args.quiet).lm
+    window = min(512, lm.max_len) if args.window is None else args.window
+    if not 2 <= window <= lm.max_len:
+        raise InputError(f"--window: expected 2 to {lm.max_len} (the model's context), found {window}")
+    windows = cut(lm.tokenizer.encode(text, bos=False), window, args.stride, args.windows)
     if not windows:
         raise InputError(f"{args.text}: expected at least one token of text, found none")
     result = measure(
-        model.params,
+        lm.params,
         windows,
-        model.tokenizer.bos_id,
+        lm.tokenizer.bos_id,
         batch=args.batch_size,
         backend=args.backend,
         progress=lambda groups, total: tqdm(groups, total=total, unit="batch", disable=True if args.quiet else None),

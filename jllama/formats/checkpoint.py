@@ -5,6 +5,7 @@ At any moment one tensor is on its way: the file is mapped, so the host holds no
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -63,7 +64,7 @@ def load(
     max_len = max_len or source.config.max_seq_len
     check_memory(source, dtype, quant, group, batch, max_len)
     if stacked is None:
-        form = _stored(source) if quant == "none" else (quant, group)
+        form = stored(source) if quant == "none" else (quant, group)
         stacked = _alike(source) and runs_whole(source.config, dtype, *form, batch=batch, max_len=max_len)
     elif stacked and not _alike(source):
         raise InputError(f"{source.path}: stacked: expected every layer in the format of the first, found another")
@@ -81,7 +82,7 @@ def dtype_name(dtype: DTypeLike) -> str:
     return str(name)
 
 
-def _stored(source: Source) -> tuple[Quant, int | None]:
+def stored(source: Source) -> tuple[Quant, int | None]:
     """How the layers' weights are stored, in the words of `load`."""
     if source.quant is None:
         return "none", None
@@ -152,6 +153,26 @@ def _place(source: Source, parts: list[str], dtype: str, to_weight: Callable[[ja
     return weight if isinstance(weight, QuantizedTensor) else weight.astype(dtype)
 
 
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a run takes on the device."""
+
+    weights: int
+    cache: int
+    workspace: int  # one piece of a prompt's activations and scores, logits, one tensor
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.weights + self.cache + self.workspace
+
+
+def memory_of(config: LlamaConfig, dtype: str, quant: Quant, group: int | None, batch: int, max_len: int) -> Memory:
+    """What a model of a shape would take in some form."""
+    cache = cache_bytes(config, batch, max_len, jnp.dtype(dtype))
+    return Memory(model_bytes(config, dtype, quant, group), cache, workspace_bytes(config, batch, max_len, dtype))
+
+
 def model_bytes(config: LlamaConfig, dtype: str, quant: Quant, group: int | None = None) -> int:
     """What the weights take on the device."""
     itemsize, total = jnp.dtype(dtype).itemsize, 0
@@ -167,7 +188,7 @@ def model_bytes(config: LlamaConfig, dtype: str, quant: Quant, group: int | None
 
 
 def workspace_bytes(config: LlamaConfig, batch: int, max_len: int, dtype: str) -> int:
-    """What a run needs beside weights and cache: one piece of a prompt's activations and scores, logits, one tensor."""
+    """What a run needs beside weights and cache."""
     rows = batch * min(max_len, PREFILL_PIECE)
     activations = rows * (4 * config.dim + 3 * config.hidden_dim) * 4
     scores = rows * config.n_heads * max_len * 4
@@ -179,27 +200,22 @@ def check_memory(source: Source, dtype: str, quant: Quant, group: int | None, ba
     free = free_bytes(default_device())
     if free is None:
         return
-    config = source.config
-    if quant == "none":
-        quant, group = _stored(source)
+    narrower: tuple[Quant, ...] = QUANTS[QUANTS.index(quant) + 1 :]
+    if source.quant is not None:  # what has integers already cannot be quantised again
+        (quant, group), narrower = stored(source), ()
 
-    def need(quant: Quant, max_len: int) -> int:
-        rest = cache_bytes(config, batch, max_len, jnp.dtype(dtype)) + workspace_bytes(config, batch, max_len, dtype)
-        return model_bytes(config, dtype, quant, group) + rest
+    def need(quant: Quant, max_len: int, group: int | None = group) -> Memory:
+        return memory_of(source.config, dtype, quant, group, batch, max_len)
 
-    if need(quant, max_len) <= free:
+    wanted = need(quant, max_len)
+    if wanted.total <= free:
         return
-    weights, cache = (
-        model_bytes(config, dtype, quant, group),
-        cache_bytes(config, batch, max_len, jnp.dtype(dtype)),
-    )
-    narrower = QUANTS[QUANTS.index(quant) + 1 :] if source.quant is None else ()  # integers are not rounded again
-    fits = [f"--quant {name}" for name in narrower if need(name, max_len) <= free][:1]
-    lengths = [n for n in (max_len >> k for k in range(1, 8)) if n >= 128 and need(quant, n) <= free]
+    fits = [f"--quant {name}" for name in narrower if need(name, max_len, None).total <= free][:1]
+    lengths = [n for n in (max_len >> k for k in range(1, 8)) if n >= 128 and need(quant, n).total <= free]
     fits += [f"--max-seq-len {n}" for n in lengths[:1]]
     raise InputError(
-        f"{source.path}: needs {_gb(need(quant, max_len))} "
-        f"(weights {_gb(weights)}, cache {_gb(cache)}, rest workspace), the device has {_gb(free)} free; "
+        f"{source.path}: needs {_gb(wanted.total)} "
+        f"(weights {_gb(wanted.weights)}, cache {_gb(wanted.cache)}, rest workspace), the device has {_gb(free)} free; "
         f"{'would fit: ' + ' or '.join(fits) if fits else 'no setting would fit'}"
     )
 

@@ -12,14 +12,16 @@ from jax.typing import DTypeLike
 
 from jllama.config import Backend, Quant
 from jllama.decode import check_prompts
+from jllama.device import bandwidth, default_device
 from jllama.errors import InputError
 from jllama.formats import open_source
 from jllama.formats.checkpoint import load
 from jllama.formats.source import Source
-from jllama.params import Params
+from jllama.kernels import Choice
+from jllama.params import Params, weight_bytes
 from jllama.sampling import make_sampling
 from jllama.scoring import token_logprobs
-from jllama.stream import Session, Timings, bucket
+from jllama.stream import CHUNK, Session, Timings, bucket
 from jllama.text.complete import Completion, complete
 from jllama.text.dialog import Exchange, dialog_ids
 from jllama.text.tokenizer import Tokenizer, tokenizer_for
@@ -75,6 +77,7 @@ class LM:
     max_len: int  # the context: prompt and completion
     backend: Backend = "auto"
     timings: Timings = field(default_factory=Timings)  # of the last batch
+    backends: dict[str, dict[str, Choice]] = field(default_factory=dict)  # of every op of the last batch, and why
     _idle: Session | None = field(default=None, repr=False)  # with the cache of the last run
 
     @classmethod
@@ -206,15 +209,24 @@ class LM:
                 stop=stops,
             )
         finally:
-            self.timings, self._idle = session.timings, session
+            self.timings, self.backends, self._idle = session.timings, session.backends, session
 
     def _session(self, batch: int) -> Session:
         """A session that nobody uses: two streams at the same time each have their own."""
         idle, self._idle = self._idle, None
-        if idle is None or idle.params is not self.params:  # another model's cache is of no use
-            return Session(self.params, self.max_len, batch, self.backend)
-        same = (idle.batch, idle.max_len, idle.backend) == (batch, self.max_len, self.backend)
-        return idle if same else Session(self.params, self.max_len, batch, self.backend)
+        # What the session was made for: the cache of another model is of no use.
+        asked = (batch, self.max_len, self.backend)
+        if idle is not None and idle.params is self.params and (idle.batch, idle.max_len, idle.backend) == asked:
+            return idle
+        return Session(self.params, self.max_len, batch, self.backend, chunk_of(self.params))
+
+
+def chunk_of(params: Params) -> int:
+    """How many tokens to make between two looks at the output: so many that a reader waits a tenth of a second at most
+    where weights are read as fast as the memory can, and `CHUNK` at most."""
+    device = default_device()
+    rate = bandwidth(device) or (10e9 if device.platform == "cpu" else 1e12)
+    return max(1, min(CHUNK, int(0.1 * rate / weight_bytes(params, per_token=True))))
 
 
 def check_stops(stops: Sequence[str]) -> tuple[str, ...]:

@@ -97,7 +97,6 @@ def test_scores_are_the_forwards_own_however_texts_are_batched(monkeypatch: pyte
         np.testing.assert_allclose(score.logprobs, expected, atol=1e-4)
         np.testing.assert_allclose(alone.logprobs, expected, atol=1e-4)
         assert score.total == sum(score.logprobs)
-    assert demo().score(texts[0]).total > demo().score(texts[1]).total
     with pytest.raises(InputError, match=r"prompt 1: expected 1 to 512 tokens \(the context\), found 6"):
         demo().score(["a", "word " * 300])
 
