@@ -1,7 +1,7 @@
 """RMSNorm as a kernel, with the residual add before it: every element is read once and written once.
 
-Nothing is shared between rows, and a row fits the registers of a warpgroup: so a block is one warpgroup with one row,
-and enough blocks stand on a multiprocessor that some load while others reduce. There is no pipeline to write.
+A block is one warpgroup with one row, which fits its registers. Enough blocks share an SM that some load while others
+reduce, so no pipeline is needed.
 """
 
 import functools
@@ -14,9 +14,9 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ..dispatch import Unsupported
+from .common.thread_ops import WARPGROUP_SIZE
 from .common.tiles import ACTIVATION_DTYPES
 
-THREADS = 128
 MAX_DIM = 16384  # 128 numbers a thread
 
 
@@ -29,8 +29,8 @@ def check_norm(x: jax.Array, weight: jax.Array, *, delta: jax.Array | None = Non
         raise Unsupported(f"delta is {delta.dtype} {delta.shape} but activations are {x.dtype} {x.shape}")
     if weight.shape != (dim,):
         raise Unsupported(f"norm has shape {weight.shape}, activations have {dim} features")
-    if dim % THREADS or dim > MAX_DIM:
-        raise Unsupported(f"{dim} features: must be a multiple of {THREADS} and at most {MAX_DIM}")
+    if dim % WARPGROUP_SIZE or dim > MAX_DIM:
+        raise Unsupported(f"{dim} features: must be a multiple of {WARPGROUP_SIZE} and at most {MAX_DIM}")
 
 
 def norm_rows(
@@ -42,7 +42,7 @@ def norm_rows(
     return out[0] if delta is None else tuple(out)
 
 
-# Compiled as a function of its own: the layers of a model then share one trace and one lowering.
+# A jit of its own: all layers of a model share one trace and one lowering.
 @functools.partial(jax.jit, static_argnames=("eps", "interpret"))
 def _norm_rows(terms: list[jax.Array], weight: jax.Array, *, eps: float, interpret: Any) -> list[jax.Array]:
     return plgpu.kernel(
@@ -61,7 +61,7 @@ def _body(*refs: Any, eps: float) -> None:
     """One row. ``refs``: x, maybe delta, the weight, maybe their sum, the norm."""
     (*term_refs, weight_ref), (*sum_ref, normed_ref) = refs[: len(refs) // 2 + 1], refs[len(refs) // 2 + 1 :]
     row, dim = lax.axis_index("row"), normed_ref.shape[1]
-    layout = plgpu.Layout.WG_STRIDED((dim,), vec_size=math.gcd(dim // THREADS, 8))
+    layout = plgpu.Layout.WG_STRIDED((dim,), vec_size=math.gcd(dim // WARPGROUP_SIZE, 8))
 
     def load(ref: Any) -> jax.Array:
         return plgpu.load(ref, layout=layout, optimized=False)
