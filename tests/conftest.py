@@ -1,6 +1,7 @@
 """Shared by all tests: where data lies, and which tests this machine can run."""
 
 import os
+import re
 from pathlib import Path
 
 import jax
@@ -24,9 +25,12 @@ def _gpu_missing() -> str | None:
     return None
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     reason = _gpu_missing()
     for item in items:
+        if re.search(r"_lowers?(_|\[|$)", item.name):
+            item.add_marker("lowering")
         if reason and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=reason))
 
