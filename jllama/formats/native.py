@@ -10,6 +10,7 @@ import numpy as np
 
 from jllama.config import to_hf
 from jllama.errors import InputError
+from jllama.formats.bpe import BpeVocabulary
 from jllama.formats.files import MappedFile
 from jllama.formats.hf import pack_int4
 from jllama.formats.layout import hf_names
@@ -146,6 +147,8 @@ def _small_files(source: Source) -> Iterator[tuple[str, bytes]]:
         tokenizer = from_llama2c(tokenizer)
     if isinstance(tokenizer, Vocabulary):
         yield "tokenizer.model", tokenizer.model_bytes()
+    elif isinstance(tokenizer, BpeVocabulary):
+        yield "tokenizer.json", tokenizer.tokenizer_json()
     elif tokenizer is not None:
         # Another tokenizer than the source's own takes its place: nothing of the old one may stay beside it.
         if tokenizer.parent != source.path:
