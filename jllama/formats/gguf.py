@@ -4,6 +4,7 @@ Q8_0 and Q4_0 keep their integers: blocks of 32 with a float16 scale are exactly
 """
 
 from pathlib import Path
+
 import ml_dtypes
 import numpy as np
 

@@ -1,6 +1,7 @@
 """The two libraries that tokenise: sentencepiece, and Hugging Face's tokenizers for byte-level BPE and the like."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from jllama.errors import InputError
@@ -18,13 +19,15 @@ class _Tokenizer:
 
     def encode(self, text: str, *, bos: bool = True, special: bool = False) -> list[int]:
         ids = [self.bos_id] if bos and self.adds_bos else []
-        start = True
-        for piece in self.control.split(text) if special else [text]:
+        return ids + (self.encode_rendered(text) if special else self._ordinary(text, True))
+
+    def encode_rendered(self, text: str, letters: Mapping[int, str] | None = None) -> list[int]:
+        ids: list[int] = []
+        for n, piece in enumerate(self.control.split(text)):
             if isinstance(piece, int):
                 ids.append(piece)
             else:
-                ids += self._ordinary(piece, start)
-            start = False
+                ids += self._ordinary(piece.translate(letters or {}), n == 0)
         return ids
 
     def _ordinary(self, text: str, start: bool) -> list[int]:

@@ -5,7 +5,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 # Names of control tokens that some files call ordinary ones.
-_SHAPES = re.compile(r"<\|.+\|>|<｜.+｜>|</?s>|<(start|end)_of_turn>|\[/?(INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_\w+)\]")
+_SHAPES = re.compile(
+    r"<\|.+\|>|<｜.+｜>|</?s>|<(start|end)_of_turn>|\[/?(INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_\w+)\]"
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,11 @@ class ControlTokens:
             for i, t in enumerate(self.tokens)
         )
         self._pattern = re.compile("|".join(names)) if self.tokens else None
+        texts = [t.text for t in self.tokens]
+        self._begins = frozenset(text[:n] for text in texts for n in range(1, len(text)))
+        self._ends = frozenset(text[n:] for text in texts for n in range(1, len(text)))
+        self._longest = max(map(len, texts), default=0)
+        self.edges = frozenset(letter for text in texts for letter in (text[0], text[-1]))
 
     def split(self, text: str) -> Iterator[str | int]:
         """The text as it stands between the names, and the ids of those that are named."""
@@ -51,6 +58,16 @@ class ControlTokens:
     def named_in(self, text: str) -> bool:
         """Whether a text holds the name of any."""
         return self._pattern is not None and self._pattern.search(text) is not None
+
+    def could_name(self, text: str) -> bool:
+        """Whether a text holds the name of any, or could be a part of one together with what stands beside it."""
+        head, tail = text.lstrip(), text.rstrip()
+        lengths = range(1, min(len(text), self._longest) + 1)
+        return self.named_in(text) or any(head[:n] in self._ends or tail[-n:] in self._begins for n in lengths)
+
+    def name_of(self, token: int) -> str | None:
+        """The name of a control token; None for other ids."""
+        return next((t.text for t in self.tokens if t.id == token), None)
 
     def broken(self, text: str) -> list[str]:
         """The text in pieces none of which holds a name: each is cut behind its first letter."""

@@ -36,6 +36,11 @@ class Tokenizer(Protocol):
         told otherwise. ``special``: the names of control tokens stand for these tokens; else they are text as any."""
         ...
 
+    def encode_rendered(self, text: str, letters: Mapping[int, str] | None = None) -> list[int]:
+        """The ids of a text that a template wrote: no bos but what it names. ``letters``, as `str.translate` takes
+        them, are put in once the control tokens have been found."""
+        ...
+
     def decode(self, ids: list[int]) -> str:
         """The text of ids; control ids give nothing."""
         ...
