@@ -158,6 +158,8 @@ def _small_files(source: Source) -> Iterator[tuple[str, bytes]]:
                 else {}
             )
         extras["tokenizer.json" if tokenizer.suffix == ".json" else "tokenizer.model"] = tokenizer
+    if isinstance(template := source.metadata.get("tokenizer.chat_template"), str):
+        yield "chat_template.jinja", template.encode()
     for name, path in extras.items():
         file = MappedFile(path)
         yield name, file.bytes(0, file.size)
