@@ -46,7 +46,7 @@ class Parser(argparse.ArgumentParser):
     def _advice(self, flag: str) -> str:
         if flag in FOREIGN:
             return f"here it is {FOREIGN[flag]}"
-        near = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.6)
         return f"did you mean {near[0]}?" if near else "--help lists them; text that begins with '-' goes after '--'"
 
     def _check_text(self, text: str) -> None:
@@ -55,7 +55,7 @@ class Parser(argparse.ArgumentParser):
         except UnicodeEncodeError as error:  # Python hands bytes that are not UTF-8 over as lone surrogates
             shown = text.encode(errors="backslashreplace").decode().replace("\\udc", "\\x")
             byte = os.fsencode(text[error.start])[0]
-            self.error(f"argument {shown[:60]!r}: expected UTF-8 text, found byte 0x{byte:02x}")
+            self.error(f"'{shown[:60]}': expected UTF-8 text, found byte 0x{byte:02x}")
 
 
 def version_line() -> str:
