@@ -149,15 +149,17 @@ def main(argv: list[str] | None = None) -> int:
         from convert.progress import watched
         from jllama.formats import open_source
         from jllama.formats.native import directory, save
-        from jllama.formats.staging import check_replaceable
+        from jllama.formats.replaceable import HF, check_place
         from jllama.text.tokenizer import with_tokenizer
 
-        check_replaceable(args.destination, args.force)
         errors: dict[str, TensorError] = {}
         source = with_tokenizer(open_source(args.source), args.tokenizer)
+        replaced = check_place(args.destination, HF, reads=[args.source], force=args.force)
         export = directory(quantised(source, args.format, args.group, errors))
+        if replaced and not args.quiet:
+            print(f"jllama quantize: replaces {args.destination}, {replaced}", file=sys.stderr)
         with watched(export.nbytes, "jllama quantize", quiet=args.quiet) as watch:
-            save(export, args.destination, force=args.force, watch=watch)
+            save(export, args.destination, reads=[args.source], force=args.force, watch=watch)
         if not args.quiet:
             print("\n".join(report(errors)))
     return 0

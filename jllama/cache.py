@@ -9,7 +9,7 @@ from flax import struct
 from jax.typing import DTypeLike
 
 from jllama.config import LlamaConfig
-from jllama.kernels import Indexed, write
+from jllama.kernels import LayerView, write
 
 Layers = tuple[jax.Array, ...] | jax.Array  # one array a layer, or all on a leading axis
 
@@ -35,11 +35,11 @@ class KVCache:
         """How many positions every row can hold."""
         return self.k[0].shape[-2] if isinstance(self.k, tuple) else self.k.shape[-2]
 
-    def layer(self, index: int) -> tuple[jax.Array, jax.Array] | tuple[Indexed, Indexed]:
+    def layer(self, index: int) -> tuple[jax.Array, jax.Array] | tuple[LayerView, LayerView]:
         """Keys and values of a layer as ops take them; nothing is copied."""
         if isinstance(self.k, tuple):
             return self.k[index], self.v[index]
-        return Indexed(self.k, index), Indexed(self.v, index)  # pyright: ignore[reportArgumentType]
+        return LayerView(self.k, index), LayerView(self.v, index)  # pyright: ignore[reportArgumentType]
 
     def arrays(self, index: int) -> tuple[jax.Array, jax.Array, int | None]:
         """The arrays that hold a layer's keys and values, and its number where they hold those of all."""

@@ -19,6 +19,7 @@ from jax.core import Tracer
 from jllama.cache import KVCache, init_cache
 from jllama.config import Backend, LlamaConfig
 from jllama.errors import InputError
+from jllama.kernels import recorded, vary_with
 from jllama.model import forward
 from jllama.params import Params
 from jllama.sampling import Sampling, make_sampling, sample
@@ -118,13 +119,20 @@ def decode_chunk(
     params: Params, state: DecodeState, *, steps: int, backend: Backend = "auto"
 ) -> tuple[DecodeState, Drawn]:
     """``steps`` tokens for every row, as one `lax.scan`; the arrays of `Drawn` are [steps, B]."""
-    return lax.scan(lambda s, _: decode_step(params, s, backend=backend), state, length=steps)
+
+    def step(state: DecodeState, _: None) -> tuple[DecodeState, Drawn]:
+        return decode_step(params, state, backend=backend)
+
+    if jax.sharding.get_abstract_mesh().manual_axes:  # under shard_map a carry has the type that comes back
+        state = jax.tree.map(vary_with, state, jax.eval_shape(step, state, None)[0])
+    return lax.scan(step, state, length=steps)
 
 
 def tokens_seen(tokens: jax.Array, lengths: jax.Array, vocab_size: int) -> jax.Array:
     """[B, V] bool: which tokens occur among the real ones of ``tokens`` [B, T]."""
     B, T = tokens.shape
-    places = jnp.where(jnp.arange(T) < lengths[:, None], tokens, vocab_size)  # padding falls outside, and is dropped
+    real = jnp.arange(T)[None] < lengths[:, None]
+    places = jnp.where(real, tokens, vocab_size)  # padding falls outside, and is dropped
     return jnp.zeros((B, vocab_size), bool).at[jnp.arange(B)[:, None], places].set(True, mode="drop")
 
 
@@ -250,6 +258,7 @@ def _known(x: jax.Array | np.ndarray) -> bool:
 
 
 # The compiled pieces. What a caller hands over as cache, state or tokens seen is donated: it is gone after the call.
-jit_prefill = jax.jit(prefill, static_argnames="backend", donate_argnames="cache")
-jit_sample_first = jax.jit(sample_first, static_argnames="backend", donate_argnames=("cache", "seen"))
-jit_decode_chunk = jax.jit(decode_chunk, static_argnames=("steps", "backend"), donate_argnames="state")
+# Each also returns the backend of its ops, as its trace chose them: see `jllama.kernels.recorded`.
+jit_prefill = jax.jit(recorded(prefill), static_argnames="backend", donate_argnames="cache")
+jit_sample_first = jax.jit(recorded(sample_first), static_argnames="backend", donate_argnames=("cache", "seen"))
+jit_decode_chunk = jax.jit(recorded(decode_chunk), static_argnames=("steps", "backend"), donate_argnames="state")

@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 
 from jllama.config import LlamaConfig, Quant
 from jllama.errors import InputError
-from jllama.kernels import Indexed, QuantizedTensor, Weight, cut_out, group_size, quantize
+from jllama.kernels import LayerView, QuantizedTensor, Weight, group_size, materialize, quantize
 
 QUANT_BITS = {"int8": 8, "int4": 4}
 
@@ -52,12 +52,12 @@ class Params:
         return isinstance(self.layers, Layer)
 
     def layer(self, index: int) -> Layer:
-        """Layer ``index`` as ops take it: weights of a stacked model are `Indexed`, and nothing is copied."""
+        """Layer ``index`` as ops take it: weights of a stacked model are `LayerView`, and nothing is copied."""
         if isinstance(self.layers, tuple):
             return self.layers[index]
 
         def one(a: Weight) -> Any:
-            return Indexed(a, index) if a.ndim > 2 else a[index]
+            return LayerView(a, index) if a.ndim > 2 else a[index]
 
         return jax.tree.map(one, self.layers, is_leaf=_is_weight)
 
@@ -89,7 +89,7 @@ def stack(params: Params) -> Params:
 
 def unstack(params: Params) -> Params:
     """The same model with a tuple of layers."""
-    return replace(params, layers=tuple(cut_out(params.layer(i)) for i in range(params.config.n_layers)))
+    return replace(params, layers=tuple(materialize(params.layer(i)) for i in range(params.config.n_layers)))
 
 
 def put[T](stacked: T | None, entry: T, index: int, count: int) -> T:

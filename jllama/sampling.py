@@ -151,13 +151,13 @@ def sample(
     backend: Backend = "auto",
 ) -> tuple[jax.Array, jax.Array]:
     """A token for every row [B], and its log-probability [B] under the model's own, unchanged distribution."""
-    share = None
+    u = None
     if sampling.temperature is not None:
-        share = jax.vmap(jax.random.uniform)(jax.vmap(jax.random.fold_in)(sampling.key, step))
+        u = jax.vmap(jax.random.uniform)(jax.vmap(jax.random.fold_in)(sampling.key, step))
     how = dict(temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p)
     if sampling.repetition_penalty is None or seen is None:
-        return draw(logits, share, backend=backend, **how)
+        return draw(logits, u, backend=backend, **how)
     penalty = sampling.repetition_penalty[:, None]
     penalised = jnp.where(logits > 0, logits / penalty, logits * penalty)
-    token, _ = draw(jnp.where(seen, penalised, logits), share, backend=backend, **how)
+    token, _ = draw(jnp.where(seen, penalised, logits), u, backend=backend, **how)
     return token, log_probability(logits, token)

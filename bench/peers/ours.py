@@ -38,7 +38,7 @@ class Ours:
     """`jllama` as a peer."""
 
     def __init__(self, job: dict[str, Any]) -> None:
-        self.job, self.params = job, None
+        self.job, self.params, self.backends = job, None, {}
         if job.get("compiled") is not None:
             from jllama.compilation import enable_cache
 
@@ -96,6 +96,7 @@ class Ours:
                     row.extend(new)
         except Unsupported as reason:
             raise NotSupported(str(reason)) from None
+        self.backends = session.backends
         return ids, first, time.perf_counter() - begin
 
     def peak_bytes(self) -> int:
@@ -105,14 +106,9 @@ class Ours:
         stats = jax.devices()[0].memory_stats() or {}
         return int(stats.get("peak_bytes_in_use") or process_peak())
 
-    def chosen(self, batch: int, prompt: int, context: int, sampled: bool) -> dict[str, Any]:
-        """What runs for every op of a prefill and of a decode step, and why."""
-        from jllama import backends
-
-        assert self.params is not None
-        sizes: Any = dict(batch=batch, prompt=prompt, max_len=-(-context // 128) * 128)
-        phases = backends(self.params, backend=self.job["backend"], sampling=_sampling(batch, sampled), **sizes)
-        return {"choices": {p: {op: [c.impl, c.why] for op, c in ops.items()} for p, ops in phases.items()}}
+    def chosen(self) -> dict[str, Any]:
+        """What ran last for every op of a prefill and of a decode step, and why."""
+        return {"choices": {p: {op: [c.impl, c.why] for op, c in ops.items()} for p, ops in self.backends.items()}}
 
     def hello(self) -> dict[str, Any]:
         """The device, its platform, and the versions that all records carry."""

@@ -136,7 +136,7 @@ def run(args: argparse.Namespace, prompts: list[str], options: dict[str, Any]) -
         printer.close()
     if args.json:
         done = [as_json(args, task) for task in tasks]
-        print(json.dumps({"completions": done, **describe(args, model, tasks, total)}))
+        print(json.dumps({"completions": done, **describe(args, model, total)}))
     if not args.quiet:
         print(figures(lm.params, total), file=sys.stderr)
 
@@ -202,20 +202,19 @@ def as_json(args: argparse.Namespace, task: Task) -> dict[str, Any]:
     return out
 
 
-def describe(args: argparse.Namespace, model: "Opened", tasks: list[Task], total: "Timings") -> dict[str, Any]:
+def describe(args: argparse.Namespace, model: "Opened", total: "Timings") -> dict[str, Any]:
     """What concerns the whole run, for ``--json``: the model, the seconds, and the backend of every op."""
-    from jllama.backends import backends
-    from jllama.sampling import make_sampling
-
-    params, batch = model.lm.params, min(args.batch_size, len(tasks))
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    sampling = make_sampling(batch, **{name: getattr(args, name) for name in names})
-    longest = max(len(task.completion.prompt_ids) for task in tasks)
-    choices = backends(params, batch=batch, prompt=longest, sampling=sampling, backend=args.backend)
     return {
-        "model": {"path": args.model, "format": model.source.form, "dtype": str(params.dtype), "quant": args.quant},
+        "model": {
+            "path": args.model,
+            "format": model.source.form,
+            "dtype": str(model.lm.params.dtype),
+            "quant": args.quant,
+        },
         "timings": timings(model.load_seconds, total),
-        "backend": {phase: {op: asdict(choice) for op, choice in ops.items()} for phase, ops in choices.items()},
+        "backend": {
+            phase: {op: asdict(choice) for op, choice in ops.items()} for phase, ops in model.lm.backends.items()
+        },
     }
 
 

@@ -16,7 +16,7 @@ from jllama.device import bandwidth, default_device
 from jllama.errors import InputError
 from jllama.formats import open_source
 from jllama.formats.source import Source
-from jllama.kernels import Unsupported, require_hopper
+from jllama.kernels import Unsupported, require_kernels
 from jllama.params import Params, weight_bytes
 from jllama.stream import Timings
 from jllama.text.lm import LM
@@ -36,7 +36,7 @@ def open_model(args: argparse.Namespace, *, batch: int = 1, quiet: bool = False)
     began = time.perf_counter()
     set_up(args, quiet=quiet)
     if args.backend == "pallas":
-        require_hopper()  # before anything is loaded
+        require_kernels()  # before anything is loaded
     source = open_source(args.model)
     context = source.config.max_seq_len
     if args.max_seq_len is not None and not 2 <= args.max_seq_len <= context:
@@ -84,7 +84,7 @@ def device_line(backend: Backend, params: Params) -> str:
     if backend == "xla":
         return f"XLA on {kind}"
     try:
-        require_hopper()
+        require_kernels()
     except Unsupported:
         return f"XLA on {kind}"
     return f"kernels on {kind}" + (", one launch a step" if params.stacked else "")

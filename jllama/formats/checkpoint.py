@@ -23,7 +23,7 @@ from jllama.formats.layout import FUSED, expected_shapes
 from jllama.formats.native import directory
 from jllama.formats.native import save as write
 from jllama.formats.source import Integers, Quantization, Source, Tensor
-from jllama.kernels import QuantizedTensor, Weight, cut_out, group_size
+from jllama.kernels import QuantizedTensor, Weight, group_size, materialize
 from jllama.params import QUANT_BITS, Layer, Params, put, quantizer
 from jllama.step import runs_whole
 from jllama.stream import PREFILL_PIECE
@@ -240,7 +240,7 @@ def _unfused(params: Params) -> Iterator[tuple[str, Tensor]]:
         yield "lm_head", _tensor("lm_head", params.lm_head)
     shapes = expected_shapes(params.config)
     for i in range(params.config.n_layers):
-        layer = cut_out(params.layer(i))
+        layer = materialize(params.layer(i))
         for field, parts in FUSED.items():
             at = 0
             for name in (f"layers.{i}.{part}" for part in parts):

@@ -17,6 +17,7 @@ from jllama.errors import InputError
 from jllama.formats import open_source
 from jllama.formats.checkpoint import load
 from jllama.formats.source import Source
+from jllama.kernels import Choice
 from jllama.params import Params, weight_bytes
 from jllama.sampling import make_sampling
 from jllama.scoring import token_logprobs
@@ -76,6 +77,7 @@ class LM:
     max_len: int  # the context: prompt and completion
     backend: Backend = "auto"
     timings: Timings = field(default_factory=Timings)  # of the last batch
+    backends: dict[str, dict[str, Choice]] = field(default_factory=dict)  # of every op of the last batch, and why
     _idle: Session | None = field(default=None, repr=False)  # with the cache of the last run
 
     @classmethod
@@ -207,7 +209,7 @@ class LM:
                 stop=stops,
             )
         finally:
-            self.timings, self._idle = session.timings, session
+            self.timings, self.backends, self._idle = session.timings, session.backends, session
 
     def _session(self, batch: int) -> Session:
         """A session that nobody uses: two streams at the same time each have their own."""

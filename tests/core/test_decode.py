@@ -180,10 +180,10 @@ def test_a_long_prompt_in_pieces_equals_one_piece(monkeypatch: pytest.MonkeyPatc
 def test_what_is_handed_over_is_donated() -> None:
     params, (tokens, lengths) = tiny.model(), pad(prompts())
     before, given = jnp.zeros((4, 96)), init_cache(tiny.CONFIG, 4, 64, jnp.float32)
-    logits, cache = jit_prefill(params, tokens, lengths, before, given)
+    (logits, cache), _ = jit_prefill(params, tokens, lengths, before, given)
     limit, stops = jnp.full(4, 9), jnp.asarray(stop_table(4, ()))
-    state, _ = jit_sample_first(logits, cache, make_sampling(4), limit, stops, jnp.zeros((4, 96), bool))
-    last, _ = jit_decode_chunk(params, state, steps=2)
+    (state, _), _ = jit_sample_first(logits, cache, make_sampling(4), limit, stops, jnp.zeros((4, 96), bool))
+    (last, _), _ = jit_decode_chunk(params, state, steps=2)
     for gone in (given, cache, state):
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(gone))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((params, before, last)))
