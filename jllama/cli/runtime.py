@@ -48,6 +48,7 @@ def open_model(args: argparse.Namespace, *, batch: int = 1, quiet: bool = False)
         max_len=args.max_seq_len,
         batch=batch,
         tokenizer=args.tokenizer,
+        chat_template=getattr(args, "chat_template", None),
         backend=args.backend,
         progress=None if quiet else loading_bar,
     )

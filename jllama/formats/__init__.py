@@ -5,6 +5,7 @@ from pathlib import Path
 
 from jllama.errors import InputError
 from jllama.formats import gguf, hf, llama2c, meta
+from jllama.formats.hub import resolve
 from jllama.formats.source import Source, checked
 
 # Tried in this order: each says for itself whether a path is of its kind.
@@ -17,8 +18,9 @@ FORMATS: tuple[tuple[Callable[[Path], bool], Callable[[Path], Source]], ...] = (
 
 
 def open_source(path: str | Path) -> Source:
-    """Open the checkpoint at ``path``: its files are mapped and checked, no tensor is read yet."""
-    path = Path(path)
+    """Open the checkpoint at ``path``, or of that name (see `jllama.formats.hub.resolve`): its files are mapped and
+    checked, no tensor is read yet."""
+    path = resolve(path)
     try:
         if not path.exists():
             raise InputError(f"{path}: no such file or directory")

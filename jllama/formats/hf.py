@@ -21,7 +21,13 @@ from jllama.formats.safetensors_file import SafetensorsFile
 from jllama.formats.source import DTYPES, Integers, Quantization, Source, Tensor
 
 TOKENIZERS = ("tokenizer.model", "tokenizer.json", "tokenizer.bin")
-EXTRAS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+EXTRAS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 MAX_SHARDS = 4096
 
 
