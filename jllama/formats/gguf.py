@@ -55,8 +55,8 @@ def names_of(config: LlamaConfig) -> dict[str, str]:
     return names
 
 
-def open_gguf(path: Path) -> Source:
-    """Open a GGUF file that holds a whole model."""
+def open_gguf(path: Path, *, links: bool = False) -> Source:
+    """Open a GGUF file that holds a whole model; it is alone, and no link matters."""
     file = read_gguf(path)
     config = _config(file)
     tensors = {
@@ -65,7 +65,7 @@ def open_gguf(path: Path) -> Source:
         if theirs in file.tensors
     }
     vocabulary = vocabulary_in(file, config.vocab_size)
-    return Source(path, "gguf", config, tensors, vocabulary, metadata=file.fields)
+    return Source(path, "gguf", config, tensors, vocabulary, metadata=file.fields, links=links)
 
 
 def _config(file: GgufFile) -> LlamaConfig:

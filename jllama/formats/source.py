@@ -87,6 +87,7 @@ class Source:
     tokenizer: Path | Vocabulary | BpeVocabulary | None
     extras: tuple[Path, ...] = ()  # small files that go along into a directory of the same layout
     metadata: Mapping[str, Any] = field(default_factory=dict)  # of a GGUF file
+    links: bool = False  # whether the directory's links may lead out of it
 
     @property
     def dtype(self) -> str:

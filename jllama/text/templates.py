@@ -11,14 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from jllama.config import read_json
 from jllama.errors import InputError
 from jllama.formats.files import MappedFile, first_of, label
 from jllama.formats.source import Source
 from jllama.text.control import ControlTokens
 from jllama.text.dialog import Exchange, dialog_ids
 from jllama.text.sandbox import MAX_TEMPLATE, Template
-from jllama.text.tokenizer import Tokenizer, special_text
+from jllama.text.tokenizer import Tokenizer, special_text, tokenizer_config
 
 Message = Mapping[str, Any]  # "role", "content", and what else a template knows
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
@@ -157,10 +156,10 @@ def _template_of(source: Source) -> tuple[str, str] | None:
     directory = source.path if source.path.is_dir() else None
     if directory is None:
         return None
-    file = first_of(directory, ("chat_template.jinja",))
+    file = first_of(directory, ("chat_template.jinja",), links=source.links)
     if file is not None:
         return _read(file), str(file)
-    text = _choice(_json(directory, "tokenizer_config.json").get("chat_template"), directory)
+    text = _choice(tokenizer_config(directory, links=source.links).get("chat_template"), directory)
     return None if text is None else (text, f"{directory / 'tokenizer_config.json'}: chat_template")
 
 
@@ -183,14 +182,11 @@ def _special_texts(source: Source) -> dict[str, str]:
     """The texts of bos_token and its like, as a directory's files give them."""
     if not source.path.is_dir():
         return {}
-    values = _json(source.path, "special_tokens_map.json") | _json(source.path, "tokenizer_config.json")
+    names = ("special_tokens_map.json", "tokenizer_config.json")
+    first, second = (tokenizer_config(source.path, name, links=source.links) for name in names)
+    values = first | second
     texts = {name: special_text(values.get(name)) for name in _SPECIAL}
     return {name: text for name, text in texts.items() if text is not None}
-
-
-def _json(directory: Path, name: str) -> dict[str, Any]:
-    path = first_of(directory, (name,))
-    return {} if path is None else read_json(path)
 
 
 def _read(path: Path) -> str:

@@ -47,14 +47,19 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(
-    path: str | Path, vocab_size: int | None = None, *, bos_id: int | None = None, eos_id: int | None = None
+    path: str | Path,
+    vocab_size: int | None = None,
+    *,
+    bos_id: int | None = None,
+    eos_id: int | None = None,
+    links: bool = False,
 ) -> Tokenizer:
     """Load a tokenizer file (``.model``, llama2.c's ``.bin``, ``.json`` or a ``.gguf``) or that of a directory, and
     check that it goes with a model of ``vocab_size``. ``bos_id`` and ``eos_id`` are for a ``.json``, which does not
-    name them; by default they are what the config files beside it say."""
+    name them; by default they are what the config files beside it say. ``links``: as `open_source` has it."""
     path = resolve(path)
     if path.is_dir():
-        file = first_of(path, TOKENIZERS)
+        file = first_of(path, TOKENIZERS, links=links)
         if file is None:
             raise InputError(f"{path}: expected a tokenizer ({', '.join(TOKENIZERS)}), found none")
         path = file
@@ -67,7 +72,7 @@ def load_tokenizer(
     file = MappedFile(path)
     if file.size > _MAX_TOKENIZER_BYTES:
         raise InputError(f"{path}: expected a tokenizer of at most {_MAX_TOKENIZER_BYTES} bytes, found {file.size}")
-    content, notes = file.bytes(0, file.size), tokenizer_config(path.parent)
+    content, notes = file.bytes(0, file.size), tokenizer_config(path.parent, links=links)
     adds_bos = notes.get("add_bos_token")
     if path.suffix != ".json":
         adds_bos = adds_bos is not False
@@ -77,9 +82,9 @@ def load_tokenizer(
     return _fitting(JsonTokenizer(content, str(path), *ids, adds_bos=adds_bos), str(path), vocab_size)
 
 
-def tokenizer_config(directory: Path) -> dict[str, Any]:
-    """What ``tokenizer_config.json`` says; empty where there is none."""
-    path = first_of(directory, ("tokenizer_config.json",))
+def tokenizer_config(directory: Path, name: str = "tokenizer_config.json", *, links: bool = False) -> dict[str, Any]:
+    """What ``tokenizer_config.json`` or its like says; empty where there is none."""
+    path = first_of(directory, (name,), links=links)
     return {} if path is None else read_json(path)
 
 
@@ -137,8 +142,8 @@ def tokenizer_for(source: Source, path: str | Path | None = None) -> Tokenizer:
         raise InputError(f"{source.path}: {reason}: name one with --tokenizer FILE")
     if path is None and isinstance(own, Vocabulary | BpeVocabulary):
         return from_vocabulary(own, config.vocab_size)
-    chosen = Path(str(own if path is None else path))
-    return load_tokenizer(chosen, config.vocab_size, bos_id=config.bos_id, eos_id=config.eos_ids[0])
+    ids = {"bos_id": config.bos_id, "eos_id": config.eos_ids[0]}
+    return load_tokenizer(str(own if path is None else path), config.vocab_size, **ids, links=source.links)
 
 
 def with_tokenizer(source: Source, path: Path | None) -> Source:

@@ -1,6 +1,6 @@
 """Strings of every sort, always the same ones, for tokenizers: letters, digits, white space, emoji, code, anything."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from random import Random
 
 _ALPHABETS = (
@@ -17,26 +17,27 @@ _ALPHABETS = (
     "½²³¼①Ⅷ٣४๕１２３𝟜",
     "\u0301\u0308\u20dd\u200d\ufe0f\ufeff\u00ad",
 )
-_WORDS = ("the", " The", "don't", " I'LL", "'s", "we've", "HTTPServer", "camelCase", " x_1", "2026-11-27", "3.14", "1e10",
-          " 1234567", "\n\n", "    ", "\r\n", "http://a.b/c?d=e&f", "<|im_end", "|>", "def f(x):\n\treturn x**2\n",
-          "你好", "Привет", "🙂", "naïve", "…", " —", "“q”", "A.B.C.", "αβγ", "ﷺ")  # fmt: skip
+_WORDS = ("the", " The", "don't", " I'LL", "'s", "we've", "HTTPServer", "camelCase", " x_1", "2026-11-27", "3.14",
+          "1e10", " 1234567", "\n\n", "    ", "\r\n", "http://a.b/c?d=e&f", "<|im_end", "|>",
+          "def f(x):\n\treturn x**2\n", "你好", "Привет", "🙂", "naïve", "…", " —", "“q”", "A.B.C.",
+          "αβγ", "ﷺ")  # fmt: skip
 
 
-def _pick[T](random: Random, values: "tuple[T, ...] | str") -> "T | str":
+def _pick(random: Random, values: Sequence[str]) -> str:
     return values[int(random.random() * len(values))]
 
 
 def _letters(random: Random) -> str:
-    return "".join(str(_pick(random, str(_pick(random, _ALPHABETS)))) for _ in range(1 + int(random.random() * 24)))
+    return "".join(_pick(random, _pick(random, _ALPHABETS)) for _ in range(1 + int(random.random() * 24)))
 
 
 def _of_one_alphabet(random: Random) -> str:
-    alphabet = str(_pick(random, _ALPHABETS))
-    return "".join(str(_pick(random, alphabet)) for _ in range(1 + int(random.random() * 40)))
+    alphabet = _pick(random, _ALPHABETS)
+    return "".join(_pick(random, alphabet) for _ in range(1 + int(random.random() * 40)))
 
 
 def _words(random: Random) -> str:
-    return _pick(random, ("", " ")).join(str(_pick(random, _WORDS)) for _ in range(1 + int(random.random() * 12)))
+    return _pick(random, ("", " ")).join(_pick(random, _WORDS) for _ in range(1 + int(random.random() * 12)))
 
 
 def _anything(random: Random) -> str:

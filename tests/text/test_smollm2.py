@@ -5,6 +5,7 @@ import hashlib
 import json
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -91,6 +92,16 @@ def test_logits_are_those_of_transformers(params: jllama.Params, tokenizer: Toke
         np.testing.assert_allclose(logits[:, :: 49152 // golden["some"].shape[1] + 1], golden["some"], **close)
         np.testing.assert_allclose(np.log(np.exp(logits).sum(-1)), golden["lse"], **close)
     assert tokenizer.encode(tokenizer.decode(ids.tolist())) == ids.tolist()
+
+
+def test_perplexity_is_that_of_llama_perplexity(params: jllama.Params, tokenizer: Tokenizer, data: Path) -> None:
+    text = (data / "text" / "tinystories_valid_excerpt_30KB.txt").read_bytes().decode()
+    # As llama-perplexity does it: windows of 512 tokens with nothing before them, their second halves counted.
+    windows = jnp.asarray(tokenizer.encode(text, bos=False)[:1024]).reshape(2, 512)
+    logits = jllama.forward(params, windows)[0][:, 256:511]
+    nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), windows[:, 257:, None], -1)
+    # llama-perplexity -c 512 -b 512 --chunks 2, the GGUF written as F32 by llama-quantize (build 11434).
+    assert float(jnp.exp(nll.mean())) == pytest.approx(4.3461, rel=0.005)
 
 
 def test_it_answers(source: Source, params: jllama.Params, tokenizer: Tokenizer) -> None:
