@@ -25,6 +25,7 @@ def parser() -> Parser:
     parser.add_argument(
         "-c", "--max-seq-len", "--ctx-size", type=int, metavar="N", help="context (default: the model's)"
     )
+    parser.add_argument("--follow-links", action="store_true", help="links may lead out of the checkpoint's directory")
     parser.add_argument("--batch-size", type=int, default=1, metavar="B", help="prompts at once (default: 1)")
     parser.add_argument("--json", action="store_true", help="print a JSON object")
     return parser
@@ -44,7 +45,7 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
     from jllama.device import default_device, free_bytes
     from jllama.formats import open_source
 
-    source = open_source(args.model)
+    source = open_source(args.model, links=args.follow_links)
     config = source.config
     context = config.max_seq_len if args.max_seq_len is None else args.max_seq_len
     if not 2 <= context <= config.max_seq_len:

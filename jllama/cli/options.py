@@ -71,8 +71,13 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Flags that say which model runs, and how."""
     group = parser.add_argument_group("model")
     group.add_argument(
-        "-m", "--model", default=str(DEMO), metavar="PATH", help="checkpoint (default: the embedded demo)"
+        "-m",
+        "--model",
+        default=str(DEMO),
+        metavar="PATH",
+        help="checkpoint: a path, smollm2, or a repository (default: the demo)",
     )
+    group.add_argument("--follow-links", action="store_true", help="links may lead out of the checkpoint's directory")
     group.add_argument("--tokenizer", metavar="FILE", help="tokenizer (default: the checkpoint's own)")
     group.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of activations and cache")
     group.add_argument("--quant", choices=("none", "int8", "int4"), default="none", help="quantise the weights at load")
