@@ -12,7 +12,6 @@ from jllama.kernels import (
     Indexed,
     Weight,
     attention,
-    decode_attention,
     ffn,
     matmul,
     qkv,
@@ -20,20 +19,23 @@ from jllama.kernels import (
     rotate,
     split_heads,
 )
+from jllama.paged import PagedCache
 from jllama.params import Layer, Params
 from jllama.rope import rotations
 from jllama.step import whole_step
+
+Cache = KVCache | PagedCache
 
 
 def forward(
     params: Params,
     tokens: jax.Array,
-    cache: KVCache | None = None,
+    cache: Cache | None = None,
     *,
     lengths: jax.Array | None = None,
     last_only: bool = False,
     backend: str = "auto",
-) -> tuple[jax.Array, KVCache | None]:
+) -> tuple[jax.Array, Cache | None]:
     """Logits of ``tokens`` [B, T], which continue whatever each row of ``cache`` holds.
 
     ``lengths`` [B] says how many of a row's tokens are real (default: all; the rest is padding on the right).
@@ -49,7 +51,7 @@ def forward(
         return jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
 
     x = params.embed[tokens]
-    if cache is not None and T <= DECODE_QUERIES:
+    if isinstance(cache, KVCache) and T <= DECODE_QUERIES:
         done = whole_step.attempt(x, params, cache, *rotation, backend=backend)
         if done is not None:  # in one launch
             logits, stepped = done
@@ -78,18 +80,17 @@ def attend(
     x: jax.Array,  # [B, T, dim]
     layer: Layer,
     index: int,
-    cache: KVCache | None,
+    cache: Cache | None,
     start: jax.Array,  # [B]: the position of each row's first token
     rotation: tuple[jax.Array, jax.Array],
     config: LlamaConfig,
     backend: str,
-) -> tuple[jax.Array, KVCache | None]:
+) -> tuple[jax.Array, Cache | None]:
     """The attention half of a block, with its norm and residual."""
     B, T, _ = x.shape
     h = rms_norm(x, layer.attn_norm, eps=config.norm_eps, backend=backend)
-    q, seen, cache = project(h, layer.wqkv, index, cache, start, rotation, config, backend)
-    op = decode_attention if cache is not None and T <= DECODE_QUERIES else attention
-    out = op(q, *seen, start, backend=backend)
+    q, new, cache = project(h, layer.wqkv, index, cache, start, rotation, config, backend)
+    out = attention(q, *new, start, backend=backend) if cache is None else cache.attend(index, q, backend=backend)
     return matmul(out.reshape(B, T, -1), layer.wo, residual=x, backend=backend), cache
 
 
@@ -97,24 +98,23 @@ def project(
     h: jax.Array,  # [B, T, dim]
     wqkv: Weight | Indexed,
     index: int,
-    cache: KVCache | None,
+    cache: Cache | None,
     start: jax.Array,
     rotation: tuple[jax.Array, jax.Array],
     config: LlamaConfig,
     backend: str,
-) -> tuple[jax.Array, tuple[jax.Array | Indexed, jax.Array | Indexed], KVCache | None]:
-    """Queries, and the keys and values that they may see: of the new tokens and what the cache held before them."""
-    if cache is not None:
+) -> tuple[jax.Array, tuple[jax.Array, ...], Cache | None]:
+    """Queries, and the new tokens' keys and values [B, kv_heads, T, head_dim]: in the cache, where there is one."""
+    if isinstance(cache, KVCache):
         k, v, place = cache.arrays(index)
         done = qkv.attempt(h, wqkv, k, v, start, *rotation, layer=place, backend=backend)
         if done is not None:  # in one launch
             q, k, v = done
             cache = cache.with_arrays(index, k, v)
-            return q, cache.layer(index), cache
+            return q, (), cache
 
     q, k, v = split_heads(matmul(h, wqkv, backend=backend), config.n_heads // config.n_kv_heads, config.head_dim)
     q, k = rotate(q, *rotation), rotate(k, *rotation)
     if cache is None:
         return q, (k.swapaxes(1, 2), v.swapaxes(1, 2)), None
-    cache = cache.write(index, k, v)
-    return q, cache.layer(index), cache
+    return q, (), cache.write(index, k, v)

@@ -7,18 +7,20 @@ from .draw import draw, log_probability
 from .ffn import ffn
 from .layer_view import Indexed, cut_out
 from .matmul import Weight, matmul
+from .paged_attention import PAGE, paged_attention, write_pages
 from .qkv import qkv, rotate, split_heads, write
 from .quantized import QuantizedTensor, dequantize, group_size, quantize
 from .rms_norm import rms_norm
 
 OPS: dict[str, Op] = {
-    op.name: op for op in (rms_norm, matmul, qkv, attention, decode_attention, ffn, decode_step, draw)
+    op.name: op for op in (rms_norm, matmul, qkv, attention, decode_attention, paged_attention, ffn, decode_step, draw)
 }
 
 __all__ = [
     "BACKENDS",
     "DECODE_QUERIES",
     "OPS",
+    "PAGE",
     "Choice",
     "Indexed",
     "Op",
@@ -36,6 +38,7 @@ __all__ = [
     "group_size",
     "log_probability",
     "matmul",
+    "paged_attention",
     "qkv",
     "quantize",
     "record",
@@ -44,4 +47,5 @@ __all__ = [
     "rotate",
     "split_heads",
     "write",
+    "write_pages",
 ]

@@ -19,7 +19,7 @@ SOURCES = sorted(path for folder in OURS for path in (ROOT / folder).rglob("*.py
 # The forward and what it is made of: no files, no terminals, nothing that has state.
 PURE = tuple(
     f"jllama.{name}"
-    for name in ["cache", "config", "decode", "errors", "kernels", "model", "params", "rope", "sampling", "step"]
+    for name in ["cache", "config", "decode", "errors", "kernels", "model", "paged", "params", "rope", "sampling", "step"]
 )
 CORE = (*PURE, *(f"jllama.{name}" for name in ["backends", "compilation", "demo_model", "device", "stream"]))
 
@@ -40,6 +40,9 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     # From the core outwards.
     ("jllama/formats/*", (*CORE, "jllama.formats")),
     ("jllama/text/*", (*CORE, "jllama.formats", "jllama.text")),
+    # Who runs next, and who holds which page, know no tensors.
+    ("jllama/engine/pages.py", ("jllama.errors",)),
+    ("jllama/engine/scheduler.py", ("jllama.errors", "jllama.engine.pages")),
     ("jllama/engine/*", (*CORE, "jllama.engine")),
     ("jllama/serve/**", (*CORE, "jllama.engine", "jllama.text", "jllama.formats", "jllama.serve")),
     ("jllama/cli/*", ("jllama",)),
