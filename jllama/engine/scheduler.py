@@ -161,6 +161,15 @@ class Scheduler:
         self._epoch += 1
         self.pages.forget_all()
 
+    def restart(self) -> None:
+        """The cache is lost: all that run begin anew, from the tokens that have come."""
+        for sequence in list(self.running):
+            self._leave(sequence)
+            self._queue(sequence)
+        for sequence in self.waiting:
+            sequence.unread = 0
+        self.forget()
+
     def _queue(self, sequence: Sequence) -> None:
         bisect.insort(self.waiting, sequence, key=lambda s: s.order)
 

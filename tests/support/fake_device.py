@@ -42,7 +42,6 @@ class FakeDevice:
         before, self.unread = self.unread, self.run(plan) if plan else []
         for sequence, tokens in before:
             self.scheduler.read(sequence, tokens)
-            self.check()
         return bool(plan) or bool(before)
 
     def run(self, plan: Plan) -> list[tuple[Sequence, list[int]]]:
