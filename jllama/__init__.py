@@ -19,13 +19,16 @@ __version__ = "0.1.0"
 _HOME = {
     "DEMO": "jllama.demo_model",
     "DecodeState": "jllama.decode",
+    "Engine": "jllama.engine.engine",
     "Generated": "jllama.decode",
     "InputError": "jllama.errors",
     "KVCache": "jllama.cache",
     "Layer": "jllama.params",
     "LlamaConfig": "jllama.config",
     "Params": "jllama.params",
+    "Request": "jllama.engine.request",
     "Sampling": "jllama.sampling",
+    "SamplingSettings": "jllama.engine.request",
     "Session": "jllama.stream",
     "backends": "jllama.backends",
     "decode_step": "jllama.decode",
@@ -37,6 +40,7 @@ _HOME = {
     "load_tokenizer": "jllama.text.tokenizer",
     "make_sampling": "jllama.sampling",
     "preset": "jllama.config",
+    "rollout": "jllama.engine.rollout",
     "save": "jllama.formats.checkpoint",
     "stack": "jllama.params",
     "unstack": "jllama.params",
@@ -63,6 +67,10 @@ if TYPE_CHECKING:  # what type checkers and editors see
         generate as generate,
     )
     from jllama.demo_model import DEMO as DEMO
+    from jllama.engine.engine import Engine as Engine
+    from jllama.engine.request import Request as Request
+    from jllama.engine.request import SamplingSettings as SamplingSettings
+    from jllama.engine.rollout import rollout as rollout
     from jllama.errors import InputError as InputError
     from jllama.formats.checkpoint import load as load
     from jllama.formats.checkpoint import save as save

@@ -51,9 +51,7 @@ class History:
             counts=None if self.counts is None else self.counts.at[rows, token].add(alive.astype(jnp.int32)),
             recent=None
             if self.recent is None
-            else jnp.where(
-                alive[:, None], jnp.concatenate([self.recent[:, 1:], token[:, None]], axis=1), self.recent
-            ),
+            else jnp.where(alive[:, None], jnp.concatenate([self.recent[:, 1:], token[:, None]], axis=1), self.recent),
         )
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from jllama.engine.pages import Pages, root
 from jllama.errors import InputError
 
+RESERVE = 4  # of so many rows, one needs another page in the next turn: 16 steps, 64 positions a page
 OVERTAKE = 64  # so many requests that come later pass one whose priority is lower by 1, and no more
 
 
@@ -212,8 +213,8 @@ class Scheduler:
             sequence.drawn = len(sequence.tokens) - sequence.prompt
             ahead = len(sequence.tokens) - 1 + min(steps, sequence.left)
             missing = self.pages.needed(ahead) - len(prefix.pages)
-            # The others have room for another page each, or the next turn would preempt again.
-            if missing + len(self.running) > self.pages.free:
+            # Room is left for the pages that the others will soon need, or the next turns would preempt.
+            if missing + -(-len(self.running) // RESERVE) > self.pages.free:
                 self.pages.give_back(prefix.pages)
                 return
             self._start(self.waiting.pop(0), prefix.pages, prefix.chain, missing)

@@ -116,4 +116,3 @@ def extra_settings(request: Request) -> Sampling:
         min_tokens=np.int32(settings.min_tokens),
         bad_words=words,
     )
-

@@ -137,9 +137,7 @@ def decode(
         logits, cache = forward(
             params, rows.token[:, None], cache, lengths=alive.astype(jnp.int32), last_only=True, backend=backend
         )
-        token, logprob = sample(
-            logits, sampling, rows.drawn, history=history, stop_ids=rows.stop_ids, backend=backend
-        )
+        token, logprob = sample(logits, sampling, rows.drawn, history=history, stop_ids=rows.stop_ids, backend=backend)
         new = Drawn(jnp.where(alive, token, NO_TOKEN), jnp.where(alive, logprob, 0.0), _top(logits, out))
         rows = advance(replace(rows, length=cache.lengths), token)
         out = jax.tree.map(lambda a, b: lax.dynamic_update_index_in_dim(a, b, i, 0), out, new)

@@ -19,7 +19,19 @@ SOURCES = sorted(path for folder in OURS for path in (ROOT / folder).rglob("*.py
 # The forward and what it is made of: no files, no terminals, nothing that has state.
 PURE = tuple(
     f"jllama.{name}"
-    for name in ["cache", "config", "decode", "errors", "kernels", "model", "paged", "params", "rope", "sampling", "step"]
+    for name in [
+        "cache",
+        "config",
+        "decode",
+        "errors",
+        "kernels",
+        "model",
+        "paged",
+        "params",
+        "rope",
+        "sampling",
+        "step",
+    ]
 )
 CORE = (*PURE, *(f"jllama.{name}" for name in ["backends", "compilation", "demo_model", "device", "stream"]))
 
