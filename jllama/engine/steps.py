@@ -177,7 +177,7 @@ def _top(logits: jax.Array, out: Drawn) -> tuple[jax.Array, jax.Array] | None:
     return jnp.pad(ids, pad, constant_values=NO_TOKEN).astype(jnp.int32), jnp.pad(values, pad)
 
 
-def _jit(function, *static: str):  # noqa: ANN001, ANN202
+def _jit(function, *static: str):
     return jax.jit(function, static_argnames=static, donate_argnames="state")
 
 

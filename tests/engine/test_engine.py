@@ -1,4 +1,4 @@
-"""The engine on a tiny model: whatever the neighbours, the order, the pool, a request's text is that of itself alone."""
+"""The engine on a tiny model: whatever the neighbours, the order and the pool, a text is that of its request alone."""
 
 import functools
 import random
