@@ -13,7 +13,7 @@ from jax import lax
 from .dispatch import Op
 from .hopper.common.tiles import Weight
 from .hopper.gemm.large_m import check_wide, wide
-from .hopper.gemm.small_m import MAX_ROWS, check_skinny, skinny
+from .hopper.gemm.small_m import SMALL_M_MAX, check_small_m, small_m_gemm
 from .layer_view import Indexed
 from .quantized import QuantizedTensor, dequantize
 
@@ -46,20 +46,20 @@ def check_product(x: jax.Array, w: Weight | Indexed, *, swiglu: bool = False, **
     """Raise `Unsupported` where `product` cannot run."""
     w = w.stacked if isinstance(w, Indexed) else w
     x = jax.ShapeDtypeStruct((math.prod(x.shape[:-1]), x.shape[-1]), x.dtype)
-    if x.shape[0] <= MAX_ROWS:
-        check_skinny(x, w)
+    if x.shape[0] <= SMALL_M_MAX:
+        check_small_m(x, w)
     else:
         check_wide(x, w, swiglu=swiglu)
 
 
 def product(x: jax.Array, w: Weight | Indexed, *, residual: jax.Array | None = None, **options: Any) -> jax.Array:
-    """`matmul_reference` by the kernel that fits the number of rows; ``options`` are those of `skinny` and `wide`."""
+    """`matmul_reference` by the kernel that fits the number of rows. ``options`` are those of that kernel."""
     w, layer = (w.stacked, w.index) if isinstance(w, Indexed) else (w, None)
     lead = x.shape[:-1]
     x = x.reshape(-1, x.shape[-1])
     if residual is not None:
         residual = residual.reshape(-1, residual.shape[-1])
-    kernel = skinny if x.shape[0] <= MAX_ROWS else wide
+    kernel = small_m_gemm if x.shape[0] <= SMALL_M_MAX else wide
     return kernel(x, w, layer=layer, residual=residual, **options).reshape(*lead, -1)
 
 

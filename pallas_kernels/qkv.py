@@ -12,7 +12,7 @@ from .hopper.common.tiles import Weight
 from .hopper.gemm.large_m import check_wide
 from .hopper.gemm.large_m_plan import WideTiles
 from .hopper.gemm.large_m_qkv import wide_qkv
-from .hopper.gemm.small_m import MAX_ROWS
+from .hopper.gemm.small_m import SMALL_M_MAX
 from .layer_view import Indexed
 from .matmul import matmul_reference
 
@@ -87,8 +87,8 @@ def check_qkv(
     w = w.stacked if isinstance(w, Indexed) else w
     (B, T, inner), (cached, kv_heads, _, D) = x.shape, k.shape[-4:]
     rows, chunk = math.prod(x.shape[:2]), WideTiles.chunk
-    if rows <= MAX_ROWS:
-        raise Unsupported(f"{rows} rows: up to {MAX_ROWS} have a product of their own")
+    if rows <= SMALL_M_MAX:
+        raise Unsupported(f"{rows} rows: up to {SMALL_M_MAX} have a product of their own")
     if D not in (64, 128):
         raise Unsupported(f"head_dim must be 64 or 128, found {D}")
     if k.shape != v.shape or k.ndim != (4 if layer is None else 5) or (cached, *start.shape) != (B, B):

@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ..dispatch import Unsupported
-from .common.tiles import FLOATS
+from .common.tiles import ACTIVATION_DTYPES
 
 THREADS = 128
 MAX_DIM = 16384  # 128 numbers a thread
@@ -23,7 +23,7 @@ MAX_DIM = 16384  # 128 numbers a thread
 def check_norm(x: jax.Array, weight: jax.Array, *, delta: jax.Array | None = None, **_: Any) -> None:
     """Raise `Unsupported` where `norm_rows` cannot run."""
     dim = x.shape[-1]
-    if x.dtype not in FLOATS:
+    if x.dtype not in ACTIVATION_DTYPES:
         raise Unsupported(f"activations must be bfloat16 or float16, found {x.dtype}")
     if delta is not None and (delta.shape, delta.dtype) != (x.shape, x.dtype):
         raise Unsupported(f"delta is {delta.dtype} {delta.shape} but activations are {x.dtype} {x.shape}")

@@ -29,7 +29,7 @@ from pallas_kernels import Choice, Indexed, cut_out, dispatch, record
 from pallas_kernels.attention import attention_reference
 from pallas_kernels.hopper.attention import decode as flash_decode
 from pallas_kernels.hopper.attention import prefill as flash_attention
-from pallas_kernels.hopper.decode_step.plan import Tiles
+from pallas_kernels.hopper.decode_step.plan import StepTiles
 
 # The smallest that the kernel takes.
 SMALL = LlamaConfig(
@@ -167,7 +167,11 @@ def test_attention_reads_a_layer_in_place(kernel: Any) -> None:
     k, v = (jax.random.normal(key, (1, 1, 72, 64), jnp.bfloat16) for key in keys[1:])
     start = jnp.asarray([66])
     stacked = [Indexed(jnp.stack([a * jnp.nan, a, a * jnp.nan]), 1) for a in (k, v)]
-    tiles = flash_attention.Tiles(keys=64) if kernel is flash_attention.flash_attention else flash_decode.Tiles(keys=64)
+    tiles = (
+        flash_attention.PrefillTiles(keys=64)
+        if kernel is flash_attention.flash_attention
+        else flash_decode.DecodeTiles(keys=64)
+    )
     found = kernel(q, *stacked, start, tiles=tiles, interpret=plgpu.InterpretGPUParams())
     wanted = attention_reference(q, k, v, start)
     np.testing.assert_allclose(np.asarray(found, np.float32), np.asarray(wanted, np.float32), atol=2e-2)
@@ -224,7 +228,7 @@ def test_steps_through_the_interpreted_kernel(monkeypatch: pytest.MonkeyPatch) -
     stacked = state.replace(cache=cache.replace(k=jnp.stack(cache.k), v=jnp.stack(cache.v)))
     wanted, drawn = decode_chunk(params, state, steps=3, backend="xla")
 
-    options = dict(blocks=1, tiles=Tiles(depth=4, consumers=2), interpret=plgpu.InterpretGPUParams())
+    options = dict(blocks=1, tiles=StepTiles(depth=4, consumers=2), interpret=plgpu.InterpretGPUParams())
     interpreted = dataclasses.replace(whole_step, kernel=functools.partial(whole_step.kernel, **options))  # type: ignore
     monkeypatch.setattr("jllama.model.whole_step", interpreted)
     monkeypatch.setattr(dispatch, "require_hopper", lambda: None)

@@ -18,11 +18,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import QuantizedTensor, Unsupported, dequantize, ffn, matmul, quantize
 from pallas_kernels.ffn import CASES as FFN_CASES
 from pallas_kernels.ffn import check_ffn, ffn_kernel, ffn_reference
-from pallas_kernels.hopper.common.limbs import digits_of
+from pallas_kernels.hopper.common.limbs import split_into_limbs
 from pallas_kernels.hopper.common.tiles import format_of
 from pallas_kernels.hopper.gemm.large_m import WideTiles, check_wide, wide
-from pallas_kernels.hopper.gemm.small_m import SkinnyTiles, check_skinny, plan, skinny
-from pallas_kernels.hopper.gemm.small_m import tiles_for as skinny_tiles_for
+from pallas_kernels.hopper.gemm.small_m import SmallMTiles, check_small_m, plan, small_m_gemm
+from pallas_kernels.hopper.gemm.small_m import tiles_for as small_m_tiles_for
 from pallas_kernels.hopper.rms_norm import check_norm, norm_rows
 from pallas_kernels.matmul import CASES, check_product, product
 from pallas_kernels.rms_norm import CASES as NORM_CASES
@@ -91,24 +91,24 @@ def race_free(y: Array) -> Array:
 @pytest.mark.parametrize(
     ("rows", "out", "tiles", "sms"),
     [
-        (1, 192, SkinnyTiles(step=128, consumers=2, strip=64, cuts=1, depth=4), 3),  # finished in the kernel
-        (2, 160, SkinnyTiles(step=128, consumers=1, strip=32, cuts=1, depth=2), 3),  # less than a wgmma tile
-        (8, 176, SkinnyTiles(step=256, consumers=3, strip=88, cuts=1, depth=3), 1),  # tiles that overlap
-        (33, 192, SkinnyTiles(step=128, consumers=2, strip=64, depth=4), 3),  # parts
+        (1, 192, SmallMTiles(step=128, consumers=2, n_tile=64, k_splits=1, depth=4), 3),  # finished in the kernel
+        (2, 160, SmallMTiles(step=128, consumers=1, n_tile=32, k_splits=1, depth=2), 3),  # less than a wgmma tile
+        (8, 176, SmallMTiles(step=256, consumers=3, n_tile=88, k_splits=1, depth=3), 1),  # tiles that overlap
+        (33, 192, SmallMTiles(step=128, consumers=2, n_tile=64, depth=4), 3),  # parts
     ],
 )
 @pytest.mark.parametrize("fmt", FORMATS)
-def test_skinny_interpreted(fmt: str, rows: int, out: int, tiles: SkinnyTiles, sms: int) -> None:
+def test_small_m_interpreted(fmt: str, rows: int, out: int, tiles: SmallMTiles, sms: int) -> None:
     x, w = normal(0, rows, 512), weight(fmt, out, 512)
-    y = race_free(skinny(x, w, out_dtype=jnp.float32, tiles=tiles, sms=sms, interpret=interpreter()))
+    y = race_free(small_m_gemm(x, w, out_dtype=jnp.float32, tiles=tiles, sms=sms, interpret=interpreter()))
     assert error(y, exact(x, w)) < 1e-5
 
 
 @pytest.mark.parametrize("size", [1e-30, 1.0, 3e30])
-def test_three_digits_are_a_row(size: float) -> None:
+def test_three_limbs_are_a_row(size: float) -> None:
     """Every bit of inputs that are a hundredth of the row's largest."""
     x = (normal(0, 4, 4096) * jnp.bfloat16(size)).at[:, 5].mul(100)
-    digits, scale = digits_of(x, 3)
+    digits, scale = split_into_limbs(x, 3)
     back = sum(np.asarray(d, np.float64) * 256 ** (2 - i) for i, d in enumerate(digits)) / 2**21
     small = np.delete(back * np.asarray(scale, np.float64)[:, None] - np.asarray(x, np.float64), 5, axis=1)
     assert np.abs(small).max() <= 2.0**-21 * np.abs(np.asarray(x, np.float64)).max()
@@ -118,30 +118,30 @@ def test_three_digits_are_a_row(size: float) -> None:
 @pytest.mark.parametrize(
     ("rows", "out", "tiles", "sms"),
     [
-        (1, 192, SkinnyTiles(step=128, consumers=2, strip=64, cuts=1, depth=4, digits=True), 3),
+        (1, 192, SmallMTiles(step=128, consumers=2, n_tile=64, k_splits=1, depth=4, limbs=True), 3),
         # Less than a wgmma tile; several pieces a block; parts.
-        (2, 160, SkinnyTiles(step=128, consumers=1, strip=32, cuts=1, depth=2, digits=True), 3),
-        (2, 176, SkinnyTiles(step=256, consumers=3, strip=88, cuts=1, depth=3, digits=True), 1),
-        (1, 320, SkinnyTiles(step=128, consumers=2, strip=64, depth=4, digits=True), 4),
+        (2, 160, SmallMTiles(step=128, consumers=1, n_tile=32, k_splits=1, depth=2, limbs=True), 3),
+        (2, 176, SmallMTiles(step=256, consumers=3, n_tile=88, k_splits=1, depth=3, limbs=True), 1),
+        (1, 320, SmallMTiles(step=128, consumers=2, n_tile=64, depth=4, limbs=True), 4),
     ],
 )
 @pytest.mark.parametrize("fmt", ["int8", "int4-g128"])
-def test_skinny_interpreted_as_digits(fmt: str, rows: int, out: int, tiles: SkinnyTiles, sms: int) -> None:
+def test_small_m_interpreted_with_limbs(fmt: str, rows: int, out: int, tiles: SmallMTiles, sms: int) -> None:
     """Whatever the largest input: one of the first row's is a hundred times the others."""
     x, w = normal(0, rows, 768).at[0, 5].mul(100), weight(fmt, out, 768)
-    y = race_free(skinny(x, w, out_dtype=jnp.float32, tiles=tiles, sms=sms, interpret=interpreter()))
+    y = race_free(small_m_gemm(x, w, out_dtype=jnp.float32, tiles=tiles, sms=sms, interpret=interpreter()))
     assert error(y, exact(x, w)) < 1e-6
 
 
 @pytest.mark.parametrize("fmt", ["bf16", "int8", "int4-g128"])
-def test_skinny_interpreted_with_everything_after_it(fmt: str) -> None:
+def test_small_m_interpreted_with_everything_after_it(fmt: str) -> None:
     """SwiGLU, a layer of a stack, strips that are no multiple of 64, float16, several pieces a block."""
     x, w = normal(0, 2, 256, dtype=jnp.float16), weight(fmt, 3, 176, 256)
     w = w if isinstance(w, QuantizedTensor) else w.astype(jnp.float16)
     residual = normal(2, 2, 88, dtype=jnp.float16)
-    tiles = SkinnyTiles(step=128, consumers=1, strip=88, cuts=1, depth=2, digits=fmt != "bf16")
+    tiles = SmallMTiles(step=128, consumers=1, n_tile=88, k_splits=1, depth=2, limbs=fmt != "bf16")
     y = race_free(
-        skinny(
+        small_m_gemm(
             x,
             w,
             layer=2,
@@ -258,10 +258,10 @@ def test_plan_keeps_the_gpu_busy(case: str, fmt: str, rows: int) -> None:
     """The busiest multiprocessor reads little over its share, and has enough copies in flight to wait for none."""
     out, inner = CASES[case]["out"], CASES[case]["inner"]
     form = format_of(abstract(fmt, out, inner))
-    p = plan(out, inner, rows, form, skinny_tiles_for(form, out, inner, rows), SMS)
-    turns = -(-p.strips * p.cuts // p.blocks)
-    assert turns * p.strip * -(-p.steps // p.cuts) < 1.2 * out * p.steps / SMS
-    assert p.depth * p.strip * (inner // p.steps) * form.bits / 8 > 32 * 1024
+    p = plan(out, inner, rows, form, small_m_tiles_for(form, out, inner, rows), SMS)
+    turns = -(-p.n_tiles * p.k_splits // p.blocks)
+    assert turns * p.n_tile * -(-p.steps // p.k_splits) < 1.2 * out * p.steps / SMS
+    assert p.depth * p.n_tile * (inner // p.steps) * form.bits / 8 > 32 * 1024
 
 
 # What kernels refuse, before anything runs
@@ -286,20 +286,20 @@ def test_refused(shape: tuple[int, int], dtype: Any, rows: int, reason: str) -> 
 def test_refused_rows_and_inputs() -> None:
     w = abstract("bf16", 4096, 4096)
     with pytest.raises(Unsupported, match="at most 64 rows, found 65"):
-        check_skinny(jax.ShapeDtypeStruct((65, 4096), jnp.bfloat16), w)
+        check_small_m(jax.ShapeDtypeStruct((65, 4096), jnp.bfloat16), w)
     with pytest.raises(Unsupported, match="activations have 4032 inputs, the weight has 4096"):
         check_wide(jax.ShapeDtypeStruct((65, 4032), jnp.bfloat16), w)
     with pytest.raises(Unsupported, match="norm has shape"):
         check_ffn(jax.ShapeDtypeStruct((1, 4096), jnp.bfloat16), jnp.ones(8), w, w)
 
 
-def test_refused_digits() -> None:
-    x, tiles = jax.ShapeDtypeStruct((1, 4096), jnp.bfloat16), SkinnyTiles(step=128, consumers=2, digits=True)
+def test_refused_limbs() -> None:
+    x, tiles = jax.ShapeDtypeStruct((1, 4096), jnp.bfloat16), SmallMTiles(step=128, consumers=2, limbs=True)
     for fmt in ("bf16", "int8-g32"):
-        with pytest.raises(Unsupported, match="digits are for integer weights"):
-            check_skinny(x, abstract(fmt, 4096, 4096), tiles=tiles)
-    with pytest.raises(Unsupported, match="digits of at most 2 rows, found 3"):
-        check_skinny(jax.ShapeDtypeStruct((3, 4096), jnp.bfloat16), abstract("int8", 4096, 4096), tiles=tiles)
+        with pytest.raises(Unsupported, match="limbs are for integer weights"):
+            check_small_m(x, abstract(fmt, 4096, 4096), tiles=tiles)
+    with pytest.raises(Unsupported, match="limbs of at most 2 rows, found 3"):
+        check_small_m(jax.ShapeDtypeStruct((3, 4096), jnp.bfloat16), abstract("int8", 4096, 4096), tiles=tiles)
 
 
 def test_refused_pairs() -> None:

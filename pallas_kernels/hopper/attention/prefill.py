@@ -24,23 +24,23 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from ...dispatch import Unsupported
 from ...layer_view import Indexed, in_place
 from ..common.online_softmax import (
-    ROWS,
+    QUERY_TILE,
     Ref,
-    Ring,
-    hide,
-    no_keys,
+    empty_statistics,
+    mask_after,
+    pv_product,
     rescale,
-    soften,
-    weigh,
+    update_softmax,
 )
-from ..common.tiles import FLOATS, pad_rows, sm_count, swizzled
+from ..common.ring import TileRing
+from ..common.tiles import ACTIVATION_DTYPES, pad_rows, sm_count, swizzled
 
 CONSUMERS = 2
-BLOCK_ROWS = CONSUMERS * ROWS
+BLOCK_ROWS = CONSUMERS * QUERY_TILE
 
 
 @dataclasses.dataclass(frozen=True)
-class Tiles:
+class PrefillTiles:
     """What can be tuned: keys per tile, tiles in flight, the bytes of keys and values that the blocks running at a
     time share, so that they find them in the L2 cache, and the most blocks (None: one a multiprocessor)."""
 
@@ -50,7 +50,7 @@ class Tiles:
     blocks: int | None = None
 
 
-TILES = {64: Tiles(stages=4), 128: Tiles()}  # by head_dim
+TILES = {64: PrefillTiles(stages=4), 128: PrefillTiles()}  # by head_dim
 
 
 def check(q: jax.Array, k: jax.Array | Indexed, v: jax.Array | Indexed, start: jax.Array) -> None:
@@ -59,7 +59,7 @@ def check(q: jax.Array, k: jax.Array | Indexed, v: jax.Array | Indexed, start: j
     D, heads, kv_heads = q.shape[-1], q.shape[2], k.shape[1]
     if D not in TILES:
         raise Unsupported(f"head_dim is one of {', '.join(map(str, TILES))}, found {D}")
-    if not q.dtype == k.dtype == v.dtype or q.dtype not in FLOATS:
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in ACTIVATION_DTYPES:
         raise Unsupported(f"q, k and v are all bfloat16 or all float16, found {q.dtype}, {k.dtype}, {v.dtype}")
     if heads % kv_heads:
         raise Unsupported(f"{heads} query heads do not divide among {kv_heads} key heads")
@@ -73,7 +73,7 @@ def flash_attention(
     v: jax.Array | Indexed,
     start: jax.Array,
     *,
-    tiles: Tiles | None = None,
+    tiles: PrefillTiles | None = None,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> jax.Array:
     """q [B, T, heads, D], k and v [B, kv_heads, S, D], start [B] -> [B, T, heads, D]; see `attention_reference`.
@@ -153,14 +153,14 @@ def block(
     turn: Ref,
     p_smem: Ref | None,  # for the interpreter
     *,
-    tiles: Tiles,
+    tiles: PrefillTiles,
 ) -> None:
     """What the three warpgroups of a block do."""
     q_smem, q_full, q_free = q_stream
     k_ref, v_ref = k_ref.at[layer_ref[0]], v_ref.at[layer_ref[0]]
     T, heads, D, S = *q_ref.shape[1:], k_ref.shape[2]
     wg, me = lax.axis_index("wg"), lax.axis_index("block")
-    keys, values = Ring(*k_stream, tiles.stages), Ring(*v_stream, tiles.stages)
+    keys, values = TileRing(*k_stream, tiles.stages), TileRing(*v_stream, tiles.stages)
 
     def item(nth: jax.Array) -> Item:
         index, q_tiles = items_ref[me, 1 + nth], pl.cdiv(T, BLOCK_ROWS)
@@ -206,18 +206,18 @@ def block(
     def _() -> None:
         if p_smem is None:
             plgpu.set_max_registers(232, action="increase")
-        mine = pl.ds(wg * ROWS, ROWS)
+        mine = pl.ds(wg * QUERY_TILE, QUERY_TILE)
 
         @pl.when(wg == 1)
         def _() -> None:
             plgpu.barrier_arrive(turn.at[0])
 
         def answer(its: Item, _: jax.Array, done: jax.Array) -> None:
-            my_first = its.first + wg * ROWS
+            my_first = its.first + wg * QUERY_TILE
 
             def last(j: jax.Array) -> jax.Array:
                 """The last key of tile j that each query sees."""
-                row = plgpu.broadcasted_iota(jnp.int32, (ROWS, tiles.keys), 0, layout=plgpu.Layout.WGMMA)
+                row = plgpu.broadcasted_iota(jnp.int32, (QUERY_TILE, tiles.keys), 0, layout=plgpu.Layout.WGMMA)
                 return jnp.minimum(its.begin + my_first + row, S - 1) - j * tiles.keys
 
             plgpu.barrier_wait(q_full)
@@ -235,7 +235,7 @@ def block(
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the item before may still be on its way
             out_smem[mine] = out
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(out_smem.at[mine], out_ref.at[its.b, pl.ds(my_first, ROWS), its.head])
+            plgpu.copy_smem_to_gmem(out_smem.at[mine], out_ref.at[its.b, pl.ds(my_first, QUERY_TILE), its.head])
 
         each(answer)
 
@@ -262,8 +262,8 @@ class Item:
 def consume(
     q: Ref,
     q_free: Ref,
-    keys: Ring,
-    values: Ring,
+    keys: TileRing,
+    values: TileRing,
     turn: tuple[Callable[[], None], Callable[[], None]],
     last: Callable[[jax.Array | int], jax.Array],
     bounds: tuple[jax.Array, jax.Array],
@@ -274,11 +274,11 @@ def consume(
     take_turn, give_turn = turn
     whole, count = bounds
     dtype, n_keys, D = keys.smem.dtype, *keys.smem.shape[1:]
-    scores_type = plgpu.ACC((ROWS, n_keys), jnp.float32)
+    scores_type = plgpu.ACC((QUERY_TILE, n_keys), jnp.float32)
 
     def find_weights(s, j, m, total, *, masked):
         keys.release(j)
-        return soften(hide(s, last(j)) if masked else s, m, total, scale)
+        return update_softmax(mask_after(s, last(j)) if masked else s, m, total, scale)
 
     def first_scores(s_ref):
         keys.wait(0)
@@ -311,12 +311,12 @@ def consume(
             return s_ref[...]
 
         if p_smem is None:
-            empty = plgpu.layout_cast(jnp.zeros((ROWS, n_keys), jnp.float32), plgpu.Layout.WGMMA)
+            empty = plgpu.layout_cast(jnp.zeros((QUERY_TILE, n_keys), jnp.float32), plgpu.Layout.WGMMA)
             state = (plgpu.ACC.init(acc), empty, m, m, total)
             acc, p, alpha, m, total = pl.run_state(overlapped)(state)
         else:
             s = pl.run_scoped(scores, scores_type)
-            acc = weigh(acc, p, values.tile(j - 1), p_smem)
+            acc = pv_product(acc, p, values.tile(j - 1), p_smem)
             give_turn()
             p, alpha, m, total = find_weights(s, j, m, total, masked=masked)
         # The weights are rounded only now that the product which reads those of tile j - 1 is done: they may get the
@@ -326,13 +326,13 @@ def consume(
         return rescale(acc, alpha), p.astype(dtype), m, total
 
     s = pl.run_scoped(first_scores, scores_type)
-    p, _, m, total = find_weights(s, 0, *no_keys(), masked=True)
-    acc = plgpu.layout_cast(jnp.zeros((ROWS, D), jnp.float32), plgpu.Layout.WGMMA)
+    p, _, m, total = find_weights(s, 0, *empty_statistics(), masked=True)
+    acc = plgpu.layout_cast(jnp.zeros((QUERY_TILE, D), jnp.float32), plgpu.Layout.WGMMA)
     carry = (acc, p.astype(dtype), m, total)
     carry = lax.fori_loop(1, whole, functools.partial(step, masked=False), carry)
     acc, p, _, total = lax.fori_loop(jnp.maximum(whole, 1), count, functools.partial(step, masked=True), carry)
     plgpu.barrier_arrive(q_free)
     values.wait(count - 1)
-    acc = weigh(acc, p, values.tile(count - 1), p_smem)
+    acc = pv_product(acc, p, values.tile(count - 1), p_smem)
     values.release(count - 1)
     return rescale(acc, 1 / total).astype(dtype)

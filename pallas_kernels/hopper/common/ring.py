@@ -4,6 +4,7 @@
 whole life of a block, so that the ring runs ahead from one piece of work to the next.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 
-def claim(count: Any, depth: int, free: Any) -> Any:
+def acquire(count: Any, depth: int, free: Any) -> Any:
     """The slot of stage ``count``, once nobody reads what was in it."""
     slot = lax.rem(count, depth)
 
@@ -34,19 +35,19 @@ def drain(count: Any, depth: int, free: Any) -> None:
     lax.fori_loop(jnp.maximum(count - depth, 0), count, wait, None)
 
 
-def first_of_mine(me: Any, consumers: int, count: Any) -> Any:
+def first_own_stage(me: Any, consumers: int, count: Any) -> Any:
     """How many of the stages from ``count`` on precede the first of consumer ``me``: they take stages in turn."""
     return lax.rem(me + consumers - lax.rem(count, consumers), consumers)
 
 
-def my_stages(me: Any, consumers: int, count: Any, stages: Any, depth: int, full: Any, free: Any,
+def fold_own_stages(me: Any, consumers: int, count: Any, stages: Any, depth: int, full: Any, free: Any,
               stage: Callable[[Any, Any, Any], Any], carry: Any, *, release: bool = True) -> Any:  # fmt: skip
     """Fold ``stage(number, slot, carry)`` over those of the next ``stages`` that are this consumer's. Without
     ``release`` a stage says by itself that its slot is ``free``.
 
     A slot always belongs to the same consumer (``depth`` is a multiple of ``consumers``): a warpgroup keeps count of a
     barrier's phases by waiting for each of them."""
-    first = first_of_mine(me, consumers, count)
+    first = first_own_stage(me, consumers, count)
 
     def body(j: Any, carry: Any) -> Any:
         number = first + j * consumers
@@ -60,13 +61,48 @@ def my_stages(me: Any, consumers: int, count: Any, stages: Any, depth: int, full
     return lax.fori_loop(0, (stages - first + consumers - 1) // consumers, body, carry)
 
 
-def together(barrier: Any) -> None:
+def consumer_barrier(barrier: Any) -> None:
     """All consumers of the block meet here."""
     plgpu.barrier_arrive(barrier)
     plgpu.barrier_wait(barrier)
 
 
-def consumer_registers(consumers: int, producer: int) -> int:
-    """What a thread of a consumer may have once the producer has given up all but ``producer`` registers."""
-    each = 65536 // (128 * (consumers + 1)) // 8 * 8  # what the launch gives
-    return min(240, (each + (each - producer) // consumers) // 8 * 8)
+@dataclasses.dataclass(frozen=True)
+class TileRing:
+    """Tiles on their way from the warpgroup that loads to those that compute, numbered from ``first`` of all that come
+    through."""
+
+    smem: Any
+    full: Any
+    free: Any
+    stages: int
+    first: Any = 0
+
+    def from_here(self, first: Any) -> "TileRing":
+        """The same ring, whose tile 0 is now that with this number."""
+        return dataclasses.replace(self, first=first)
+
+    def slot(self, j: Any) -> Any:
+        """Where tile j lies."""
+        return lax.rem(self.first + j, self.stages)
+
+    def tile(self, j: Any) -> Any:
+        """Tile j, once it is there."""
+        return self.smem.at[self.slot(j)]
+
+    def fetch(self, j: Any, source: Any) -> None:
+        """Start to load tile j where it will not hurt a tile in use."""
+        slot = acquire(self.first + j, self.stages, self.free)
+        plgpu.copy_gmem_to_smem(source, self.smem.at[slot], self.full.at[slot])
+
+    def wait(self, j: Any) -> None:
+        """Wait for tile j."""
+        plgpu.barrier_wait(self.full.at[self.slot(j)])
+
+    def release(self, j: Any) -> None:
+        """Say that this warpgroup is done with tile j."""
+        plgpu.barrier_arrive(self.free.at[self.slot(j)])
+
+    def drain(self) -> None:
+        """Wait until the last tiles before ``first`` are released: whoever waits on a barrier sees all its phases."""
+        drain(self.first, self.stages, self.free)

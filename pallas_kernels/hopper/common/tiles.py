@@ -18,7 +18,7 @@ from ...dispatch import Unsupported
 from ...quantized import QuantizedTensor
 
 Weight = jax.Array | QuantizedTensor
-FLOATS = (jnp.bfloat16, jnp.float16)
+ACTIVATION_DTYPES = (jnp.bfloat16, jnp.float16)
 WGMMA_ROWS = 64  # wgmma takes 64 rows of its left operand at a time, no fewer
 SHARED_BYTES = 227 * 1024  # what one block of a Hopper GPU may hold
 
@@ -47,17 +47,17 @@ def format_of(w: Weight) -> Format:
     return Format(jnp.dtype(w.data.dtype), True, None if w.scale.shape[-1] == 1 else w.group)
 
 
-def split(w: Weight) -> tuple[jax.Array, jax.Array | None]:
+def data_and_scale(w: Weight) -> tuple[jax.Array, jax.Array | None]:
     """A weight's elements and scales (None for a float weight), each with a layer axis in front."""
     data, scale = (w.data, w.scale) if isinstance(w, QuantizedTensor) else (w, None)
     stacked = [a if a is None or a.ndim == 3 else a[None] for a in (data, scale)]
     return stacked[0], stacked[1]
 
 
-def check_product(x: jax.Array, w: Weight) -> None:
+def check_operands(x: jax.Array, w: Weight) -> None:
     """Raise `Unsupported` unless a kernel has code for this pair of dtypes and shapes."""
     fmt = format_of(w)
-    if x.dtype not in FLOATS:
+    if x.dtype not in ACTIVATION_DTYPES:
         raise Unsupported(f"activations must be bfloat16 or float16, found {x.dtype}")
     if not fmt.quantized and fmt.dtype != x.dtype:
         raise Unsupported(f"weight is {fmt.dtype} but activations are {x.dtype}")
@@ -67,16 +67,16 @@ def check_product(x: jax.Array, w: Weight) -> None:
         raise Unsupported(f"groups of {fmt.group} inputs: must be a multiple of 32")
 
 
-def swizzled(shape: tuple[int, ...], dtype: Any, run: int | None = None, rows: int = 8) -> Any:
+def swizzled(shape: tuple[int, ...], dtype: Any, min_slice: int | None = None, rows: int = 8) -> Any:
     """Shared memory in the layout that TMA writes and wgmma reads: see `transforms_of`."""
-    return plgpu.SMEM(shape, dtype, transforms=transforms_of(shape[-1], dtype, run, rows))
+    return plgpu.SMEM(shape, dtype, transforms=transforms_of(shape[-1], dtype, min_slice, rows))
 
 
-def transforms_of(columns: int, dtype: Any, run: int | None = None, rows: int = 8) -> tuple[Any, ...]:
-    """Tiles swizzled over up to 128 bytes; ``run`` is the shortest range of the last axis that will be sliced off
+def transforms_of(columns: int, dtype: Any, min_slice: int | None = None, rows: int = 8) -> tuple[Any, ...]:
+    """Tiles swizzled over up to 128 bytes; ``min_slice`` is the shortest range of the last axis that will be sliced off
     (default: all of it). wgmma wants tiles of 8 rows; TMA finds a tile only at a multiple of its ``rows``."""
     bits = jnp.iinfo(dtype).bits if jnp.issubdtype(dtype, jnp.integer) else 8 * jnp.dtype(dtype).itemsize
-    swizzle = plgpu.find_swizzle((run or columns) * bits)
+    swizzle = plgpu.find_swizzle((min_slice or columns) * bits)
     return plgpu.TilingTransform((rows, swizzle * 8 // bits)), plgpu.SwizzleTransform(swizzle)
 
 
@@ -94,7 +94,7 @@ def pad_rows(x: jax.Array, axis: int) -> jax.Array:
     return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)]) if missing else x
 
 
-def fill_rows(x: jax.Array, axis: int) -> jax.Array:
+def pad_rows_unless_short(x: jax.Array, axis: int) -> jax.Array:
     """`pad_rows`, unless there are fewer than one tile has: a copy of a whole tile fills the rest by itself."""
     return x if x.shape[axis] < 8 else pad_rows(x, axis)
 
@@ -105,7 +105,7 @@ def scale_column(scales: Any, row: Any, group: Any, rows: int) -> jax.Array:
     return plgpu.load(column, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False).astype(jnp.float32)
 
 
-def spread(column: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def broadcast_rows(column: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """One value a row, for all columns."""
     return lax.broadcast_in_dim(column, shape, [0])
 

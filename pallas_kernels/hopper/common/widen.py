@@ -11,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, math, vector
 
-from .thread_ops import integer, rest, thread_in_warpgroup, unknown
+from .thread_ops import as_i32, opaque_constant, rem, thread_in_warpgroup
 from .tiles import Format
 
 
@@ -74,7 +74,7 @@ def widen_scaled(integers: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array
         scales = [vector.extract(s, [], [0]) for s in scale.registers.flat]  # of rows r and r + 8, of every 64
         # What `_float_of` adds, at most 13 bits, times the scale: exact.
         excess = [{at: arith.mulf(s, c(-float(2 ** (23 - at) + 8), s.type)) for at in PLACES} for s in scales]
-        magic = {at: unknown((127 + 23 - at) << 23 | 8 << at) for at in PLACES}
+        magic = {at: opaque_constant((127 + 23 - at) << 23 | 8 << at) for at in PLACES}
         registers = np.empty(WGMMA_LAYOUT.registers_shape(integers.shape), dtype=object)
         for index, eight in np.ndenumerate(integers.registers):
             row = 2 * index[0] + index[4]
@@ -91,11 +91,11 @@ def widen_scaled(integers: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array
 def _traded(word: Any) -> Any:
     """Of 32 neighbours a thread of four has eight in a row; it gets two of every eight, as wgmma wants them: the four
     transpose their bytes, halves of words first."""
-    thread = rest(thread_in_warpgroup(), 4)
+    thread = rem(thread_in_warpgroup(), 4)
 
     def swap(word: Any, distance: int, low: int, high: int) -> Any:
-        upper = arith.cmpi(arith.CmpIPredicate.ne, arith.andi(thread, integer(distance)), integer(0))
-        return prmt(word, shfl_bfly(word, distance), arith.select(upper, integer(high), integer(low)))
+        upper = arith.cmpi(arith.CmpIPredicate.ne, arith.andi(thread, as_i32(distance)), as_i32(0))
+        return prmt(word, shfl_bfly(word, distance), arith.select(upper, as_i32(high), as_i32(low)))
 
     return swap(swap(word, 2, 0x5410, 0x3276), 1, 0x6240, 0x3715)
 
@@ -104,5 +104,5 @@ def _float_of(word: Any, by: int, at: int, magic: Any) -> Any:
     """The 4 bits at ``at`` of a word moved ``by`` bits to the right, put below the exponent of a float32 whose unit
     they then are: the signed integer and 2 ** (23 - at) + 8. ``magic``: that exponent, and the bit of the sign, which,
     turned about, makes the integer 8 more."""
-    moved = arith.shrui(word, integer(by)) if by > 0 else arith.shli(word, integer(-by)) if by else word
-    return arith.bitcast(ir.F32Type.get(), arith.xori(arith.andi(moved, integer(15 << at)), magic))
+    moved = arith.shrui(word, as_i32(by)) if by > 0 else arith.shli(word, as_i32(-by)) if by else word
+    return arith.bitcast(ir.F32Type.get(), arith.xori(arith.andi(moved, as_i32(15 << at)), magic))

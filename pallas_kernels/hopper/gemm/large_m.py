@@ -17,14 +17,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ...layer_view import layer_index
-from ..common.ring import claim, drain
+from ..common.ring import acquire, drain
 from ..common.tiles import (
     SHARED_BYTES,
     Weight,
+    data_and_scale,
     format_of,
     nbytes,
     sm_count,
-    split,
     swizzled,
 )
 from .large_m_consumer import consume
@@ -81,7 +81,7 @@ def _wide(x: jax.Array, w: Weight, layer: jax.Array, residual: jax.Array | None,
         swiglu=swiglu,
         residual=residual is not None,
     )
-    data, scale = split(w)
+    data, scale = data_and_scale(w)
     residual = None if residual is None else whole_tiles(residual, tiles)
     arguments = {"layer": layer, "x": padded, "w": data, "scale": scale, "residual": residual}
     return launch(problem, tiles, sms, interpret, arguments)[:rows]
@@ -108,7 +108,7 @@ def launch(problem: Problem, tiles: WideTiles, sms: int, interpret: Any, argumen
     depth = min(tiles.depth, room // stage)
     scratch = {
         "w_ring": swizzled((depth, problem.heads * tiles.out, tiles.step), fmt.dtype),
-        "x_ring": swizzled((depth, tiles.rows, tiles.step), problem.dtype, run=fmt.group),
+        "x_ring": swizzled((depth, tiles.rows, tiles.step), problem.dtype, min_slice=fmt.group),
         # A cache is written from any row on: then tiles of single rows.
         "finished": swizzled(finished, problem.out_dtype, rows=1 if problem.rotary else 8),
         "full": plgpu.Barrier(num_arrivals=problem.heads + 1, num_barriers=depth),
@@ -121,7 +121,7 @@ def launch(problem: Problem, tiles: WideTiles, sms: int, interpret: Any, argumen
         scratch["given"] = plgpu.Barrier(num_barriers=2 * CONSUMERS)
         scratch["taken"] = plgpu.Barrier(num_barriers=2 * CONSUMERS)
     if interpret and fmt.quantized:
-        scratch["widened"] = swizzled((CONSUMERS, problem.heads * part, tiles.step), problem.dtype, run=fmt.group)
+        scratch["widened"] = swizzled((CONSUMERS, problem.heads * part, tiles.step), problem.dtype, min_slice=fmt.group)
     return plgpu.kernel(
         functools.partial(
             _body,
@@ -197,7 +197,7 @@ def _produce(refs: Refs, problem: Problem, depth: int, turns: Any, done: Any, ti
         row, out = tile(t)
 
         def next_slot(k: Any) -> Any:
-            return claim(done + t * stages + k, depth, free)
+            return acquire(done + t * stages + k, depth, free)
 
         def stage(k: Any, _: Any) -> None:
             slot = next_slot(k)

@@ -10,7 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ..common.tiles import scale_column, spread
+from ..common.tiles import broadcast_rows, scale_column
 from ..common.widen import load_integers, widen, widen_scaled
 from .large_m_exchange import Trade
 from .large_m_plan import CONSUMERS, Problem, Refs, WideTiles
@@ -63,7 +63,7 @@ def consume(me: Any, refs: Refs, problem: Problem, depth: int, turns: Any, done:
             weights = widen_scaled(integers, scale, problem.dtype)
         else:
             floats = widen(integers, problem.dtype).astype(jnp.float32)
-            weights = (floats * spread(scale, floats.shape)).astype(problem.dtype)
+            weights = (floats * broadcast_rows(scale, floats.shape)).astype(problem.dtype)
         if widened is None:
             return weights
         place = widened.at[me, pl.ds(i * part, part), pl.ds(0, group)]
@@ -138,7 +138,9 @@ def consume(me: Any, refs: Refs, problem: Problem, depth: int, turns: Any, done:
         if fmt.quantized and not fmt.grouped:
             results = [
                 result
-                * spread(scale_column(refs["scale"], head * problem.out + out + first_out, 0, part), result.shape)
+                * broadcast_rows(
+                    scale_column(refs["scale"], head * problem.out + out + first_out, 0, part), result.shape
+                )
                 for head, result in zip(heads, results, strict=True)
             ]
         behind = [lax.rem(first + steps + j, depth) for j in range(problem.behind(tiles))]

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from ...dispatch import Unsupported
-from ..common.tiles import Format, Weight, check_product, format_of
+from ..common.tiles import Format, Weight, check_operands, format_of
 
 CONSUMERS = 2
 Refs = dict[str, Any]  # what the kernel is given, by name
@@ -126,7 +126,7 @@ def tiles_for(fmt: Format, rows: int, out: int, swiglu: bool, sms: int) -> WideT
 
 def check_wide(x: jax.Array, w: Weight, *, swiglu: bool = False, tiles: WideTiles | None = None) -> None:
     """Raise `Unsupported` where `wide` cannot run; ``x`` is [rows, in]."""
-    check_product(x, w)
+    check_operands(x, w)
     fmt = format_of(w)
     out = w.shape[-2] // (2 if swiglu else 1)
     tiles = tiles or tiles_for(fmt, x.shape[0], out, swiglu, 132)

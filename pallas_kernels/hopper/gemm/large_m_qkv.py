@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from ...layer_view import layer_index
-from ..common.tiles import Weight, format_of, sm_count, split
+from ..common.tiles import Weight, data_and_scale, format_of, sm_count
 from .large_m import launch, whole_tiles
 from .large_m_plan import Problem, Rotary, WideTiles, tiles_for
 from .large_m_rotary import tables
@@ -54,7 +54,7 @@ def _wide_qkv(x: jax.Array, w: Weight, layer: jax.Array, k: jax.Array, v: jax.Ar
         out_dtype=k.dtype,
         rotary=rotary,
     )
-    data, scale = split(w)
+    data, scale = data_and_scale(w)
     arguments = {"layer": layer, "x": x, "w": data, "scale": scale, "cache_layer": cache_layer, "start": start}
     arguments["cos"], arguments["sin"] = tables(cos, sin)
     planes = {name: jax.new_ref(a.reshape(-1, max_len, D)) for name, a in (("k", k), ("v", v))}
