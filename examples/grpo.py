@@ -71,14 +71,16 @@ def main() -> None:
         for _ in range(2):  # updates a batch
             grads = jax.grad(loss_of)(params, *repeated, out, advantage.ravel())
             updates, state = optimizer.update(grads, state)
-            params = optax.apply_updates(params, updates)
+            params = jax.tree.map(jnp.add, params, updates)
         return params, state, reward.mean(), out
 
-    state = optimizer.init(params)
+    state = optimizer.init(params)  # pyright: ignore[reportArgumentType]
+    text = prompts[:1]
     for i in range(STEPS):
         params, state, reward, out = train_step(params, state, jax.random.key(i))
+        text = out.tokens
         print(f"step {i}: mean reward {reward:.3f}")
-    print(tokenizer.decode(encoded[0] + out.tokens[0].tolist()))
+    print(tokenizer.decode(encoded[0] + text[0].tolist()))
 
 
 if __name__ == "__main__":

@@ -57,7 +57,6 @@ def prefill(
     """Feed one piece [B, T] of every row's prompt; ``lengths`` [B] says how much of it is real, 0 for a row that has
     none left. Returns the logits [B, V] of each row's last token so far (``logits`` is carried from piece to piece)."""
     new, grown = forward(params, tokens, cache, lengths=lengths, last_only=True, backend=backend)
-    assert grown is not None
     return jnp.where(lengths[:, None] > 0, new, logits), grown
 
 
@@ -98,7 +97,6 @@ def decode_step(params: Params, state: DecodeState, *, backend: str = "auto") ->
         last_only=True,
         backend=backend,
     )
-    assert cache is not None
     return _draw(replace(state, cache=cache), logits, backend)
 
 

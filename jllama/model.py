@@ -1,6 +1,7 @@
 """The forward pass, in one sitting. Pure: the same arguments give the same logits, and nothing else happens."""
 
 from dataclasses import replace
+from typing import overload
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,26 @@ from jllama.step import whole_step
 Cache = KVCache | PagedCache
 
 
+@overload
+def forward(
+    params: Params,
+    tokens: jax.Array,
+    cache: None = None,
+    *,
+    lengths: jax.Array | None = None,
+    last_only: bool = False,
+    backend: str = "auto",
+) -> tuple[jax.Array, None]: ...
+@overload
+def forward[C: (KVCache, PagedCache)](
+    params: Params,
+    tokens: jax.Array,
+    cache: C,
+    *,
+    lengths: jax.Array | None = None,
+    last_only: bool = False,
+    backend: str = "auto",
+) -> tuple[jax.Array, C]: ...
 def forward(
     params: Params,
     tokens: jax.Array,

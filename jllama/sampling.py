@@ -27,7 +27,8 @@ class Sampling:
     repetition_penalty: jax.Array | None = None  # 1: off
     presence_penalty: jax.Array | None = None  # 0: off; taken from the logits of what the row has drawn
     frequency_penalty: jax.Array | None = None  # 0: off; the same, times how often it was drawn
-    logit_bias: tuple[jax.Array, jax.Array] | None = None  # ids and values, [B, n] each; an id past the last is none
+    logit_bias: jax.Array | None = None  # [B, n], added to the logits of
+    bias_ids: jax.Array | None = None  # [B, n] int32; an id past the last is none
     min_tokens: jax.Array | None = None  # int32: how many are drawn before a stop token may come
     bad_words: jax.Array | None = None  # [B, n, m] int32: sequences that may not come; NOTHING fills up on the left
 
@@ -154,9 +155,8 @@ def adjust(
 ) -> jax.Array:
     """The logits that the row draws from; the same array where no setting changes them."""
     rows = jnp.arange(logits.shape[0])[:, None]
-    if sampling.logit_bias is not None:
-        ids, bias = sampling.logit_bias
-        logits = logits.at[rows, ids].add(bias, mode="drop")
+    if sampling.logit_bias is not None and sampling.bias_ids is not None:
+        logits = logits.at[rows, sampling.bias_ids].add(sampling.logit_bias, mode="drop")
     if sampling.repetition_penalty is not None and history.seen is not None:
         penalty = sampling.repetition_penalty[:, None]
         penalised = jnp.where(logits > 0, logits / penalty, logits * penalty)

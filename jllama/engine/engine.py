@@ -300,7 +300,7 @@ class Engine:
                 tokens[: len(s.tokens)] = s.tokens
                 self.programs.add(("join_extras", 1, ""))
                 settings = extra_settings(h.request)
-                where = np.int32(s.slot), settings, tokens, np.int32(s.prompt), np.int32(len(s.tokens))
+                where = self._slots_of([s], 1)[0], settings, tokens, np.int32(s.prompt), np.int32(len(s.tokens))
                 self._state = steps.jit_join_extras(self._state, *where)
 
     def _decode(self, rows: list[Scheduled], size: int, kind: str, count: int) -> steps.Drawn:
@@ -379,7 +379,9 @@ class Engine:
 
     def _slots_of(self, sequences: Sequence[Scheduled], size: int) -> np.ndarray:
         slots = np.full(size, self.slots, np.int32)
-        slots[: len(sequences)] = [s.slot for s in sequences]
+        for i, s in enumerate(sequences):
+            assert s.slot is not None
+            slots[i] = s.slot
         return slots
 
     @staticmethod

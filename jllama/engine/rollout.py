@@ -81,7 +81,6 @@ def rollout(
         logits, cache = forward(
             params, state.token[:, None], cache, lengths=alive.astype(jnp.int32), last_only=True, backend=backend
         )
-        assert isinstance(cache, PagedCache)
         own = jax.tree.map(lambda a: a.at[state.request].get(mode="clip"), sampling)
         stop_rows = jnp.broadcast_to(stops, (slots, stops.shape[0]))
         token, logprob = sample(logits, own, state.drawn, history=state.history, stop_ids=stop_rows, backend=backend)
@@ -165,7 +164,6 @@ def _feed(params: Params, layout: _Layout, backend: str) -> tuple[jax.Array, jax
     def feed(pool: tuple[jax.Array, jax.Array], group: tuple[jax.Array, jax.Array]) -> tuple:
         cache = PagedCache(*pool, group[1], jnp.zeros(at_once, jnp.int32))
         _, cache = forward(params, group[0], cache, last_only=True, backend=backend)
-        assert isinstance(cache, PagedCache)
         return (cache.k, cache.v), None
 
     pool, _ = lax.scan(feed, init_pages(params.config, layout.pages, params.dtype), (tokens, table))

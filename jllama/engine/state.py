@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -81,21 +82,21 @@ def init_extras(config: LlamaConfig, slots: int) -> Extras:
 def rows_of(requests: Sequence[tuple[Request, Sequence[int], int]], stops: Sequence[Sequence[int]], count: int) -> Rows:
     """Rows that begin to draw, as numpy arrays [count, ...]: each a request, the tokens of its prompt and of what it
     has drawn before, and how many of them are drawn. The last token is fed by the first step."""
-    rows = Rows(
+    fields: dict[str, Any] = {
         **{name: np.zeros(count, np.int32) for name in ("token", "length", "drawn", "limit", "top_k")},
         **{name: np.zeros(count, np.float32) for name in ("temperature", "top_p", "min_p")},
-        done=np.ones(count, bool),
-        stop_ids=np.full((count, MAX_STOP_IDS), NO_ID, np.int32),
-        seed=np.zeros(count, np.uint32),
-    )
+        "done": np.ones(count, bool),
+        "stop_ids": np.full((count, MAX_STOP_IDS), NO_ID, np.int32),
+        "seed": np.zeros(count, np.uint32),
+    }
     for i, (request, tokens, drawn) in enumerate(requests):
-        rows.token[i], rows.length[i], rows.drawn[i] = tokens[-1], len(tokens) - 1, drawn
-        rows.limit[i], rows.done[i] = request.max_new_tokens, False
-        rows.seed[i] = request.sampling.seed % 2**32
-        rows.stop_ids[i, : len(stops[i])] = stops[i]
-        for name in ("temperature", "top_k", "top_p", "min_p"):
-            getattr(rows, name)[i] = getattr(request.sampling, name)
-    return rows
+        row = dict(token=tokens[-1], length=len(tokens) - 1, drawn=drawn, limit=request.max_new_tokens, done=False)
+        row |= {name: getattr(request.sampling, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+        row |= dict(seed=request.sampling.seed % 2**32)
+        for name, value in row.items():
+            fields[name][i] = value
+        fields["stop_ids"][i, : len(stops[i])] = stops[i]
+    return Rows(**fields)
 
 
 def extra_settings(request: Request) -> Sampling:
@@ -107,12 +108,9 @@ def extra_settings(request: Request) -> Sampling:
     words = np.full((MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS), NOTHING, np.int32)
     for row, word in zip(words, settings.bad_words, strict=False):
         row[-len(word) :] = word
-    return Sampling(
-        key=None,  # pyright: ignore[reportArgumentType]
-        repetition_penalty=np.float32(settings.repetition_penalty),
-        presence_penalty=np.float32(settings.presence_penalty),
-        frequency_penalty=np.float32(settings.frequency_penalty),
-        logit_bias=(ids, bias),
-        min_tokens=np.int32(settings.min_tokens),
-        bad_words=words,
-    )
+    fields: dict[str, Any] = {
+        name: np.float32(getattr(settings, name))
+        for name in ("repetition_penalty", "presence_penalty", "frequency_penalty")
+    }
+    fields |= dict(key=None, logit_bias=bias, bias_ids=ids, min_tokens=np.int32(settings.min_tokens), bad_words=words)
+    return Sampling(**fields)

@@ -45,7 +45,6 @@ def feed(
     """Put keys and values of prompts into the cache. What fills a piece up comes behind its sequence's end, where it is
     overwritten before it is seen."""
     _, cache = forward(params, tokens, PagedCache(state.k, state.v, table, start), last_only=True, backend=backend)
-    assert cache is not None
     return replace(state, k=cache.k, v=cache.v)
 
 
@@ -61,7 +60,6 @@ def score(
 ) -> tuple[EngineState, tuple[jax.Array, jax.Array]]:
     """`feed`, and the log-probability [B, T] of every target, and whether it is the likeliest."""
     logits, cache = forward(params, tokens, PagedCache(state.k, state.v, table, start), backend=backend)
-    assert cache is not None
     flat, wanted = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
     found = log_probability(flat, wanted), jnp.argmax(flat, axis=-1) == wanted
     return replace(state, k=cache.k, v=cache.v), jax.tree.map(lambda a: a.reshape(targets.shape), found)
@@ -82,7 +80,10 @@ def join_extras(
 ) -> EngineState:
     """One row's further settings and history."""
     assert state.extras is not None
-    old, vocab = state.extras, state.extras.history.counts.shape[1]
+    old = state.extras
+    assert old.history.counts is not None
+    assert old.history.recent is not None
+    vocab = old.history.counts.shape[1]
     place = jnp.arange(tokens.shape[0])
     seen = jnp.zeros(vocab, bool).at[jnp.where(place < length, tokens, vocab)].set(True, mode="drop")
     drawn = (place >= prompt) & (place < length)
@@ -165,8 +166,10 @@ def sampling_of(rows: Rows, keys: jax.Array, extras: Extras | None, kind: str) -
         return Sampling(keys)
     if kind == "plain":
         return Sampling(keys, rows.temperature)
+    if extras is None:
+        return Sampling(keys, rows.temperature, rows.top_k, rows.top_p, rows.min_p)
     cuts = dict(temperature=rows.temperature, top_k=rows.top_k, top_p=rows.top_p, min_p=rows.min_p)
-    return Sampling(keys, **cuts) if extras is None else replace(extras.settings, key=keys, **cuts)
+    return replace(extras.settings, key=keys, **cuts)
 
 
 def _top(logits: jax.Array, out: Drawn) -> tuple[jax.Array, jax.Array] | None:
