@@ -2,29 +2,24 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from jllama.device import default_device, free_bytes
-from jllama.engine import steps
+from jllama.engine.device import PIECE, STEPS, Device, Launch
 from jllama.engine.pages import Pages
 from jllama.engine.request import Completion, Event, Handle, Request, SamplingSettings, per_prompt
 from jllama.engine.scheduler import Piece, Plan, Scheduler
 from jllama.engine.scheduler import Sequence as Scheduled
-from jllama.engine.state import EngineState, extra_settings, init_extras, init_state, rows_of
+from jllama.engine.steps import KINDS, NO_TOKEN
 from jllama.errors import InputError
 from jllama.kernels import PAGE
 from jllama.paged import page_bytes, pages_for
 from jllama.params import Params
 
-PIECE = 32  # tokens a piece of a prompt
 BUDGET = 512  # tokens of prompts a turn
-STEPS = (4, 16)  # decode steps a turn: while somebody waits, and while nobody does
-COPIES = 16  # pages a launch
 
 
 @dataclass(frozen=True)
@@ -45,17 +40,6 @@ class Statistics:
     def tokens_per_s(self) -> float:
         """New tokens a second."""
         return self.new_tokens / self.seconds if self.seconds > 0 else 0.0
-
-
-@dataclass(frozen=True)
-class _Launch:
-    """What a turn will bring, once it has run."""
-
-    rows: list[Scheduled]
-    drawn: steps.Drawn | None
-    pieces: list[Piece]  # those that are scored, with their places
-    places: list[int]
-    scores: tuple[jax.Array, jax.Array] | None
 
 
 class Engine:
@@ -82,33 +66,29 @@ class Engine:
         self.max_len = context if max_len is None else max_len
         if not 2 <= self.max_len <= context:
             raise InputError(f"max_len: expected 2 to {context} (the model's context), found {max_len}")
-        self.slots, self.backend = slots, backend
-        self._params = params
-        self._width = pages_for(self.max_len)
-        count = _pages(params, slots * self._width, memory) if pages is None else pages
+        width = pages_for(self.max_len)
+        count = _pages(params, slots * width, memory) if pages is None else pages
+        sizes = dict(slots=slots, max_len=self.max_len, pieces=budget // PIECE)
+        self._device = Device(params, pages=count, width=width, backend=backend, **sizes)
         self._pages = Pages(count, PAGE)
-        self._scheduler = Scheduler(
-            self._pages, slots=slots, max_len=self.max_len, piece=PIECE, pieces=budget // PIECE, steps=STEPS
-        )
+        self._scheduler = Scheduler(self._pages, piece=PIECE, steps=STEPS, **sizes)
         self._handles: dict[Scheduled, Handle] = {}
-        self._in_flight: _Launch | None = None
+        self._in_flight: Launch | None = None
         self._paused = False
         self._new_tokens, self._seconds = 0, 0.0
-        self.programs: set[tuple[str, int, str]] = set()  # compiled steps used so far: name, rows or pieces, kind
-        self._state = self._fresh_state()
 
     @property
     def params(self) -> Params:
         """The weights. Others of the same shapes may be put in their place at any time: nothing is copied or compiled.
         What was computed with the old ones is shared with no later request; requests that run go on with it."""
-        return self._params
+        return self._device.params
 
     @params.setter
     def params(self, new: Params) -> None:
-        old, found = (jax.tree.map(lambda a: (a.shape, str(a.dtype)), p) for p in (self._params, new))
+        old, found = (jax.tree.map(lambda a: (a.shape, str(a.dtype)), p) for p in (self.params, new))
         if old != found:
             raise InputError("params: expected weights of the shapes, formats and config that the engine has")
-        self._params = new
+        self._device.params = new
         self._scheduler.forget()
 
     @property
@@ -125,7 +105,7 @@ class Engine:
 
     def submit(self, request: Request) -> Handle:
         """Take a request, or raise `InputError`: also for one that could never fit."""
-        config = self._params.config
+        config = self.params.config
         request.check(config)
         scoring = request.score_from is not None
         sequence = Scheduled(
@@ -141,8 +121,8 @@ class Engine:
         if request.score_from is not None:
             n = len(request.prompt) - request.score_from
             handle.completion = Completion(sequence.tokens[-n:], [0.0] * n, greedy=[False] * n)
-        if request.sampling.kind == "full" and self._state.extras is None:
-            self._state = replace(self._state, extras=init_extras(config, self.slots))
+        if request.sampling.kind == "full":
+            self._device.add_extras()
         return handle
 
     def abort(self, handle: Handle) -> None:
@@ -162,12 +142,12 @@ class Engine:
     def step(self) -> list[Event]:
         """One turn: launch the next plan, then read what the one before it gave."""
         begin = time.perf_counter()
-        if self._state.k.is_deleted():  # an error or interrupt fell between a donation and its result
+        if self._device.lost:
             self._restart()
         plan = Plan() if self._paused else self._scheduler.plan()
         before, self._in_flight = self._in_flight, None
         if plan:
-            self._in_flight = self._launch(plan)
+            self._in_flight = self._device.launch(plan, {s: self._handles[s].request for s in plan.rows})
         events = self._read(before) if before is not None else []
         self._seconds += time.perf_counter() - begin
         return events
@@ -206,23 +186,17 @@ class Engine:
         pairs = zip(prompts, completions, strict=True)
         return self._run([Request([*p, *c], score_from=len(p)) for p, c in pairs], 1)
 
-    def warm_up(self, kinds: Sequence[str] = steps.KINDS[:3], *, progress: bool = False) -> None:
-        """Compile every step for every number of rows, so that no request waits for it."""
-        if "full" in kinds and self._state.extras is None:
-            self._state = replace(self._state, extras=init_extras(self._params.config, self.slots))
-        feeds = [(size, scored) for size in self._buckets(self._scheduler.pieces) for scored in (False, True)]
-        decodes = [(size, kind) for size in self._buckets(self.slots) for kind in kinds]
-        with tqdm(total=2 + len(feeds) + len(decodes), unit="program", disable=not progress) as bar:
-            self._copy([])
-            bar.update()
-            self._join([])
-            bar.update()
-            for size, scored in feeds:
-                self._feed([], size, scored)
-                bar.update()
-            for size, kind in decodes:
-                self._decode([], size, kind, 0)
-                bar.update()
+    def warm_up(self, kinds: Sequence[str] = KINDS[:3], *, progress: bool = False) -> None:
+        """Compile every step for every number of rows, so that no request waits for it; ``kinds`` of drawing as in
+        `jllama.engine.steps`, by default all but the one for penalties, biases and their like."""
+        if "full" in kinds:
+            self._device.add_extras()
+        self._device.warm_up(kinds, progress=progress)
+
+    @property
+    def programs(self) -> set[tuple[str, int, str]]:
+        """The compiled steps that were used: name, rows or pieces, kind of drawing."""
+        return self._device.programs
 
     def _run(self, requests: list[Request], n: int) -> list[Completion]:
         handles: list[Handle] = []
@@ -245,76 +219,11 @@ class Engine:
             raise InputError(f"model: prompt {broken // n}: {why}")
         return [h.completion for h in handles]
 
-    def _launch(self, plan: Plan) -> _Launch:
-        for at in range(0, len(plan.copies), COPIES):
-            self._copy(plan.copies[at : at + COPIES])
-        scored = [(i, p) for i, p in enumerate(plan.pieces) if p.sequence.limit == 0]
-        scores = drawn = None
-        if plan.pieces:
-            size = next(b for b in self._buckets(self._scheduler.pieces) if b >= len(plan.pieces))
-            scores = self._feed(plan.pieces, size, bool(scored))
-        if plan.joins:
-            self._join(plan.joins)
-        if plan.rows:
-            size = next(b for b in self._buckets(self.slots) if b >= len(plan.rows))
-            kind = max((self._handles[s].request.sampling.kind for s in plan.rows), key=steps.KINDS.index)
-            drawn = self._decode(plan.rows, size, kind, plan.steps)
-        for array in jax.tree.leaves((scores, drawn)):
-            array.copy_to_host_async()
-        return _Launch(plan.rows, drawn, [p for _, p in scored], [i for i, _ in scored], scores)
-
-    def _copy(self, copies: list[tuple[int, int]]) -> None:
-        source, target = np.zeros(COPIES, np.int32), np.full(COPIES, self._pages.count, np.int32)
-        for i, (a, b) in enumerate(copies):
-            source[i], target[i] = a, b
-        self.programs.add(("copy", COPIES, ""))
-        self._state = steps.jit_copy(self._state, source, target)
-
-    def _feed(self, pieces: list[Piece], size: int, scored: bool) -> tuple[jax.Array, jax.Array] | None:
-        tokens, start = np.zeros((size, PIECE + 1), np.int32), np.zeros(size, np.int32)
-        for i, p in enumerate(pieces):
-            real = p.sequence.tokens[p.start : p.start + p.count + 1]
-            tokens[i, : len(real)], start[i] = real, p.start
-        table = self._table([p.sequence for p in pieces], size)
-        how: dict[str, Any] = dict(start=start, table=table, backend=self.backend)
-        self.programs.add(("score" if scored else "feed", size, ""))
-        if not scored:
-            self._state = steps.jit_feed(self._params, self._state, tokens[:, :-1], **how)
-            return None
-        self._state, scores = steps.jit_score(self._params, self._state, tokens[:, :-1], targets=tokens[:, 1:], **how)
-        return scores
-
-    def _join(self, joins: list[Scheduled]) -> None:
-        handles = [self._handles[s] for s in joins]
-        rows = rows_of(
-            [(h.request, h.scheduled.tokens, len(h.scheduled.tokens) - h.scheduled.prompt) for h in handles],
-            [h.request.stops(self._params.config) for h in handles],
-            self.slots,
-        )
-        self.programs.add(("join", self.slots, ""))
-        self._state = steps.jit_join(self._state, self._slots_of(joins, self.slots), rows)
-        for h in handles:
-            if h.request.sampling.kind == "full":
-                s = h.scheduled
-                tokens = np.zeros(self.max_len, np.int32)
-                tokens[: len(s.tokens)] = s.tokens
-                self.programs.add(("join_extras", 1, ""))
-                settings = extra_settings(h.request)
-                where = self._slots_of([s], 1)[0], settings, tokens, np.int32(s.prompt), np.int32(len(s.tokens))
-                self._state = steps.jit_join_extras(self._state, *where)
-
-    def _decode(self, rows: list[Scheduled], size: int, kind: str, count: int) -> steps.Drawn:
-        self.programs.add(("decode", size, kind))
-        where = self._slots_of(rows, size), self._table(rows, size), np.int32(count)
-        how = dict(most=max(STEPS), kind=kind, backend=self.backend)
-        self._state, drawn = steps.jit_decode(self._params, self._state, *where, **how)
-        return drawn
-
-    def _read(self, launch: _Launch) -> list[Event]:
+    def _read(self, launch: Launch) -> list[Event]:
         events: list[Event] = []
         drawn, scores = jax.device_get((launch.drawn, launch.scores))  # blocks
         for i, s in enumerate(launch.rows):
-            count = int((drawn.tokens[:, i] != steps.NO_TOKEN).sum())
+            count = int((drawn.tokens[:, i] != NO_TOKEN).sum())
             ids, logprobs = drawn.tokens[:count, i].tolist(), drawn.logprobs[:count, i].tolist()
             handle = self._handles.get(s)
             if self._broken(s, drawn.logprobs[:count, i]) or handle is None:
@@ -329,14 +238,15 @@ class Engine:
                 names, values = (a[:count, i, :asked].tolist() for a in drawn.top)
                 completion.top_logprobs += [dict(zip(*pair, strict=True)) for pair in zip(names, values, strict=True)]
             events.append(Event(handle, ids, logprobs, s.finish))  # pyright: ignore[reportArgumentType]
-        for place, piece in zip(launch.places, launch.pieces, strict=True):
+        for place, piece in launch.pieces:
             self._read_scores(piece, scores[0][place], scores[1][place])
             if piece.sequence.finish and (handle := self._handles.get(piece.sequence)):
                 events.append(Event(handle, [], [], piece.sequence.finish))  # pyright: ignore[reportArgumentType]
-        ended = [s for s in self._handles if s.finish is not None]
-        for s in ended:
-            self._finish(self._handles[s])
-        if any(s.finish == "error" for s in ended):
+        seen = {*launch.rows, *(piece.sequence for _, piece in launch.pieces)}
+        for s in seen:
+            if s.finish is not None and s in self._handles:
+                self._finish(self._handles[s])
+        if any(s.finish == "error" for s in seen):
             self._restart()  # the cache may hold NaN, which no mask hides
         return [e for e in events if e.ids or e.finish_reason]
 
@@ -360,34 +270,11 @@ class Engine:
         handle.completion.finish_reason = handle.scheduled.finish  # pyright: ignore[reportAttributeAccessIssue]
         self._handles.pop(handle.scheduled, None)
 
-    def _fresh_state(self) -> EngineState:
-        return init_state(self._params.config, self.slots, self._pages.count, self._params.dtype)
-
     def _restart(self) -> None:
         """An empty cache: what ran is computed anew."""
         self._in_flight = None
         self._scheduler.restart()
-        self._state = self._fresh_state()
-        if any(h.request.sampling.kind == "full" for h in self._handles.values()):
-            self._state = replace(self._state, extras=init_extras(self._params.config, self.slots))
-
-    def _table(self, sequences: Sequence[Scheduled], size: int) -> np.ndarray:
-        table = np.full((size, self._width), self._pages.count, np.int32)
-        for row, s in zip(table, sequences, strict=False):
-            row[: len(s.pages)] = s.pages
-        return table
-
-    def _slots_of(self, sequences: Sequence[Scheduled], size: int) -> np.ndarray:
-        slots = np.full(size, self.slots, np.int32)
-        for i, s in enumerate(sequences):
-            assert s.slot is not None
-            slots[i] = s.slot
-        return slots
-
-    @staticmethod
-    def _buckets(most: int) -> list[int]:
-        """Powers of two, and the number itself."""
-        return [1 << i for i in range((most - 1).bit_length())] + [most]
+        self._device.reset(extras=any(h.request.sampling.kind == "full" for h in self._handles.values()))
 
 
 def _pages(params: Params, useful: int, memory: float) -> int:

@@ -15,7 +15,7 @@ from reference_engine import alone, assert_same
 from jllama import Engine, Request, SamplingSettings
 from jllama.decode import generate
 from jllama.engine import steps
-from jllama.engine.engine import PIECE, STEPS
+from jllama.engine.device import PIECE, STEPS
 from jllama.engine.request import Handle
 from jllama.errors import InputError
 from jllama.model import forward
@@ -258,8 +258,8 @@ def test_the_number_of_programs_is_bounded_and_warm_up_makes_them_all(capsys: py
 
 def test_the_next_plan_is_launched_before_the_last_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     e, order = engine(), []
-    launch, read = e._launch, e._read
-    monkeypatch.setattr(e, "_launch", lambda plan: order.append("launch") or launch(plan))
+    launch, read = e._device.launch, e._read
+    monkeypatch.setattr(e._device, "launch", lambda *plan: order.append("launch") or launch(*plan))
     monkeypatch.setattr(e, "_read", lambda launched: order.append("read") or read(launched))
     e.generate([tiny.prompt(5)], max_new_tokens=4 * max(STEPS), stop_ids=())
     assert order[:4] == ["launch", "launch", "read", "launch"]
@@ -298,7 +298,7 @@ def test_a_lost_state_is_made_anew_and_no_text_changes() -> None:
     handles = [e.submit(Request(tiny.prompt(9 + i), 40, SETTINGS[i], stop_ids=())) for i in range(3)]
     e.step()
     e.step()
-    e._state.k.delete()  # as where an interrupt falls between a donation and its result
+    e._device._state.k.delete()  # as where an interrupt falls between a donation and its result
     drain(e)
     check(handles)
 
