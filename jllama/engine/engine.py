@@ -74,7 +74,7 @@ class Engine:
         self._scheduler = Scheduler(self._pages, piece=PIECE, steps=STEPS, **sizes)
         self._handles: dict[Scheduled, Handle] = {}
         self._in_flight: Launch | None = None
-        self._paused = False
+        self._paused = self._torn = False
         self._new_tokens, self._seconds = 0, 0.0
 
     @property
@@ -142,13 +142,15 @@ class Engine:
     def step(self) -> list[Event]:
         """One turn: launch the next plan, then read what the one before it gave."""
         begin = time.perf_counter()
-        if self._device.lost:
+        if self._torn or self._device.lost:
             self._restart()
+        self._torn = True  # until the end: an error or interrupt on the way loses what was under way
         plan = Plan() if self._paused else self._scheduler.plan()
         before, self._in_flight = self._in_flight, None
         if plan:
             self._in_flight = self._device.launch(plan, {s: self._handles[s].request for s in plan.rows})
         events = self._read(before) if before is not None else []
+        self._torn = False
         self._seconds += time.perf_counter() - begin
         return events
 
@@ -226,8 +228,9 @@ class Engine:
             count = int((drawn.tokens[:, i] != NO_TOKEN).sum())
             ids, logprobs = drawn.tokens[:count, i].tolist(), drawn.logprobs[:count, i].tolist()
             handle = self._handles.get(s)
-            if self._broken(s, drawn.logprobs[:count, i]) or handle is None:
+            if handle is None or self._broken(s, drawn.logprobs[:count, i]):
                 s.unread -= 1
+                events += [Event(handle, [], [], "error")] if handle is not None else []
                 continue
             self._scheduler.read(s, ids)
             completion, asked = handle.completion, handle.request.sampling.top_logprobs

@@ -56,6 +56,7 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("jllama/engine/pages.py", ("jllama.errors",)),
     ("jllama/engine/scheduler.py", ("jllama.errors", "jllama.engine.pages")),
     ("jllama/engine/*", (*CORE, "jllama.engine")),
+    ("jllama/evaluation.py", (*CORE, "jllama.engine", "jllama.text", "jllama.formats")),
     ("jllama/serve/**", (*CORE, "jllama.engine", "jllama.text", "jllama.formats", "jllama.serve")),
     ("jllama/cli/*", ("jllama",)),
     *((f"{name.replace('.', '/')}.py", PURE) for name in PURE),

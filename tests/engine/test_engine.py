@@ -303,6 +303,25 @@ def test_a_lost_state_is_made_anew_and_no_text_changes() -> None:
     check(handles)
 
 
+@pytest.mark.parametrize("place", ["_device.launch", "_read", "_scheduler.plan"])
+def test_an_interrupt_anywhere_in_a_step_changes_no_text(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    e = engine()
+    handles = [e.submit(Request(tiny.prompt(9 + i), 40, SETTINGS[i], stop_ids=())) for i in range(3)]
+    e.step()
+    e.step()
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        owner = functools.reduce(getattr, place.split(".")[:-1], e)
+        patch.setattr(owner, place.split(".")[-1], interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            e.step()
+    drain(e)
+    check(handles)
+
+
 def test_nan_weights_are_one_line_and_the_engine_goes_on_with_others() -> None:
     e, params = engine(), tiny.model()
     e.params = params.replace(norm=params.norm.at[3].set(jnp.nan))
