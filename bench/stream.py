@@ -14,8 +14,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.arch import planned
 from pallas_kernels.hopper.common.ring import acquire, drain, fold_own_stages
-from pallas_kernels.hopper.common.tiles import sm_count
 
 STAGE = (32, 128)  # words of 4 bytes: 16 KB, that lie one behind the other in memory
 DEPTH = 12  # stages in flight: 192 KB of the 227 that a block may have
@@ -25,7 +25,7 @@ DEPTH = 12  # stages in flight: 192 KB of the 227 that a block may have
 def stream(words: jax.Array, *, passes: int = 1, blocks: int | None = None, interpret: Any = False) -> jax.Array:
     """Fetch int32 words [stages, *STAGE] ``passes`` times -> [blocks, *STAGE], the sums of what each block fetched:
     stages block, block + blocks, ..."""
-    blocks = blocks or sm_count()
+    blocks = blocks or planned().sms
     return plgpu.kernel(
         functools.partial(_body, passes=passes, blocks=blocks),
         out_type=jax.ShapeDtypeStruct((blocks, *STAGE), words.dtype),

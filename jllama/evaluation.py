@@ -13,7 +13,7 @@ from typing import Any
 from jllama.engine.engine import Engine
 from jllama.engine.request import Event, Handle, Request, SamplingSettings
 from jllama.errors import InputError
-from jllama.formats.source import Source
+from jllama.text.lm import LM
 from jllama.text.tokenizer import TextStream, Tokenizer
 
 MAX_GEN_TOKS = 256  # where a task names no limit
@@ -118,15 +118,9 @@ def rolling_windows(ids: Sequence[int], prefix: int, max_len: int) -> list[tuple
 
 
 def open_evaluator(path: str, *, slots: int = 16, max_len: int | None = None, **load: Any) -> Evaluator:
-    """One of the model at ``path``; ``load`` goes to `jllama.load`."""
-    from pathlib import Path
-
-    from jllama.formats import open_source
-    from jllama.formats.checkpoint import load as load_params
-    from jllama.text.tokenizer import tokenizer_for
-
-    source: Source = open_source(Path(path))
-    return Evaluator(Engine(load_params(path, **load), slots=slots, max_len=max_len), tokenizer_for(source))
+    """One of the model at ``path``; ``load`` goes to `LM.load`."""
+    lm = LM.load(path, max_len=max_len, batch=slots, **load)
+    return Evaluator(Engine(lm.params, slots=slots, max_len=lm.max_len, backend=lm.backend), lm.tokenizer)
 
 
 def lm_eval_model() -> type:

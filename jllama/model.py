@@ -1,5 +1,6 @@
 """The forward pass, in one sitting. Pure: the same arguments give the same logits, and nothing else happens."""
 
+import functools
 from dataclasses import replace
 from typing import overload
 
@@ -7,15 +8,16 @@ import jax
 import jax.numpy as jnp
 
 from jllama.cache import KVCache
-from jllama.config import LlamaConfig
+from jllama.config import Backend, LlamaConfig
 from jllama.kernels import (
     DECODE_QUERIES,
-    Indexed,
+    LayerView,
     Weight,
     attention,
     ffn,
     matmul,
     qkv,
+    qkv_reference,
     rms_norm,
     rotate,
     split_heads,
@@ -23,7 +25,7 @@ from jllama.kernels import (
 from jllama.paged import PagedCache
 from jllama.params import Layer, Params
 from jllama.rope import rotations
-from jllama.step import whole_step
+from jllama.step import last_token, whole_step
 
 Cache = KVCache | PagedCache
 
@@ -36,7 +38,7 @@ def forward(
     *,
     lengths: jax.Array | None = None,
     last_only: bool = False,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> tuple[jax.Array, None]: ...
 @overload
 def forward[C: (KVCache, PagedCache)](
@@ -46,7 +48,7 @@ def forward[C: (KVCache, PagedCache)](
     *,
     lengths: jax.Array | None = None,
     last_only: bool = False,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> tuple[jax.Array, C]: ...
 def forward(
     params: Params,
@@ -55,7 +57,7 @@ def forward(
     *,
     lengths: jax.Array | None = None,
     last_only: bool = False,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> tuple[jax.Array, Cache | None]:
     """Logits of ``tokens`` [B, T], which continue whatever each row of ``cache`` holds.
 
@@ -66,21 +68,33 @@ def forward(
     B, T = tokens.shape
     start = jnp.zeros(B, jnp.int32) if cache is None else cache.lengths
     lengths = jnp.full(B, T, jnp.int32) if lengths is None else lengths
-    rotation = rotations(start[:, None] + jnp.arange(T), params.config)
+    positions = start[:, None] + jnp.arange(T)[None]  # [B, T]
+    by_ops = functools.partial(blocks, backend=backend)
+    arguments = params.embed[tokens], params, cache, *rotations(positions, params.config), lengths
+    if isinstance(cache, KVCache) and T <= DECODE_QUERIES:  # in one launch, where it can be
+        logits, cache = whole_step.try_kernel(by_ops, *arguments, last_only=last_only, backend=backend)
+    else:
+        logits, cache = by_ops(*arguments, last_only=last_only)
+    return logits, None if cache is None else replace(cache, lengths=start + lengths)
 
-    def last(x: jax.Array) -> jax.Array:
-        return jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
 
-    x = params.embed[tokens]
-    if isinstance(cache, KVCache) and T <= DECODE_QUERIES:
-        done = whole_step.attempt(x, params, cache, *rotation, backend=backend)
-        if done is not None:  # in one launch
-            logits, stepped = done
-            return last(logits) if last_only else logits, replace(stepped, lengths=start + lengths)
-
+def blocks(
+    x: jax.Array,  # [B, T, dim]
+    params: Params,
+    cache: Cache | None,
+    cos: jax.Array,  # [B, T, head_dim / 2]
+    sin: jax.Array,  # [B, T, head_dim / 2]
+    lengths: jax.Array,  # [B]
+    *,
+    last_only: bool,
+    backend: str,
+) -> tuple[jax.Array, Cache | None]:
+    """All layers and the head, op by op: logits, and the cache with the new keys and values, its lengths as they
+    were."""
+    start = jnp.zeros(x.shape[0], jnp.int32) if cache is None else cache.lengths
     for i in range(params.config.n_layers):
         layer = params.layer(i)
-        x, cache = attend(x, layer, i, cache, start, rotation, params.config, backend)
+        x, cache = attend(x, layer, i, cache, start, (cos, sin), params.config, backend)
         x = ffn(
             x,
             layer.ffn_norm,
@@ -91,10 +105,9 @@ def forward(
         )
 
     if last_only:  # before the head: its product is the widest of all
-        x = last(x)
+        x = last_token(x, lengths)
     x = rms_norm(x, params.norm, eps=params.config.norm_eps, backend=backend)
-    logits = matmul(x, params.head, out_dtype=jnp.float32, backend=backend)
-    return logits, None if cache is None else replace(cache, lengths=start + lengths)
+    return matmul(x, params.head, out_dtype=jnp.float32, backend=backend), cache
 
 
 def attend(
@@ -117,7 +130,7 @@ def attend(
 
 def project(
     h: jax.Array,  # [B, T, dim]
-    wqkv: Weight | Indexed,
+    wqkv: Weight | LayerView,
     index: int,
     cache: Cache | None,
     start: jax.Array,
@@ -127,12 +140,10 @@ def project(
 ) -> tuple[jax.Array, tuple[jax.Array, ...], Cache | None]:
     """Queries, and the new tokens' keys and values [B, kv_heads, T, head_dim]: in the cache, where there is one."""
     if isinstance(cache, KVCache):
-        k, v, place = cache.arrays(index)
-        done = qkv.attempt(h, wqkv, k, v, start, *rotation, layer=place, backend=backend)
-        if done is not None:  # in one launch
-            q, k, v = done
-            cache = cache.with_arrays(index, k, v)
-            return q, (), cache
+        *arrays, place = cache.arrays(index)
+        by_ops = functools.partial(qkv_reference, product=functools.partial(matmul, backend=backend))
+        q, k, v = qkv.try_kernel(by_ops, h, wqkv, *arrays, start, *rotation, layer=place, backend=backend)
+        return q, (), cache.with_arrays(index, k, v)
 
     q, k, v = split_heads(matmul(h, wqkv, backend=backend), config.n_heads // config.n_kv_heads, config.head_dim)
     q, k = rotate(q, *rotation), rotate(k, *rotation)

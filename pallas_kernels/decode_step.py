@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from .attention import attention_reference
-from .dispatch import Op
+from .dispatch import Kernel, Op
 from .ffn import ffn_reference
 from .hopper.decode_step.checks import check
 from .hopper.decode_step.run import run_phases
@@ -66,7 +66,7 @@ def decode_step_kernel(
     return left.logits[: B * T].reshape(B, T, -1), left.k, left.v
 
 
-decode_step = Op("decode_step", decode_step_reference, kernel=decode_step_kernel, check=check)
+decode_step = Op("decode_step", decode_step_reference, {"hopper": Kernel(decode_step_kernel, check)})
 
 CASES = {
     "7b": dict(dim=4096, hidden=11008, heads=32, kv_heads=32, head_dim=128, vocab=32000, layers=32),

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from jllama.config import Backend
 from jllama.engine import steps
 from jllama.engine.request import Request
 from jllama.engine.scheduler import Piece, Plan
@@ -41,7 +42,7 @@ class Device:
     """The state of ``slots`` rows over a pool of ``pages``, and the weights of every step."""
 
     def __init__(
-        self, params: Params, *, slots: int, pages: int, width: int, max_len: int, pieces: int, backend: str
+        self, params: Params, *, slots: int, pages: int, width: int, max_len: int, pieces: int, backend: Backend
     ) -> None:
         self.params, self.slots, self.pages = params, slots, pages
         self.max_len, self.backend = max_len, backend

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
+from jllama.config import Backend
 from jllama.device import default_device, free_bytes
 from jllama.engine.device import PIECE, STEPS, Device, Launch
 from jllama.engine.pages import Pages
@@ -56,7 +57,7 @@ class Engine:
         memory: float = 0.9,
         max_len: int | None = None,
         budget: int = BUDGET,
-        backend: str = "auto",
+        backend: Backend = "auto",
     ) -> None:
         if slots < 1:
             raise InputError(f"slots: expected at least 1, found {slots}")

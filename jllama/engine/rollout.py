@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
+from jllama.config import Backend
 from jllama.decode import NO_TOKEN, Generated, stop_table, tokens_seen
 from jllama.errors import InputError
 from jllama.kernels import PAGE
@@ -51,7 +52,7 @@ def rollout(
     max_new_tokens: int,
     n: int = 1,
     stop_ids: Sequence[int] | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Generated:
     """``n`` completions of every prompt, drawn by ``slots`` rows at a time: as `jllama.generate` row for row, prompt by
     prompt in the order [B * n], which ``sampling`` has, too (default: greedy). Pure: use it under jit, in a training
@@ -151,7 +152,7 @@ class _Layout:
         return jnp.where(running & (place < full + self.of_slot), table, self.pages)
 
 
-def _feed(params: Params, layout: _Layout, backend: str) -> tuple[jax.Array, jax.Array]:
+def _feed(params: Params, layout: _Layout, backend: Backend) -> tuple[jax.Array, jax.Array]:
     """The pool with every prompt in its pages."""
     B, T = layout.prompts.shape
     at_once = max(1, min(B, FED_AT_ONCE // T))

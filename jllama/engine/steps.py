@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
+from jllama.config import Backend
 from jllama.decode import NO_TOKEN
 from jllama.engine.request import MAX_TOP_LOGPROBS
 from jllama.engine.state import EngineState, Extras, Rows
@@ -40,7 +41,7 @@ def feed(
     start: jax.Array,  # [B]: the position of each piece's first token
     table: jax.Array,  # [B, P]: the pages of each piece's sequence
     *,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> EngineState:
     """Put keys and values of prompts into the cache. What fills a piece up comes behind its sequence's end, where it is
     overwritten before it is seen."""
@@ -56,7 +57,7 @@ def score(
     table: jax.Array,  # [B, P]
     targets: jax.Array,  # [B, T]: the token that follows each
     *,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> tuple[EngineState, tuple[jax.Array, jax.Array]]:
     """`feed`, and the log-probability [B, T] of every target, and whether it is the likeliest."""
     logits, cache = forward(params, tokens, PagedCache(state.k, state.v, table, start), backend=backend)
@@ -112,7 +113,7 @@ def decode(
     *,
     most: int,  # of steps, whenever compiled
     kind: str,  # one of KINDS
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> tuple[EngineState, Drawn]:
     """Some tokens for every row, in one loop that ends early where all are done."""
     rows, R = state.rows.take(slots), slots.shape[0]

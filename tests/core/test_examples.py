@@ -8,7 +8,7 @@ import pytest
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-@pytest.mark.parametrize("name", ["forward", "generate_in_jit", "policy_gradient"])
+@pytest.mark.parametrize("name", ["quickstart", "forward", "generate_in_jit", "policy_gradient"])
 def test_the_example_runs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
     assert capsys.readouterr().out.count("\n") >= 3

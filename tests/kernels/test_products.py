@@ -20,7 +20,7 @@ from pallas_kernels.ffn import CASES as FFN_CASES
 from pallas_kernels.ffn import check_ffn, ffn_kernel, ffn_reference
 from pallas_kernels.hopper.common.limbs import split_into_limbs
 from pallas_kernels.hopper.common.tiles import format_of
-from pallas_kernels.hopper.gemm.large_m import WideTiles, check_wide, wide
+from pallas_kernels.hopper.gemm.large_m import LargeMTiles, check_large_m, large_m_gemm
 from pallas_kernels.hopper.gemm.small_m import SmallMTiles, check_small_m, plan, small_m_gemm
 from pallas_kernels.hopper.gemm.small_m import tiles_for as small_m_tiles_for
 from pallas_kernels.hopper.rms_norm import check_norm, norm_rows
@@ -159,32 +159,37 @@ def test_small_m_interpreted_with_everything_after_it(fmt: str) -> None:
 @pytest.mark.parametrize(
     ("fmt", "swiglu", "how"),
     [(fmt, False, "halves") for fmt in FORMATS]
-    + [("bf16", True, "by_rows"), ("bf16", True, "halves"), ("int8", True, "trade"), ("int4-g128", True, "trade")],
+    + [
+        ("bf16", True, "split_rows"),
+        ("bf16", True, "halves"),
+        ("int8", True, "exchange"),
+        ("int4-g128", True, "exchange"),
+    ],
 )
-def test_wide_interpreted(fmt: str, swiglu: bool, how: str) -> None:
+def test_large_m_interpreted(fmt: str, swiglu: bool, how: str) -> None:
     """Every way in which the two consumers share a tile."""
     x, w = normal(0, 100, 128), weight(fmt, 256 if swiglu else 128, 128)
     tiles = {
-        "halves": WideTiles(out=128, rows=64, depth=2),
-        "by_rows": WideTiles(out=64, rows=64, by_rows=True, depth=2),
-        "trade": WideTiles(out=64, rows=192, trade=True, depth=2),
+        "halves": LargeMTiles(out=128, rows=64, depth=2),
+        "split_rows": LargeMTiles(out=64, rows=64, split_rows=True, depth=2),
+        "exchange": LargeMTiles(out=64, rows=192, exchange=True, depth=2),
     }[how]
-    y = race_free(wide(x, w, swiglu=swiglu, out_dtype=jnp.float32, tiles=tiles, sms=2, interpret=interpreter()))
-    # What the consumers trade is rounded to x's dtype, as the reference rounds gate and up.
-    assert error(y, exact(x, w, swiglu=swiglu, rounded=True)) < (3e-3 if how == "trade" else 1e-5)
+    y = race_free(large_m_gemm(x, w, swiglu=swiglu, out_dtype=jnp.float32, tiles=tiles, sms=2, interpret=interpreter()))
+    # What the consumers exchange is rounded to x's dtype, as the reference rounds gate and up.
+    assert error(y, exact(x, w, swiglu=swiglu, rounded=True)) < (3e-3 if how == "exchange" else 1e-5)
 
 
 @pytest.mark.parametrize(
     ("tiles", "sms"),
     [
-        (WideTiles(out=128, rows=64, depth=2), 1),
-        (WideTiles(out=128, rows=128, depth=3, parts=2), 2),  # two whole tiles of four, two cut
-        (WideTiles(out=128, rows=128, depth=3, parts=2, pair=True), 4),
+        (LargeMTiles(out=128, rows=64, depth=2), 1),
+        (LargeMTiles(out=128, rows=128, depth=3, row_splits=2), 2),  # two whole tiles of four, two cut
+        (LargeMTiles(out=128, rows=128, depth=3, row_splits=2, pair=True), 4),
     ],
 )
-def test_wide_interpreted_with_residual(tiles: WideTiles, sms: int) -> None:
+def test_large_m_interpreted_with_residual(tiles: LargeMTiles, sms: int) -> None:
     x, w, residual = normal(0, 192, 128), weight("bf16", 2, 256, 128), normal(2, 192, 256)
-    y = race_free(wide(x, w, layer=1, residual=residual, tiles=tiles, sms=sms, interpret=interpreter()))
+    y = race_free(large_m_gemm(x, w, layer=1, residual=residual, tiles=tiles, sms=sms, interpret=interpreter()))
     assert error(y, exact(x, w[1], residual=residual)) < 3e-3
 
 
@@ -226,8 +231,8 @@ def test_tiles_that_fill_the_gpu_lower(fmt: str, rows: int) -> None:
     """Pairs of blocks, and halves of the tiles that are left over."""
     for out, swiglu in ((12288, False), (22016, True)):
         x, w = jax.ShapeDtypeStruct((rows, 4096), jnp.bfloat16), abstract(fmt, out, 4096)
-        check_wide(x, w, swiglu=swiglu)
-        lower(lambda x, w, swiglu=swiglu: wide(x, w, swiglu=swiglu), x, w)
+        check_large_m(x, w, swiglu=swiglu)
+        lower(lambda x, w, swiglu=swiglu: large_m_gemm(x, w, swiglu=swiglu), x, w)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -288,7 +293,7 @@ def test_refused_rows_and_inputs() -> None:
     with pytest.raises(Unsupported, match="at most 64 rows, found 65"):
         check_small_m(jax.ShapeDtypeStruct((65, 4096), jnp.bfloat16), w)
     with pytest.raises(Unsupported, match="activations have 4032 inputs, the weight has 4096"):
-        check_wide(jax.ShapeDtypeStruct((65, 4032), jnp.bfloat16), w)
+        check_large_m(jax.ShapeDtypeStruct((65, 4032), jnp.bfloat16), w)
     with pytest.raises(Unsupported, match="norm has shape"):
         check_ffn(jax.ShapeDtypeStruct((1, 4096), jnp.bfloat16), jnp.ones(8), w, w)
 
@@ -303,11 +308,11 @@ def test_refused_limbs() -> None:
 
 
 def test_refused_pairs() -> None:
-    x, pair = jax.ShapeDtypeStruct((512, 4096), jnp.bfloat16), WideTiles(out=128, rows=256, pair=True)
+    x, pair = jax.ShapeDtypeStruct((512, 4096), jnp.bfloat16), LargeMTiles(out=128, rows=256, pair=True)
     with pytest.raises(Unsupported, match="384 outputs: must be a multiple of 256"):
-        check_wide(x, abstract("bf16", 384, 4096), tiles=pair)
+        check_large_m(x, abstract("bf16", 384, 4096), tiles=pair)
     with pytest.raises(Unsupported, match="for float weights"):
-        check_wide(x, abstract("int8", 512, 4096), tiles=pair)
+        check_large_m(x, abstract("int8", 512, 4096), tiles=pair)
 
 
 @pytest.mark.parametrize(

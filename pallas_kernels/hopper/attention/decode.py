@@ -16,8 +16,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from ...arch import planned
 from ...dispatch import Unsupported
-from ...layer_view import Indexed, in_place
+from ...layer_view import LayerView, as_stacked
 from ..common.online_softmax import QUERY_TILE, KeyValueTile, attend_tiles, empty_softmax, mask_after
 from ..common.tiles import pad_rows, pad_rows_unless_short, swizzled
 from . import prefill
@@ -28,17 +29,17 @@ FUSED_SPLITS = 16  # more splits than this are joined by reductions
 
 @dataclass(frozen=True)
 class DecodeTiles:
-    """What can be tuned: keys a tile, tiles in flight, and how many blocks share the work."""
+    """What can be tuned."""
 
-    keys: int = 128
-    stages: int = 3
-    blocks: int = 132
+    keys: int = 128  # of a tile
+    stages: int = 3  # tiles in flight
+    blocks: int | None = None  # None: one a multiprocessor
 
 
 TILES = {64: DecodeTiles(stages=5), 128: DecodeTiles()}  # by head_dim
 
 
-def check(q: jax.Array, k: jax.Array | Indexed, v: jax.Array | Indexed, start: jax.Array) -> None:
+def check(q: jax.Array, k: jax.Array | LayerView, v: jax.Array | LayerView, start: jax.Array) -> None:
     """Raise `Unsupported` where `flash_decode` cannot run these arguments."""
     prefill.check(q, k, v, start)
     rows = q.shape[1] * q.shape[2] // k.shape[1]
@@ -52,8 +53,8 @@ def check(q: jax.Array, k: jax.Array | Indexed, v: jax.Array | Indexed, start: j
 @functools.partial(jax.jit, static_argnames=("tiles", "interpret"))
 def flash_decode(
     q: jax.Array,
-    k: jax.Array | Indexed,
-    v: jax.Array | Indexed,
+    k: jax.Array | LayerView,
+    v: jax.Array | LayerView,
     start: jax.Array,
     *,
     tiles: DecodeTiles | None = None,
@@ -102,8 +103,8 @@ class Scratch:
 
 def attend_splits(
     q: jax.Array,  # [B, kv_heads, rows, D], rows in order of the query, then of the head
-    k: jax.Array | Indexed,
-    v: jax.Array | Indexed,
+    k: jax.Array | LayerView,
+    v: jax.Array | LayerView,
     start: jax.Array,
     *,
     queries: int,
@@ -115,10 +116,10 @@ def attend_splits(
     B, kv_heads, rows, D = q.shape
     group = rows // queries
     q = pad_rows_unless_short(q, 2)
-    (k, layer), (v, _) = in_place(k), in_place(v)
+    (k, layer), (v, _) = as_stacked(k), as_stacked(v)
     k, v = pad_rows(k, 3), pad_rows(v, 3)
     rows = q.shape[2]
-    splits = max(1, min(tiles.blocks // (B * kv_heads), pl.cdiv(k.shape[3], tiles.keys)))
+    splits = max(1, min((tiles.blocks or planned().sms) // (B * kv_heads), pl.cdiv(k.shape[3], tiles.keys)))
     ring = swizzled((tiles.stages, tiles.keys, D), q.dtype)
     scratch = Scratch(
         q=swizzled((QUERY_TILE, D), q.dtype),

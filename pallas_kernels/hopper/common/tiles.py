@@ -20,7 +20,6 @@ from ...quantized import QuantizedTensor
 Weight = jax.Array | QuantizedTensor
 ACTIVATION_DTYPES = (jnp.bfloat16, jnp.float16)
 WGMMA_ROWS = 64  # wgmma takes 64 rows of its left operand at a time, no fewer
-SHARED_BYTES = 227 * 1024  # what one block of a Hopper GPU may hold
 
 
 @dataclass(frozen=True)
@@ -108,12 +107,3 @@ def scale_column(scales: Any, row: Any, group: Any, rows: int) -> jax.Array:
 def broadcast_rows(column: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """One value a row, for all columns."""
     return lax.broadcast_in_dim(column, shape, [0])
-
-
-def sm_count() -> int:
-    """Multiprocessors of the device that is traced for: the abstract one when cross-lowering."""
-    abstract = jax.sharding.get_abstract_mesh().abstract_device
-    if abstract is not None:
-        return abstract.num_cores
-    device = jax.devices()[0]
-    return getattr(device, "core_count", None) or 132

@@ -23,7 +23,7 @@ from ..common.online_softmax import KeyValueTile, attend_tiles, empty_softmax
 from .block import Block
 from .memory import Ref
 from .plan import MAX_TOKENS
-from .thread_ops import load
+from .schedule import over_items
 
 
 @dataclass(frozen=True)
@@ -81,12 +81,12 @@ def prefetch(b: Block) -> None:
 def attend(b: Block) -> None:
     """Every work item of this block."""
 
-    def turn(i: Any, _: Any) -> None:
-        item = WorkItem.of(b, i * b.plan.blocks + b.index)
-        pl.when(i > 0)(lambda: item.fetch_first(b))
+    def one_item(index: Any, turn: Any) -> None:
+        item = WorkItem.of(b, index)
+        pl.when(turn > 0)(lambda: item.fetch_first(b))  # the first item's were prefetched
         _attend_item(b, item)
 
-    lax.fori_loop(0, (b.plan.attention_items - b.index + b.plan.blocks - 1) // b.plan.blocks, turn, None)
+    over_items(b, b.plan.attention_items, one_item)
 
 
 def _attend_item(b: Block, item: WorkItem) -> None:
@@ -136,7 +136,7 @@ def _store_output(b: Block, item: WorkItem) -> None:
 
         def one_token(t: Any, _: Any, g: int = g, head: Any = head) -> None:
             token = item.row * shape.queries + t
-            output = load(b.attention_output.at[g * MAX_TOKENS + token], one_per_thread(D))
+            output = b.ops.load(b.attention_output.at[g * MAX_TOKENS + token], one_per_thread(D))
             parts.at[item.split, token, pl.ds(head * D, D)][...] = output
             # Once for every 8 columns, as the prologue that joins the splits reads them.
             log = jnp.full(D // 8, b.scratch.log_sums[g * MAX_TOKENS + token])
@@ -151,10 +151,10 @@ def rotated_head(b: Block, head: Any) -> jax.Array:
     ``head`` counts the columns of ``qkv``: query heads, then key heads."""
     D, layout = b.plan.shape.head_dim, pair_per_thread()
     first, second = (
-        load(b.buffers.qkv.at[:, pl.ds(head * D + half * (D // 2), D // 2)], layout).astype(jnp.float32)
+        b.ops.load(b.buffers.qkv.at[:, pl.ds(head * D + half * (D // 2), D // 2)], layout).astype(jnp.float32)
         for half in range(2)
     )
-    cos, sin = load(b.inputs.cos, layout), load(b.inputs.sin, layout)
+    cos, sin = b.ops.load(b.inputs.cos, layout), b.ops.load(b.inputs.sin, layout)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=1)
     return rotated.astype(jnp.bfloat16)
 
@@ -165,7 +165,7 @@ def _store_new_tile(b: Block, head: Any) -> None:
     shape, D = b.plan.shape, b.plan.shape.head_dim
     k = rotated_head(b, shape.heads + head)
     column = (shape.heads + shape.kv_heads + head) * D
-    v = load(b.buffers.qkv.at[:, pl.ds(column, D)], pair_per_thread())
+    v = b.ops.load(b.buffers.qkv.at[:, pl.ds(column, D)], pair_per_thread())
     # Softmax weights of missing tokens are zero, but zero times a stale NaN is NaN.
     token = plgpu.broadcasted_iota(jnp.int32, (MAX_TOKENS, D), 0, layout=pair_per_thread())
     v = jnp.where(token < shape.tokens, v.astype(jnp.float32), 0.0).astype(jnp.bfloat16)
@@ -187,7 +187,7 @@ def _write_cache(b: Block, item: WorkItem) -> None:
         @pl.when(item.start + t < shape.max_len)
         def _() -> None:
             for cache, new in ((item.k, b.scratch.new_k), (item.v, b.scratch.new_v)):
-                token = load(new.at[item.row * shape.queries + t], one_per_thread(shape.head_dim))
+                token = b.ops.load(new.at[item.row * shape.queries + t], one_per_thread(shape.head_dim))
                 cache.at[item.start + t][...] = token
 
     lax.fori_loop(0, shape.queries, one_token, None)

@@ -17,7 +17,7 @@ class TileOps:
     """Operations that Pallas cannot express: which thread reads and writes which element. `thread_ops` has them in
     Mosaic's terms, `interpreted` has their meaning in jax.numpy."""
 
-    load_reshaped: Callable[..., jax.Array]
+    load: Callable[..., jax.Array]
     store_x: Callable[..., None]
     load_scales: Callable[..., jax.Array]
     combine_limbs: Callable[..., jax.Array]

@@ -6,10 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ...arch import planned
 from ...dispatch import Unsupported
 from ...quantized import QuantizedTensor
 from ...step_weights import StepWeights
-from ..common.tiles import WGMMA_ROWS, format_of, sm_count
+from ..common.tiles import WGMMA_ROWS, format_of
 from .phase import ProductPhase
 from .plan import MAX_TOKENS, StepShape, StepTiles
 from .table import HEAD, LAYER_PHASES
@@ -61,8 +62,8 @@ def check(
     if cos.shape != sin.shape or cos.shape != (*x.shape[:2], shape.head_dim // 2):
         raise Unsupported(f"cos {cos.shape} and sin {sin.shape} are not {(*x.shape[:2], shape.head_dim // 2)}")
     _check_sizes(shape, tiles or tiles_for(shape.fmt))
-    if blocks is not None and blocks > sm_count():
-        raise Unsupported(f"{blocks} blocks on {sm_count()} multiprocessors would wait for one another forever")
+    if blocks is not None and blocks > planned().sms:
+        raise Unsupported(f"{blocks} blocks on {planned().sms} multiprocessors would wait for one another forever")
     if not ring_fits(plan_for_device(shape, tiles, blocks)):
         raise Unsupported("too little shared memory for the ring of weights")
 

@@ -65,8 +65,9 @@ def nan_buffers(plan: StepPlan) -> dict[BufferName, jax.Array]:
 # The operations of `thread_ops`
 
 
-def _load_reshaped(ref: Ref, shape: tuple[int, ...], layout: Any) -> jax.Array:
-    del layout
+def _load(ref: Ref, layout: Any, shape: tuple[int, ...] | None = None) -> jax.Array:
+    if shape is None:
+        return plgpu.load(ref, layout=layout, optimized=False)
     return ref[...].reshape(shape)  # the interpreter reshapes arrays, but no references
 
 
@@ -120,5 +121,5 @@ def _load_int4(b: Block, slot: Any) -> Ref:
 
 
 INTERPRETED = TileOps(
-    _load_reshaped, _store_x, _load_scales, _combine_limbs, _store_sums, _load_int4, int4_frees_slot=False
+    _load, _store_x, _load_scales, _combine_limbs, _store_sums, _load_int4, int4_frees_slot=False
 )  # fmt: skip

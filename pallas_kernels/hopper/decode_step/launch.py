@@ -67,8 +67,7 @@ def call(
 ) -> StepBuffers:
     """One launch: ``body`` in every warpgroup of every block. Returns the buffers after it. ``layer`` int32 [1]: the
     layer of a launch for a single phase."""
-    refs = jax.tree.map(jax.new_ref, buffers)
-    arguments, structure = jax.tree.flatten((layer, inputs, refs))
+    structure = jax.tree.structure((layer, inputs, buffers))
 
     def kernel(*args: Any) -> None:
         *leaves, scratch = args
@@ -76,7 +75,7 @@ def call(
         index, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
         body(Block(plan, inputs, buffers, scratch, ops, index, warpgroup, 0 if layer_ref is None else layer_ref[0]))
 
-    plgpu.kernel(
+    run = plgpu.kernel(
         kernel,
         scratch_types=(scratch_types(plan),),
         grid=(plan.blocks,),
@@ -86,5 +85,6 @@ def call(
         interpret=interpret,
         compiler_params=None if interpret else plgpu.CompilerParams(approx_math=True),
         kernel_name=name,
-    )(*arguments)
-    return jax.tree.map(jax.freeze, refs)
+    )
+    # Not jax.new_ref: a function with such effects has no rule under jax.custom_jvp.
+    return pl.run_state(lambda refs: run(*jax.tree.leaves((layer, inputs, refs))))(buffers)

@@ -44,8 +44,8 @@ Epilogue = Callable[[list[jax.Array], jax.Array | None], jax.Array]
 class ProductPhase(Phase):
     """A phase that multiplies with a weight: prologue, x · weightᵀ, epilogue. It writes one buffer.
 
-    A product phase must not write what it reads: the last block's N tile may overlap its neighbour's (see
-    `ProductPlan.first_row`), so that two blocks compute the same outputs from the same inputs."""
+    A product phase must not write what it reads: every block reads all of x, and the last block's N tile may overlap
+    its neighbour's (see `ProductPlan.first_row`), so that both compute the same outputs from the same inputs."""
 
     weight: WeightName
     inner: SizeName
@@ -54,7 +54,7 @@ class ProductPhase(Phase):
     epilogue: Epilogue  # makes the output of the sums
     halves: int = 1  # weights stacked in one array whose outputs the epilogue combines, like gate and up
     gain: GainName | None = None  # of the prologue's norm
-    residual: BufferName | None = None  # what the epilogue adds; an earlier phase than the previous one wrote it
+    residual: BufferName | None = None  # what the epilogue adds; prefetched: the previous phase must not write it
     scale_slot: int = 0  # where the scales of int4 weights lie; phases in a row should alternate
 
 
@@ -64,3 +64,23 @@ class ItemPhase(Phase):
 
     prefetch: Callable[["Block"], None]  # runs before the grid barrier: reads only what no block writes
     work: Callable[["Block"], None]
+
+
+def check_table(layer_phases: tuple[Phase, ...], head: ProductPhase) -> None:
+    """Raise `ValueError` where phases do not fit together: they would read what another block is about to write."""
+    names = [phase.name for phase in (*layer_phases, head)]
+    if len(set(names)) < len(names):
+        raise ValueError(f"phases must have different names, found {', '.join(names)}")
+    written: set[str] = {"x", "k", "v"}
+    before = layer_phases[-1]  # of the first phase of all layers but the first
+    for phase in (*layer_phases, head):
+        if missing := set(phase.reads) - written:
+            raise ValueError(f"{phase.name}: no earlier phase writes {', '.join(sorted(missing))}")
+        if isinstance(phase, ProductPhase):
+            if phase.residual in before.writes:
+                found = f"{before.name} writes its residual {phase.residual}"
+                raise ValueError(f"{phase.name}: {found}, which is prefetched before that phase ends")
+            if {*phase.reads, phase.residual} & set(phase.writes):
+                raise ValueError(f"{phase.name}: a product phase must not write what it reads, {phase.writes[0]}")
+        written |= set(phase.writes)
+        before = phase

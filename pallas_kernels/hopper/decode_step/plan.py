@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from ..common.tiles import SHARED_BYTES, WGMMA_ROWS, Format, nbytes
-from .phase import Phase, ProductPhase
+from ...arch import planned
+from ..common.tiles import WGMMA_ROWS, Format, nbytes
+from .phase import Phase, ProductPhase, check_table
 
 MAX_TOKENS = 8  # wgmma's right operand has at least 8 columns, so that 1 token costs what 8 cost
 RESERVED_BYTES = 8192  # of shared memory: barriers, small arrays, and scratch that the compiler adds
@@ -238,6 +239,7 @@ def plan_step(
     shape: StepShape, tiles: StepTiles, blocks: int, layer_phases: tuple[Phase, ...], head: ProductPhase
 ) -> StepPlan:
     """Tile ``shape`` for ``blocks`` blocks."""
+    check_table(layer_phases, head)
     products = {
         p.name: plan_product(getattr(shape, p.inner), getattr(shape, p.outer), p.halves, tiles, blocks)
         for p in (*layer_phases, head)
@@ -247,7 +249,7 @@ def plan_step(
     key_splits = max(1, min(per_head, MAX_KEY_SPLITS, math.ceil(shape.max_len / tiles.keys)))
     plan = StepPlan(shape, tiles, blocks, layer_phases, head, products, key_splits, depth=0)
     stage = nbytes((WGMMA_ROWS, tiles.step), shape.fmt.bits)
-    room = SHARED_BYTES - RESERVED_BYTES - shared_bytes(plan)
+    room = planned().shared_bytes - RESERVED_BYTES - shared_bytes(plan)
     return replace(plan, depth=min(tiles.depth, room // stage) // tiles.consumers * tiles.consumers)
 
 

@@ -67,7 +67,7 @@ def join_key_splits(b: Block, phase: ProductPhase) -> Prologue:
     def fetch(token: Any, first_step: Any) -> Any:
         def part(column: Any, split: int) -> tuple[jax.Array, jax.Array]:
             eighths = pl.ds(pl.multiple_of(lax.div(column, 8), UNIT_COLUMNS // 8), UNIT_COLUMNS // 8)
-            log = b.ops.load_reshaped(logs.at[split, token, eighths], (4, 32), EIGHT_PER_THREAD.reduce(2))
+            log = b.ops.load(logs.at[split, token, eighths], EIGHT_PER_THREAD.reduce(2), (4, 32))
             return load_unit(b, parts.at[split, token], column), log
 
         return [[part(column, split) for split in splits] for column in own_columns(b, phase, first_step)]
@@ -88,7 +88,7 @@ def join_key_splits(b: Block, phase: ProductPhase) -> Prologue:
 
 def load_unit(b: Block, row: Ref, column: Any) -> jax.Array:
     """1024 columns of one token as [4, 32, 8]: 8 neighbours per thread."""
-    return b.ops.load_reshaped(row.at[pl.ds(column, UNIT_COLUMNS)], (4, 32, 8), EIGHT_PER_THREAD)
+    return b.ops.load(row.at[pl.ds(column, UNIT_COLUMNS)], EIGHT_PER_THREAD, (4, 32, 8))
 
 
 def own_units(b: Block, phase: ProductPhase) -> list[Any]:

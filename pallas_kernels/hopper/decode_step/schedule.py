@@ -100,6 +100,15 @@ def over_tiles(
     return loop(p.chunks, one_chunk, (count, carry), unroll=unroll)[0]
 
 
+def over_items(b: Block, count: int, visit: Callable[[Any, Any], None]) -> None:
+    """``visit(item, turn)`` for this block's share of ``count`` work items, which the blocks are dealt in turn."""
+
+    def one_turn(turn: Any, _: Any) -> None:
+        visit(turn * b.plan.blocks + b.index, turn)
+
+    lax.fori_loop(0, (count - b.index + b.plan.blocks - 1) // b.plan.blocks, one_turn, None)
+
+
 def loop(times: int, body: Callable[[Any, Any], Any], carry: Any, *, unroll: bool = False) -> Any:
     """A loop whose code exists once; without a loop where once is enough."""
     if unroll:

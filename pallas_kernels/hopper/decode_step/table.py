@@ -4,13 +4,13 @@ A new phase is one entry here and its prologue (or its work): docs/kernels.md ad
 """
 
 from . import attention
-from .epilogues import add_residual, store, swiglu
+from .epilogues import add_residual, identity, swiglu
 from .phase import ItemPhase, Phase, ProductPhase
 from .prologues import join_key_splits, plain, rms_norm
 
 QKV = ProductPhase(
     "qkv", reads=("x",), writes=("qkv",), weight="wqkv", inner="dim", outer="qkv_width",
-    prologue=rms_norm, gain="attn_norm", epilogue=store, scale_slot=0,
+    prologue=rms_norm, gain="attn_norm", epilogue=identity, scale_slot=0,
 )  # fmt: skip
 ATTEND = ItemPhase(
     "attend", reads=("qkv",), writes=("parts", "logs", "k", "v"), prefetch=attention.prefetch, work=attention.attend
@@ -33,5 +33,5 @@ LAYER_PHASES: tuple[Phase, ...] = (QKV, ATTEND, OUT, GATE_UP, DOWN)
 # Once, after the last layer.
 HEAD = ProductPhase(
     "head", reads=("x",), writes=("logits",), weight="head", inner="dim", outer="vocab",
-    prologue=rms_norm, gain="norm", epilogue=store, scale_slot=0,
+    prologue=rms_norm, gain="norm", epilogue=identity, scale_slot=0,
 )  # fmt: skip

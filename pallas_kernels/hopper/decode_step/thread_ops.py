@@ -49,14 +49,10 @@ SUMS = plgpu.Layout.TILED(  # sums [64 * m, 4 * n] of tokens: a thread has those
 )
 
 
-def load(ref: Ref, layout: Any) -> jax.Array:
-    """A small array from shared or global memory, where bank conflicts and coalescing hardly matter."""
-    return plgpu.load(ref, layout=layout, optimized=False)
-
-
-def load_reshaped(ref: Ref, shape: tuple[int, ...], layout: Any) -> jax.Array:
-    """An array from memory, in another shape."""
-    return load(ref.reshape(shape), layout)
+def load(ref: Ref, layout: Any, shape: tuple[int, ...] | None = None) -> jax.Array:
+    """A small array from shared or global memory, where bank conflicts and coalescing hardly matter; reshaped to
+    ``shape`` if given."""
+    return plgpu.load(ref if shape is None else ref.reshape(shape), layout=layout, optimized=False)
 
 
 def store_x(b: Block, phase: ProductPhase, unit: jax.Array, split: Any, step: Any, token: Any) -> None:
@@ -194,5 +190,5 @@ def first_row_of(thread: Any) -> Any:
 
 
 MOSAIC = TileOps(
-    load_reshaped, store_x, load_scales, combine_limbs, store_sums, load_int4, int4_frees_slot=True
+    load, store_x, load_scales, combine_limbs, store_sums, load_int4, int4_frees_slot=True
 )  # fmt: skip

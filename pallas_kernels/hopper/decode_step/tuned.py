@@ -2,7 +2,8 @@
 
 from dataclasses import replace
 
-from ..common.tiles import Format, sm_count
+from ...arch import planned
+from ..common.tiles import Format
 from .phase import Phase
 from .plan import StepPlan, StepShape, StepTiles, plan_step
 from .table import HEAD, LAYER_PHASES
@@ -28,7 +29,7 @@ def plan_for_device(
 ) -> StepPlan:
     """The plan for a block on every multiprocessor; with less of x at a time where that leaves too little shared memory
     for the ring."""
-    blocks, wanted = blocks or sm_count(), tiles or tiles_for(shape.fmt)
+    blocks, wanted = blocks or planned().sms, tiles or tiles_for(shape.fmt)
     plan = plan_step(shape, wanted, blocks, layer_phases, HEAD)
     if tiles or ring_fits(plan):
         return plan

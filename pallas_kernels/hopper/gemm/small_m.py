@@ -23,6 +23,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from ...arch import planned
 from ...dispatch import Unsupported
 from ...layer_view import layer_index
 from ..common.ring import acquire, drain
@@ -33,7 +34,6 @@ from ..common.tiles import (
     data_and_scale,
     format_of,
     pad_rows_unless_short,
-    sm_count,
 )
 from ..common.warp_specialize import warp_specialize
 from ..common.widen import shuffle_inputs
@@ -92,7 +92,7 @@ def small_m_gemm(
         swiglu=swiglu,
         out_dtype=jnp.dtype(out_dtype or x.dtype),
         tiles=tiles,
-        sms=sms or sm_count(),
+        sms=sms or planned().sms,
         interpret=interpret,
     )
 

@@ -13,7 +13,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from ..common.tiles import SHARED_BYTES, WGMMA_ROWS, Format, nbytes
+from ...arch import planned
+from ..common.tiles import WGMMA_ROWS, Format, nbytes
 
 # Costs, in bytes of a block's share of the memory bandwidth.
 WORK_TILE_COST = 20_000  # to finish a work tile
@@ -47,7 +48,7 @@ def tiles_for(fmt: Format, out: int, inner: int, rows: int) -> SmallMTiles:
     if fmt.quantized and rows <= MAX_ROWS_AS_LIMBS and (fmt.group or 128) % 128 == 0:
         # A small N tile makes small stages, whose scales take as long to arrive, so more consumers wait at a time. It
         # also leaves registers for the accumulators of more consumers.
-        wgmma_tiles = math.ceil(out / (WGMMA_ROWS * 132))
+        wgmma_tiles = math.ceil(out / (WGMMA_ROWS * planned().sms))
         consumers = max(2, 5 - wgmma_tiles) if fmt.bits == 4 else 2
         step = max(256 if long_steps else 128, fmt.group or 1)
         return SmallMTiles(step=step, consumers=consumers, n_tile=256, k_splits=8, depth=24, limbs=True)
@@ -165,7 +166,7 @@ def _candidate(
         held, stage = 0, stage + nbytes((p.columns, p.step), 16)
         buffers = max(1, p.consumers - 1) + (2 if k_splits == 1 else 0)
         sums = nbytes((buffers, p.stage_rows, p.columns), 32)
-    room = SHARED_BYTES - SCRATCH_RESERVE - sums - held
+    room = planned().shared_bytes - SCRATCH_RESERVE - sums - held
     return replace(p, depth=min(tiles.depth, room // stage) // p.consumers * p.consumers)
 
 

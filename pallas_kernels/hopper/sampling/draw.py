@@ -56,9 +56,9 @@ def split_of(vocab: int) -> Split | None:
     return None
 
 
-def spare_draw(logits: jax.Array, share: jax.Array | None, **_: Any) -> str | None:
+def skip_reason(logits: jax.Array, u: jax.Array | None, **_: Any) -> str | None:
     """Why XLA draws from such logits, if it does."""
-    if share is None:
+    if u is None:
         return "greedy: the largest logit is one reduction"
     vocab = logits.shape[-1]
     if split_of(vocab) is None:
@@ -74,7 +74,7 @@ def check_draw(logits: jax.Array, *_: Any, **__: Any) -> None:
 
 def draw_rows(
     logits: jax.Array,
-    share: jax.Array,
+    u: jax.Array,
     *,
     temperature: jax.Array,
     interpret: Any = False,
@@ -102,7 +102,7 @@ def draw_rows(
         ),
         interpret=interpret,
         kernel_name="draw_rows",
-    )(logits.reshape(rows, numbers, THREADS), share, temperature, *given.values())
+    )(logits.reshape(rows, numbers, THREADS), u, temperature, *given.values())
     return token, logprob
 
 
@@ -134,7 +134,7 @@ class Warps:
 
 def _body(
     logits_ref: Any,
-    share_ref: Any,
+    u_ref: Any,
     temperature_ref: Any,
     *refs: Any,
     names: tuple[str, ...],
@@ -165,7 +165,7 @@ def _body(
     log_total = jnp.log(warps.total(1, jnp.exp(logits - top)))
     # A row without a temperature is so cold that its largest logit alone has any mass, and takes the first of those.
     temperature = temperature_ref[row]
-    share = jnp.where(temperature > 0, share_ref[row], 0.0)
+    u = jnp.where(temperature > 0, u_ref[row], 0.0)
     warmth = jnp.where(temperature > 0, 1 / jnp.maximum(temperature, 1e-6), COLD)
     time, mass = _cut(warps, jnp.int32(2), jnp.exp((logits - top) * warmth), cuts)
 
@@ -177,7 +177,7 @@ def _body(
     lane_sums.at[pl.ds(me * WARPS, WARPS)][...] = by_lane
     by_warp = warps.all_of(time, by_lane.sum(axis=1))
 
-    warp, wanted = _passing(by_warp, share * functools.reduce(operator.add, by_warp))
+    warp, wanted = _passing(by_warp, u * functools.reduce(operator.add, by_warp))
     lane, wanted = _passing([lane_sums[warp, i] for i in range(LANES)], wanted)
     first = (warp * LANES + lane) * split.numbers
     places = [first + i for i in range(split.numbers)]
