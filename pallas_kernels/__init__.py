@@ -8,19 +8,21 @@ from .draw import draw, log_probability
 from .ffn import ffn
 from .layer_view import LayerView, materialize
 from .matmul import Weight, matmul
+from .paged_attention import PAGE, paged_attention, write_pages
 from .qkv import qkv, qkv_reference, rotate, split_heads, write
 from .quantized import QuantizedTensor, dequantize, group_size, quantize
 from .rms_norm import rms_norm
 from .transforms import vary_with
 
 OPS: dict[str, Op] = {
-    op.name: op for op in (rms_norm, matmul, qkv, attention, decode_attention, ffn, decode_step, draw)
+    op.name: op for op in (rms_norm, matmul, qkv, attention, decode_attention, paged_attention, ffn, decode_step, draw)
 }
 
 __all__ = [
     "BACKENDS",
     "DECODE_QUERIES",
     "OPS",
+    "PAGE",
     "Arch",
     "Choice",
     "Kernel",
@@ -42,6 +44,7 @@ __all__ = [
     "log_probability",
     "materialize",
     "matmul",
+    "paged_attention",
     "pinned",
     "qkv",
     "qkv_reference",
@@ -54,4 +57,5 @@ __all__ = [
     "split_heads",
     "vary_with",
     "write",
+    "write_pages",
 ]
