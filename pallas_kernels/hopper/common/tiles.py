@@ -103,6 +103,17 @@ def scale_column(scales: Any, row: Any, group: Any, rows: int) -> jax.Array:
     return plgpu.load(column, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False).astype(jnp.float32)
 
 
+def store(ref: Any, values: jax.Array) -> None:
+    """Write an array where bank conflicts and coalescing hardly matter.
+
+    From JAX 0.12 on ``ref[...] = values`` is an error unless the store has no conflicts; before, Mosaic chose the slower
+    store by itself."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, values, optimized=False)
+    else:
+        ref[...] = values
+
+
 def broadcast_rows(column: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """``column`` [rows] as ``shape`` [rows, columns]."""
     return lax.broadcast_in_dim(column, shape, [0])
