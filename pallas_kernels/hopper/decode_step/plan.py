@@ -96,7 +96,7 @@ class StepShape:
 
 @dataclass(frozen=True)
 class TileCopy:
-    """One copy of a stage: rows that are neighbours in memory, from ``row`` of the N tile in ``half`` and ``k_split``."""
+    """One copy of a stage: rows that are neighbours in memory, from ``row`` of an N tile in a half and K split."""
 
     tile_row: int  # first row within the wgmma tile
     half: int
@@ -108,7 +108,7 @@ class TileCopy:
 @dataclass(frozen=True)
 class ProductPlan:
     """How one product is tiled. A block has an N tile of each of ``halves`` (2 for gate and up), over each of
-    ``k_splits`` ranges of the inputs. All are stacked and walked in wgmma tiles of 64 rows; missing rows cost the same."""
+    ``k_splits`` ranges of the inputs. All are stacked and walked in wgmma tiles of 64 rows."""
 
     inner: int
     outer: int  # of each half
