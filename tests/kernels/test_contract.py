@@ -102,8 +102,8 @@ def example(name: str) -> tuple[Op, tuple[Any, ...], dict[str, Any]]:
     return {
         "rms_norm": (OPS["rms_norm"], (x, normal(32)), eps),
         "matmul": (OPS["matmul"], (x, normal(16, 32)), dict(residual=normal(2, 2, 16))),
-        "matmul-int8": (OPS["matmul"], (x, quantize(normal(16, 32), bits=8)), dict(out_dtype=jnp.float32)),
-        "matmul-int4": (OPS["matmul"], (x, quantize(normal(16, 32), bits=4, group=32)), {}),
+        "matmul-int8": (OPS["matmul"], (x, quantize(normal(16, 32), "int8")), dict(out_dtype=jnp.float32)),
+        "matmul-int4": (OPS["matmul"], (x, quantize(normal(16, 32), "int4", group=32)), {}),
         "qkv": (OPS["qkv"], (x, normal(64, 32), *cache, jnp.cos(cos), jnp.sin(cos)), {}),
         "attention": (OPS["attention"], (normal(2, 2, 4, 8), *cache), {}),
         "ffn": (OPS["ffn"], (x, normal(32), normal(96, 32), normal(32, 48)), eps),
