@@ -8,13 +8,35 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready$(if $(EXTRA),-$(EXTRA))
 comma := ,
 
-.PHONY: demo test setup lint format bench peers clean
+.PHONY: demo test test-latest lowering-latest wheel-test docs setup lint format bench peers clean
 
 demo: setup
 	@$(BIN)/python -m jllama.generate -p "Once upon a time," -n 300 --temp 0.7 --top-p 0.9 --seed 7 --echo
 
 test: setup
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+# The same suite on the newest JAX that pyproject.toml allows, in an environment of its own.
+LATEST := .venv-latest
+test-latest: $(LATEST)/.ready
+	$(LATEST)/bin/python -m pytest -n $(WORKERS) --dist worksteal
+
+# Of that, what lowers the kernels for a GPU: the part that a new JAX breaks most often.
+lowering-latest: $(LATEST)/.ready
+	$(LATEST)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m lowering
+
+$(LATEST)/.ready: pyproject.toml constraints.txt
+	test -x $(LATEST)/bin/python || $(PYTHON) -m venv $(LATEST)
+	grep -vE '^(jax|jaxlib)==' constraints.txt > $(LATEST)/constraints.txt
+	$(LATEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade -c $(LATEST)/constraints.txt -e ".[dev]"
+	@touch $@
+
+# The wheel in an empty environment, far from this folder.
+wheel-test:
+	PYTHON=$(PYTHON) .ci/wheel-test
+
+docs: setup
+	$(BIN)/python -m mkdocs build --strict --quiet --site-dir build/site
 
 setup: $(READY)
 
@@ -42,4 +64,4 @@ peers:
 	.venv-peers/bin/python -m pip install --quiet torch==2.13.0 transformers==5.17.0 safetensors sentencepiece accelerate
 
 clean:
-	rm -rf $(VENV) .venv-peers build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LATEST) .venv-peers build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -87,10 +87,10 @@ def _read_rate(size: int, kind: Any) -> float:
 def _stream_rate(size: int) -> float:
     """Bytes/s of a kernel that only reads; 0 where it cannot run."""
     from pallas_kernels import Unsupported
-    from pallas_kernels.dispatch import require_hopper
+    from pallas_kernels.dispatch import require_kernels
 
     try:
-        require_hopper()
+        require_kernels()
     except Unsupported:
         return 0.0
     from bench.stream import STAGE, stream

@@ -54,7 +54,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--in-memory", action="store_true", help="draw a preset's weights on the device, unwritten: ours alone run them"
     )
-    p.add_argument("--results", default=None, metavar="DIR", help="where records are appended (default: bench/results)")
+    p.add_argument(
+        "--results",
+        default=None,
+        metavar="DIR",
+        help="where records are appended (default: bench/results of a checkout, else bench-results)",
+    )
     p.add_argument(
         "--plots", default=None, metavar="DIR", help="where plots go (default: plots/ in the results; - for none)"
     )

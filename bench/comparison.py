@@ -183,8 +183,7 @@ class Comparison:
             del warm["peak_bytes"]
         check = outcome["check"] = UNCHECKED if load.sampled else self._check(entry, load, warm["ids"])
         if entry.ours and entry.worker is not None:
-            args = {"batch": load.batch, "prompt": load.prompt_len, "context": load.context, "sampled": load.sampled}
-            outcome["choices"] = entry.worker.ask("chosen", 60, args=args)["choices"]
+            outcome["choices"] = entry.worker.ask("chosen", 60)["choices"]
         note = "not checked" if check["agreement"] is None else f"{check['agreement']:.1%} of tokens agree"
         steps = load.new_tokens - 1
         speed = load.batch * (steps / warm["decode_s"] if steps else load.prompt_len / warm["first_s"])

@@ -32,7 +32,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--iterations", type=int, default=50, help="measured iterations (default: 50)")
     p.add_argument("--time-limit", type=float, default=90, help="seconds for one case of one peer (default: 90)")
     p.add_argument("--budget", type=float, default=None, metavar="S", help="skip what is left after so many seconds")
-    p.add_argument("--results", default=None, metavar="DIR", help="where records are appended (default: bench/results)")
+    p.add_argument(
+        "--results",
+        default=None,
+        metavar="DIR",
+        help="where records are appended (default: bench/results of a checkout, else bench-results)",
+    )
     p.add_argument(
         "--plots", default=None, metavar="DIR", help="where plots go (default: plots/ in the results; - for none)"
     )

@@ -1,4 +1,4 @@
-"""Charts from records: tokens/s by implementation, speed-up against length, the roofline. PNG and SVG.
+"""Charts from records: tokens/s by implementation, speed-up against length, the roofline. PNG.
 
 Every chart names the device and the versions, and draws the ceiling of the same run.
 """
@@ -37,17 +37,12 @@ def figure(width: float, height: float, columns: int = 1) -> tuple[Any, list[Any
     return fig, [fig.add_subplot(1, columns, i + 1) for i in range(columns)]
 
 
-def save(fig: Any, folder: Path, name: str) -> list[Path]:
-    """Write PNG and SVG, without the date, so that equal charts are equal files."""
-    from matplotlib import rc_context
-
+def save(fig: Any, folder: Path, name: str) -> Path:
+    """Write a PNG that names no program version, so that equal charts are equal files."""
     folder.mkdir(parents=True, exist_ok=True)
-    stem = re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
-    paths = [folder / f"{stem}.png", folder / f"{stem}.svg"]
-    fig.savefig(paths[0], dpi=110, metadata={"Software": None})
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "jllama"}):
-        fig.savefig(paths[1], metadata={"Date": None})
-    return paths
+    path = folder / f"{re.sub(r'[^a-z0-9.]+', '-', name.lower()).strip('-')}.png"
+    fig.savefig(path, dpi=110, metadata={"Software": None})
+    return path
 
 
 def label(records: Sequence[Record]) -> str:
@@ -86,11 +81,9 @@ def compare_plots(records: Sequence[Record], folder: Path) -> Iterator[Path]:
         chosen = [r for r in good if r["case"] == case]
         if chosen:
             fig = bars(chosen, case)
-            yield from save(fig, folder, f"{case}-{chosen[0]['model']}-{chosen[0]['dtype']}-{short_device(chosen[0])}")
+            yield save(fig, folder, f"{case}-{chosen[0]['model']}-{chosen[0]['dtype']}-{short_device(chosen[0])}")
     if good and all("work" in r for r in good):
-        yield from save(
-            roofline(good), folder, f"roofline-{good[0]['model']}-{good[0]['dtype']}-{short_device(good[0])}"
-        )
+        yield save(roofline(good), folder, f"roofline-{good[0]['model']}-{good[0]['dtype']}-{short_device(good[0])}")
 
 
 def ops_plots(records: Sequence[Record], folder: Path, steps: Sequence[Record] = ()) -> Iterator[Path]:
@@ -103,8 +96,8 @@ def ops_plots(records: Sequence[Record], folder: Path, steps: Sequence[Record] =
             if len({r["context"] for r in chosen if "xla" in r["speedup"]}) < 2:
                 continue
             fig = speedups(chosen, case)
-            yield from save(fig, folder, f"speedup-{case}-{chosen[0]['model']}-{dtype}-{short_device(chosen[0])}")
-        yield from save(roofline([*mine, *steps]), folder, f"roofline-ops-{dtype}-{short_device(mine[0])}")
+            yield save(fig, folder, f"speedup-{case}-{chosen[0]['model']}-{dtype}-{short_device(chosen[0])}")
+        yield save(roofline([*mine, *steps]), folder, f"roofline-ops-{dtype}-{short_device(mine[0])}")
 
 
 def short_device(record: Record) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench.record import ROOT
+from bench.record import CHECKOUT, ROOT
 
 
 class PeerFailed(Exception):
@@ -59,7 +59,8 @@ class Worker:
         self._dead: str | None = None
         self.spawned = time.perf_counter()
         self._process = subprocess.Popen(
-            [python, "-m", "bench.peers._worker", peer],
+            # Installed, our packages lie among others: these are another interpreter's business only if it has them.
+            [python, *([] if CHECKOUT else ["-P"]), "-m", "bench.peers._worker", peer],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
@@ -164,5 +165,5 @@ def _environment() -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
     }
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [*([str(ROOT)] if CHECKOUT else []), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**quiet, **os.environ, "PYTHONPATH": os.pathsep.join(paths)}

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.record import RESULTS, ROOT, append, package_versions, read, start_run
+from bench.record import CHECKOUT, RESULTS, ROOT, append, package_versions, read, start_run
 from jllama.errors import InputError, reported
 
 if TYPE_CHECKING:
@@ -46,6 +46,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; the exit code."""
     args = parser().parse_args(argv)
     with reported("bench.quality"):
+        if args.write_docs and not CHECKOUT:
+            raise InputError("--write-docs: expected a checkout, which has docs/formats.md, found an installed package")
         if args.model is not None:
             append(RESULTS / "quality.jsonl", measure(args))
         elif not args.write_docs:

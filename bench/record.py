@@ -13,8 +13,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "bench" / "results"
+import jllama
+
+ROOT = Path(__file__).parents[1]  # what holds our packages: a checkout, or a site-packages folder
+CHECKOUT = (ROOT / "pyproject.toml").is_file()
+# Where records go. An installed package writes none beside itself, but into the folder that it is run in.
+RESULTS = ROOT / "bench" / "results" if CHECKOUT else Path("bench-results")
 
 # What every record has. More keys are welcome.
 KEYS: dict[str, type | tuple[type, ...]] = {
@@ -132,11 +136,14 @@ def package_versions(names: Iterable[str]) -> dict[str, str]:
 
 
 def _commit() -> tuple[str, bool]:
-    """The checked-out commit, and whether code differs from it (results and docs do not count: a run writes them)."""
+    """The checked-out commit, and whether code differs from it (results and docs do not count: a run writes them).
+    An installed package names its version instead."""
     # A copy of the tree without its history says where it is from through the environment.
     if "JLLAMA_COMMIT" in os.environ:
         name = os.environ["JLLAMA_COMMIT"]
         return name.removesuffix("+"), name.endswith("+")
+    if not CHECKOUT:
+        return f"v{jllama.__version__}", False
     try:
         commit = _git("rev-parse", "--short=10", "HEAD").strip()
         changed = _git(

@@ -14,8 +14,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper.common.ring import claim, drain, my_stages
-from pallas_kernels.hopper.common.tiles import sm_count
+from pallas_kernels.arch import planned
+from pallas_kernels.hopper.common.ring import acquire, drain, fold_own_stages
 
 STAGE = (32, 128)  # words of 4 bytes: 16 KB, that lie one behind the other in memory
 DEPTH = 12  # stages in flight: 192 KB of the 227 that a block may have
@@ -25,7 +25,7 @@ DEPTH = 12  # stages in flight: 192 KB of the 227 that a block may have
 def stream(words: jax.Array, *, passes: int = 1, blocks: int | None = None, interpret: Any = False) -> jax.Array:
     """Fetch int32 words [stages, *STAGE] ``passes`` times -> [blocks, *STAGE], the sums of what each block fetched:
     stages block, block + blocks, ..."""
-    blocks = blocks or sm_count()
+    blocks = blocks or planned().sms
     return plgpu.kernel(
         functools.partial(_body, passes=passes, blocks=blocks),
         out_type=jax.ShapeDtypeStruct((blocks, *STAGE), words.dtype),
@@ -51,7 +51,7 @@ def _body(words_ref: Any, sums_ref: Any, *, passes: int, blocks: int, ring: Any,
     @pl.when(me == 1)
     def _() -> None:
         def fetch(i: Any, _: Any) -> None:
-            slot = claim(i, DEPTH, free)
+            slot = acquire(i, DEPTH, free)
             place = lax.rem(i, mine) * blocks + block
             plgpu.copy_gmem_to_smem(words_ref.at[place], ring.at[slot], full.at[slot])
 
@@ -68,4 +68,4 @@ def _body(words_ref: Any, sums_ref: Any, *, passes: int, blocks: int, ring: Any,
             return sums
 
         zero = plgpu.layout_cast(jnp.zeros(STAGE, words_ref.dtype), layout)
-        sums_ref[block] = my_stages(0, 1, 0, stages, DEPTH, full, free, add, zero)
+        sums_ref[block] = fold_own_stages(0, 1, 0, stages, DEPTH, full, free, add, zero)

@@ -189,6 +189,8 @@ TABLES: dict[str, Table] = {
     "glance-gpu": lambda records: glance(records, lambda r: not is_cpu(r)),
     "chart-decode-gpu": lambda _: _charts("decode-7b-bf16-h*"),
     "charts-models-gpu": lambda _: _charts("decode-*-h[0-9]*", "prefill-*-h[0-9]*"),
+    "charts-models-cpu": lambda _: _charts("decode-*-cpu-*"),
+    "charts-roofline": lambda _: _charts("roofline-[!o]*"),
     "charts-ops-gpu": lambda _: _charts("roofline-ops-*-h[0-9]*", "speedup-*-h[0-9]*"),
     "decode-cpu": lambda records: _speeds(records, "decode", is_cpu),
     "decode-gpu": lambda records: _speeds(records, "decode", lambda r: not is_cpu(r)),

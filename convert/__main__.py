@@ -48,7 +48,7 @@ def convert(args: argparse.Namespace) -> int:
     from convert.progress import watched
     from jllama.formats import open_source
     from jllama.formats.native import save
-    from jllama.formats.staging import check_replaceable
+    from jllama.formats.replaceable import check_place
     from jllama.formats.vocabulary import vocabulary_of
     from jllama.text.tokenizer import with_tokenizer
 
@@ -57,13 +57,13 @@ def convert(args: argparse.Namespace) -> int:
         raise InputError("--group: expected --quant int8 or int4 with it, found none")
     if args.group is not None and args.group not in (32, 64, 128) and to == "native":
         raise InputError(f"--group: expected 32, 64 or 128, found {args.group}")
-    check_replaceable(args.destination, args.force)
     source = with_tokenizer(open_source(args.source), args.tokenizer)
-    if args.destination.exists() and args.destination.samefile(args.source):
-        raise InputError(f"{args.destination}: expected another place than SRC, found the same")
     export = plan(source, to, args)
+    replaced = check_place(args.destination, export.form, reads=[args.source], force=args.force)
+    if replaced and not args.quiet:
+        print(f"{PROGRAM}: replaces {args.destination}, {replaced}", file=sys.stderr)
     with watched(export.nbytes, PROGRAM, quiet=args.quiet) as watch:
-        save(export, args.destination, force=args.force, watch=watch)
+        save(export, args.destination, reads=[args.source], force=args.force, watch=watch)
     if not args.quiet:
         # A llama2.c file holds none; of other kinds than sentencepiece's only directories can.
         own = source.tokenizer if to in ("native", "hf") else vocabulary_of(source.tokenizer)

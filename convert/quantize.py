@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from jllama.errors import InputError, reported
 
 if TYPE_CHECKING:
+    from jllama.config import Quant
     from jllama.formats.source import Source, Tensor
 
 BITS = {"int8": 8, "int4": 4}
@@ -43,7 +44,7 @@ class TensorError:
 
 
 def quantised(
-    source: "Source", quant: str, group: int | None = None, errors: dict[str, TensorError] | None = None
+    source: "Source", quant: "Quant", group: int | None = None, errors: dict[str, TensorError] | None = None
 ) -> "Source":
     """The same checkpoint with its matrices rounded as they are read; ``errors`` is filled along the way."""
     if source.quant is not None:
@@ -57,7 +58,7 @@ def quantised(
 
 
 def _quantised(
-    name: str, tensor: "Tensor", quant: str, group: int | None, errors: dict[str, TensorError] | None
+    name: str, tensor: "Tensor", quant: "Quant", group: int | None, errors: dict[str, TensorError] | None
 ) -> "Tensor":
     import jax.numpy as jnp
     import numpy as np
@@ -103,7 +104,7 @@ def _cuts(begin: int, end: int, width: int) -> list[tuple[int, int]]:
     return [(at, min(at + step, end)) for at in range(begin, end, step)]
 
 
-def _rounder(quant: str, group: int | None) -> Callable:
+def _rounder(quant: "Quant", group: int | None) -> Callable:
     """What rounds a block, and measures the error where the block is: on the device."""
     import jax
     import jax.numpy as jnp
@@ -148,15 +149,17 @@ def main(argv: list[str] | None = None) -> int:
         from convert.progress import watched
         from jllama.formats import open_source
         from jllama.formats.native import directory, save
-        from jllama.formats.staging import check_replaceable
+        from jllama.formats.replaceable import HF, check_place
         from jllama.text.tokenizer import with_tokenizer
 
-        check_replaceable(args.destination, args.force)
         errors: dict[str, TensorError] = {}
         source = with_tokenizer(open_source(args.source), args.tokenizer)
+        replaced = check_place(args.destination, HF, reads=[args.source], force=args.force)
         export = directory(quantised(source, args.format, args.group, errors))
+        if replaced and not args.quiet:
+            print(f"jllama quantize: replaces {args.destination}, {replaced}", file=sys.stderr)
         with watched(export.nbytes, "jllama quantize", quiet=args.quiet) as watch:
-            save(export, args.destination, force=args.force, watch=watch)
+            save(export, args.destination, reads=[args.source], force=args.force, watch=watch)
         if not args.quiet:
             print("\n".join(report(errors)))
     return 0

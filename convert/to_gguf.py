@@ -11,6 +11,7 @@ from jllama.formats.gguf import ROPE_FACTORS, names_of, rope_factors
 from jllama.formats.gguf_file import MAGIC
 from jllama.formats.native import Export
 from jllama.formats.output import OutputFile, Watch
+from jllama.formats.replaceable import GGUF, GGUF_WRITER
 from jllama.formats.source import DTYPES, Source, Tensor
 from jllama.formats.transform import as_dtype, as_floats, to_interleaved
 from jllama.formats.vocabulary import Vocabulary, padded, vocabulary_of
@@ -41,7 +42,7 @@ def gguf(source: Source) -> Export:
             if size % ALIGN:  # readers map whole units
                 file.put(size, bytes(-size % ALIGN))
 
-    return Export(size, write)
+    return Export(size, write, GGUF)
 
 
 def _kept(tensor: Tensor) -> Tensor:
@@ -91,6 +92,7 @@ def _fields(source: Source) -> list[bytes]:
         _field("general.name", "text", source.path.resolve().name),
         _field("general.file_type", "u32", _FILE_TYPES[source.dtype]),
         _field("general.alignment", "u32", ALIGN),
+        _field(GGUF_WRITER[0], "text", GGUF_WRITER[1]),
         _field("llama.block_count", "u32", config.n_layers),
         _field("llama.context_length", "u32", config.max_seq_len),
         _field("llama.embedding_length", "u32", config.dim),

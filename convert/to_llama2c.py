@@ -14,6 +14,7 @@ from jllama.formats.layout import expected_shapes
 from jllama.formats.llama2c import FIELDS, HEADER_BYTES, MAGIC, MODEL_NAME, Header, Place, plan
 from jllama.formats.native import Export
 from jllama.formats.output import OutputFile, Watch
+from jllama.formats.replaceable import LLAMA2C, LLAMA2C_DIRECTORY
 from jllama.formats.source import Integers, Source, Tensor
 from jllama.formats.transform import as_dtype, to_interleaved
 from jllama.formats.vocabulary import padded, to_llama2c, vocabulary_of
@@ -44,7 +45,8 @@ def llama2c(source: Source, *, int8: bool = False, group: int | None = None, dir
             with OutputFile(path / "tokenizer.bin", Watch()) as file:
                 file.put(0, to_llama2c(padded(vocabulary, source.config.vocab_size)))
 
-    return Export(places[-1].begin + places[-1].nbytes, write)
+    form = LLAMA2C_DIRECTORY if directory else LLAMA2C
+    return Export(places[-1].begin + places[-1].nbytes, write, form)
 
 
 def _check(source: Source) -> None:

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from jllama.cache import KVCache, init_cache
-from jllama.kernels import Choice, record
+from jllama.config import Backend
+from jllama.kernels import Choice, known, pinned, record
 from jllama.model import forward
 from jllama.params import Params
 from jllama.sampling import Sampling, make_sampling, sample
@@ -17,10 +18,11 @@ def backends(
     prompt: int = 128,
     max_len: int = 1024,
     sampling: Sampling | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> dict[str, dict[str, Choice]]:
     """The choice for every op of a prefill of ``prompt`` tokens and of a decode step, each with the draw of a token by
-    ``sampling`` (default: greedy): traced, not run.
+    ``sampling`` (default: greedy): traced for the device that holds the weights, not run. What a run has chosen is in
+    `Session.backends`, at no cost.
 
     Raises `pallas_kernels.Unsupported` where ``backend="pallas"`` cannot be had.
     """
@@ -31,9 +33,11 @@ def backends(
         logits, _ = forward(params, tokens, cache, last_only=True, backend=backend)
         return sample(logits, sampling, jnp.zeros(batch, jnp.int32), backend=backend)
 
-    choices = {}
+    where = known(params)
+    phases = {}
     for phase, length in (("prefill", prompt), ("decode", 1)):
         tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
-        with record() as choices[phase]:
+        with record() as choices, pinned(where):
             jax.eval_shape(token, params, tokens, cache)
-    return choices
+        phases[phase] = dict(choices)
+    return phases

@@ -6,9 +6,10 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.typing import DTypeLike
 
 from jllama.config import LlamaConfig
-from jllama.kernels import Indexed, write
+from jllama.kernels import DECODE_QUERIES, LayerView, attention, decode_attention, write
 
 Layers = tuple[jax.Array, ...] | jax.Array  # one array a layer, or all on a leading axis
 
@@ -34,11 +35,11 @@ class KVCache:
         """How many positions every row can hold."""
         return self.k[0].shape[-2] if isinstance(self.k, tuple) else self.k.shape[-2]
 
-    def layer(self, index: int) -> tuple[jax.Array, jax.Array] | tuple[Indexed, Indexed]:
+    def layer(self, index: int) -> tuple[jax.Array, jax.Array] | tuple[LayerView, LayerView]:
         """Keys and values of a layer as ops take them; nothing is copied."""
         if isinstance(self.k, tuple):
             return self.k[index], self.v[index]
-        return Indexed(self.k, index), Indexed(self.v, index)  # pyright: ignore[reportArgumentType]
+        return LayerView(self.k, index), LayerView(self.v, index)  # pyright: ignore[reportArgumentType]
 
     def arrays(self, index: int) -> tuple[jax.Array, jax.Array, int | None]:
         """The arrays that hold a layer's keys and values, and its number where they hold those of all."""
@@ -52,6 +53,12 @@ class KVCache:
             return replace(self, k=k, v=v)
         return replace(self, k=_replaced(self.k, index, k), v=_replaced(self.v, index, v))
 
+    def attend(self, index: int, q: jax.Array, *, backend: str = "auto") -> jax.Array:
+        """Attention of the queries [B, T, heads, D] that stand behind each row's length over a layer's keys and
+        values."""
+        op = decode_attention if q.shape[1] <= DECODE_QUERIES else attention
+        return op(q, *self.layer(index), self.lengths, backend=backend)
+
     def write(self, index: int, k: jax.Array, v: jax.Array) -> "KVCache":
         """Put k and v [B, T, kv_heads, head_dim] behind each row's length, which stays; what has no room is dropped."""
         *old, layer = self.arrays(index)
@@ -64,9 +71,7 @@ def _replaced(arrays: Layers, index: int, new: jax.Array) -> Layers:
     return (*arrays[:index], new, *arrays[index + 1 :])
 
 
-def init_cache(
-    config: LlamaConfig, batch: int, max_len: int, dtype: jnp.dtype | type, *, stacked: bool = False
-) -> KVCache:
+def init_cache(config: LlamaConfig, batch: int, max_len: int, dtype: DTypeLike, *, stacked: bool = False) -> KVCache:
     """An empty cache with room for ``max_len`` positions a row, or a few more; ``stacked`` as the params are."""
     shape = (batch, config.n_kv_heads, _whole_tiles(max_len), config.head_dim)
     return _empty(config.n_layers, shape, jnp.dtype(dtype), stacked)
@@ -98,7 +103,7 @@ def grow(cache: KVCache, max_len: int) -> KVCache:
     return replace(cache, k=jax.tree.map(wider, cache.k), v=jax.tree.map(wider, cache.v))
 
 
-def cache_bytes(config: LlamaConfig, batch: int, max_len: int, dtype: jnp.dtype | type) -> int:
+def cache_bytes(config: LlamaConfig, batch: int, max_len: int, dtype: DTypeLike) -> int:
     """What `init_cache` would take on the device."""
     return (
         2

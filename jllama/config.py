@@ -1,4 +1,5 @@
-"""`LlamaConfig`: the architecture and nothing else. Frozen and hashable, so it is static under jit."""
+"""`LlamaConfig`: the architecture and nothing else. Frozen and hashable, so it is static under jit. Beside it, the
+choices that many functions take as strings."""
 
 import dataclasses
 import json
@@ -6,9 +7,12 @@ import math
 import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jllama.errors import InputError
+
+Backend = Literal["auto", "xla", "pallas"]  # which implementation an op gets; see pallas_kernels/dispatch.py
+Quant = Literal["none", "int8", "int4"]  # how `load` and `init` hold the weights of products
 
 _MAX_JSON_BYTES = 16 << 20
 

@@ -1,6 +1,7 @@
 """Errors that a user can cause: one line, no traceback, exit code 2."""
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ class InputError(ValueError):
 @contextlib.contextmanager
 def reported(program: str) -> Iterator[None]:
     """Run a command line's body: an `InputError` becomes one line on stderr and exit code 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a letter shows another
     try:
         yield
     except InputError as error:

@@ -1,6 +1,6 @@
-"""Only for ``python -m jllama.generate``; the command itself is `jllama.cli.generate`.
+"""``python -m jllama.generate``; the command itself is `jllama.cli.generate`.
 
-Do not import this module: as an attribute of the package, ``jllama.generate`` is the library's function.
+As an attribute of the package, ``jllama.generate`` is the library's function, also where this module was imported.
 """
 
 import sys

@@ -32,5 +32,5 @@ def _package() -> ModuleType:
 
 
 _kernels = _package()
-__all__ = [*_kernels.__all__]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = list(_kernels.__all__)  # pyright: ignore[reportUnsupportedDunderAll]
 globals().update({name: getattr(_kernels, name) for name in __all__})

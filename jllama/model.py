@@ -1,39 +1,64 @@
 """The forward pass, in one sitting. Pure: the same arguments give the same logits, and nothing else happens."""
 
+import functools
 from dataclasses import replace
+from typing import overload
 
 import jax
 import jax.numpy as jnp
 
 from jllama.cache import KVCache
-from jllama.config import LlamaConfig
+from jllama.config import Backend, LlamaConfig
 from jllama.kernels import (
     DECODE_QUERIES,
-    Indexed,
+    LayerView,
     Weight,
     attention,
-    decode_attention,
     ffn,
     matmul,
     qkv,
+    qkv_reference,
     rms_norm,
     rotate,
     split_heads,
 )
+from jllama.paged import PagedCache
 from jllama.params import Layer, Params
 from jllama.rope import rotations
-from jllama.step import whole_step
+from jllama.step import last_token, whole_step
+
+Cache = KVCache | PagedCache
 
 
+@overload
 def forward(
     params: Params,
     tokens: jax.Array,
-    cache: KVCache | None = None,
+    cache: None = None,
     *,
     lengths: jax.Array | None = None,
     last_only: bool = False,
-    backend: str = "auto",
-) -> tuple[jax.Array, KVCache | None]:
+    backend: Backend = "auto",
+) -> tuple[jax.Array, None]: ...
+@overload
+def forward[C: (KVCache, PagedCache)](
+    params: Params,
+    tokens: jax.Array,
+    cache: C,
+    *,
+    lengths: jax.Array | None = None,
+    last_only: bool = False,
+    backend: Backend = "auto",
+) -> tuple[jax.Array, C]: ...
+def forward(
+    params: Params,
+    tokens: jax.Array,
+    cache: Cache | None = None,
+    *,
+    lengths: jax.Array | None = None,
+    last_only: bool = False,
+    backend: Backend = "auto",
+) -> tuple[jax.Array, Cache | None]:
     """Logits of ``tokens`` [B, T], which continue whatever each row of ``cache`` holds.
 
     ``lengths`` [B] says how many of a row's tokens are real (default: all; the rest is padding on the right).
@@ -43,21 +68,33 @@ def forward(
     B, T = tokens.shape
     start = jnp.zeros(B, jnp.int32) if cache is None else cache.lengths
     lengths = jnp.full(B, T, jnp.int32) if lengths is None else lengths
-    rotation = rotations(start[:, None] + jnp.arange(T), params.config)
+    positions = start[:, None] + jnp.arange(T)[None]  # [B, T]
+    by_ops = functools.partial(blocks, backend=backend)
+    arguments = params.embed[tokens], params, cache, *rotations(positions, params.config), lengths
+    if isinstance(cache, KVCache) and T <= DECODE_QUERIES:  # in one launch, where it can be
+        logits, cache = whole_step.try_kernel(by_ops, *arguments, last_only=last_only, backend=backend)
+    else:
+        logits, cache = by_ops(*arguments, last_only=last_only)
+    return logits, None if cache is None else replace(cache, lengths=start + lengths)
 
-    def last(x: jax.Array) -> jax.Array:
-        return jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
 
-    x = params.embed[tokens]
-    if cache is not None and T <= DECODE_QUERIES:
-        done = whole_step.attempt(x, params, cache, *rotation, backend=backend)
-        if done is not None:  # in one launch
-            logits, stepped = done
-            return last(logits) if last_only else logits, replace(stepped, lengths=start + lengths)
-
+def blocks(
+    x: jax.Array,  # [B, T, dim]
+    params: Params,
+    cache: Cache | None,
+    cos: jax.Array,  # [B, T, head_dim / 2]
+    sin: jax.Array,  # [B, T, head_dim / 2]
+    lengths: jax.Array,  # [B]
+    *,
+    last_only: bool,
+    backend: str,
+) -> tuple[jax.Array, Cache | None]:
+    """All layers and the head, op by op: logits, and the cache with the new keys and values, its lengths as they
+    were."""
+    start = jnp.zeros(x.shape[0], jnp.int32) if cache is None else cache.lengths
     for i in range(params.config.n_layers):
         layer = params.layer(i)
-        x, cache = attend(x, layer, i, cache, start, rotation, params.config, backend)
+        x, cache = attend(x, layer, i, cache, start, (cos, sin), params.config, backend)
         x = ffn(
             x,
             layer.ffn_norm,
@@ -68,53 +105,48 @@ def forward(
         )
 
     if last_only:  # before the head: its product is the widest of all
-        x = last(x)
+        x = last_token(x, lengths)
     x = rms_norm(x, params.norm, eps=params.config.norm_eps, backend=backend)
-    logits = matmul(x, params.head, out_dtype=jnp.float32, backend=backend)
-    return logits, None if cache is None else replace(cache, lengths=start + lengths)
+    return matmul(x, params.head, out_dtype=jnp.float32, backend=backend), cache
 
 
 def attend(
     x: jax.Array,  # [B, T, dim]
     layer: Layer,
     index: int,
-    cache: KVCache | None,
+    cache: Cache | None,
     start: jax.Array,  # [B]: the position of each row's first token
     rotation: tuple[jax.Array, jax.Array],
     config: LlamaConfig,
     backend: str,
-) -> tuple[jax.Array, KVCache | None]:
+) -> tuple[jax.Array, Cache | None]:
     """The attention half of a block, with its norm and residual."""
     B, T, _ = x.shape
     h = rms_norm(x, layer.attn_norm, eps=config.norm_eps, backend=backend)
-    q, seen, cache = project(h, layer.wqkv, index, cache, start, rotation, config, backend)
-    op = decode_attention if cache is not None and T <= DECODE_QUERIES else attention
-    out = op(q, *seen, start, backend=backend)
+    q, new, cache = project(h, layer.wqkv, index, cache, start, rotation, config, backend)
+    out = attention(q, *new, start, backend=backend) if cache is None else cache.attend(index, q, backend=backend)
     return matmul(out.reshape(B, T, -1), layer.wo, residual=x, backend=backend), cache
 
 
 def project(
     h: jax.Array,  # [B, T, dim]
-    wqkv: Weight | Indexed,
+    wqkv: Weight | LayerView,
     index: int,
-    cache: KVCache | None,
+    cache: Cache | None,
     start: jax.Array,
     rotation: tuple[jax.Array, jax.Array],
     config: LlamaConfig,
     backend: str,
-) -> tuple[jax.Array, tuple[jax.Array | Indexed, jax.Array | Indexed], KVCache | None]:
-    """Queries, and the keys and values that they may see: of the new tokens and what the cache held before them."""
-    if cache is not None:
-        k, v, place = cache.arrays(index)
-        done = qkv.attempt(h, wqkv, k, v, start, *rotation, layer=place, backend=backend)
-        if done is not None:  # in one launch
-            q, k, v = done
-            cache = cache.with_arrays(index, k, v)
-            return q, cache.layer(index), cache
+) -> tuple[jax.Array, tuple[jax.Array, ...], Cache | None]:
+    """Queries, and the new tokens' keys and values [B, kv_heads, T, head_dim]: in the cache, where there is one."""
+    if isinstance(cache, KVCache):
+        *arrays, place = cache.arrays(index)
+        by_ops = functools.partial(qkv_reference, product=functools.partial(matmul, backend=backend))
+        q, k, v = qkv.try_kernel(by_ops, h, wqkv, *arrays, start, *rotation, layer=place, backend=backend)
+        return q, (), cache.with_arrays(index, k, v)
 
     q, k, v = split_heads(matmul(h, wqkv, backend=backend), config.n_heads // config.n_kv_heads, config.head_dim)
     q, k = rotate(q, *rotation), rotate(k, *rotation)
     if cache is None:
         return q, (k.swapaxes(1, 2), v.swapaxes(1, 2)), None
-    cache = cache.write(index, k, v)
-    return q, cache.layer(index), cache
+    return q, (), cache.write(index, k, v)

@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
+from jax.typing import DTypeLike
 
-from jllama.config import LlamaConfig
+from jllama.config import LlamaConfig, Quant
 from jllama.errors import InputError
-from jllama.kernels import Indexed, QuantizedTensor, Weight, cut_out, group_size, quantize
+from jllama.kernels import LayerView, QuantizedTensor, Weight, group_size, materialize, quantize
 
 QUANT_BITS = {"int8": 8, "int4": 4}
 
@@ -51,12 +52,12 @@ class Params:
         return isinstance(self.layers, Layer)
 
     def layer(self, index: int) -> Layer:
-        """Layer ``index`` as ops take it: weights of a stacked model are `Indexed`, and nothing is copied."""
+        """Layer ``index`` as ops take it: weights of a stacked model are `LayerView`, and nothing is copied."""
         if isinstance(self.layers, tuple):
             return self.layers[index]
 
         def one(a: Weight) -> Any:
-            return Indexed(a, index) if a.ndim > 2 else a[index]
+            return LayerView(a, index) if a.ndim > 2 else a[index]
 
         return jax.tree.map(one, self.layers, is_leaf=_is_weight)
 
@@ -88,7 +89,7 @@ def stack(params: Params) -> Params:
 
 def unstack(params: Params) -> Params:
     """The same model with a tuple of layers."""
-    return replace(params, layers=tuple(cut_out(params.layer(i)) for i in range(params.config.n_layers)))
+    return replace(params, layers=tuple(materialize(params.layer(i)) for i in range(params.config.n_layers)))
 
 
 def put[T](stacked: T | None, entry: T, index: int, count: int) -> T:
@@ -111,7 +112,7 @@ def weight_bytes(params: Params, *, per_token: bool = False) -> int:
     return total - params.embed.nbytes if per_token and params.lm_head is not None else total
 
 
-def quantizer(quant: str, group: int | None = None) -> Callable[[jax.Array], Weight]:
+def quantizer(quant: Quant, group: int | None = None) -> Callable[[jax.Array], Weight]:
     """What turns a float weight into the asked form: ``none``, ``int8`` (per channel) or ``int4`` (groups of 128)."""
     if quant == "none":
         return lambda w: w
@@ -147,8 +148,8 @@ def init(
     config: LlamaConfig,
     key: jax.Array,
     *,
-    dtype: jnp.dtype | type = jnp.float32,
-    quant: str = "none",
+    dtype: DTypeLike = jnp.float32,
+    quant: Quant = "none",
     group: int | None = None,
     stacked: bool = False,
 ) -> Params:

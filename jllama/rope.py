@@ -25,5 +25,5 @@ def inverse_frequencies(config: LlamaConfig) -> np.ndarray:
 
 def rotations(positions: jax.Array, config: LlamaConfig) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines, each [..., head_dim / 2] float32, of every position."""
-    angles = positions[..., None].astype(jnp.float32) * jnp.asarray(inverse_frequencies(config), jnp.float32)
+    angles = jnp.multiply.outer(positions.astype(jnp.float32), jnp.asarray(inverse_frequencies(config), jnp.float32))
     return jnp.cos(angles), jnp.sin(angles)

@@ -1,16 +1,19 @@
 """Choosing the next token, on the device, with settings of its own for every row.
 
-The order is that of Hugging Face: repetition penalty, temperature, top-k, top-p, min-p; all but the first are
-`pallas_kernels.draw`'s.
+The order is that of Hugging Face: logit bias, repetition penalty, presence and frequency penalty, tokens that may not
+come, temperature, top-k, top-p, min-p; the last four are `pallas_kernels.draw`'s.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.core import Tracer
 
+from jllama.config import Backend
 from jllama.errors import InputError
 from jllama.kernels import draw, log_probability
 
@@ -25,6 +28,35 @@ class Sampling:
     top_p: jax.Array | None = None  # 1: off
     min_p: jax.Array | None = None  # 0: off
     repetition_penalty: jax.Array | None = None  # 1: off
+    presence_penalty: jax.Array | None = None  # 0: off; taken from the logits of what the row has drawn
+    frequency_penalty: jax.Array | None = None  # 0: off; the same, times how often it was drawn
+    logit_bias: jax.Array | None = None  # [B, n], added to the logits of
+    bias_ids: jax.Array | None = None  # [B, n] int32; an id past the last is none
+    min_tokens: jax.Array | None = None  # int32: how many are drawn before a stop token may come
+    bad_words: jax.Array | None = None  # [B, n, m] int32: sequences that may not come; NOTHING fills up on the left
+
+
+NOTHING = -1  # where a sequence of `Sampling.bad_words`, or a row's recent tokens, have none
+
+
+@struct.dataclass
+class History:
+    """What the texts hold so far, as far as the settings ask for it."""
+
+    seen: jax.Array | None = None  # [B, V] bool: tokens of prompt and text, for the repetition penalty
+    counts: jax.Array | None = None  # [B, V] int32: how often the row drew a token, for presence and frequency
+    recent: jax.Array | None = None  # [B, m - 1] int32: the last tokens of prompt and text, for bad words
+
+    def add(self, token: jax.Array, alive: jax.Array) -> "History":
+        """With a token [B] more in the rows that are ``alive`` [B]."""
+        rows = jnp.arange(token.shape[0])
+        return History(
+            seen=None if self.seen is None else self.seen.at[rows, token].max(alive),
+            counts=None if self.counts is None else self.counts.at[rows, token].add(alive.astype(jnp.int32)),
+            recent=None
+            if self.recent is None
+            else jnp.where(alive[:, None], jnp.concatenate([self.recent[:, 1:], token[:, None]], axis=1), self.recent),
+        )
 
 
 # What each setting may be, and the value that turns it off.
@@ -40,13 +72,14 @@ _RULES: dict[str, tuple[str, Callable[[float], bool], float]] = {
     ),
 }
 
-Setting = float | Sequence[float]
+Setting = float | Sequence[float] | jax.Array | np.ndarray
 
 
 def make_sampling(
     batch: int,
     *,
-    seed: int | Sequence[int] = 0,
+    seed: int | Sequence[int] | jax.Array | np.ndarray | None = None,
+    key: jax.Array | None = None,
     temperature: Setting = 0.0,
     top_k: Setting = 0,
     top_p: Setting = 1.0,
@@ -55,7 +88,9 @@ def make_sampling(
 ) -> Sampling:
     """Settings for ``batch`` rows; every one may be a single value or one a row. Temperature 0 is greedy.
 
-    A single ``seed`` gives row ``i`` the seed ``seed + i``.
+    A single ``seed`` (default: 0) gives row ``i`` the seed ``seed + i``. ``key``, in its place, is a key of
+    `jax.random`: one that is folded with the row's number, or one a row. Under jit, values may be traced: then they are
+    not checked, and a setting is compiled in whatever its value.
     """
     given = dict(
         temperature=temperature,
@@ -65,20 +100,39 @@ def make_sampling(
         repetition_penalty=repetition_penalty,
     )
     rows = {name: _per_row(name, value, batch) for name, value in given.items()}
-    if not rows["temperature"].any():  # truncation changes nothing about the largest logit
+    if _off("temperature", rows["temperature"]):  # truncation changes nothing about the largest logit
         rows = {"repetition_penalty": rows["repetition_penalty"]}
     arrays = {
         name: jnp.asarray(row, jnp.int32 if name == "top_k" else jnp.float32)
         for name, row in rows.items()
-        if (row != _RULES[name][2]).any()
+        if not _off(name, row)
     }
-    seeds = list(range(seed, seed + batch)) if isinstance(seed, int) else list(seed)
-    if len(seeds) != batch:
-        raise InputError(f"seed: expected one value or {batch} (one a row), found {len(seeds)}")
-    return Sampling(key=_keys(np.asarray([s % 2**32 for s in seeds], np.uint32)), **arrays)
+    if key is None:
+        return Sampling(key=_keys(_seeds(0 if seed is None else seed, batch)), **arrays)
+    if seed is not None:
+        raise InputError("seed: expected either seed or key, found both")
+    return Sampling(key=_row_keys(key, batch), **arrays)
+
+
+def _seeds(seed: int | Sequence[int] | jax.Array | np.ndarray, batch: int) -> jax.Array | np.ndarray:
+    """[B] uint32: the seed of every row."""
+    if _traced(seed):
+        seeds = jnp.asarray(seed).astype(jnp.uint32)
+        return seeds + jnp.arange(batch, dtype=jnp.uint32) if seeds.ndim == 0 else _one_a_row("seed", seeds, batch)
+    numbers = np.asarray(seed, object)  # of any size
+    numbers = numbers + np.arange(batch) if numbers.ndim == 0 else _one_a_row("seed", numbers, batch)
+    return (numbers % 2**32).astype(np.uint32)
+
+
+def _row_keys(key: jax.Array, batch: int) -> jax.Array:
+    """[B] keys; of a single key, row i's does not depend on the size of the batch."""
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):  # what `jax.random.PRNGKey` makes
+        key = jax.random.wrap_key_data(key)
+    return _fold(key, jnp.arange(batch)) if key.ndim == 0 else _one_a_row("key", key, batch)
 
 
 _keys = jax.jit(jax.vmap(jax.random.key))
+_fold = jax.jit(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))
 
 
 def check_setting(name: str, value: float) -> float:
@@ -89,11 +143,32 @@ def check_setting(name: str, value: float) -> float:
     return value
 
 
-def _per_row(name: str, value: Setting, batch: int) -> np.ndarray:
-    values = [value] * batch if isinstance(value, int | float) else list(value)
-    if len(values) != batch:
-        raise InputError(f"{name}: expected one value or {batch} (one a row), found {len(values)}")
-    return np.asarray([check_setting(name, v) for v in values], np.float64)
+def _per_row(name: str, value: Setting, batch: int) -> np.ndarray | jax.Array:
+    """[B]: a setting's values, checked where they are known."""
+    if _traced(value):
+        row = jnp.asarray(value)
+        return jnp.broadcast_to(row, batch) if row.ndim == 0 else _one_a_row(name, row, batch)
+    row = np.asarray(value, np.float64)
+    row = np.broadcast_to(row, batch) if row.ndim == 0 else _one_a_row(name, row, batch)
+    for v in row.tolist():
+        check_setting(name, v)
+    return row
+
+
+def _one_a_row[A: (jax.Array, np.ndarray)](name: str, row: A, batch: int) -> A:
+    if row.shape != (batch,):
+        found = len(row) if row.ndim == 1 else f"an array {list(row.shape)}"
+        raise InputError(f"{name}: expected one value or {batch} (one a row), found {found}")
+    return row
+
+
+def _off(name: str, row: np.ndarray | jax.Array) -> bool:
+    """Whether a setting is known to do nothing in any row."""
+    return not _traced(row) and bool((row == _RULES[name][2]).all())
+
+
+def _traced(value: Any) -> bool:
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(value))
 
 
 def sample(
@@ -102,16 +177,51 @@ def sample(
     step: jax.Array,  # [B]: how many tokens the row has drawn before; makes each draw's key
     seen: jax.Array | None = None,  # [B, V] bool: tokens so far, for the repetition penalty
     *,
-    backend: str = "auto",
+    history: History | None = None,  # all that the settings ask for, ``seen`` among it
+    stop_ids: jax.Array | None = None,  # [B, n]: what ends a row, for `Sampling.min_tokens`
+    backend: Backend = "auto",
 ) -> tuple[jax.Array, jax.Array]:
     """A token for every row [B], and its log-probability [B] under the model's own, unchanged distribution."""
-    share = None
+    history = History(seen=seen) if history is None else history
+    u = None
     if sampling.temperature is not None:
-        share = jax.vmap(jax.random.uniform)(jax.vmap(jax.random.fold_in)(sampling.key, step))
+        u = jax.vmap(jax.random.uniform)(jax.vmap(jax.random.fold_in)(sampling.key, step))
     how = dict(temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p)
-    if sampling.repetition_penalty is None or seen is None:
-        return draw(logits, share, backend=backend, **how)
-    penalty = sampling.repetition_penalty[:, None]
-    penalised = jnp.where(logits > 0, logits / penalty, logits * penalty)
-    token, _ = draw(jnp.where(seen, penalised, logits), share, backend=backend, **how)
-    return token, log_probability(logits, token)
+    adjusted = adjust(logits, sampling, step, history, stop_ids)
+    token, logprob = draw(adjusted, u, backend=backend, **how)
+    return token, logprob if adjusted is logits else log_probability(logits, token)
+
+
+def adjust(
+    logits: jax.Array,  # [B, V] float32
+    sampling: Sampling,
+    step: jax.Array,  # [B]
+    history: History,
+    stop_ids: jax.Array | None,  # [B, n]
+) -> jax.Array:
+    """The logits that the row draws from; the same array where no setting changes them."""
+    rows = jnp.arange(logits.shape[0])[:, None]
+    if sampling.logit_bias is not None and sampling.bias_ids is not None:
+        logits = logits.at[rows, sampling.bias_ids].add(sampling.logit_bias, mode="drop")
+    if sampling.repetition_penalty is not None and history.seen is not None:
+        penalty = sampling.repetition_penalty[:, None]
+        penalised = jnp.where(logits > 0, logits / penalty, logits * penalty)
+        logits = jnp.where(history.seen, penalised, logits)
+    if sampling.presence_penalty is not None and history.counts is not None:
+        logits -= sampling.presence_penalty[:, None] * (history.counts > 0)
+    if sampling.frequency_penalty is not None and history.counts is not None:
+        logits -= sampling.frequency_penalty[:, None] * history.counts
+    if sampling.min_tokens is not None and stop_ids is not None:
+        early = (step < sampling.min_tokens)[:, None]
+        logits = _ban(logits, jnp.where(early, stop_ids, NOTHING))
+    if sampling.bad_words is not None and history.recent is not None:
+        begun, last = sampling.bad_words[:, :, :-1], sampling.bad_words[:, :, -1]
+        matches = (begun == NOTHING) | (begun == history.recent[:, None])
+        logits = _ban(logits, jnp.where(matches.all(axis=-1), last, NOTHING))
+    return logits
+
+
+def _ban(logits: jax.Array, ids: jax.Array) -> jax.Array:
+    """``logits`` [B, V] with those of ``ids`` [B, n] at -inf."""
+    outside = jnp.where(ids == NOTHING, logits.shape[1], ids)  # a negative index would count from the end
+    return logits.at[jnp.arange(logits.shape[0])[:, None], outside].set(-jnp.inf, mode="drop")

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from jllama.cache import KVCache, init_cache
-from jllama.config import LlamaConfig
+from jllama.config import LlamaConfig, Quant
 from jllama.errors import InputError
-from jllama.kernels import Op, StepWeights, Unsupported, decode_step, require_hopper
+from jllama.kernels import Kernel, Op, StepWeights, Unsupported, decode_step, require_kernels
 from jllama.params import Params, init, stack
 
 
@@ -25,27 +25,42 @@ def _over_params(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def call(
-        x: jax.Array, params: Params, cache: KVCache, cos: jax.Array, sin: jax.Array, **options: Any
+        x: jax.Array,
+        params: Params,
+        cache: KVCache,
+        cos: jax.Array,
+        sin: jax.Array,
+        lengths: jax.Array,
+        *,
+        last_only: bool,
+        **options: Any,
     ) -> tuple[jax.Array, KVCache]:
         weights = step_weights(params)
         logits, k, v = function(
             x, weights, cache.k, cache.v, cache.lengths, cos, sin, eps=params.config.norm_eps, **options
         )
-        return logits, replace(cache, k=k, v=v)
+        return last_token(logits, lengths) if last_only else logits, replace(cache, k=k, v=v)
 
     return call
 
 
-def _check(x: jax.Array, params: Params, cache: KVCache, cos: jax.Array, sin: jax.Array) -> None:
+def last_token(x: jax.Array, lengths: jax.Array) -> jax.Array:
+    """Of x [B, T, n], the last real token of each row [B, n]; ``lengths`` [B] says how many are."""
+    return jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
+
+
+def _check(
+    kernel: Kernel, x: jax.Array, params: Params, cache: KVCache, cos: jax.Array, sin: jax.Array, *_: Any, **__: Any
+) -> None:
     """What forbids the step even if all were stacked comes first: else users would stack in vain."""
 
     def joined(params: Params, cache: KVCache) -> tuple[StepWeights, jax.Array, jax.Array]:
         return step_weights(stack(params)), jnp.stack(cache.k), jnp.stack(cache.v)
 
-    assert decode_step.check is not None
+    assert kernel.check is not None
     try:
         weights, k, v = jax.eval_shape(joined, params, cache)
-        decode_step.check(x, weights, k, v, cache.lengths, cos, sin, eps=params.config.norm_eps)
+        kernel.check(x, weights, k, v, cache.lengths, cos, sin, eps=params.config.norm_eps)
     except InputError as reason:
         raise Unsupported(str(reason)) from None
     if not params.stacked:
@@ -54,20 +69,20 @@ def _check(x: jax.Array, params: Params, cache: KVCache, cos: jax.Array, sin: ja
         raise Unsupported("the cache is held layer by layer: init_cache(..., stacked=True) joins it")
 
 
-# x [B, T, dim], params, cache, cos and sin [B, T, head_dim / 2] -> float32 logits [B, T, vocab_size], and the cache
-# with the new keys and values, its lengths as they were.
+# x [B, T, dim], params, cache, cos and sin [B, T, head_dim / 2], lengths [B] of what is real in x -> float32 logits
+# [B, T, vocab_size], or [B, vocab_size] with ``last_only``, and the cache with the new keys and values, its lengths as
+# they were.
 whole_step = Op(
     decode_step.name,
     _over_params(decode_step.reference),
-    kernel=decode_step.kernel and _over_params(decode_step.kernel),
-    check=_check,
+    {name: Kernel(_over_params(k.run), functools.partial(_check, k)) for name, k in decode_step.kernels.items()},
 )
 
 
 def runs_whole(
     config: LlamaConfig,
     dtype: str,
-    quant: str = "none",
+    quant: Quant = "none",
     group: int | None = None,
     *,
     batch: int = 1,
@@ -75,7 +90,7 @@ def runs_whole(
 ) -> bool:
     """Whether a step of ``batch`` tokens would be one launch here, were such a model stacked. Nothing is made."""
     try:
-        require_hopper()
+        require_kernels()
     except Unsupported:
         return False
 

@@ -10,16 +10,19 @@ import numpy as np
 
 from jllama.cache import KVCache, grow, init_cache
 from jllama.compilation import compile_seconds
+from jllama.config import Backend
 from jllama.decode import (
     NO_TOKEN,
     Drawn,
-    jit_begin,
+    check_prompts,
     jit_decode_chunk,
     jit_prefill,
+    jit_sample_first,
     stop_table,
     tokens_seen,
 )
 from jllama.errors import InputError
+from jllama.kernels import Choice, Recorded, known
 from jllama.params import Params
 from jllama.sampling import Sampling, make_sampling
 
@@ -66,19 +69,27 @@ class Tokens:
 
 @dataclass
 class Session:
-    """A model with a cache that outlives a call: of a prompt, only what the cache does not hold yet is fed."""
+    """A model with a cache that outlives a call: of a prompt, only what the cache does not hold yet is fed.
+
+    After a run, ``backends`` says which implementation every op of its ``"prefill"`` and ``"decode"`` had, and why, as
+    the programs that ran were compiled."""
 
     params: Params
     max_len: int
     batch: int = 1
-    backend: str = "auto"
+    backend: Backend = "auto"
     chunk: int = CHUNK
     timings: Timings = field(default_factory=Timings)
 
     def __post_init__(self) -> None:
         # Made once: before a prompt's first operation every step of the host is time in which the device waits.
         self._no_logits = jnp.zeros((self.batch, self.params.config.vocab_size), jnp.float32)
+        self.backends: dict[str, dict[str, Choice]] = {}
         self._forget()
+
+    def _note(self, phase: str, ran: Recorded) -> None:
+        """Keep what a compiled piece chose for its ops."""
+        self.backends.setdefault(phase, {}).update(ran.choices)
 
     def _forget(self) -> None:
         self._cache: KVCache | None = None
@@ -93,15 +104,17 @@ class Session:
     ) -> Generator[Tokens]:
         """Continue the prompts (one a row of the batch). Close the iterator to stop early; the cache stays usable."""
         self._check(prompts)
-        self.timings = Timings()
+        self.timings, self.backends = Timings(), {}
+        self._how = {"backend": self.backend, "arch": known(self.params)}
         clock = _Clock(self.timings)
         limit = np.asarray([min(max_new_tokens, self.max_len - len(p)) for p in prompts], np.int32)
         logits, cache = self._prefill(prompts, int(limit.max()))
         sampling = make_sampling(self.batch) if sampling is None else sampling
         seen = self._seen(prompts) if sampling.repetition_penalty is not None else None
-        state, drawn = jit_begin(
-            logits, cache, sampling, limit, stop_table(self.batch, stop_ids), seen, backend=self.backend
+        (state, drawn), choices = jit_sample_first(
+            logits, cache, sampling, limit, stop_table(self.batch, stop_ids), seen, **self._how
         )
+        self._note("prefill", choices)
         left = int(limit.max()) - 1
         try:
             self._held = [list(p) for p in prompts]
@@ -109,7 +122,8 @@ class Session:
                 # The next chunk is under way before this one is looked at: the device never waits for the host.
                 ahead = None
                 if left > 0:
-                    state, ahead = jit_decode_chunk(self.params, state, steps=self.chunk, backend=self.backend)
+                    (state, ahead), choices = jit_decode_chunk(self.params, state, steps=self.chunk, **self._how)
+                    self._note("decode", choices)
                     left -= self.chunk
                 tokens = self._collect(drawn)
                 clock.tick(tokens, steps=drawn.tokens.size // self.batch)
@@ -144,14 +158,7 @@ class Session:
     def _check(self, prompts: Sequence[Sequence[int]]) -> None:
         if len(prompts) != self.batch:
             raise InputError(f"prompts: expected {self.batch} (the session's batch), found {len(prompts)}")
-        for i, prompt in enumerate(prompts):
-            if not 0 < len(prompt) < self.max_len:
-                expected = f"1 to {self.max_len - 1} tokens (one less than the context)"
-                raise InputError(f"prompt {i}: expected {expected}, found {len(prompt)}")
-            strange = [t for t in prompt if not 0 <= t < self.params.config.vocab_size]
-            if strange:
-                expected = f"token ids from 0 to {self.params.config.vocab_size - 1}"
-                raise InputError(f"prompt {i}: expected {expected}, found {strange[0]}")
+        check_prompts(prompts, self.max_len - 1, "one less than the context", self.params.config)
 
     def _prefill(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> tuple[jax.Array, KVCache]:
         # The last token drawn is not in the cache, and the last of a prompt must be fed to give logits.
@@ -164,7 +171,8 @@ class Session:
         self.timings.prompt_tokens = sum(map(len, rest))
         for at in range(0, max(map(len, rest)), PREFILL_PIECE):
             tokens, lengths = pad([row[at : at + PREFILL_PIECE] for row in rest])
-            logits, cache = jit_prefill(self.params, tokens, lengths, logits, cache, backend=self.backend)
+            (logits, cache), choices = jit_prefill(self.params, tokens, lengths, logits, cache, **self._how)
+            self._note("prefill", choices)
         return logits, cache
 
     def _room_for(self, tokens: int) -> KVCache:

@@ -1,47 +1,61 @@
 """Llama's operations: each a `jax.numpy` reference and, where there is one, a Pallas kernel held to it."""
 
+from .arch import Arch, known, pinned
 from .attention import DECODE_QUERIES, attention, decode_attention
 from .decode_step import StepWeights, decode_step
-from .dispatch import BACKENDS, Choice, Op, Unsupported, record, require_hopper
+from .dispatch import BACKENDS, Choice, Kernel, Op, Recorded, Unsupported, record, recorded, require_kernels
 from .draw import draw, log_probability
 from .ffn import ffn
-from .layer_view import Indexed, cut_out
+from .layer_view import LayerView, materialize
 from .matmul import Weight, matmul
-from .qkv import qkv, rotate, split_heads, write
+from .paged_attention import PAGE, paged_attention, write_pages
+from .qkv import qkv, qkv_reference, rotate, split_heads, write
 from .quantized import QuantizedTensor, dequantize, group_size, quantize
 from .rms_norm import rms_norm
+from .transforms import vary_with
 
 OPS: dict[str, Op] = {
-    op.name: op for op in (rms_norm, matmul, qkv, attention, decode_attention, ffn, decode_step, draw)
+    op.name: op for op in (rms_norm, matmul, qkv, attention, decode_attention, paged_attention, ffn, decode_step, draw)
 }
 
 __all__ = [
     "BACKENDS",
     "DECODE_QUERIES",
     "OPS",
+    "PAGE",
+    "Arch",
     "Choice",
-    "Indexed",
+    "Kernel",
+    "LayerView",
     "Op",
     "QuantizedTensor",
+    "Recorded",
     "StepWeights",
     "Unsupported",
     "Weight",
     "attention",
-    "cut_out",
     "decode_attention",
     "decode_step",
     "dequantize",
     "draw",
     "ffn",
     "group_size",
+    "known",
     "log_probability",
+    "materialize",
     "matmul",
+    "paged_attention",
+    "pinned",
     "qkv",
+    "qkv_reference",
     "quantize",
     "record",
-    "require_hopper",
+    "recorded",
+    "require_kernels",
     "rms_norm",
     "rotate",
     "split_heads",
+    "vary_with",
     "write",
+    "write_pages",
 ]

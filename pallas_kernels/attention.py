@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .dispatch import Op
+from .dispatch import Kernel, Op
 from .hopper.attention import decode as flash_decode
 from .hopper.attention import prefill as flash_attention
 
@@ -30,9 +30,9 @@ def attention_reference(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Arr
         precision=precision,
         preferred_element_type=jnp.float32,
     )
-    positions = start[:, None] + jnp.arange(T)  # [B, T]
-    seen = jnp.arange(S) <= positions[:, None, None, :, None]  # [B, 1, 1, T, S]
-    scores = jnp.where(seen, scores.reshape(B, kv_heads, -1, T, S) * D**-0.5, -jnp.inf)
+    positions = start[:, None] + jnp.arange(T)[None]  # [B, T]
+    visible = jnp.arange(S)[None, None, None, None] <= positions[:, None, None, :, None]  # [B, 1, 1, T, S]
+    scores = jnp.where(visible, scores.reshape(B, kv_heads, -1, T, S) * D**-0.5, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(B, kv_heads, -1, S)
     out = jnp.einsum(
         "bkrs,bksd->bkrd",
@@ -46,9 +46,11 @@ def attention_reference(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Arr
 
 # Two names for one specification: many queries are bound by arithmetic, few by the bytes of the cache,
 # so that each gets a kernel of its own.
-attention = Op("attention", attention_reference, kernel=flash_attention.flash_attention, check=flash_attention.check)
+attention = Op(
+    "attention", attention_reference, {"hopper": Kernel(flash_attention.flash_attention, flash_attention.check)}
+)
 decode_attention = Op(
-    "decode_attention", attention_reference, kernel=flash_decode.flash_decode, check=flash_decode.check
+    "decode_attention", attention_reference, {"hopper": Kernel(flash_decode.flash_decode, flash_decode.check)}
 )
 
 DECODE_QUERIES = 8  # up to so many queries a row count as decoding

@@ -1,29 +1,33 @@
 """The one place where an implementation is chosen.
 
-An `Op` is a reference in plain `jax.numpy` and, where there is one, a kernel that must agree with it.
-`backend` is passed down from the caller and means
+An `Op` is a reference in plain `jax.numpy` and kernels that must agree with it, one for each GPU generation that has
+one. `backend` is passed down from the caller and means
 
 * ``"xla"``     the reference;
-* ``"pallas"``  the kernel, or `Unsupported` with the reason: an explicit wish never falls back (where an op
-  has no kernel, or is better without, like a norm that XLA fuses with its neighbours, there is none to wish for);
+* ``"pallas"``  the kernel, or `Unsupported` with the reason: it never falls back (where an op has no kernel, or XLA is
+  better, as for a norm that it fuses with its neighbours, the reference is what ``"pallas"`` means, too);
 * ``"auto"``    the kernel where it can run, else the reference. `record` tells which and why.
+
+The choice is made for the device that the computation is lowered for: see `arch`. What jit cannot know at trace time,
+because its arguments may be committed to any device, is left to lowering by `jax.lax.platform_dependent`: both ways are
+traced, one is lowered, and XLA never sees a branch. Everything may be differentiated and batched: see `transforms`.
 """
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 
-from .layer_view import cut_out
+from .arch import HOPPER, Arch, Target, elsewhere, pinned, target
+from .layer_view import materialize
+from .transforms import Unsupported, refuse, with_rules
 
 BACKENDS = ("auto", "xla", "pallas")
-
-
-class Unsupported(Exception):
-    """A kernel cannot run these arguments on this device; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -41,87 +45,147 @@ _recorder: contextvars.ContextVar[dict[str, Choice] | None] = contextvars.Contex
 @contextlib.contextmanager
 def record() -> Iterator[dict[str, Choice]]:
     """Collect the choice made for every op that is traced inside the ``with`` block."""
-    choices: dict[str, Choice] = {}
+    choices, outer = {}, _recorder.get()
     token = _recorder.set(choices)
     try:
         yield choices
     finally:
         _recorder.reset(token)
+        if outer is not None:
+            outer.update(choices)
 
 
-def require_hopper() -> None:
-    """Raise `Unsupported` unless the device that jax would use is a Hopper GPU."""
-    device = _device()
-    if device.platform != "gpu":
-        raise Unsupported(f"needs an NVIDIA Hopper GPU, found platform {device.platform!r}")
-    capability = getattr(device, "compute_capability", None)
-    if capability != "9.0":
-        raise Unsupported(f"needs compute capability 9.0 (Hopper), found {device.device_kind} with {capability}")
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Recorded:
+    """The choices of one trace, as the structure of a result: jit keeps them with the compiled function, and gives them
+    back with every call at no cost."""
+
+    items: tuple[tuple[str, Choice], ...]
+
+    @property
+    def choices(self) -> dict[str, Choice]:
+        """By the names of the ops."""
+        return dict(self.items)
 
 
-def _device() -> Any:
-    default = jax.config.jax_default_device
-    return default if isinstance(default, jax.Device) else jax.devices(default)[0]
+def recorded[T](function: Callable[..., T]) -> Callable[..., tuple[T, Recorded]]:
+    """``function``, which also returns what its trace chose. It is to be put under `jax.jit`, with ``arch``, the device
+    to compile for, as a static argument (None: it is not known)."""
+
+    @functools.wraps(function)
+    def call(*args: Any, arch: Arch | None = None, **kwargs: Any) -> tuple[T, Recorded]:
+        with record() as choices, pinned(arch):
+            out = function(*args, **kwargs)
+        return out, Recorded(tuple(choices.items()))
+
+    # jit looks up the names of static and donated arguments there.
+    signature = inspect.signature(function)
+    arch = inspect.Parameter("arch", inspect.Parameter.KEYWORD_ONLY, default=None)
+    call.__signature__ = signature.replace(parameters=[*signature.parameters.values(), arch])  # type: ignore[attr-defined]
+    return call
+
+
+def require_kernels(arch: Arch | None = None) -> None:
+    """Raise `Unsupported` unless a device, by default the one that jax would use, is of a generation with kernels."""
+    _require((HOPPER.name,), arch or target().arch)
+
+
+def _require(names: tuple[str, ...], arch: Arch) -> None:
+    if arch.name not in names:
+        raise Unsupported(f"needs {_gpu_of(names)}, found {arch}")
+
+
+def _gpu_of(names: tuple[str, ...]) -> str:
+    return f"an NVIDIA {' or '.join(name.title() for name in names)} GPU"
 
 
 @dataclass(frozen=True)
-class Op:
-    """A named operation: ``reference`` is its specification, ``kernel`` its fast equal.
+class Kernel:
+    """An implementation of an op for one GPU generation. ``check(*args, **kwargs)`` raises `Unsupported`, before
+    anything is launched, where it cannot run these arguments."""
 
-    ``check(*args, **kwargs)`` raises `Unsupported`, before anything is launched, where the kernel cannot run;
-    ``spare(*args, **kwargs)`` says why XLA does without the kernel where it could, on every backend, or None.
+    run: Callable[..., Any]
+    check: Callable[..., None] | None = None
+
+
+@dataclass(frozen=True, eq=False)  # equal only to itself: jax hashes the functions that it traces
+class Op:
+    """A named operation: ``reference`` is its specification, and ``kernels`` are its equals by `Arch.name`.
+
+    ``skip_reason(*args, **kwargs)`` says why XLA does without a kernel that could run, on every backend, or None.
     """
 
     name: str
     reference: Callable[..., Any]
-    kernel: Callable[..., Any] | None = None
-    check: Callable[..., None] | None = None
-    spare: Callable[..., str | None] | None = None
+    kernels: Mapping[str, Kernel] = field(default_factory=dict)
+    skip_reason: Callable[..., str | None] | None = None
 
     def choose(self, backend: str, *args: Any, **kwargs: Any) -> Choice:
         """Decide, without running anything, which implementation these arguments get."""
+        return self._choose(backend, target(jax.tree.leaves((args, kwargs))).arch, args, kwargs)
+
+    def __call__(self, *args: Any, backend: str = "auto", **kwargs: Any) -> Any:
+        where = target(jax.tree.leaves((args, kwargs)))
+        try:
+            choice = self._choose(backend, where.arch, args, kwargs)
+        except Unsupported as reason:
+            if not elsewhere():
+                raise
+            return refuse(self._reference, args, kwargs, str(reason))
+        return self._run(choice, where, self._reference, "xla", backend == "pallas", args, kwargs)
+
+    def try_kernel(self, otherwise: Callable[..., Any], *args: Any, backend: str = "auto", **kwargs: Any) -> Any:
+        """What the kernel gives, or ``otherwise(*args, **kwargs)`` where it is refused, whatever the backend: for a
+        caller that then goes by smaller ops, which face an explicit backend each by itself."""
+        where = target(jax.tree.leaves((args, kwargs)))
+        try:
+            choice = self._choose(backend, where.arch, args, kwargs)
+        except Unsupported as reason:
+            choice = Choice("xla", str(reason).removeprefix(f"{self.name}: "))
+        return self._run(choice, where, otherwise, "ops", False, args, kwargs)
+
+    def _choose(self, backend: str, arch: Arch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Choice:
         if backend not in BACKENDS:
             raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, found {backend!r}")
         if backend == "xla":
             return Choice("xla", "asked for")
-        if self.kernel is None:
+        if not self.kernels:
             return Choice("xla", "has no kernel: XLA fuses it with its neighbours")
-        if self.spare is not None and (why := self.spare(*args, **kwargs)):
+        if self.skip_reason is not None and (why := self.skip_reason(*args, **kwargs)):
             return Choice("xla", why)
         try:
-            require_hopper()
-            if self.check is not None:
-                self.check(*args, **kwargs)
+            _require(tuple(self.kernels), arch)
+            if (check := self.kernels[arch.name].check) is not None:
+                with pinned(arch):
+                    check(*args, **kwargs)
         except Unsupported as reason:
             if backend == "pallas":
                 raise Unsupported(f"{self.name}: {reason}") from None
             return Choice("xla", str(reason))
         return Choice("pallas", "asked for" if backend == "pallas" else "kernel runs here")
 
-    def __call__(self, *args: Any, backend: str = "auto", **kwargs: Any) -> Any:
-        choice = self._note(self.choose(backend, *args, **kwargs))
-        if choice.impl == "xla":
-            args, kwargs = cut_out((args, kwargs))
-            return self.reference(*args, **kwargs)
-        assert self.kernel is not None
-        return self.kernel(*args, **kwargs)
+    def _reference(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = materialize((args, kwargs))
+        return self.reference(*args, **kwargs)
 
-    def attempt(self, *args: Any, backend: str = "auto", **kwargs: Any) -> Any | None:
-        """What the kernel gives, or None where it is refused, whatever the backend: for a caller that then goes by
-        smaller ops, which face an explicit backend each by itself."""
-        try:
-            choice = self.choose(backend, *args, **kwargs)
-        except Unsupported as reason:
-            choice = Choice("xla", str(reason).removeprefix(f"{self.name}: "))
+    def _run(self, choice: Choice, where: Target, otherwise: Callable[..., Any], impl: str, strict: bool,
+             args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # fmt: skip
         if choice.impl == "xla":
-            self._note(Choice("ops", choice.why))
-            return None
-        self._note(choice)
-        assert self.kernel is not None
-        return self.kernel(*args, **kwargs)
+            self._note(Choice(impl, choice.why))
+            return otherwise(*args, **kwargs)
+        self._note(choice if where.certain else Choice(choice.impl, f"{choice.why}, if lowered for CUDA"))
+        needed = f"needs {_gpu_of(tuple(self.kernels))}"
+        return with_rules(
+            self.kernels[where.arch.name].run,
+            otherwise,
+            where,
+            args,
+            kwargs,
+            replaced=lambda why: self._note(Choice(impl, why)),
+            refusal=f"{self.name}: {needed}" if strict else None,
+        )
 
-    def _note(self, choice: Choice) -> Choice:
-        choices = _recorder.get()
-        if choices is not None:
+    def _note(self, choice: Choice) -> None:
+        if (choices := _recorder.get()) is not None and not elsewhere():
             choices[self.name] = choice
-        return choice

@@ -9,24 +9,25 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .dispatch import Op
-from .hopper.sampling.draw import check_draw, draw_rows, spare_draw
+from .dispatch import Kernel, Op
+from .hopper.sampling.draw import check_draw, draw_rows, skip_reason
+from .transforms import vary_with
 
 
 def draw_reference(
     logits: jax.Array,  # [B, V] float32
-    share: jax.Array | None,  # [B], from 0 to below 1: a random number a row; None: the largest logit
+    u: jax.Array | None,  # [B], from 0 to below 1: a random number a row; None: the largest logit
     *,
-    temperature: jax.Array | None,  # [B]; a row of 0 takes its largest logit; None where share is
+    temperature: jax.Array | None,  # [B]; a row of 0 takes its largest logit; None where u is
     **cuts: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     """A token of every row [B], and its log-probability [B] under the logits as they are. ``cuts``: see `truncate`."""
     token = jnp.argmax(logits, axis=-1)
-    if share is not None:
+    if u is not None:
         assert temperature is not None
         warm = truncate(logits / jnp.maximum(temperature, 1e-6)[:, None], **cuts)
         mass = jnp.exp(warm - jnp.max(warm, axis=-1, keepdims=True))
-        token = jnp.where(temperature > 0, pick(mass, share), token)
+        token = jnp.where(temperature > 0, pick(mass, u), token)
     token = token.astype(jnp.int32)
     return token, log_probability(logits, token)
 
@@ -62,12 +63,12 @@ def truncate(
 _BLOCK = 128  # of a vocabulary, whose masses are added up first
 
 
-def pick(mass: jax.Array, share: jax.Array) -> jax.Array:
-    """[B]: where the masses [B, V], added up from the first, pass ``share`` [B] of their sum. One random number a row:
+def pick(mass: jax.Array, u: jax.Array) -> jax.Array:
+    """[B]: where the masses [B, V], added up from the first, pass ``u`` [B] of their sum. One random number a row:
     to draw one for every token takes longer than all else that sampling does."""
     blocks = jnp.pad(mass, ((0, 0), (0, -mass.shape[1] % _BLOCK))).reshape(mass.shape[0], -1, _BLOCK)
     sums = blocks.sum(axis=2)
-    wanted = share * sums.sum(axis=1)
+    wanted = u * sums.sum(axis=1)
     block, before = _passing(sums, wanted)
     inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
     return block * _BLOCK + _passing(inside, jnp.maximum(wanted - before, 0))[0]
@@ -102,17 +103,18 @@ def _largest_threshold(bits: jax.Array, weight: jax.Array, wanted: jax.Array) ->
     digits = jnp.arange(1, 2**_DIGIT, dtype=jnp.uint32)
 
     def settle(i: jax.Array, low: jax.Array) -> jax.Array:
-        shift = jnp.uint32(32 - _DIGIT) - jnp.uint32(_DIGIT) * i.astype(jnp.uint32)
-        tried = low[:, None] + (digits << shift)  # [B, 15]
+        shift = jnp.uint32(32 - _DIGIT) - jnp.uint32(_DIGIT) * jnp.asarray(i, jnp.uint32)
+        tried = low[:, None] + (digits << shift)[None]  # [B, 15]
         reached = jnp.sum(jnp.where(bits[:, None] >= tried[:, :, None], weight[:, None], 0), axis=-1)  # [B, 15]
         # The sums fall as the threshold rises, so the number that suffice is the digit.
         digit = jnp.sum(reached >= wanted[:, None], axis=-1, dtype=jnp.uint32)
         return low + (digit << shift)
 
-    return lax.fori_loop(0, 32 // _DIGIT, settle, jnp.zeros(bits.shape[0], jnp.uint32))
+    zeros = vary_with(jnp.zeros(bits.shape[0], jnp.uint32), bits, weight, wanted)
+    return lax.fori_loop(0, 32 // _DIGIT, settle, zeros)
 
 
-draw = Op("draw", draw_reference, kernel=draw_rows, check=check_draw, spare=spare_draw)
+draw = Op("draw", draw_reference, {"hopper": Kernel(draw_rows, check_draw)}, skip_reason=skip_reason)
 
 CASES: dict[str, dict[str, Any]] = {
     "7b": dict(rows=1, vocab=32000),

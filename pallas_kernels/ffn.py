@@ -5,8 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .dispatch import Op, Unsupported
-from .layer_view import Indexed
+from .dispatch import Kernel, Op, Unsupported
+from .layer_view import LayerView
 from .matmul import Weight, check_product, matmul_reference, product
 from .rms_norm import rms_norm_reference
 
@@ -23,7 +23,9 @@ def ffn_reference(x: jax.Array, norm: jax.Array, w_gate_up: Weight, w_down: Weig
     return matmul_reference(swiglu(matmul_reference(h, w_gate_up)), w_down, residual=x)
 
 
-def check_ffn(x: jax.Array, norm: jax.Array, w_gate_up: Weight | Indexed, w_down: Weight | Indexed, **_: Any) -> None:
+def check_ffn(
+    x: jax.Array, norm: jax.Array, w_gate_up: Weight | LayerView, w_down: Weight | LayerView, **_: Any
+) -> None:
     """Raise `Unsupported` where `ffn_kernel` cannot run."""
     if norm.shape != x.shape[-1:]:
         raise Unsupported(f"norm has shape {norm.shape}, activations have {x.shape[-1]} features")
@@ -32,7 +34,13 @@ def check_ffn(x: jax.Array, norm: jax.Array, w_gate_up: Weight | Indexed, w_down
 
 
 def ffn_kernel(
-    x: jax.Array, norm: jax.Array, w_gate_up: Weight | Indexed, w_down: Weight | Indexed, *, eps: float, **options: Any
+    x: jax.Array,
+    norm: jax.Array,
+    w_gate_up: Weight | LayerView,
+    w_down: Weight | LayerView,
+    *,
+    eps: float,
+    **options: Any,
 ) -> jax.Array:
     """`ffn_reference` in two products: SwiGLU ends the first, the residual the second, and neither the gate nor the up
     projection is ever whole in memory. The norm is XLA's: it is one pass over ``x``, a hundredth of the work."""
@@ -40,7 +48,7 @@ def ffn_kernel(
     return product(product(h, w_gate_up, swiglu=True, **options), w_down, residual=x, **options)
 
 
-ffn = Op("ffn", ffn_reference, kernel=ffn_kernel, check=check_ffn)
+ffn = Op("ffn", ffn_reference, {"hopper": Kernel(ffn_kernel, check_ffn)})
 
 CASES = {
     "7b": dict(dim=4096, hidden=11008),

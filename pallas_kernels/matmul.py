@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .dispatch import Op
+from .dispatch import Kernel, Op
 from .hopper.common.tiles import Weight
-from .hopper.gemm.large_m import check_wide, wide
-from .hopper.gemm.small_m import MAX_ROWS, check_skinny, skinny
-from .layer_view import Indexed
+from .hopper.gemm.large_m import check_large_m, large_m_gemm
+from .hopper.gemm.small_m import SMALL_M_MAX, check_small_m, small_m_gemm
+from .layer_view import LayerView
 from .quantized import QuantizedTensor, dequantize
 
 
@@ -29,7 +29,8 @@ def matmul_reference(
 def _product(x: jax.Array, w: Weight) -> jax.Array:
     if isinstance(w, QuantizedTensor):
         if w.scale.shape[-1] == 1:  # one scale a row: it commutes with the sum, so the integers go in as they are
-            return _dot(x, w.data.astype(x.dtype)) * w.scale[..., 0]
+            y = _dot(x, w.data.astype(x.dtype))
+            return y * jnp.broadcast_to(w.scale[:, 0], y.shape)
         w = dequantize(w, x.dtype)
     return _dot(x, w.astype(x.dtype))
 
@@ -42,28 +43,28 @@ def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
     return lax.dot_general(x, w, contract_last, precision=precision, preferred_element_type=jnp.float32)
 
 
-def check_product(x: jax.Array, w: Weight | Indexed, *, swiglu: bool = False, **_: Any) -> None:
+def check_product(x: jax.Array, w: Weight | LayerView, *, swiglu: bool = False, **_: Any) -> None:
     """Raise `Unsupported` where `product` cannot run."""
-    w = w.stacked if isinstance(w, Indexed) else w
+    w = w.stacked if isinstance(w, LayerView) else w
     x = jax.ShapeDtypeStruct((math.prod(x.shape[:-1]), x.shape[-1]), x.dtype)
-    if x.shape[0] <= MAX_ROWS:
-        check_skinny(x, w)
+    if x.shape[0] <= SMALL_M_MAX:
+        check_small_m(x, w)
     else:
-        check_wide(x, w, swiglu=swiglu)
+        check_large_m(x, w, swiglu=swiglu)
 
 
-def product(x: jax.Array, w: Weight | Indexed, *, residual: jax.Array | None = None, **options: Any) -> jax.Array:
-    """`matmul_reference` by the kernel that fits the number of rows; ``options`` are those of `skinny` and `wide`."""
-    w, layer = (w.stacked, w.index) if isinstance(w, Indexed) else (w, None)
+def product(x: jax.Array, w: Weight | LayerView, *, residual: jax.Array | None = None, **options: Any) -> jax.Array:
+    """`matmul_reference` by the kernel that fits the number of rows; ``options`` are those of that kernel."""
+    w, layer = (w.stacked, w.index) if isinstance(w, LayerView) else (w, None)
     lead = x.shape[:-1]
     x = x.reshape(-1, x.shape[-1])
     if residual is not None:
         residual = residual.reshape(-1, residual.shape[-1])
-    kernel = skinny if x.shape[0] <= MAX_ROWS else wide
+    kernel = small_m_gemm if x.shape[0] <= SMALL_M_MAX else large_m_gemm
     return kernel(x, w, layer=layer, residual=residual, **options).reshape(*lead, -1)
 
 
-matmul = Op("matmul", matmul_reference, kernel=product, check=check_product)
+matmul = Op("matmul", matmul_reference, {"hopper": Kernel(product, check_product)})
 
 CASES = {
     "7b-qkv": dict(out=12288, inner=4096),

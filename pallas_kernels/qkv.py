@@ -1,19 +1,20 @@
 """The QKV product with what always follows it: rotary embedding, and the new keys and values put into the cache."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .dispatch import Op, Unsupported
+from .dispatch import Kernel, Op, Unsupported
 from .hopper.common.tiles import Weight
-from .hopper.gemm.large_m import check_wide
-from .hopper.gemm.large_m_plan import WideTiles
-from .hopper.gemm.large_m_qkv import wide_qkv
-from .hopper.gemm.small_m import MAX_ROWS
-from .layer_view import Indexed
+from .hopper.gemm.large_m import check_large_m
+from .hopper.gemm.large_m_plan import LargeMTiles
+from .hopper.gemm.large_m_qkv import large_m_qkv
+from .hopper.gemm.small_m import SMALL_M_MAX
+from .layer_view import LayerView
 from .matmul import matmul_reference
 
 Result = tuple[jax.Array, jax.Array, jax.Array]
@@ -29,14 +30,15 @@ def qkv_reference(
     sin: jax.Array,
     *,
     layer: jax.Array | int | None = None,
+    product: Callable[..., jax.Array] = matmul_reference,
 ) -> Result:
     """x [B, T, dim], w [(heads + 2 * kv_heads) * D, dim], k and v [B, kv_heads, S, D] of a cache (with ``layer``:
     [layers, ...]), start [B], cos and sin [B, T, D / 2] of the tokens' positions -> q [B, T, heads, D], and the cache
-    with the new keys and values at ``start`` and behind; what has no room is dropped.
+    with the new keys and values at ``start`` and behind; what has no room is dropped. ``product`` multiplies.
 
     Slots of the cache behind the new ones are free: the kernel may write there, too."""
     kv_heads, _, D = k.shape[-3:]
-    q, k_new, v_new = split_heads(matmul_reference(x, w), w.shape[0] // D // kv_heads - 2, D)
+    q, k_new, v_new = split_heads(product(x, w), w.shape[0] // D // kv_heads - 2, D)
     k, v = write(k, rotate(k_new, cos, sin), start, layer), write(v, v_new, start, layer)
     return rotate(q, cos, sin), k, v
 
@@ -61,7 +63,7 @@ def write(cache: jax.Array, new: jax.Array, start: jax.Array, layer: jax.Array |
     """``cache`` [B, kv_heads, S, D], or ``layer`` of [layers, ...], with new [B, T, kv_heads, D] at ``start`` [B] and
     behind; what has no room is dropped."""
     B, T, kv_heads, _ = new.shape
-    rows, slots = jnp.arange(B)[:, None], start[:, None] + jnp.arange(T)  # [B, T]
+    rows, slots = jnp.arange(B)[:, None], start[:, None] + jnp.arange(T)[None]  # [B, T]
     if layer is not None:
         # Every axis but the last is indexed, in order: else XLA on a GPU transposes, and so copies, the whole.
         places = cache.at[layer, rows[:, :, None], jnp.arange(kv_heads), slots[:, :, None]]
@@ -74,7 +76,7 @@ def write(cache: jax.Array, new: jax.Array, start: jax.Array, layer: jax.Array |
 
 def check_qkv(
     x: jax.Array,
-    w: Weight | Indexed,
+    w: Weight | LayerView,
     k: jax.Array,
     v: jax.Array,
     start: jax.Array,
@@ -84,11 +86,11 @@ def check_qkv(
     layer: jax.Array | int | None = None,
 ) -> None:
     """Raise `Unsupported` where `qkv_kernel` cannot run."""
-    w = w.stacked if isinstance(w, Indexed) else w
+    w = w.stacked if isinstance(w, LayerView) else w
     (B, T, inner), (cached, kv_heads, _, D) = x.shape, k.shape[-4:]
-    rows, chunk = math.prod(x.shape[:2]), WideTiles.chunk
-    if rows <= MAX_ROWS:
-        raise Unsupported(f"{rows} rows: up to {MAX_ROWS} have a product of their own")
+    rows, chunk = math.prod(x.shape[:2]), LargeMTiles.chunk
+    if rows <= SMALL_M_MAX:
+        raise Unsupported(f"{rows} rows: up to {SMALL_M_MAX} have a product of their own")
     if D not in (64, 128):
         raise Unsupported(f"head_dim must be 64 or 128, found {D}")
     if k.shape != v.shape or k.ndim != (4 if layer is None else 5) or (cached, *start.shape) != (B, B):
@@ -101,12 +103,12 @@ def check_qkv(
         raise Unsupported(f"{T} tokens of {B} sequences: of several, they must be a multiple of {chunk}")
     if w.shape[-2] % D or w.shape[-2] <= 2 * kv_heads * D:
         raise Unsupported(f"{w.shape[-2]} outputs are not q's heads and two times {kv_heads} of {D}")
-    check_wide(jax.ShapeDtypeStruct((rows, inner), x.dtype), w)
+    check_large_m(jax.ShapeDtypeStruct((rows, inner), x.dtype), w)
 
 
 def qkv_kernel(
     x: jax.Array,
-    w: Weight | Indexed,
+    w: Weight | LayerView,
     k: jax.Array,
     v: jax.Array,
     start: jax.Array,
@@ -116,12 +118,12 @@ def qkv_kernel(
     layer: jax.Array | int | None = None,
     **options: Any,
 ) -> Result:
-    """`qkv_reference` in one launch; ``options`` are those of `wide_qkv`."""
-    w, index = (w.stacked, w.index) if isinstance(w, Indexed) else (w, None)
-    return wide_qkv(x, w, k, v, start, cos, sin, layer=index, cache_layer=layer, **options)
+    """`qkv_reference` in one launch; ``options`` are those of `large_m_qkv`."""
+    w, index = (w.stacked, w.index) if isinstance(w, LayerView) else (w, None)
+    return large_m_qkv(x, w, k, v, start, cos, sin, layer=index, cache_layer=layer, **options)
 
 
-qkv = Op("qkv", qkv_reference, kernel=qkv_kernel, check=check_qkv)
+qkv = Op("qkv", qkv_reference, {"hopper": Kernel(qkv_kernel, check_qkv)})
 
 CASES = {
     "7b": dict(dim=4096, heads=32, kv_heads=32, head_dim=128),

@@ -1,4 +1,4 @@
-"""RMSNorm: ``x / rms(x) * weight``, statistics in float32; alone, and with the residual add before it."""
+"""RMSNorm: ``x / rms(x) * weight``, statistics in float32."""
 
 import math
 from typing import Any
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .dispatch import Op
+from .dispatch import Kernel, Op
 from .hopper.rms_norm import check_norm, norm_rows
 
 ENOUGH_ROWS = 256  # below, a launch costs more than the fusion saves
@@ -17,25 +17,17 @@ def rms_norm_reference(x: jax.Array, weight: jax.Array, *, eps: float) -> jax.Ar
     """x [..., dim], weight [dim] -> [..., dim] in x's dtype."""
     x32 = x.astype(jnp.float32)
     inv_rms = lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return (x32 * inv_rms * weight.astype(jnp.float32)).astype(x.dtype)
+    gain = jnp.broadcast_to(weight.astype(jnp.float32), x.shape)
+    return (x32 * inv_rms * gain).astype(x.dtype)
 
 
-def add_rms_norm_reference(
-    x: jax.Array, weight: jax.Array, *, delta: jax.Array, eps: float
-) -> tuple[jax.Array, jax.Array]:
-    """x and delta [..., dim], weight [dim] -> x + delta, and its norm."""
-    x = x + delta
-    return x, rms_norm_reference(x, weight, eps=eps)
-
-
-def few_rows(x: jax.Array, *_: Any, **__: Any) -> str | None:
+def skip_reason(x: jax.Array, *_: Any, **__: Any) -> str | None:
     """Why XLA norms so few rows, if it does."""
     few = math.prod(x.shape[:-1]) < ENOUGH_ROWS
     return f"fewer than {ENOUGH_ROWS} rows: XLA fuses it with its neighbours" if few else None
 
 
-rms_norm = Op("rms_norm", rms_norm_reference, kernel=norm_rows, check=check_norm, spare=few_rows)
-add_rms_norm = Op("add_rms_norm", add_rms_norm_reference, kernel=norm_rows, check=check_norm, spare=few_rows)
+rms_norm = Op("rms_norm", rms_norm_reference, {"hopper": Kernel(norm_rows, check_norm)}, skip_reason=skip_reason)
 
 CASES = {
     "7b-decode": dict(rows=1, dim=4096),

@@ -5,10 +5,13 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bench.peers import NotSupported, Output, Peer
 from bench.workloads import DRAWN, SAMPLING, SEED
+
+if TYPE_CHECKING:
+    from jllama.config import Quant
 
 CHUNK = 64  # tokens between two looks at the output; a terminal takes 16, a benchmark need not look
 DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
@@ -27,14 +30,15 @@ def open_model(job: dict[str, Any]) -> "Ours":
 def _sampling(batch: int, sampled: bool) -> Any:
     from jllama import make_sampling
 
-    return make_sampling(batch, seed=SEED, **SAMPLING) if sampled else None
+    settings: dict[str, Any] = SAMPLING
+    return make_sampling(batch, seed=SEED, **settings) if sampled else None
 
 
 class Ours:
     """`jllama` as a peer."""
 
     def __init__(self, job: dict[str, Any]) -> None:
-        self.job, self.params = job, None
+        self.job, self.params, self.backends = job, None, {}
         if job.get("compiled") is not None:
             from jllama.compilation import enable_cache
 
@@ -49,7 +53,7 @@ class Ours:
         from jllama.step import runs_whole
 
         dtype, room = self.job["dtype"], self.job["rooms"][str(batch)]
-        quant = dtype if dtype in ("int8", "int4") else "none"
+        quant: Quant = dtype if dtype in ("int8", "int4") else "none"
         float_dtype = DTYPES.get(dtype) or ("float32" if jax.devices()[0].platform == "cpu" else "bfloat16")
         config, make = opened(self.job["model"], float_dtype, quant, batch, room)
         stacked = self.job["backend"] != "xla" and runs_whole(config, float_dtype, quant, batch=batch, max_len=room)
@@ -92,6 +96,7 @@ class Ours:
                     row.extend(new)
         except Unsupported as reason:
             raise NotSupported(str(reason)) from None
+        self.backends = session.backends
         return ids, first, time.perf_counter() - begin
 
     def peak_bytes(self) -> int:
@@ -101,14 +106,9 @@ class Ours:
         stats = jax.devices()[0].memory_stats() or {}
         return int(stats.get("peak_bytes_in_use") or process_peak())
 
-    def chosen(self, batch: int, prompt: int, context: int, sampled: bool) -> dict[str, Any]:
-        """What runs for every op of a prefill and of a decode step, and why."""
-        from jllama import backends
-
-        assert self.params is not None
-        sizes: Any = dict(batch=batch, prompt=prompt, max_len=-(-context // 128) * 128)
-        phases = backends(self.params, backend=self.job["backend"], sampling=_sampling(batch, sampled), **sizes)
-        return {"choices": {p: {op: [c.impl, c.why] for op, c in ops.items()} for p, ops in phases.items()}}
+    def chosen(self) -> dict[str, Any]:
+        """What ran last for every op of a prefill and of a decode step, and why."""
+        return {"choices": {p: {op: [c.impl, c.why] for op, c in ops.items()} for p, ops in self.backends.items()}}
 
     def hello(self) -> dict[str, Any]:
         """The device, its platform, and the versions that all records carry."""
@@ -179,7 +179,7 @@ class Ours:
 
 
 def opened(
-    model: str, dtype: str = "float32", quant: str = "none", batch: int = 1, max_len: int | None = None
+    model: str, dtype: str = "float32", quant: "Quant" = "none", batch: int = 1, max_len: int | None = None
 ) -> tuple[Any, Callable[..., Any]]:
     """The configuration of a checkpoint, or of a preset whose weights are drawn here, and what makes its params."""
     if model.startswith(DRAWN):

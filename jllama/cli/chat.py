@@ -1,36 +1,55 @@
-"""``python -m jllama.chat``: a conversation in the terminal, in Meta's Llama-2 chat format."""
+"""``jllama chat``: a conversation in the terminal, in the chat format of the model."""
 
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jllama.cli.options import add_model_flags, add_sampling_flags, sampling_settings
+import jllama
+from jllama.cli.options import Parser, add_model_flags, add_sampling_flags, sampling_options
+from jllama.cli.terminal import Cancelled, Leave, history, interactive, read_line, read_message, say
 from jllama.errors import InputError, reported
-from jllama.text.dialog import Exchange, dialog_ids
+from jllama.text.dialog import Exchange
+
+if TYPE_CHECKING:
+    from jllama.cli.runtime import Opened
+    from jllama.text.lm import LM
+    from jllama.text.templates import Message
 
 HELP = """\
 /system TEXT  set the system prompt (without TEXT: show it); starts anew
 /reset        forget the conversation
 /save FILE    write the conversation as JSON
 /help         this
-/quit         leave (or Ctrl-D); Ctrl-C stops an answer"""
+/quit         leave (or Ctrl-D); Ctrl-C stops an answer
+A line that ends with \\ goes on in the next; pasted lines are one message."""
 
 MIN_ANSWER = 16  # tokens that an answer must have room for
+MENU = "[d]rop the oldest exchange, [r]eset the conversation, or [c]ancel the question? "
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command's flags."""
-    parser = argparse.ArgumentParser(
-        prog="jllama chat", description="Chat with a Llama-2 chat model.", epilog=HELP,
+    parser = Parser(
+        prog="jllama chat", description="Chat with a model.", epilog=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--system", metavar="TEXT", help="system prompt")
+    help_template = "llama-2, plain, or the file of a jinja template (default: as the model says)"
+    parser.add_argument("--chat-template", metavar="FORMAT", help=help_template)
+    parser.add_argument(
+        "--when-full",
+        choices=("ask", "drop", "stop"),
+        help="what to do when the context is full: ask, drop the oldest exchanges, or stop with an error "
+        "(default: ask at a terminal, stop where the input is piped)",
+    )
+    parser.add_argument("--no-history", action="store_true", help="neither read nor write the history of messages")
     add_sampling_flags(parser, temperature=0.6)
     add_model_flags(parser)
-    parser.add_argument("-q", "--quiet", action="store_true", help="no figures after an answer")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no banner, and no figures after an answer")
     parser.set_defaults(top_p=0.9)
     return parser
 
@@ -39,10 +58,13 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; the exit code."""
     args = parser().parse_args(argv)
     with reported("jllama chat"):
-        settings = sampling_settings(args)
+        options = sampling_options(args)
+        if args.when_full == "ask" and not interactive():
+            raise InputError("--when-full: expected drop or stop where the input is piped, found ask")
+        args.when_full = args.when_full or ("ask" if interactive() else "stop")
         from jllama.cli.runtime import as_input_error
 
-        as_input_error(lambda: run(args, settings))
+        as_input_error(lambda: run(args, options))
     return 0
 
 
@@ -53,55 +75,62 @@ class Conversation:
     system: str | None = None
     exchanges: list[Exchange] = field(default_factory=list)
 
+    def messages(self, question: str) -> list["Message"]:
+        """All of it and a question, as `jllama.LM` takes it."""
+        return list(self._messages(question))
 
-class Leave(Exception):
-    """The user has had enough."""
+    def _messages(self, question: str) -> Iterator["Message"]:
+        if self.system:
+            yield {"role": "system", "content": self.system}
+        for exchange in self.exchanges:
+            yield {"role": "user", "content": exchange.question}
+            yield {"role": "assistant", "content": exchange.answer or ""}
+        yield {"role": "user", "content": question}
 
 
-def run(args: argparse.Namespace, settings: dict[str, Any]) -> None:
+class Full(InputError):
+    """The context is full, and nobody is there to choose what goes."""
+
+
+def run(args: argparse.Namespace, options: dict[str, Any]) -> None:
     """Load the model and talk until the user leaves."""
     from jllama.cli.runtime import open_model
-    from jllama.stream import Session
 
     model = open_model(args, quiet=args.quiet)
-    session = Session(model.params, model.max_len, backend=args.backend)
     conversation = Conversation(args.system)
-    say("chat with " + str(Path(args.model).name) + "; /help tells the commands")
-    while True:
-        try:
-            line = read_line("> ")
-            if line.startswith("/"):
-                say(command(line, conversation))
-            elif line:
-                answer(line, conversation, session, model, args, settings)
-        except Leave:
-            return
-        except InputError as error:  # one bad command or question does not end the conversation
-            say(f"error: {error}")
+    if not args.quiet:
+        say(banner(args, model))
+        if model.lm.chat_format.note:
+            say(model.lm.chat_format.note)
+    with history(keep=not args.no_history):
+        while True:
+            try:
+                text = read_message("> ")
+                if text.startswith("/"):
+                    say(command(text, conversation))
+                elif text:
+                    answer(text, conversation, model.lm, args, options)
+            except Leave:
+                return
+            except Cancelled:
+                say("(Ctrl-D or /quit leaves)")
+            except Full:
+                raise
+            except InputError as error:  # one bad command or question does not end the conversation
+                say(f"error: {error}")
 
 
-def say(text: str) -> None:
-    """To the user, not part of the model's text."""
-    print(text, file=sys.stderr, flush=True)
+def banner(args: argparse.Namespace, model: "Opened") -> str:
+    """What answers: the model, its format and dtype, what runs it, and how much it can remember."""
+    from jllama.cli.runtime import device_line
 
-
-def read_line(prompt: str) -> str:
-    """A line from the user, with editing and history where it is a terminal; `Leave` at its end."""
-    if not sys.stdin.isatty():
-        line = sys.stdin.readline()
-        if not line:
-            raise Leave
-        return line.strip()
-    import readline  # noqa: F401  (input() uses it)
-
-    try:
-        return input(prompt).strip()
-    except EOFError:
-        print()
-        raise Leave from None
-    except KeyboardInterrupt:
-        print()
-        return ""
+    params, source = model.lm.params, model.source
+    quant = {"none": ""}.get(args.quant, f" weights in {args.quant},")
+    if source.quant is not None:
+        quant = f" weights in int{source.quant.bits},"
+    what = f"{source.path.name} ({source.form}, {params.config.n_params / 1e6:,.1f} M weights)"
+    how = f"{quant} {params.dtype}, {device_line(args.backend, params)}, context {model.lm.max_len:,} tokens"
+    return f"jllama {jllama.__version__}: {what},{how}; /help tells the commands"
 
 
 def command(line: str, conversation: Conversation) -> str:
@@ -132,7 +161,7 @@ def command(line: str, conversation: Conversation) -> str:
 def save(path: Path, conversation: Conversation) -> str:
     """Write the conversation to a file that does not exist yet."""
     try:
-        with open(path, "x") as file:
+        with open(path, "x", encoding="utf-8") as file:
             json.dump(asdict(conversation), file, indent=2, ensure_ascii=False)
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from None
@@ -140,67 +169,71 @@ def save(path: Path, conversation: Conversation) -> str:
 
 
 def answer(
-    question: str,
-    conversation: Conversation,
-    session: Any,
-    model: Any,
-    args: argparse.Namespace,
-    settings: dict[str, Any],
+    question: str, conversation: Conversation, lm: "LM", args: argparse.Namespace, options: dict[str, Any]
 ) -> None:
     """Let the model answer; Ctrl-C stops it, and what it said until then counts."""
     from jllama.cli.runtime import figures
-    from jllama.sampling import make_sampling
-    from jllama.text.complete import Completion, complete
+    from jllama.text.complete import Completion
 
-    asked = Exchange(question)
-    ids = make_room(asked, conversation, model)
+    ids = make_room(question, conversation, lm, args.when_full)
     if ids is None:
         return
     completion = Completion(ids)
-    pieces = complete(
-        session,
-        model.tokenizer,
-        [completion],
-        max_new_tokens=args.max_new_tokens,
-        sampling=make_sampling(1, seed=args.seed + len(conversation.exchanges), **settings),
-        stop_ids=model.params.config.eos_ids,
-        stop=args.stop,
-    )
-    begun = False
+    pieces = lm.complete([completion], row=len(conversation.exchanges), chat=True, **options)
+    shown = ""
     try:
         for _, text in pieces:
-            # The format puts a space before the answer; the terminal needs none.
-            print(text if begun else text.lstrip(), end="", flush=True)
-            begun = begun or bool(text.strip())
+            # Formats put white space before the answer; the terminal needs none.
+            new = text if shown else text.lstrip()
+            print(new, end="", flush=True)
+            shown += new
         print()
     except KeyboardInterrupt:
         pieces.close()
         print()
         say("(stopped)")
-    conversation.exchanges.append(Exchange(question, completion.text.strip()))
+        if not shown:
+            return  # before it had begun: nothing was asked
+    conversation.exchanges.append(Exchange(question, shown.strip()))
     if completion.finish_reason == "length":
         say(f"(cut off after {len(completion.ids)} tokens)")
     if not args.quiet:
-        say(figures(model.params, session.timings))
+        say(figures(lm.params, lm.timings))
 
 
-def make_room(asked: Exchange, conversation: Conversation, model: Any) -> list[int] | None:
-    """The ids of the conversation with this question. Where they leave no room for an answer the user chooses what
-    goes; None: nothing was asked after all."""
+def make_room(question: str, conversation: Conversation, lm: "LM", when_full: str) -> list[int] | None:
+    """The ids of the conversation with this question. Where they leave no room for an answer, the flag or the user
+    says what goes; None: nothing was asked after all."""
     while True:
-        ids = dialog_ids(model.tokenizer, [*conversation.exchanges, asked], conversation.system)
-        if len(ids) + MIN_ANSWER <= model.max_len:
+        ids = lm.prompt_ids(conversation.messages(question))
+        if len(ids) + MIN_ANSWER <= lm.max_len:
             return ids
+        full = f"the context is full: {len(ids)} tokens and an answer do not fit into {lm.max_len}"
         if not conversation.exchanges:
-            raise InputError(f"question: expected up to {model.max_len - MIN_ANSWER} tokens, found {len(ids)}")
-        say(f"the context is full: {len(ids)} tokens and an answer do not fit into {model.max_len}")
-        match read_line("[d]rop the oldest exchange, [r]eset the conversation, or [c]ancel the question? ")[:1]:
+            raise InputError(f"question: expected up to {lm.max_len - MIN_ANSWER} tokens, found {len(ids)}")
+        if when_full == "stop":
+            raise Full(f"{full} (--when-full drop forgets the oldest exchange)")
+        choice = "d" if when_full == "drop" else ask(full)
+        match choice:
             case "d":
+                say("(the oldest exchange is forgotten)")
                 del conversation.exchanges[0]
             case "r":
                 conversation.exchanges.clear()
             case "c":
                 return None
+
+
+def ask(full: str) -> str:
+    """What the user chooses; Ctrl-C cancels the question, and /quit leaves."""
+    say(full)
+    try:
+        choice = read_line(MENU).strip()
+    except Cancelled:
+        return "c"
+    if choice in ("/quit", "/exit"):
+        raise Leave
+    return choice[:1].lower()
 
 
 if __name__ == "__main__":

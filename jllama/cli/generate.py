@@ -1,32 +1,50 @@
-"""``python -m jllama.generate`` and ``jllama generate``: text from a prompt, on the command line."""
+"""``python -m jllama.generate`` and ``jllama generate``: text from prompts, on the command line."""
 
 import argparse
 import json
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jllama.cli.options import add_model_flags, add_sampling_flags, sampling_settings
+from jllama.cli import inputs
+from jllama.cli.options import Parser, add_model_flags, add_sampling_flags, sampling_options
+from jllama.cli.progress import Progress
 from jllama.errors import InputError, reported
 
+if TYPE_CHECKING:
+    from jllama.cli.runtime import Opened
+    from jllama.stream import Timings
+    from jllama.text.complete import Completion
 
-def parser() -> argparse.ArgumentParser:
+
+def parser() -> Parser:
     """The command's flags."""
-    parser = argparse.ArgumentParser(prog="jllama generate", description="Generate text with a Llama.")
-    parser.add_argument("prompt_words", nargs="*", metavar="PROMPT", help="text to continue ('-': read stdin)")
-    parser.add_argument("-p", "--prompt", help="the same as PROMPT")
-    parser.add_argument("--prompt-file", type=Path, metavar="FILE", help="a prompt a line, run in batches")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="B", help="prompts at once (default: 8)")
+    parser = Parser(prog="jllama generate", description="Generate text with a Llama.")
+    parser.add_argument(
+        "prompt_words", nargs="*", metavar="PROMPT", help="text to continue ('-', or none and a pipe: standard input)"
+    )
+    parser.add_argument("-p", "--prompt", metavar="TEXT", help="the same as PROMPT")
+    parser.add_argument("-f", "--file", type=Path, metavar="FILE", help="one prompt, the whole file ('-': stdin)")
+    parser.add_argument("--prompt-file", type=Path, metavar="FILE", help="many prompts, run in batches ('-': stdin)")
+    parser.add_argument(
+        "--prompt-format",
+        choices=("lines", "jsonl"),
+        help="of --prompt-file: a prompt a line, or JSON lines, each a string or an object with a prompt "
+        "(default: jsonl where the file's name ends so)",
+    )
+    parser.add_argument("--samples", type=int, default=1, metavar="N", help="completions a prompt (default: 1)")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="B", help="completions at once (default: 8)")
     parser.add_argument("--ignore-eos", action="store_true", help="go on past the end-of-sequence token")
     add_sampling_flags(parser, temperature=0.0)
     add_model_flags(parser)
     group = parser.add_argument_group("output")
     group.add_argument("--echo", action="store_true", help="print the prompt, too")
-    group.add_argument("--ids", action="store_true", help="print token ids instead of text")
-    group.add_argument("--json", action="store_true", help="print a JSON object a prompt")
-    group.add_argument("--logprobs", action="store_true", help="with --json: each new token's log-probability")
+    group.add_argument("--ids", action="store_true", help="print token ids instead of text, a completion a line")
+    group.add_argument("--jsonl", action="store_true", help="print a JSON object a completion, each as it is done")
+    group.add_argument("--json", action="store_true", help="print one JSON object: completions, timings, backends")
+    group.add_argument("--logprobs", action="store_true", help="with --json or --jsonl: of each new token")
     group.add_argument("-q", "--quiet", action="store_true", help="nothing on stderr but errors")
     return parser
 
@@ -35,87 +53,172 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; the exit code."""
     args = parser().parse_args(argv)
     with reported("jllama generate"):
+        check(args)
+        options = sampling_options(args) | {"ignore_eos": args.ignore_eos}
         prompts = read_prompts(args)
-        if args.batch_size < 1:
-            raise InputError(f"--batch-size: expected at least 1, found {args.batch_size}")
-        settings = sampling_settings(args)
         from jllama.cli.runtime import as_input_error
 
-        as_input_error(lambda: run(args, prompts, settings))
+        as_input_error(lambda: run(args, prompts, options))
     return 0
 
 
+def check(args: argparse.Namespace) -> None:
+    """Refuse flags that do not go together, before anything is read or loaded."""
+    for name in ("batch_size", "samples"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')}: expected at least 1, found {getattr(args, name)}")
+    as_json = args.json or args.jsonl
+    for wrong, message in (
+        (args.json and args.jsonl, "--json: expected without --jsonl, found both"),
+        (args.logprobs and not as_json, "--logprobs: expected --json or --jsonl with it, found neither"),
+        (args.ids and as_json, "--ids: expected without --json and --jsonl, which hold the ids anyway"),
+        (args.echo and as_json, "--echo: expected without --json and --jsonl, which hold the prompt anyway"),
+        (args.prompt_format and not args.prompt_file, "--prompt-format: expected --prompt-file with it, found none"),
+        (
+            args.samples > 1 and args.temperature == 0,
+            "--samples: expected --temp above 0 with it (all samples would be alike), found 0",
+        ),
+    ):
+        if wrong:
+            raise InputError(message)
+
+
 def read_prompts(args: argparse.Namespace) -> list[str]:
-    """The prompts that the flags give; none is one empty prompt, from which a model writes what it likes."""
-    given = [" ".join(args.prompt_words)] if args.prompt_words else []
-    given += [args.prompt] if args.prompt is not None else []
-    if len(given) + (args.prompt_file is not None) > 1:
-        raise InputError("prompt: expected one of PROMPT, --prompt and --prompt-file, found more")
-    if args.prompt_file is None:
-        return [sys.stdin.read() if text == "-" else text for text in given or [""]]
-    try:
-        lines = args.prompt_file.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{args.prompt_file}: cannot be read as text: {error}") from None
-    if not lines:
-        raise InputError(f"{args.prompt_file}: expected a prompt a line, found an empty file")
-    return lines
+    """The prompts that the flags give, or a pipe does; none is one empty prompt, from which a model writes what it
+    likes."""
+    words = " ".join(args.prompt_words) if args.prompt_words else None
+    given = [source for source in (words, args.prompt, args.file, args.prompt_file) if source is not None]
+    if len(given) > 1:
+        raise InputError("prompt: expected one of PROMPT, --prompt, --file and --prompt-file, found more")
+    if args.prompt_file is not None:
+        where = "standard input" if str(args.prompt_file) == "-" else str(args.prompt_file)
+        as_json = (args.prompt_format or args.prompt_file.suffix.removeprefix(".")) == "jsonl"
+        return (inputs.json_lines if as_json else inputs.lines)(inputs.read_text(args.prompt_file), where)
+    if args.file is not None:
+        return [inputs.without_newline(inputs.read_text(args.file))]
+    piped = sys.stdin is not None and not sys.stdin.isatty()
+    if words == "-" or (not given and piped):
+        return [inputs.without_newline(inputs.read_stdin())]
+    return given or [""]
 
 
-def run(args: argparse.Namespace, prompts: list[str], settings: dict[str, Any]) -> None:
+@dataclass(frozen=True)
+class Task:
+    """A completion to make: of which prompt, and the how many-th of its samples."""
+
+    prompt: int
+    sample: int
+    text: str
+    completion: "Completion"
+
+
+def run(args: argparse.Namespace, prompts: list[str], options: dict[str, Any]) -> None:
     """Load the model, and print what it makes of the prompts."""
     from jllama.cli.runtime import figures, open_model
-    from jllama.sampling import make_sampling
-    from jllama.stream import Session, Timings
-    from jllama.text.complete import Completion, complete
+    from jllama.decode import check_prompts
+    from jllama.stream import Timings
+    from jllama.text.complete import Completion
 
-    batch_size = min(args.batch_size, len(prompts))
-    model = open_model(args, batch=batch_size, quiet=args.quiet)
-    completions = [Completion(model.tokenizer.encode(text)) for text in prompts]
+    count = len(prompts) * args.samples
+    model = open_model(args, batch=min(args.batch_size, count), quiet=args.quiet)
+    lm = model.lm
+    ids = [lm.tokenizer.encode(text) for text in prompts]
+    check_prompts(ids, lm.max_len - 1, "one less than the context", lm.params.config)
+    tasks = [Task(i, j, prompts[i], Completion(ids[i])) for i in range(len(prompts)) for j in range(args.samples)]
     total = Timings()
-    for at in range(0, len(prompts), batch_size):
-        batch = completions[at : at + batch_size]
-        session = Session(model.params, model.max_len, len(batch), args.backend)
-        sampling = make_sampling(len(batch), seed=args.seed + at, **settings)
-        pieces = complete(
-            session,
-            model.tokenizer,
-            batch,
-            max_new_tokens=args.max_new_tokens,
-            sampling=sampling,
-            stop_ids=() if args.ignore_eos else model.params.config.eos_ids,
-            stop=args.stop,
-        )
-        show(args, prompts[at : at + batch_size], batch, pieces)
-        total += session.timings
-        if args.json:
-            spent = timings(model.load_seconds, session.timings)
-            report = {"timings": spent, **describe(args, model.params, batch, sampling)}
-            for completion in batch:
-                print(json.dumps(as_json(completion, args.logprobs) | report), flush=True)
+    printer = Printer(args, count)
+    try:
+        for at in range(0, count, args.batch_size):
+            batch = tasks[at : at + args.batch_size]
+            printer.show(batch, lm.complete([task.completion for task in batch], row=at, **options))
+            total += lm.timings
+    finally:
+        printer.close()
+    if args.json:
+        done = [as_json(args, task) for task in tasks]
+        print(json.dumps({"completions": done, **describe(args, model, total)}))
     if not args.quiet:
-        print(figures(model.params, total), file=sys.stderr)
+        print(figures(lm.params, total), file=sys.stderr)
 
 
-def show(args: argparse.Namespace, prompts: list[str], batch: list[Any], pieces: Iterator[tuple[int, str]]) -> None:
-    """Print text as it comes, or, for several prompts at once, one completion after another."""
-    alone = len(batch) == 1 and not args.json and not args.ids
-    if alone and args.echo:
-        print(prompts[0], end="", flush=True)
-    for _, text in pieces:
+class Printer:
+    """Prints completions in their order, the same bytes whatever the batch; what runs alone is printed as it comes."""
+
+    def __init__(self, args: argparse.Namespace, count: int) -> None:
+        self._args, self._printed = args, 0
+        self._streams = not (args.json or args.jsonl or args.ids)
+        seen = self._streams and count == 1 and sys.stdout.isatty()  # who reads along needs no bar
+        # Of one completion, the tokens are counted; how many there will be is not known, but how many at most.
+        self._by_token = count == 1
+        unit, size = ("token", args.max_new_tokens) if self._by_token else ("completion", count)
+        self._progress = Progress(size, unit, quiet=args.quiet or seen)
+
+    def show(self, batch: list[Task], pieces: Iterable[tuple[int, str]]) -> None:
+        """Run a batch, and print it."""
+        alone = len(batch) == 1 and self._streams
         if alone:
-            print(text, end="", flush=True)
-    if alone:
-        print()
-    elif not args.json:
-        for prompt, completion in zip(prompts, batch, strict=True):
-            if args.ids:
-                print(*(completion.prompt_ids if args.echo else []), *completion.ids)
-            else:
-                print((prompt if args.echo else "") + completion.text, end="\n\n", flush=True)
+            self._begin(batch[0])
+        done = [0] * len(batch)
+        for _, text in pieces:
+            if alone:
+                print(text, end="", flush=True)
+            self._count(batch, done)
+        self._count(batch, done)
+        if alone:
+            print(flush=True)
+            return
+        for task in batch:
+            if self._streams:
+                self._begin(task)
+                print(task.completion.text, flush=True)
+            elif self._args.ids:
+                before = task.completion.prompt_ids if self._args.echo else []
+                print(*before, *task.completion.ids, flush=True)
+            elif self._args.jsonl:
+                print(json.dumps(as_json(self._args, task)), flush=True)
+
+    def _begin(self, task: Task) -> None:
+        """An empty line between two completions, and the prompt where it is asked for."""
+        print(("\n" if self._printed else "") + (task.text if self._args.echo else ""), end="", flush=True)
+        self._printed += 1
+
+    def _count(self, batch: list[Task], done: list[int]) -> None:
+        for i, task in enumerate(batch):
+            now = len(task.completion.ids) if self._by_token else int(task.completion.finish_reason is not None)
+            if now > done[i]:
+                self._progress.add(now - done[i])
+                done[i] = now
+
+    def close(self) -> None:
+        """Take the progress away."""
+        self._progress.close()
 
 
-def timings(load_seconds: float, timings: Any) -> dict[str, float]:
+def as_json(args: argparse.Namespace, task: Task) -> dict[str, Any]:
+    """A completion as a JSON object."""
+    out = {"index": task.prompt, "sample": task.sample, "prompt": task.text, **asdict(task.completion)}
+    if not args.logprobs:
+        del out["logprobs"]
+    return out
+
+
+def describe(args: argparse.Namespace, model: "Opened", total: "Timings") -> dict[str, Any]:
+    """What concerns the whole run, for ``--json``: the model, the seconds, and the backend of every op."""
+    return {
+        "model": {
+            "path": args.model,
+            "format": model.source.form,
+            "dtype": str(model.lm.params.dtype),
+            "quant": args.quant,
+        },
+        "timings": timings(model.load_seconds, total),
+        "backend": {
+            phase: {op: asdict(choice) for op, choice in ops.items()} for phase, ops in model.lm.backends.items()
+        },
+    }
+
+
+def timings(load_seconds: float, timings: "Timings") -> dict[str, float]:
     """The seconds and rates of a run, for ``--json``."""
     return {
         "load_s": round(load_seconds, 4),
@@ -128,18 +231,5 @@ def timings(load_seconds: float, timings: Any) -> dict[str, float]:
     }
 
 
-def describe(args: argparse.Namespace, params: Any, batch: list[Any], sampling: Any) -> dict[str, Any]:
-    """The backend of every op, for ``--json``."""
-    from jllama.backends import backends
-
-    longest = max(len(c.prompt_ids) for c in batch)
-    choices = backends(params, batch=len(batch), prompt=longest, sampling=sampling, backend=args.backend)
-    return {"backend": {phase: {op: asdict(c) for op, c in ops.items()} for phase, ops in choices.items()}}
-
-
-def as_json(completion: Any, logprobs: bool) -> dict[str, Any]:
-    """A completion as a JSON object."""
-    out = asdict(completion)
-    if not logprobs:
-        del out["logprobs"]
-    return out
+if __name__ == "__main__":
+    sys.exit(main())

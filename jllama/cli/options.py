@@ -1,24 +1,92 @@
 """The flags that the command lines share. Nothing heavy is imported here: ``--help`` answers at once."""
 
 import argparse
-from typing import Any
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, NoReturn
 
+import jllama
 from jllama.demo_model import DEMO
+
+# Of other programs, flags that have no place here: what to do in their place.
+FOREIGN = {
+    "--n-ctx": "--max-seq-len",
+    "--num-predict": "--max-new-tokens",
+    "--interactive": "the command jllama chat",
+    "--ubatch-size": "--batch-size",
+    "--device": "JAX_PLATFORMS=cpu or JAX_PLATFORMS=cuda in the environment",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line, and the nearest flag for one that does not exist."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
+        self.add_argument("--version", action="version", version=version_line(), help="print it and leave")
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # pyright: ignore
+        """The values of the flags, or one line on stderr and exit code 2."""
+        given = sys.argv[1:] if args is None else list(args)
+        for text in given:
+            self._check_text(text)
+        values, unknown = self.parse_known_args(given, namespace)
+        if unknown:
+            flag = next((text for text in unknown if text.startswith("-")), unknown[0]).partition("=")[0]
+            self.error(f"{flag}: no such flag; {self._advice(flag)}")
+        return values
+
+    def error(self, message: str) -> NoReturn:
+        """One line, and exit code 2."""
+        self.exit(2, f"{self.prog}: error: {' '.join(message.removeprefix('argument ').split())}\n")
+
+    def _advice(self, flag: str) -> str:
+        if flag in FOREIGN:
+            return f"here it is {FOREIGN[flag]}"
+        near = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.6)
+        return f"did you mean {near[0]}?" if near else "--help lists them; text that begins with '-' goes after '--'"
+
+    def _check_text(self, text: str) -> None:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # Python hands bytes that are not UTF-8 over as lone surrogates
+            shown = text.encode(errors="backslashreplace").decode().replace("\\udc", "\\x")
+            byte = os.fsencode(text[error.start])[0]
+            self.error(f"'{shown[:60]}': expected UTF-8 text, found byte 0x{byte:02x}")
+
+
+def version_line() -> str:
+    """The versions that a report of a fault needs."""
+    try:
+        jax = version("jax")
+    except PackageNotFoundError:
+        jax = "missing"
+    return f"jllama {jllama.__version__} (jax {jax}, Python {sys.version.split()[0]})"
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Flags that say which model runs, and how."""
     group = parser.add_argument_group("model")
     group.add_argument(
-        "-m", "--model", default=str(DEMO), metavar="PATH", help="checkpoint (default: the embedded demo)"
+        "-m",
+        "--model",
+        default=str(DEMO),
+        metavar="PATH",
+        help="checkpoint: a path, smollm2, or a repository (default: the demo)",
     )
+    group.add_argument("--follow-links", action="store_true", help="links may lead out of the checkpoint's directory")
     group.add_argument("--tokenizer", metavar="FILE", help="tokenizer (default: the checkpoint's own)")
     group.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of activations and cache")
     group.add_argument("--quant", choices=("none", "int8", "int4"), default="none", help="quantise the weights at load")
     group.add_argument("--backend", choices=("auto", "xla", "pallas"), default="auto", help="kernels (default: auto)")
-    group.add_argument(
-        "-c", "--max-seq-len", type=int, metavar="N", help="context, prompt included (default: the model's)"
-    )
+    help_context = "context, prompt included (default: the model's)"
+    group.add_argument("-c", "--max-seq-len", "--ctx-size", type=int, metavar="N", help=help_context)
+    group.add_argument("-t", "--threads", type=int, metavar="N", help="processor cores to use (default: all)")
+    help_layers = "accepted, and without effect: the whole model runs on the device that JAX finds"
+    group.add_argument("-ngl", "--gpu-layers", "--n-gpu-layers", metavar="N", help=help_layers)
     group.add_argument("--compilation-cache", metavar="DIR", help="where compiled programs are kept between runs")
     group.add_argument("--no-compilation-cache", action="store_true", help="compile anew")
 
@@ -41,27 +109,32 @@ def add_sampling_flags(parser: argparse.ArgumentParser, temperature: float) -> N
     group.add_argument(
         "--min-p", type=float, default=0.0, metavar="P", help="drop those below P times the likeliest (0: off)"
     )
+    help_penalty = "above 1: repeat less (1: off)"
     group.add_argument(
-        "--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: repeat less (1: off)"
+        "--repetition-penalty", "--repeat-penalty", type=float, default=1.0, metavar="R", help=help_penalty
     )
     group.add_argument("-s", "--seed", type=int, default=0, help="same seed, same text (default: 0)")
-    group.add_argument("-n", "--max-new-tokens", type=int, default=256, metavar="N", help="default: 256")
+    names = ("-n", "--max-new-tokens", "--max-tokens", "--n-predict")
+    group.add_argument(*names, type=int, default=256, metavar="N", help="default: 256")
     group.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="stop before this text; may be repeated"
     )
 
 
-def sampling_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The sampling flags as arguments of `make_sampling`; an `InputError` names the flag that is out of range."""
+def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The sampling flags as options of `jllama.LM`; an `InputError` names the flag that is out of range."""
     from jllama.errors import InputError
     from jllama.sampling import check_setting
 
     if args.max_new_tokens < 1:
         raise InputError(f"--max-new-tokens: expected at least 1, found {args.max_new_tokens}")
+    if "" in args.stop:
+        raise InputError("--stop: expected a text, found an empty one")
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     for name in names:
         try:
             check_setting(name, getattr(args, name))
         except InputError as error:
             raise InputError(f"--{str(error).replace('_', '-', 1) if '_' in name else error}") from None
-    return {name: getattr(args, name) for name in names}
+    more = ("max_new_tokens", "stop", "seed")
+    return {name: getattr(args, name) for name in (*names, *more)}

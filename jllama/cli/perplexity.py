@@ -6,7 +6,6 @@ it. Neighbouring tokens are not independent, windows nearly are: the confidence 
 """
 
 import argparse
-import functools
 import json
 import math
 import sys
@@ -15,15 +14,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jllama.cli.options import add_model_flags
+from jllama.cli.inputs import read_text
+from jllama.cli.options import Parser, add_model_flags
 from jllama.errors import InputError, reported
 
 if TYPE_CHECKING:
-    import numpy as np
-
+    from jllama.config import Backend
     from jllama.params import Params
 
-MAX_TEXT_BYTES = 1 << 30
 _LOGITS_BYTES = 256 << 20  # what a batch's logits may take
 _Z = 1.959964  # 95 %
 
@@ -71,7 +69,7 @@ def measure(
     bos_id: int,
     *,
     batch: int | None = None,
-    backend: str = "auto",
+    backend: "Backend" = "auto",
     progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda batches, _: batches,
 ) -> Perplexity:
     """The perplexity of ``windows``, which a batch at a time goes through the model."""
@@ -86,36 +84,21 @@ def measure(
     return summary(sums, [window.counted for window in windows])
 
 
-def _sums(params: "Params", group: list[Window], batch: int, width: int, bos_id: int, backend: str) -> Iterator[float]:
+def _sums(
+    params: "Params", group: list[Window], batch: int, width: int, bos_id: int, backend: "Backend"
+) -> Iterator[float]:
     """The summed negative log-likelihood of each window. The batch is filled up, so that one program serves all."""
     import numpy as np
+
+    from jllama.scoring import token_logprobs
 
     tokens = np.full((batch, width + 1), bos_id, np.int32)
     for row, window in zip(tokens, group, strict=False):
         row[1 : 1 + len(window.ids)] = window.ids
-    nll = np.asarray(_program()(params, tokens, backend), np.float64)
-    for row, window in zip(nll, group, strict=False):
+    logprobs = np.asarray(token_logprobs(params, tokens, backend=backend), np.float64)
+    for row, window in zip(logprobs, group, strict=False):
         end = len(window.ids)
-        yield float(row[end - window.counted : end].sum())
-
-
-@functools.cache
-def _program() -> Callable[["Params", "np.ndarray", str], Any]:
-    import jax  # only here: --help need not wait for it
-
-    return jax.jit(_nll, static_argnums=2)
-
-
-def _nll(params: "Params", tokens: Any, backend: str) -> Any:
-    """[B, T]: the negative log-likelihood of each token but the first."""
-    import jax
-    import jax.numpy as jnp
-
-    from jllama.model import forward
-
-    logits, _ = forward(params, tokens[:, :-1], backend=backend)
-    chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - chosen
+        yield -float(row[end - window.counted : end].sum())
 
 
 def summary(sums: list[float], counts: list[int]) -> Perplexity:
@@ -142,9 +125,9 @@ def _exp(value: float) -> float:
     return math.exp(value) if value < 700 else math.inf
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command's flags."""
-    parser = argparse.ArgumentParser(prog="jllama perplexity", description="Measure how well a model predicts a text.")
+    parser = Parser(prog="jllama perplexity", description="Measure how well a model predicts a text.")
     parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="the text, UTF-8")
     parser.add_argument("--window", type=int, metavar="N", help="tokens a window, bos included (default: 512)")
     parser.add_argument("--stride", type=int, metavar="N", help="how far windows begin apart (default: end to end)")
@@ -170,35 +153,23 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def read_text(path: Path) -> str:
-    """The text of a file of bounded size."""
-    try:
-        if (size := path.stat().st_size) > MAX_TEXT_BYTES:
-            raise InputError(f"{path}: expected at most {MAX_TEXT_BYTES} bytes of text, found {size}")
-        return path.read_text("utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: byte {error.start}: expected UTF-8 text, found other bytes") from None
-
-
 def run(args: argparse.Namespace, text: str) -> str:
     """Load the model, measure, and say the result."""
     from tqdm import tqdm
 
     from jllama.cli.runtime import open_model
 
-    model = open_model(args, quiet=args.quiet)
-    window = min(512, model.max_len) if args.window is None else args.window
-    if not 2 <= window <= model.max_len:
-        raise InputError(f"--window: expected 2 to {model.max_len} (the model's context), found {window}")
-    windows = cut(model.tokenizer.encode(text, bos=False), window, args.stride, args.windows)
+    lm = open_model(args, quiet=args.quiet).lm
+    window = min(512, lm.max_len) if args.window is None else args.window
+    if not 2 <= window <= lm.max_len:
+        raise InputError(f"--window: expected 2 to {lm.max_len} (the model's context), found {window}")
+    windows = cut(lm.tokenizer.encode(text, bos=False), window, args.stride, args.windows)
     if not windows:
         raise InputError(f"{args.text}: expected at least one token of text, found none")
     result = measure(
-        model.params,
+        lm.params,
         windows,
-        model.tokenizer.bos_id,
+        lm.tokenizer.bos_id,
         batch=args.batch_size,
         backend=args.backend,
         progress=lambda groups, total: tqdm(groups, total=total, unit="batch", disable=True if args.quiet else None),

@@ -1,66 +1,94 @@
 """A model made ready from command-line flags: opened, checked, loaded, with a progress bar."""
 
 import argparse
+import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 
+from jllama.cli.progress import loading_bar
 from jllama.compilation import enable_cache, start_clock
+from jllama.config import Backend
 from jllama.device import bandwidth, default_device
 from jllama.errors import InputError
 from jllama.formats import open_source
-from jllama.formats.checkpoint import load
-from jllama.kernels import Unsupported, require_hopper
+from jllama.formats.source import Source
+from jllama.kernels import Unsupported, require_kernels
 from jllama.params import Params, weight_bytes
 from jllama.stream import Timings
-from jllama.text.tokenizer import Tokenizer, tokenizer_for
+from jllama.text.lm import LM
 
 
 @dataclass(frozen=True)
-class Model:
+class Opened:
     """What the command lines work with."""
 
-    params: Params
-    tokenizer: Tokenizer
-    max_len: int
+    lm: LM
+    source: Source
     load_seconds: float
 
 
-def open_model(args: argparse.Namespace, *, batch: int = 1, quiet: bool = False) -> Model:
+def open_model(args: argparse.Namespace, *, batch: int = 1, quiet: bool = False) -> Opened:
     """Load what the flags of `add_model_flags` name."""
     began = time.perf_counter()
-    if not args.no_compilation_cache:
-        enable_cache(args.compilation_cache)
-    start_clock()
+    set_up(args, quiet=quiet)
     if args.backend == "pallas":
-        require_hopper()  # before anything is loaded
-    source = open_source(args.model)
+        require_kernels()  # before anything is loaded
+    source = open_source(args.model, links=args.follow_links)
     context = source.config.max_seq_len
     if args.max_seq_len is not None and not 2 <= args.max_seq_len <= context:
         raise InputError(f"--max-seq-len: expected 2 to {context} (the model's context), found {args.max_seq_len}")
-    max_len = args.max_seq_len or context
-    tokenizer = tokenizer_for(source, args.tokenizer)
-    params = load(
+    lm = LM.load(
         source,
         dtype=args.dtype,
         quant=args.quant,
+        max_len=args.max_seq_len,
         batch=batch,
-        max_len=max_len,
-        stacked=False if args.backend == "xla" else None,
-        progress=None if quiet else progress_bar,
+        tokenizer=args.tokenizer,
+        chat_template=getattr(args, "chat_template", None),
+        backend=args.backend,
+        progress=None if quiet else loading_bar,
     )
-    jax.block_until_ready(params)
-    return Model(params, tokenizer, max_len, time.perf_counter() - began)
+    jax.block_until_ready(lm.params)
+    return Opened(lm, source, time.perf_counter() - began)
 
 
-def progress_bar(names: Iterable[str], total: int) -> Iterable[str]:
-    """A bar on stderr, where that is a terminal."""
-    from tqdm import tqdm
+def set_up(args: argparse.Namespace, *, quiet: bool = False) -> None:
+    """Apply the flags that concern this process, before jax looks for devices."""
+    if args.threads is not None:
+        _use_cores(args.threads)
+    if args.gpu_layers is not None and not quiet:
+        print(
+            "-ngl: has no effect: the whole model runs on the device that JAX finds "
+            "(JAX_PLATFORMS=cpu in the environment keeps it off a GPU)",
+            file=sys.stderr,
+        )
+    if not args.no_compilation_cache:
+        enable_cache(args.compilation_cache)
+    start_clock()
 
-    return tqdm(names, total=total, desc="loading", unit="tensor", disable=None, leave=False, file=sys.stderr)
+
+def _use_cores(count: int) -> None:
+    if count < 1:
+        raise InputError(f"--threads: expected at least 1, found {count}")
+    if not hasattr(os, "sched_setaffinity"):
+        raise InputError("--threads: expected Linux, where a process can be kept to some cores, found another system")
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
+
+
+def device_line(backend: Backend, params: Params) -> str:
+    """What will run the model: kernels or XLA, and where."""
+    kind = default_device().device_kind
+    if backend == "xla":
+        return f"XLA on {kind}"
+    try:
+        require_kernels()
+    except Unsupported:
+        return f"XLA on {kind}"
+    return f"kernels on {kind}" + (", one launch a step" if params.stacked else "")
 
 
 def figures(params: Params, timings: Timings) -> str:

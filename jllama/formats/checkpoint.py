@@ -5,15 +5,17 @@ At any moment one tensor is on its way: the file is mapped, so the host holds no
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from jllama.cache import cache_bytes
-from jllama.config import LlamaConfig
+from jllama.config import LlamaConfig, Quant
 from jllama.device import default_device, free_bytes
 from jllama.errors import InputError
 from jllama.formats import open_source
@@ -21,13 +23,13 @@ from jllama.formats.layout import FUSED, expected_shapes
 from jllama.formats.native import directory
 from jllama.formats.native import save as write
 from jllama.formats.source import Integers, Quantization, Source, Tensor
-from jllama.kernels import QuantizedTensor, Weight, cut_out, group_size
+from jllama.kernels import QuantizedTensor, Weight, group_size, materialize
 from jllama.params import QUANT_BITS, Layer, Params, put, quantizer
 from jllama.step import runs_whole
 from jllama.stream import PREFILL_PIECE
 
 DTYPES = ("float32", "bfloat16", "float16")
-QUANTS = ("none", *QUANT_BITS)
+QUANTS: tuple[Quant, ...] = get_args(Quant)
 
 Progress = Callable[[Iterable[str], int], Iterable[str]]  # wraps the names of `total` tensors, to show them pass
 
@@ -35,26 +37,24 @@ Progress = Callable[[Iterable[str], int], Iterable[str]]  # wraps the names of `
 def load(
     path: str | Path | Source,
     *,
-    dtype: str | None = None,
-    quant: str = "none",
+    dtype: DTypeLike | None = None,
+    quant: Quant = "none",
     group: int | None = None,
     batch: int = 1,
     max_len: int | None = None,
-    stacked: bool | None = False,
+    stacked: bool | None = None,
     progress: Progress | None = None,
 ) -> Params:
     """Load a checkpoint onto the default device.
 
-    ``dtype``: of activations, cache and unquantised weights (default: float32 on a CPU; on a GPU the checkpoint's, or
-    bfloat16 beside quantised weights).
+    ``dtype``: of activations, cache and unquantised weights, as jax.numpy takes it or by name (default: float32 on a
+    CPU; on a GPU the checkpoint's, or bfloat16 beside quantised weights).
     ``quant``: ``none``, ``int8`` (a scale per output channel) or ``int4`` (per group of 128); ``group`` changes that.
     ``batch`` and ``max_len`` (default: the model's context) size the cache that must fit beside the weights.
-    ``stacked``: the form of the layers (see `Params`); None: stacked where a decode step then runs in one launch.
+    ``stacked``: the form of the layers (see `Params`); by default stacked where a decode step then is one launch.
     """
     source = path if isinstance(path, Source) else open_source(path)
-    dtype = dtype or default_dtype(source)
-    if dtype not in DTYPES:
-        raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype!r}")
+    dtype = default_dtype(source) if dtype is None else dtype_name(dtype)
     if quant not in QUANTS:
         raise InputError(f"quant: expected one of {', '.join(QUANTS)}, found {quant!r}")
     if source.quant is not None and quant != "none":
@@ -64,18 +64,30 @@ def load(
     max_len = max_len or source.config.max_seq_len
     check_memory(source, dtype, quant, group, batch, max_len)
     if stacked is None:
-        form = _stored(source) if quant == "none" else (quant, group)
+        form = stored(source) if quant == "none" else (quant, group)
         stacked = _alike(source) and runs_whole(source.config, dtype, *form, batch=batch, max_len=max_len)
     elif stacked and not _alike(source):
         raise InputError(f"{source.path}: stacked: expected every layer in the format of the first, found another")
     return _assemble(source, dtype, quantizer(quant, group), progress or (lambda names, _: names), stacked)
 
 
-def _stored(source: Source) -> tuple[str, int | None]:
+def dtype_name(dtype: DTypeLike) -> str:
+    """The name of a dtype that a model can have, however it was given."""
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = dtype
+    if name not in DTYPES:
+        raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, found {name!r}")
+    return str(name)
+
+
+def stored(source: Source) -> tuple[Quant, int | None]:
     """How the layers' weights are stored, in the words of `load`."""
     if source.quant is None:
         return "none", None
-    return {bits: name for name, bits in QUANT_BITS.items()}[source.quant.bits], source.quant.group
+    bits = source.quant.bits
+    return next(name for name in QUANTS if QUANT_BITS.get(name) == bits), source.quant.group
 
 
 def _alike(source: Source) -> bool:
@@ -141,7 +153,27 @@ def _place(source: Source, parts: list[str], dtype: str, to_weight: Callable[[ja
     return weight if isinstance(weight, QuantizedTensor) else weight.astype(dtype)
 
 
-def model_bytes(config: LlamaConfig, dtype: str, quant: str, group: int | None = None) -> int:
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a run takes on the device."""
+
+    weights: int
+    cache: int
+    workspace: int  # one piece of a prompt's activations and scores, logits, one tensor
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.weights + self.cache + self.workspace
+
+
+def memory_of(config: LlamaConfig, dtype: str, quant: Quant, group: int | None, batch: int, max_len: int) -> Memory:
+    """What a model of a shape would take in some form."""
+    cache = cache_bytes(config, batch, max_len, jnp.dtype(dtype))
+    return Memory(model_bytes(config, dtype, quant, group), cache, workspace_bytes(config, batch, max_len, dtype))
+
+
+def model_bytes(config: LlamaConfig, dtype: str, quant: Quant, group: int | None = None) -> int:
     """What the weights take on the device."""
     itemsize, total = jnp.dtype(dtype).itemsize, 0
     for name, shape in expected_shapes(config).items():
@@ -156,38 +188,34 @@ def model_bytes(config: LlamaConfig, dtype: str, quant: str, group: int | None =
 
 
 def workspace_bytes(config: LlamaConfig, batch: int, max_len: int, dtype: str) -> int:
-    """What a run needs beside weights and cache: one piece of a prompt's activations and scores, logits, one tensor."""
+    """What a run needs beside weights and cache."""
     rows = batch * min(max_len, PREFILL_PIECE)
     activations = rows * (4 * config.dim + 3 * config.hidden_dim) * 4
     scores = rows * config.n_heads * max_len * 4
     return activations + scores + config.vocab_size * config.dim * jnp.dtype(dtype).itemsize
 
 
-def check_memory(source: Source, dtype: str, quant: str, group: int | None, batch: int, max_len: int) -> None:
+def check_memory(source: Source, dtype: str, quant: Quant, group: int | None, batch: int, max_len: int) -> None:
     """Hold weights, cache and workspace against what the device has free, before anything is loaded."""
     free = free_bytes(default_device())
     if free is None:
         return
-    config = source.config
-    quant = _stored(source)[0] if quant == "none" else quant
+    narrower: tuple[Quant, ...] = QUANTS[QUANTS.index(quant) + 1 :]
+    if source.quant is not None:  # what has integers already cannot be quantised again
+        (quant, group), narrower = stored(source), ()
 
-    def need(quant: str, max_len: int) -> int:
-        rest = cache_bytes(config, batch, max_len, jnp.dtype(dtype)) + workspace_bytes(config, batch, max_len, dtype)
-        return model_bytes(config, dtype, quant, group) + rest
+    def need(quant: Quant, max_len: int, group: int | None = group) -> Memory:
+        return memory_of(source.config, dtype, quant, group, batch, max_len)
 
-    if need(quant, max_len) <= free:
+    wanted = need(quant, max_len)
+    if wanted.total <= free:
         return
-    weights, cache = (
-        model_bytes(config, dtype, quant, group),
-        cache_bytes(config, batch, max_len, jnp.dtype(dtype)),
-    )
-    narrower = QUANTS[QUANTS.index(quant) + 1 :]
-    fits = [f"--quant {name}" for name in narrower if need(name, max_len) <= free][:1]
-    lengths = [n for n in (max_len >> k for k in range(1, 8)) if n >= 128 and need(quant, n) <= free]
+    fits = [f"--quant {name}" for name in narrower if need(name, max_len, None).total <= free][:1]
+    lengths = [n for n in (max_len >> k for k in range(1, 8)) if n >= 128 and need(quant, n).total <= free]
     fits += [f"--max-seq-len {n}" for n in lengths[:1]]
     raise InputError(
-        f"{source.path}: needs {_gb(need(quant, max_len))} "
-        f"(weights {_gb(weights)}, cache {_gb(cache)}, rest workspace), the device has {_gb(free)} free; "
+        f"{source.path}: needs {_gb(wanted.total)} "
+        f"(weights {_gb(wanted.weights)}, cache {_gb(wanted.cache)}, rest workspace), the device has {_gb(free)} free; "
         f"{'would fit: ' + ' or '.join(fits) if fits else 'no setting would fit'}"
     )
 
@@ -212,7 +240,7 @@ def _unfused(params: Params) -> Iterator[tuple[str, Tensor]]:
         yield "lm_head", _tensor("lm_head", params.lm_head)
     shapes = expected_shapes(params.config)
     for i in range(params.config.n_layers):
-        layer = cut_out(params.layer(i))
+        layer = materialize(params.layer(i))
         for field, parts in FUSED.items():
             at = 0
             for name in (f"layers.{i}.{part}" for part in parts):

@@ -1,7 +1,7 @@
 """Directories of the Hugging Face layout, native ones included, written tensor by tensor, in shards."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from jllama.formats.files import MappedFile
 from jllama.formats.hf import pack_int4
 from jllama.formats.layout import hf_names
 from jllama.formats.output import OutputFile, Watch
+from jllama.formats.replaceable import HF, WRITER, Form
 from jllama.formats.safetensors_file import Entry, layout
 from jllama.formats.source import DTYPES, Source, Tensor
 from jllama.formats.staging import staged
@@ -26,16 +27,19 @@ MAX_SHARD_BYTES = 5_000_000_000
 
 @dataclass(frozen=True)
 class Export:
-    """An output that is known to be possible: how large it will be, and what writes it to a path."""
+    """An output that is known to be possible: how large it will be, what writes it to a path, and in which form."""
 
     nbytes: int
     write: Callable[[Path, Watch], None]
+    form: Form
 
 
-def save(export: Export, dst: Path, *, force: bool = False, watch: Watch | None = None) -> None:
-    """Write an export to ``dst``: all of it, or nothing."""
+def save(
+    export: Export, dst: Path, *, reads: Sequence[Path] = (), force: bool = False, watch: Watch | None = None
+) -> None:
+    """Write an export to ``dst``: all of it, or nothing. ``reads``: the checkpoint that it is made from."""
     watch = watch or Watch()
-    with staged(dst, export.nbytes, force=force) as place:
+    with staged(dst, export.nbytes, export.form, reads=reads, force=force) as place:
         export.write(place, watch)
 
 
@@ -55,7 +59,7 @@ def directory(source: Source, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> Expo
     """A native directory: the layout of Hugging Face, quantised weights as integers and scales."""
     names = hf_names(source.config)
     shards = _shards(source, names, max_shard_bytes)
-    return Export(sum(s.nbytes for s in shards), lambda path, watch: _write(source, names, shards, path, watch))
+    return Export(sum(s.nbytes for s in shards), lambda path, watch: _write(source, names, shards, path, watch), HF)
 
 
 def hf_directory(source: Source, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> Export:
@@ -126,7 +130,7 @@ def _put(file: OutputFile, entries: dict[str, Entry], name: str, tensor: Tensor,
 
 
 def _config(source: Source) -> dict[str, Any]:
-    values = to_hf(source.config, source.dtype if source.quant is None else "float32")
+    values = to_hf(source.config, source.dtype if source.quant is None else "float32") | dict([WRITER])
     quants = [tensor.quant for tensor in source.tensors.values() if tensor.quant]
     if quants:
         quant = source.quant or quants[0]

@@ -1,29 +1,37 @@
 """Output that is complete or absent: written beside its place under another name, and renamed at the end.
 
-What a killed process leaves behind has a lock that the kernel has released: the next run to the same place removes it.
+What a killed process leaves behind has a lock that the kernel has released: the next run to the same place removes it,
+and first puts back what the killed run had moved aside.
 """
 
 import contextlib
 import fcntl
+import glob
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from jllama.errors import InputError
+from jllama.formats.replaceable import Form, check_place, real_path
 
 _MARGIN = 1 << 20  # what directories and small files take beside the tensors
+_ASIDE = "replaced"  # in the working directory: the old result, between two renames
 
 
 @contextlib.contextmanager
-def staged(dst: Path, nbytes: int, *, force: bool = False) -> Iterator[Path]:
-    """A path to write a file or a directory of about ``nbytes`` to, which becomes ``dst`` if all goes well."""
-    dst = Path(os.path.abspath(dst))
-    check_replaceable(dst, force)
+def staged(dst: Path, nbytes: int, form: Form, *, reads: Sequence[Path] = (), force: bool = False) -> Iterator[Path]:
+    """A path to write a file or a directory of about ``nbytes`` to, which becomes ``dst`` if all goes well.
+
+    ``reads`` and ``force``: see `check_place`.
+    """
+    # A link that has the name of ``dst`` stays one, and is refused.
+    dst = real_path(dst.parent) / dst.name if dst.name not in ("", "..") else real_path(dst)
+    _sweep(dst)
+    check_place(dst, form, reads=reads, force=force)
     if not dst.parent.is_dir():
         raise InputError(f"{dst.parent}: no such directory, expected one to write {dst.name} into")
-    _sweep(dst)
     free = shutil.disk_usage(dst.parent).free
     if nbytes + _MARGIN > free:
         raise InputError(f"{dst}: needs {nbytes / 1e9:.3f} GB, the disk has {free / 1e9:.3f} GB free")
@@ -35,12 +43,12 @@ def staged(dst: Path, nbytes: int, *, force: bool = False) -> Iterator[Path]:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield work / dst.name
-        check_replaceable(dst, force)  # another run may have been faster
-        _commit(work / dst.name, dst, work / "replaced")
+        check_place(dst, form, reads=reads, force=force)  # another run may have been faster
+        _commit(work / dst.name, dst, work / _ASIDE)
     except OSError as error:
         raise InputError(f"{dst}: cannot be written: {error.strerror}") from None
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        _discard(work, dst)
         os.close(lock)
 
 
@@ -48,50 +56,42 @@ def _prefix(dst: Path) -> str:
     return f".{dst.name[:100]}.partial-"
 
 
-def check_replaceable(dst: Path, force: bool) -> None:
-    """Refuse a place that is taken; with ``force`` only one that holds something else than a checkpoint."""
-    if not os.path.lexists(dst):
-        return
-    if not force:
-        raise InputError(f"{dst}: exists already (--force replaces it)")
-    if dst.is_dir() and not dst.is_symlink():
-        entries = list(dst.iterdir())
-        checkpoint = any(entry.name in ("config.json", "params.json", "model.bin") for entry in entries)
-        if any(entry.is_dir() for entry in entries) or (entries and not checkpoint):
-            raise InputError(f"{dst}: --force replaces checkpoints only, and this directory holds other things")
-
-
 def _sweep(dst: Path) -> None:
     """Remove what killed runs left behind."""
-    for left in dst.parent.glob(f"{glob_escape(_prefix(dst))}*"):
+    for left in dst.parent.glob(f"{glob.escape(_prefix(dst))}*"):
         if left.is_symlink() or not left.is_dir():
             continue
         lock = os.open(left, os.O_RDONLY)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(left, ignore_errors=True)
+            _discard(left, dst)
         except BlockingIOError:
             pass  # another run is at work there
         finally:
             os.close(lock)
 
 
-def glob_escape(text: str) -> str:
-    """A name as a pattern that matches it alone."""
-    return "".join(f"[{c}]" if c in "*?[" else c for c in text)
-
-
 def _commit(new: Path, dst: Path, aside: Path) -> None:
-    if new.is_dir() and os.path.lexists(dst):
-        os.rename(dst, aside)
+    """Give ``new``, which is complete, the name ``dst``. `_discard` undoes the first rename if the second fails."""
+    if new.is_dir():
+        _sync(new)
+        if dst.exists():
+            os.rename(dst, aside)  # a directory cannot be renamed over another
+    os.replace(new, dst)
+    _sync(dst.parent)
+
+
+def _discard(work: Path, dst: Path) -> None:
+    """Remove a working directory; never the old result while there is no new one."""
+    aside = work / _ASIDE
+    if aside.exists() and not os.path.lexists(dst):
+        os.rename(aside, dst)
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _sync(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY)
     try:
-        os.replace(new, dst)
-    except BaseException:
-        if os.path.lexists(aside) and not os.path.lexists(dst):
-            os.rename(aside, dst)
-        raise
-    parent = os.open(dst.parent, os.O_RDONLY)
-    try:
-        os.fsync(parent)
+        os.fsync(handle)
     finally:
-        os.close(parent)
+        os.close(handle)

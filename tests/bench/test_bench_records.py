@@ -1,6 +1,7 @@
 """Records of the benchmarks, and the tables and regressions that are made of them."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -119,12 +120,30 @@ def test_charts_are_found_from_where_they_are_shown(monkeypatch: pytest.MonkeyPa
         assert f"]({way}/decode-7b-bf16-h200.png)" in report.fill(text, [], str(tmp_path / page))
 
 
+def test_pages_show_every_chart_that_is_kept_and_no_other() -> None:
+    pages = "".join((record.ROOT / page).read_text() for page in report.FILES)
+    shown = set(re.findall(r"bench/results/plots/([^)]*)\)", pages))
+    assert shown == {path.name for path in (record.RESULTS / "plots").iterdir()}
+
+
+def test_equal_charts_are_equal_files(tmp_path: Path) -> None:
+    ceilings = dict(copy=4e12, read=4e12, matrix=7e14, launch=1e-5, kernel=1e-6)
+    rows = [a_record(ceilings=ceilings, work={"bytes": 1e10, "flops": 1e10, "tokens": 1})]
+    for name in ("a", "b"):
+        list(plots.draw(rows, tmp_path / name))
+    files = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert files
+    for name in files:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
 def test_every_chart_of_the_newest_runs(tmp_path: Path) -> None:
     ceilings = dict(copy=4e12, read=4e12, matrix=7e14, launch=1e-5, kernel=1e-6)
     more = dict(ceilings=ceilings, work={"bytes": 1e10, "flops": 1e10, "tokens": 1})
     op = more | dict(suite="ops", case="ffn", metric="ms", value=0.5, samples=[0.5], speedup={"xla": 1.0})
     rows = [a_record(**more), a_record(**more, batch=8), a_record(**op), a_record(**op, seq=16, context=32)]
-    names = {path.name for path in plots.draw(rows, tmp_path) if path.suffix == ".png"}
+    names = {path.name for path in plots.draw(rows, tmp_path)}
+    assert names == {path.name for path in tmp_path.iterdir()}
     assert names == {
         "decode-7b-bf16-h200.png",
         "roofline-7b-bf16-h200.png",

@@ -1,6 +1,8 @@
 """The command lines as a user types them, on the embedded model."""
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,46 +11,8 @@ import pytest
 
 import jllama
 from jllama import cli
-from jllama.cli import chat
-from jllama.cli import generate as generate_command
 
 PROMPT = "Once upon a time,"
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory):
-    """Runs ``jllama generate`` with some flags: what it printed, and said on stderr."""
-    cache = str(tmp_path_factory.getbasetemp() / "xla")
-
-    def call(*flags: str, command=generate_command) -> tuple[str, str]:
-        command.main([*flags, "--compilation-cache", cache])
-        out, err = capsys.readouterr()
-        return out, err
-
-    return call
-
-
-@pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str]):
-    """The one line with which ``jllama generate`` refuses some flags."""
-
-    def call(*flags: str) -> str:
-        with pytest.raises(SystemExit) as exit_:
-            generate_command.main(list(flags))
-        out, err = capsys.readouterr()
-        assert exit_.value.code == 2
-        assert out == ""
-        assert err.count("\n") == 1
-        assert "Traceback" not in err
-        return err
-
-    return call
-
-
-def module(*args: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    """``python -W error -m ...`` in a process of its own."""
-    command = [sys.executable, "-W", "error", "-m", *args]
-    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=120, check=False)
 
 
 @pytest.mark.parametrize("command", ["jllama.generate", "jllama.cli.chat", "jllama"])
@@ -66,13 +30,14 @@ def test_help_imports_nothing_heavy(command: str) -> None:
     assert "usage" in done.stdout
 
 
-def test_as_a_module_it_tells_a_story_and_warns_of_nothing() -> None:
-    done = module("jllama.generate", "-", "-n", "12", "--no-compilation-cache", stdin=PROMPT)
+@pytest.mark.parametrize("given", [["-"], []])
+def test_as_a_module_it_tells_a_story_of_what_is_piped_and_warns_of_nothing(given: list[str], module, run) -> None:
+    done = module("jllama.generate", *given, "-n", "12", "--no-compilation-cache", stdin=PROMPT.encode() + b"\n")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
-    assert done.stderr.count("\n") == 1  # the line of figures, and no warning
-    assert "12 tokens" in done.stderr
-    assert "tokens/s" in done.stderr
+    assert done.stdout.decode() == run("-p", PROMPT, "-n", "12", "-q")[0]
+    assert done.stderr.count(b"\n") == 1  # the line of figures, and no warning
+    assert b"12 tokens" in done.stderr
+    assert b"tokens/s" in done.stderr
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:
@@ -97,21 +62,24 @@ def test_the_ways_to_give_a_prompt_agree(run, tmp_path: Path, monkeypatch: pytes
 
 def test_json_says_all(run) -> None:
     out, _ = run("-p", PROMPT, "-n", "8", "--json", "--logprobs", "-q")
-    got = json.loads(out)
+    whole = json.loads(out)
+    (got,) = whole["completions"]
     assert got["finish_reason"] == "length"
+    assert (got["index"], got["sample"], got["prompt"]) == (0, 0, PROMPT)
+    assert whole["model"] == {"path": str(jllama.DEMO), "format": "hf", "dtype": "float32", "quant": "none"}
     assert len(got["ids"]) == len(got["logprobs"]) == 8
     assert all(value <= 0 for value in got["logprobs"])
     assert got["prompt_ids"][0] == 1
-    assert {"load_s", "compile_s", "prefill_s", "decode_s", "tokens_per_s"} <= set(got["timings"])
-    assert got["backend"]["decode"]["matmul"]["impl"] == "xla"
-    assert "Hopper" in got["backend"]["decode"]["matmul"]["why"]
-    assert got["backend"]["decode"]["decode_step"]["impl"] == "ops"
+    assert {"load_s", "compile_s", "prefill_s", "decode_s", "tokens_per_s"} <= set(whole["timings"])
+    assert whole["backend"]["decode"]["matmul"]["impl"] == "xla"
+    assert "Hopper" in whole["backend"]["decode"]["matmul"]["why"]
+    assert whole["backend"]["decode"]["decode_step"]["impl"] == "ops"
     tokenizer = jllama.load_tokenizer(jllama.DEMO / "tokenizer.model")
     assert tokenizer.decode(got["prompt_ids"] + got["ids"]) == PROMPT + got["text"]
 
 
 def test_json_without_logprobs_has_none(run) -> None:
-    assert "logprobs" not in json.loads(run("-p", PROMPT, "-n", "4", "--json", "-q")[0])
+    assert "logprobs" not in json.loads(run("-p", PROMPT, "-n", "4", "--jsonl", "-q")[0])
 
 
 def test_ids_and_echo(run) -> None:
@@ -128,14 +96,14 @@ def test_prompts_in_a_batch_give_what_each_gives_alone(run, tmp_path: Path) -> N
     file = tmp_path / "prompts.txt"
     file.write_text("\n".join(prompts))
     together = [
-        json.loads(line) for line in run("--prompt-file", str(file), "-n", "12", "--json", "-q")[0].splitlines()
+        json.loads(line) for line in run("--prompt-file", str(file), "-n", "12", "--jsonl", "-q")[0].splitlines()
     ]
     pairs = [
         json.loads(line)
-        for line in run("--prompt-file", str(file), "-n", "12", "--json", "-q", "--batch-size", "2")[0].splitlines()
+        for line in run("--prompt-file", str(file), "-n", "12", "--jsonl", "-q", "--batch-size", "2")[0].splitlines()
     ]
     for prompt, batched, paired in zip(prompts, together, pairs, strict=True):
-        alone = json.loads(run("-p", prompt, "-n", "12", "--json", "-q")[0])
+        alone = json.loads(run("-p", prompt, "-n", "12", "--jsonl", "-q")[0])
         assert alone["ids"] == batched["ids"] == paired["ids"]
         assert alone["text"] == batched["text"]
 
@@ -149,13 +117,13 @@ def test_same_seed_same_text_other_seed_other_text(run) -> None:
 def test_a_stop_string_ends_the_text_before_it(run) -> None:
     whole = run("-p", PROMPT, "-n", "40", "-q")[0]
     stop = whole.split()[6]
-    got = json.loads(run("-p", PROMPT, "-n", "40", "--stop", stop, "--json", "-q")[0])
+    got = json.loads(run("-p", PROMPT, "-n", "40", "--stop", stop, "--jsonl", "-q")[0])
     assert got["finish_reason"] == "stop"
     assert got["text"] == whole[: whole.index(stop)]
 
 
 def test_end_of_sequence_stops_unless_ignored(run) -> None:
-    long = ("-p", "They all lived happily ever after. The end.", "-n", "60", "--json", "-q")
+    long = ("-p", "They all lived happily ever after. The end.", "-n", "60", "--jsonl", "-q")
     got = json.loads(run(*long)[0])
     on = json.loads(run(*long, "--ignore-eos")[0])
     assert got["finish_reason"] == "stop"
@@ -177,13 +145,24 @@ def test_other_weights_still_tell_a_story(run, flags: list[str]) -> None:
         (["--top-k", "-2"], ["--top-k", "-2"]),
         (["--repetition-penalty", "0"], ["--repetition-penalty", "0"]),
         (["-n", "0"], ["--max-new-tokens", "0"]),
-        (["-c", "100000"], ["--max-seq-len", "100000", "512"]),
-        (["--model", "no/such/model"], ["no/such/model", "no such file"]),
+        (["-p", "a", "-c", "100000"], ["--max-seq-len", "100000", "512"]),
+        (["-p", "a", "--model", "no/such/model"], ["no/such/model", "no such file"]),
         (["--prompt-file", "no_such_file"], ["no_such_file"]),
+        (["--file", "no_such_file"], ["no_such_file"]),
+        (["-n", "many"], ["--max-new-tokens", "many"]),
+        (["--stop", ""], ["--stop: expected a text, found an empty one"]),
+        (["--logprobs"], ["--logprobs: expected --json or --jsonl with it, found neither"]),
+        (["--json", "--jsonl"], ["--json: expected without --jsonl"]),
+        (["--ids", "--json"], ["--ids: expected without --json"]),
+        (["--echo", "--jsonl"], ["--echo: expected without --json and --jsonl"]),
+        (["--samples", "2"], ["--samples: expected --temp above 0"]),
+        (["--samples", "0"], ["--samples: expected at least 1, found 0"]),
+        (["--batch-size", "0"], ["--batch-size: expected at least 1, found 0"]),
+        (["--prompt-format", "jsonl"], ["--prompt-format: expected --prompt-file with it"]),
         (["-p", "one", "two"], ["--prompt", "one of"]),
         (["-p", "word " * 600], ["511", "found"]),
-        (["--backend", "pallas"], ["--backend pallas", "Hopper", "cpu"]),
-        (["--tokenizer", "missing.model"], ["missing.model"]),
+        (["-p", "a", "--backend", "pallas"], ["--backend pallas", "Hopper", "cpu"]),
+        (["-p", "a", "--tokenizer", "missing.model"], ["missing.model"]),
     ],
 )
 def test_bad_input_is_refused_in_one_line(refused, flags: list[str], words: list[str]) -> None:
@@ -192,38 +171,113 @@ def test_bad_input_is_refused_in_one_line(refused, flags: list[str], words: list
 
 
 def test_the_console_script_knows_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["--help"]) == 0
+    assert cli.main(["--help"]) == cli.main([]) == 0
     assert "generate" in capsys.readouterr().out
-    assert cli.main(["dance"]) == 2
-    assert "dance" in capsys.readouterr().err
+    for given, words in (("dance", ["dance"]), ("genrate", ["genrate", "did you mean generate?"])):
+        assert cli.main([given]) == 2
+        line = capsys.readouterr().err
+        assert all(word in line for word in words)
+        assert line.count("\n") == 1
 
 
-def test_chat_keeps_the_conversation(capsys: pytest.CaptureFixture[str], monkeypatch, tmp_path: Path) -> None:
-    saved = tmp_path / "talk.json"
-    lines = iter(
-        ["/system be kind", "hello", "/nonsense", "and then?", f"/save {saved}", f"/save {saved}", "/reset", "/quit"]
+@pytest.mark.parametrize("command", [[], ["generate"], ["chat"], ["info"], ["perplexity"]])
+def test_the_version_is_told(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with contextlib.suppress(SystemExit):
+        cli.main([*command, "--version"])
+    assert capsys.readouterr().out.startswith(f"jllama {jllama.__version__} (jax ")
+
+
+@pytest.mark.parametrize(
+    ("flag", "advice"),
+    [
+        ("--temprature", "did you mean --temperature?"),
+        ("--max-new-token", "did you mean --max-new-tokens?"),  # the beginning of a flag is none
+        ("--propmt=x", "--propmt: no such flag; did you mean --prompt?"),
+        ("--n-ctx", "here it is --max-seq-len"),
+        ("--quux-zzz", "--help lists them"),
+    ],
+)
+def test_an_unknown_flag_gets_the_nearest_one(flag: str, advice: str, refused) -> None:
+    line = refused(flag)
+    assert "no such flag" in line
+    assert advice in line
+
+
+def test_flags_of_other_programs_are_known(run) -> None:
+    ours = run("-p", PROMPT, "-n", "6", "-q")[0]
+    for flag in ("--max-tokens", "--n-predict", "--max-new-tokens"):
+        assert run("-p", PROMPT, flag, "6", "-q", "--ctx-size", "64")[0] == ours
+    out, err = run("-p", PROMPT, "-n", "6", "-ngl", "99")
+    assert out == ours
+    assert "-ngl: has no effect" in err
+    assert "JAX_PLATFORMS=cpu" in err
+
+
+def test_threads_keep_the_process_to_so_many_cores(refused) -> None:
+    code = (
+        "import os; from jllama.cli import generate; generate.main(['-p', 'a', '-n', '2', '-q', '-t', '1'])\n"
+        "print(len(os.sched_getaffinity(0)))"
     )
-    monkeypatch.setattr(chat, "read_line", lambda prompt: next(lines))
-    chat.main(["-n", "6", "--no-compilation-cache"])
-    out, err = capsys.readouterr()
-    talk = json.loads(saved.read_text())
-    assert talk["system"] == "be kind"
-    assert [exchange["question"] for exchange in talk["exchanges"]] == ["hello", "and then?"]
-    assert all(exchange["answer"] in out for exchange in talk["exchanges"])
-    assert "/nonsense: no such command" in err
-    assert "cannot be written" in err  # the second save: a file is never overwritten
-    assert "forgotten" in err
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "1"
+    assert "--threads: expected at least 1, found 0" in refused("-p", "a", "-t", "0")
 
 
-def test_chat_asks_what_to_drop_when_the_context_is_full(capsys, monkeypatch) -> None:
-    asked = []
-    lines = iter(["tell me a story", "tell me another story please", "d", "no more", "c", "/quit"])
+@pytest.mark.parametrize(
+    ("args", "stdin", "words"),
+    [
+        (["jllama.generate", b"-p\xff"], b"", ["error: '-p\\xff': ", "expected UTF-8 text, found byte 0xff"]),
+        (["jllama.generate", "-"], b"ab\xe9", ["standard input: byte 2: expected UTF-8 text, found 0xe9"]),
+        (["jllama.generate"], b"\xff", ["standard input: byte 0: expected UTF-8 text, found 0xff"]),
+        (["jllama.generate", "--prompt-file", "-"], b"a\nb\xff", ["standard input: byte 3"]),
+        (["jllama.cli.chat", b"--system=\xfe"], b"", ["expected UTF-8 text, found byte 0xfe"]),
+        (["jllama.cli.chat", "-q"], b"\xff\n/quit\n", ["error: standard input: byte 0: expected UTF-8 text"]),
+    ],
+)
+def test_text_that_is_not_utf8_is_one_line(args: list[str], stdin: bytes, words: list[str], module) -> None:
+    done = module(*args, "--no-compilation-cache", stdin=stdin)
+    assert done.returncode == (0 if stdin.endswith(b"/quit\n") else 2)  # a conversation goes on
+    line = done.stderr.decode()
+    assert line.count("\n") == 1
+    assert all(word in line for word in words), line
 
-    def read_line(prompt: str) -> str:
-        asked.append(prompt)
-        return next(lines)
 
-    monkeypatch.setattr(chat, "read_line", read_line)
-    chat.main(["-n", "24", "-c", "80", "-q", "--no-compilation-cache"])
-    assert sum("[d]rop" in prompt for prompt in asked) == 2
-    assert "the context is full" in capsys.readouterr().err
+@pytest.mark.parametrize("flag", ["--file", "--prompt-file"])
+def test_a_file_that_is_not_utf8_is_one_line(flag: str, refused, tmp_path: Path) -> None:
+    file = tmp_path / "latin.txt"
+    file.write_bytes(b"caf\xe9")
+    assert f"{file}: byte 3: expected UTF-8 text, found 0xe9" in refused(flag, str(file))
+    assert "cannot be read" in refused(flag, str(tmp_path))
+
+
+def test_a_terminal_that_cannot_show_a_letter_is_no_error() -> None:
+    command = [sys.executable, "-m", "jllama.generate", "-p", "\u00e9\u4e2d", "--echo", "-n", "2", "-q"]
+    done = subprocess.run(command, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, check=True)
+    assert done.stdout.startswith(b"??")
+
+
+def complete(*words: str) -> list[str]:
+    """What bash offers for the last of some words."""
+    script = f"""source <({sys.executable} -m jllama --completion bash)
+        COMP_WORDS=({" ".join(map(repr, words))}); COMP_CWORD={len(words) - 1}; _jllama; echo "${{COMPREPLY[@]}}" """
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
+def test_bash_completes_commands_flags_and_values() -> None:
+    assert complete("jllama", "ge") == ["generate"]
+    assert complete("jllama", "chat", "--when") == ["--when-full"]
+    assert complete("jllama", "chat", "--when-full", "d") == ["drop"]
+    assert complete("jllama", "convert", "--qu") == ["--quant", "--quiet"]
+    assert complete("jllama", "--completion", "") == ["bash", "zsh", "fish"]
+    assert complete("jllama", "generate", "no_flag") == []  # a file, which bash knows by itself
+
+
+def test_other_shells_get_a_script_of_all_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    for shell in ("zsh", "fish"):
+        assert cli.main(["--completion", shell]) == 0
+        out = capsys.readouterr().out
+        assert "max-new-tokens" in out
+        assert "quantize" in out
+    assert cli.main(["--completion"]) == cli.main(["--completion", "tcsh"]) == 2
+    assert capsys.readouterr().err.splitlines()[1].endswith("expected one of bash, zsh, fish, found 'tcsh'")

@@ -17,6 +17,7 @@ from convert.__main__ import main
 from jllama.errors import InputError
 from jllama.formats import open_source
 from jllama.formats.native import directory, save
+from jllama.formats.replaceable import LLAMA2C
 from jllama.formats.source import Source
 
 ROOT = Path(__file__).parents[2]
@@ -102,17 +103,6 @@ def test_nothing_is_overwritten_without_force(model: Path, capsys: pytest.Captur
     assert (other / "model.safetensors").stat().st_ino != before
     assert run(model, model.parent / "x.gguf", "-q") == run(model, model.parent / "x.gguf", "-q", "--force") == 0
     assert "found the same" in refused(capsys, model, model, "--force")
-
-
-def test_force_replaces_nothing_but_checkpoints(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    precious = model.parent / "precious"
-    precious.mkdir()
-    (precious / "thesis.txt").write_text("!")
-    assert "holds other things" in refused(capsys, model, precious, "--force")
-    (precious / "config.json").write_text("{}")
-    (precious / "folder").mkdir()
-    assert "holds other things" in refused(capsys, model, precious, "--force")
-    assert (precious / "thesis.txt").read_text() == "!"
 
 
 @pytest.mark.parametrize(
@@ -213,9 +203,9 @@ def test_what_a_running_conversion_writes_is_left_alone(tmp_path: Path) -> None:
     out = tmp_path / "out"
 
     def write_both() -> None:
-        with staging.staged(out, 10) as place:
+        with staging.staged(out, 10, LLAMA2C) as place:
             place.write_text("second")
-            with staging.staged(out, 10) as other:
+            with staging.staged(out, 10, LLAMA2C) as other:
                 other.write_text("first")
             assert place.read_text() == "second"
 

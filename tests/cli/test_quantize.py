@@ -110,7 +110,8 @@ def test_it_refuses_as_the_other_commands_do(tmp_path: Path, capsys: pytest.Capt
     path = checkpoints.make("native-int8", checkpoints.source(), tmp_path / "model")
     for arguments, message in (
         ([tmp_path / "none", tmp_path / "out"], "no such file or directory"),
-        ([path, path], "exists already"),
+        ([path, path], "expected another place than SRC, found the same"),
+        ([path, path, "--force"], "expected another place than SRC, found the same"),
         ([path, tmp_path / "out"], "expected float weights, found 8 bits already"),
     ):
         with pytest.raises(SystemExit) as stop:

@@ -10,7 +10,7 @@ import tiny
 
 from jllama import stream
 from jllama.cache import init_cache
-from jllama.decode import generate, jit_begin, jit_decode_chunk, jit_prefill, stop_table
+from jllama.decode import generate, jit_decode_chunk, jit_prefill, jit_sample_first, stop_table
 from jllama.errors import InputError
 from jllama.model import forward
 from jllama.params import Params, stack, unstack
@@ -180,10 +180,10 @@ def test_a_long_prompt_in_pieces_equals_one_piece(monkeypatch: pytest.MonkeyPatc
 def test_what_is_handed_over_is_donated() -> None:
     params, (tokens, lengths) = tiny.model(), pad(prompts())
     before, given = jnp.zeros((4, 96)), init_cache(tiny.CONFIG, 4, 64, jnp.float32)
-    logits, cache = jit_prefill(params, tokens, lengths, before, given)
+    (logits, cache), _ = jit_prefill(params, tokens, lengths, before, given)
     limit, stops = jnp.full(4, 9), jnp.asarray(stop_table(4, ()))
-    state, _ = jit_begin(logits, cache, make_sampling(4), limit, stops, jnp.zeros((4, 96), bool))
-    last, _ = jit_decode_chunk(params, state, steps=2)
+    (state, _), _ = jit_sample_first(logits, cache, make_sampling(4), limit, stops, jnp.zeros((4, 96), bool))
+    (last, _), _ = jit_decode_chunk(params, state, steps=2)
     for gone in (given, cache, state):
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(gone))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((params, before, last)))
@@ -267,7 +267,7 @@ def test_nan_weights_are_one_line_and_do_not_stay_in_the_session() -> None:
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        ([], "prompt 0: expected 1 to 63 tokens .*, found 0"),
+        ([], r"prompt 0: expected 1 to 63 tokens \(one less than the context\), found 0"),
         ([5] * 64, "prompt 0: expected 1 to 63 tokens .*, found 64"),
         ([5, 96], "prompt 0: expected token ids from 0 to 95, found 96"),
         ([5, -1], "prompt 0: expected token ids from 0 to 95, found -1"),
@@ -280,7 +280,74 @@ def test_a_prompt_that_cannot_be_fed_is_one_line(prompt: list[int], message: str
         next(Session(tiny.model(), max_len=64, batch=2).run([[5]], 4))
 
 
-def test_generate_wants_at_least_one_token() -> None:
-    with pytest.raises(InputError, match="max_new_tokens: expected at least 1, found 0"):
-        generate(tiny.model(), jnp.ones((1, 3), jnp.int32), max_new_tokens=0)
-    assert generate(tiny.model(), jnp.ones((1, 3), jnp.int32), max_new_tokens=1).tokens.shape == (1, 1)
+ONES = np.ones((2, 250), np.int32)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "n", "lengths", "message"),
+    [
+        (ONES[:, :3], 0, None, "max_new_tokens: expected at least 1, found 0"),
+        (ONES[:, :3], 256, None, r"max_new_tokens: expected 1 to 255 \(one less than the context\), found 256"),
+        (ONES, 7, None, r"prompt 0: expected 1 to 249 tokens \(the context of 256 less max_new_tokens\), found 250"),
+        (ONES[:, :0], 7, None, r"prompt 0: expected 1 to 249 tokens \(.*\), found 0"),
+        (ONES, 7, [3, 0], r"prompt 1: expected 1 to 249 tokens \(.*\), found 0"),
+        (ONES, 7, [3, 251], "lengths: row 1: expected 1 to 250, found 251"),
+        (ONES, 7, [-1, 3], "lengths: row 0: expected 1 to 250, found -1"),
+        (ONES, 7, [3], r"lengths: expected 2 \(one a row\), found an array \[1\]"),
+        (ONES[:, :3] * 96, 7, None, "prompt 0: expected token ids from 0 to 95, found 96"),
+        (ONES[0], 7, None, r"tokens: expected integers \[batch, length\], found int32\[250\]"),
+        (ONES[:, :3] * 0.5, 7, None, r"tokens: expected integers \[batch, length\], found float64\[2, 3\]"),
+    ],
+)
+def test_generate_refuses_what_it_would_overrun(tokens: np.ndarray, n: int, lengths: list[int], message: str) -> None:
+    rows = None if lengths is None else np.asarray(lengths)
+    with pytest.raises(InputError, match=f"^{message}$"):
+        generate(tiny.model(), tokens, max_new_tokens=n, lengths=rows)
+
+
+def test_generate_fills_the_context_and_leaves_padding_alone() -> None:
+    params, junk = tiny.model(), np.full((1, 250), 99)  # no token of the vocabulary, but not of the prompt either
+    junk[0, :5] = tiny.prompt(5)
+    made = generate(params, junk, max_new_tokens=3, lengths=np.asarray([5]), stop_ids=())
+    plain = generate(params, junk[:, :5], max_new_tokens=3, stop_ids=())
+    np.testing.assert_array_equal(made.tokens, plain.tokens)
+    assert generate(params, ONES, max_new_tokens=6, stop_ids=()).lengths.tolist() == [6, 6]
+    assert generate(params, ONES, max_new_tokens=1).tokens.shape == (2, 1)
+
+
+def test_generate_under_jit_takes_stop_tokens_in_every_form() -> None:
+    params, tokens = tiny.model(), jnp.asarray([tiny.prompt(6), tiny.prompt(6, seed=1)])
+    free = generate(params, tokens, max_new_tokens=8, stop_ids=()).tokens
+    stop = int(free[0, 3])
+    expected = generate(params, tokens, max_new_tokens=8, stop_ids=(stop,))
+    assert expected.lengths[0] == free[0].tolist().index(stop) + 1 < 8
+    static = jax.jit(generate, static_argnames=("max_new_tokens", "backend", "stop_ids"))
+    traced = jax.jit(generate, static_argnames=("max_new_tokens", "backend"))
+    scanned = jax.lax.scan(
+        lambda _, t: (None, generate(params, t, max_new_tokens=8, stop_ids=(stop,))), None, tokens[None]
+    )
+    made = [
+        static(params, tokens, max_new_tokens=8, backend="xla", stop_ids=(stop,)),
+        traced(params, tokens, max_new_tokens=8, stop_ids=jnp.asarray([stop])),
+        traced(params, tokens, max_new_tokens=8, stop_ids=(stop,)),
+        traced(params, tokens, max_new_tokens=8, stop_ids=jnp.asarray([[stop], [stop]]), lengths=jnp.asarray([6, 6])),
+        scanned[1],
+    ]
+    for out in made:
+        np.testing.assert_array_equal(out.tokens.reshape(2, 8), expected.tokens)
+        np.testing.assert_array_equal(out.lengths.reshape(2), expected.lengths)
+    own = traced(params, tokens, max_new_tokens=8, stop_ids=jnp.asarray([[-1], [stop]]))  # the first row's has none
+    np.testing.assert_array_equal(own.tokens[0], free[0])
+    with pytest.raises(InputError, match=r"stop_ids: expected \[n\] or \[2, n\] .*, found an array \[3, 1\]"):
+        generate(params, tokens, max_new_tokens=8, stop_ids=jnp.zeros((3, 1), jnp.int32))
+
+
+def test_generate_differentiates_under_grad_of_what_surrounds_it() -> None:
+    params, tokens = tiny.model(), jnp.asarray([tiny.prompt(6)])
+
+    def score(params: Params) -> jax.Array:
+        out = generate(params, tokens, max_new_tokens=3, backend="xla")
+        logits, _ = forward(params, jnp.maximum(out.tokens, 0), backend="xla")
+        return jax.nn.log_softmax(logits).max(-1).sum()
+
+    assert jnp.isfinite(jax.grad(score)(params).norm).all()

@@ -1,6 +1,7 @@
 """What XLA makes of decoding: the cache is updated in place, and compilations are few, whatever users ask for."""
 
 import functools
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from math import ceil, log2
@@ -16,7 +17,16 @@ from jax import lax
 
 from jllama import decode, stream
 from jllama.cache import cache_bytes, init_cache
-from jllama.decode import DecodeState, begin, decode_chunk, decode_step, jit_begin, jit_decode_chunk, prefill
+from jllama.decode import (
+    DecodeState,
+    decode_chunk,
+    decode_step,
+    generate,
+    jit_decode_chunk,
+    jit_prefill,
+    jit_sample_first,
+    sample_first,
+)
 from jllama.params import Params
 from jllama.sampling import make_sampling
 from jllama.stream import CHUNK, MIN_BUCKET, MIN_CACHE, PREFILL_PIECE, Session
@@ -31,7 +41,7 @@ def long_state() -> DecodeState:
     def make() -> DecodeState:
         cache = init_cache(LONG, 1, LONG.max_seq_len, jnp.float32)
         stops = jnp.zeros((1, 4), jnp.int32)
-        return begin(jnp.zeros((1, LONG.vocab_size)), cache, make_sampling(1), jnp.full(1, 99), stops, None)[0]
+        return sample_first(jnp.zeros((1, LONG.vocab_size)), cache, make_sampling(1), jnp.full(1, 99), stops, None)[0]
 
     return jax.eval_shape(make)
 
@@ -53,7 +63,7 @@ def test_the_decode_loop_makes_no_copy_of_the_cache() -> None:
 def test_the_first_draw_makes_no_copy_of_the_cache() -> None:
     state = long_state()
     rest = make_sampling(1), jnp.full(1, 99), jnp.zeros((1, 4), jnp.int32), None
-    assert_in_place(jit_begin.lower(jnp.zeros((1, LONG.vocab_size)), state.cache, *rest).compile())
+    assert_in_place(jit_sample_first.lower(jnp.zeros((1, LONG.vocab_size)), state.cache, *rest).compile())
 
 
 def _freezes_finished_rows(params: Params, state: DecodeState, *, steps: int) -> Any:
@@ -100,34 +110,16 @@ def bound_on_cache_sizes(max_len: int) -> int:
 
 
 @pytest.fixture
-def traces(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often each compiled piece is traced, with caches of jit that start empty."""
-    counts: Counter[str] = Counter()
-
-    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def trace(*args: Any, **kwargs: Any) -> Any:
-            counts[function.__name__] += 1
-            return function(*args, **kwargs)
-
-        return trace
-
-    static = {"prefill": ("backend",), "begin": ("backend",), "decode_chunk": ("steps", "backend")}
-    donated = {"prefill": ("logits", "cache"), "begin": ("cache", "seen"), "decode_chunk": ("state",)}
-    for name, function in dict(prefill=prefill, begin=begin, decode_chunk=decode_chunk).items():
-        jitted = jax.jit(counted(function), static_argnames=static[name], donate_argnames=donated[name])
-        monkeypatch.setattr(stream, f"jit_{name}", jitted)
-    return counts
-
-
-@pytest.fixture
 def compiled() -> Iterator[list[str]]:
-    """Every compilation by XLA while the test runs, the small ones outside jit included."""
+    """The name of every program that XLA compiles while the test runs, the small ones outside jit included. The
+    library's own pieces start with empty caches."""
+    for piece in (jit_prefill, jit_sample_first, jit_decode_chunk, decode._jit_generate):
+        piece.clear_cache()
     names: list[str] = []
 
     def listen(event: str, seconds: float, **details: Any) -> None:
         if event.endswith("backend_compile_duration"):
-            names.append(str(details.get("fun_name", event)))
+            names.append(re.sub(r"^jit[_(](.*?)\)?$", r"\1", str(details.get("fun_name", event))))
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     yield names
@@ -146,24 +138,42 @@ def sweep(lengths: list[int], seed: int) -> None:
                 pass
 
 
-def test_compilations_are_bounded_and_then_there_are_none(traces: Counter[str], compiled: list[str]) -> None:
+def test_compilations_are_bounded_and_then_there_are_none(compiled: list[str]) -> None:
     sizes, shapes = bound_on_cache_sizes(MAX_LEN), bound_on_prompt_shapes(MAX_LEN)
     assert (sizes, shapes) == (3, 6)
     # The ends of every bucket, so that the bound is met from below, too.
     sweep([1, 16, 17, 32, 33, 64, 65, 97, 128, 129, 225, 256, 257, 299], seed=0)
-    assert shapes <= traces["prefill"] <= shapes * sizes
-    assert traces["begin"] == traces["decode_chunk"] == len(STRUCTURES) * sizes
-    assert len(compiled) >= sum(traces.values())
-    before, done = traces.copy(), len(compiled)
+    count = Counter(compiled)
+    assert shapes <= count["prefill"] <= shapes * sizes
+    assert count["sample_first"] == count["decode_chunk"] == len(STRUCTURES) * sizes
+    done = len(compiled)
     sweep([2, 9, 30, 40, 60, 90, 180, 200, 280, 298], seed=1)
-    assert traces == before
     assert compiled[done:] == []
 
 
-def test_another_chunk_length_or_backend_would_compile_anew(traces: Counter[str]) -> None:
-    """The counter counts: what is static does cost a trace."""
+def test_another_chunk_length_would_compile_anew(compiled: list[str]) -> None:
+    """The counter counts: what is static does cost a compilation."""
     for chunk in (4, 5):
         for _ in Session(tiny.model(config=SMALL), MAX_LEN, chunk=chunk).run([[5, 6]], 9):
             pass
-    assert traces == {"prefill": 1, "begin": 1, "decode_chunk": 2}
-    assert decode.jit_decode_chunk is not stream.jit_decode_chunk
+    count = Counter(compiled)
+    assert (count["prefill"], count["sample_first"], count["decode_chunk"]) == (1, 1, 2)
+
+
+def test_generate_outside_jit_is_compiled_once(compiled: list[str]) -> None:
+    """Other values compile nothing: prompts, lengths, seeds, settings and stop tokens are data."""
+    params = tiny.model(config=SMALL)
+
+    def call(seed: int, lengths: list[int], stop_ids: tuple[int, ...]) -> None:
+        tokens = jnp.asarray([tiny.prompt(9, seed), tiny.prompt(9, seed + 1)])
+        warm = make_sampling(2, temperature=0.5 + seed, seed=seed)
+        generate(params, tokens, lengths=jnp.asarray(lengths), max_new_tokens=6, sampling=warm, stop_ids=stop_ids)
+
+    call(0, [9, 9], (2,))
+    assert compiled.count("_generate") == 1
+    done = len(compiled)
+    call(1, [3, 7], (2, 5, 7))
+    call(2, [1, 9], ())
+    assert compiled[done:] == []
+    generate(params, jnp.ones((1, 4), jnp.int32), max_new_tokens=6)  # another shape does compile
+    assert compiled.count("_generate") == 2

@@ -251,3 +251,49 @@ def test_an_invalid_setting_is_one_line_that_says_what_was_expected(name: str, v
 def test_a_list_of_another_length_than_the_batch_is_refused(name: str) -> None:
     with pytest.raises(InputError, match=f"{name}: expected one value or 3 \\(one a row\\), found 2"):
         make_sampling(3, **{name: [1, 1]})
+
+
+def test_settings_and_seeds_may_be_traced() -> None:
+    settings_of_rows = dict(temperature=0.9, top_k=(0, 10, 20, 30), top_p=0.9, min_p=0.02, repetition_penalty=1.2)
+
+    inside = jax.jit(lambda given_rows: make_sampling(ROWS, **given_rows))
+    plain = make_sampling(ROWS, seed=5, **settings_of_rows)
+    arrays = {name: jnp.asarray(value) for name, value in settings_of_rows.items()}
+    for seed in (jnp.asarray(5), jnp.arange(5, 5 + ROWS)):
+        made = inside({"seed": seed, **arrays})
+        np.testing.assert_array_equal(jax.random.key_data(made.key), jax.random.key_data(plain.key))
+        for name in settings_of_rows:
+            np.testing.assert_array_equal(getattr(made, name), getattr(plain, name))
+    # What is not given is not compiled in; what is traced is, whatever it holds.
+    alone = inside({"temperature": jnp.zeros(())})
+    assert alone.temperature.tolist() == [0.0] * ROWS
+    assert (alone.top_k, alone.top_p, alone.repetition_penalty) == (None,) * 3
+    with pytest.raises(InputError, match=r"top_k: expected one value or 4 \(one a row\), found 3"):
+        jax.eval_shape(lambda k: make_sampling(ROWS, temperature=1.0, top_k=k), jnp.zeros(3, jnp.int32))
+
+
+def test_concrete_arrays_are_checked_like_numbers() -> None:
+    plain = make_sampling(2, temperature=(0.5, 1.0), top_k=(3, 0), seed=(1, 2))
+    arrays = make_sampling(2, temperature=jnp.asarray([0.5, 1.0]), top_k=np.asarray([3, 0]), seed=np.asarray([1, 2]))
+    assert jax.tree.structure(arrays) == jax.tree.structure(plain)
+    np.testing.assert_array_equal(arrays.top_k, plain.top_k)
+    assert make_sampling(2, top_p=jnp.ones(2)).top_p is None
+    with pytest.raises(InputError, match=r"top_p: expected a number above 0 and at most 1 .*, found 2"):
+        make_sampling(2, top_p=jnp.asarray([0.5, 2.0]))
+
+
+def test_a_key_of_jax_takes_the_seeds_place() -> None:
+    key = jax.random.key(3)
+    one, four = make_sampling(1, key=key, temperature=1.0), make_sampling(4, key=key, temperature=1.0)
+    data = jax.random.key_data(four.key)
+    assert len(np.unique(np.asarray(data), axis=0)) == 4
+    np.testing.assert_array_equal(jax.random.key_data(one.key), data[:1])  # whatever the neighbours
+    for same in (jax.random.PRNGKey(3), key):
+        inside = jax.jit(lambda k: make_sampling(4, key=k, temperature=1.0))(same)
+        np.testing.assert_array_equal(jax.random.key_data(inside.key), data)
+    rows = jax.random.split(key, 4)
+    np.testing.assert_array_equal(jax.random.key_data(make_sampling(4, key=rows).key), jax.random.key_data(rows))
+    with pytest.raises(InputError, match=r"key: expected one value or 3 \(one a row\), found 4"):
+        make_sampling(3, key=rows)
+    with pytest.raises(InputError, match="seed: expected either seed or key, found both"):
+        make_sampling(4, key=rows, seed=1)

@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jllama.backends import backends
 from jllama.cache import KVCache, cache_bytes, grow, init_cache
 from jllama.config import LlamaConfig, preset
-from jllama.decode import DecodeState, begin, decode_chunk, generate, prefill
+from jllama.decode import DecodeState, decode_chunk, generate, prefill, sample_first
 from jllama.demo_model import DEMO
 from jllama.errors import InputError
 from jllama.formats.checkpoint import load, save
@@ -25,11 +25,12 @@ from jllama.params import Params, init, stack, unstack
 from jllama.sampling import make_sampling
 from jllama.step import runs_whole, whole_step
 from jllama.stream import Session
-from pallas_kernels import Choice, Indexed, cut_out, dispatch, record
+from pallas_kernels import Choice, LayerView, materialize, record
+from pallas_kernels.arch import HOPPER, pinned
 from pallas_kernels.attention import attention_reference
 from pallas_kernels.hopper.attention import decode as flash_decode
 from pallas_kernels.hopper.attention import prefill as flash_attention
-from pallas_kernels.hopper.decode_step.plan import Tiles
+from pallas_kernels.hopper.decode_step.plan import StepTiles
 
 # The smallest that the kernel takes.
 SMALL = LlamaConfig(
@@ -55,7 +56,7 @@ def test_forms_give_the_same_logits_and_caches(quant: str) -> None:
         _, cache = step(form, tokens, cache, lengths=lengths)
         logits, cache = step(form, tokens[:, :1], cache)
         assert cache is not None
-        k, v = ([cut_out(cache.layer(i)[j]) for i in range(tiny.CONFIG.n_layers)] for j in (0, 1))
+        k, v = ([materialize(cache.layer(i)[j]) for i in range(tiny.CONFIG.n_layers)] for j in (0, 1))
         found.append((logits, k, v, cache.lengths))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), *found)
 
@@ -79,12 +80,12 @@ def test_forms_give_the_same_text() -> None:
 def test_a_layer_is_not_cut_out() -> None:
     params = stack(init(tiny.CONFIG, jax.random.key(0), quant="int8"))
     layer = params.layer(1)
-    assert isinstance(layer.wqkv, Indexed)
+    assert isinstance(layer.wqkv, LayerView)
     assert layer.wqkv.stacked is params.layers.wqkv  # type: ignore[union-attr]
     assert layer.wqkv.shape == params.layer(0).wqkv.shape == unstack(params).layer(1).wqkv.shape
     assert layer.attn_norm.shape == (tiny.CONFIG.dim,)
     assert_same(stack(unstack(params)), params)
-    assert_same(unstack(params).layer(1), cut_out(layer))
+    assert_same(unstack(params).layer(1), materialize(layer))
 
 
 @pytest.mark.parametrize("quant", ["none", "int8", "int4"])
@@ -134,7 +135,7 @@ def state_of(params: Params, batch: int, max_len: int, **sampling: Any) -> Decod
         config = params.config
         cache = init_cache(config, batch, max_len, params.dtype, stacked=True)
         logits, stops = jnp.zeros((batch, config.vocab_size)), jnp.zeros((batch, 4), jnp.int32)
-        return begin(logits, cache, make_sampling(batch, **sampling), jnp.full(batch, 99), stops, None)[0]
+        return sample_first(logits, cache, make_sampling(batch, **sampling), jnp.full(batch, 99), stops, None)[0]
 
     return jax.eval_shape(make)
 
@@ -166,8 +167,12 @@ def test_attention_reads_a_layer_in_place(kernel: Any) -> None:
     q = jax.random.normal(keys[0], (1, 4, 2, 64), jnp.bfloat16)
     k, v = (jax.random.normal(key, (1, 1, 72, 64), jnp.bfloat16) for key in keys[1:])
     start = jnp.asarray([66])
-    stacked = [Indexed(jnp.stack([a * jnp.nan, a, a * jnp.nan]), 1) for a in (k, v)]
-    tiles = flash_attention.Tiles(keys=64) if kernel is flash_attention.flash_attention else flash_decode.Tiles(keys=64)
+    stacked = [LayerView(jnp.stack([a * jnp.nan, a, a * jnp.nan]), 1) for a in (k, v)]
+    tiles = (
+        flash_attention.PrefillTiles(keys=64)
+        if kernel is flash_attention.flash_attention
+        else flash_decode.DecodeTiles(keys=64)
+    )
     found = kernel(q, *stacked, start, tiles=tiles, interpret=plgpu.InterpretGPUParams())
     wanted = attention_reference(q, k, v, start)
     np.testing.assert_allclose(np.asarray(found, np.float32), np.asarray(wanted, np.float32), atol=2e-2)
@@ -176,7 +181,7 @@ def test_attention_reads_a_layer_in_place(kernel: Any) -> None:
 # The step in one launch
 
 
-def test_why_a_step_goes_op_by_op(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_why_a_step_goes_op_by_op() -> None:
     params = init(SMALL, jax.random.key(0), dtype=jnp.bfloat16, stacked=True)
 
     def choice(params: Params, **sizes: Any) -> Choice:
@@ -186,8 +191,6 @@ def test_why_a_step_goes_op_by_op(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choice(params, backend="xla") == Choice("ops", "asked for")
     assert "decode_step" not in backends(params, prompt=16)["prefill"]
     assert not runs_whole(SMALL, "bfloat16")
-    monkeypatch.setattr(dispatch, "require_hopper", lambda: None)
-    monkeypatch.setattr("jllama.step.require_hopper", lambda: None)
     with jax.sharding.use_abstract_mesh(H200):
         assert choice(params) == Choice("pallas", "kernel runs here")
         assert choice(params, batch=9) == Choice("ops", "1 to 8 tokens a step, found 9 rows of 1")
@@ -220,15 +223,17 @@ def test_steps_through_the_interpreted_kernel(monkeypatch: pytest.MonkeyPatch) -
     prompt = jnp.asarray([tiny.prompt(12), tiny.prompt(12, 1)]) % SMALL.vocab_size
     logits, cache = prefill(params, prompt, jnp.asarray([12, 5]), jnp.zeros((2, 128)), cache, backend="xla")
     stops = jnp.full((2, 4), -1, jnp.int32)
-    state, _ = begin(logits, cache, make_sampling(2), jnp.asarray([3, 2]), stops, None)  # the second row ends first
+    state, _ = sample_first(
+        logits, cache, make_sampling(2), jnp.asarray([3, 2]), stops, None
+    )  # the second row ends first
     stacked = state.replace(cache=cache.replace(k=jnp.stack(cache.k), v=jnp.stack(cache.v)))
     wanted, drawn = decode_chunk(params, state, steps=3, backend="xla")
 
-    options = dict(blocks=1, tiles=Tiles(depth=4, consumers=2), interpret=plgpu.InterpretGPUParams())
-    interpreted = dataclasses.replace(whole_step, kernel=functools.partial(whole_step.kernel, **options))  # type: ignore
-    monkeypatch.setattr("jllama.model.whole_step", interpreted)
-    monkeypatch.setattr(dispatch, "require_hopper", lambda: None)
-    with record() as choices:
+    options = dict(blocks=1, tiles=StepTiles(depth=4, consumers=2), interpret=plgpu.InterpretGPUParams())
+    kernel = whole_step.kernels["hopper"]
+    interpreted = dataclasses.replace(kernel, run=functools.partial(kernel.run, **options))
+    monkeypatch.setattr("jllama.model.whole_step", dataclasses.replace(whole_step, kernels={"hopper": interpreted}))
+    with record() as choices, pinned(HOPPER):
         found, again = decode_chunk(stack(params), stacked, steps=3)
     assert choices["decode_step"] == Choice("pallas", "kernel runs here")
     assert choices.keys() == {"decode_step", "draw"}
@@ -240,9 +245,8 @@ def test_steps_through_the_interpreted_kernel(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(("quant", "sampling", "launches"), [("none", {}, 1), ("int4", dict(temperature=0.8), 2)])
 def test_a_chunk_lowers_to_one_launch_a_step_and_one_a_draw(
-    monkeypatch: pytest.MonkeyPatch, quant: str, sampling: dict[str, Any], launches: int
+    quant: str, sampling: dict[str, Any], launches: int
 ) -> None:
-    monkeypatch.setattr(dispatch, "require_hopper", lambda: None)
     params = jax.eval_shape(
         lambda: init(preset("7b"), jax.random.key(0), dtype=jnp.bfloat16, quant=quant, stacked=True)
     )

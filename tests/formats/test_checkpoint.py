@@ -15,7 +15,7 @@ from jllama.cache import cache_bytes
 from jllama.config import LlamaConfig, RopeScaling, from_hf, preset, to_hf
 from jllama.errors import InputError
 from jllama.formats.checkpoint import check_memory, load, model_bytes, save
-from jllama.formats.source import Source, Tensor
+from jllama.formats.source import Quantization, Source, Tensor
 from jllama.params import init, weight_bytes
 from pallas_kernels import QuantizedTensor
 
@@ -157,6 +157,26 @@ def test_the_refusal_has_the_figures_and_what_would_fit(
         name, value = flag.split()
         quant, length = (value, max_len) if name == "--quant" else ("none", int(value))
         check_memory(source, "bfloat16", quant, None, 1, length)
+
+
+@pytest.mark.parametrize(("quant", "group"), [("int8", None), ("int8", 32), ("int4", 128), ("int4", 32)])
+def test_stored_integers_are_sized_as_they_are_and_no_other_format_is_advised(
+    quant: str, group: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wq = Tensor((), "float16", "", lambda *_: None, Quantization(8 if quant == "int8" else 4, group))
+    source = Source(Path("big"), "native", SEVEN, {"layers.0.wq": wq}, None)
+    weights = model_bytes(SEVEN, "bfloat16", quant, group)
+    budget(monkeypatch, int(2.5e9))
+    with pytest.raises(InputError) as error:
+        check_memory(source, "bfloat16", "none", None, 1, 4096)
+    one_line(error, f"(weights {weights / 1e9:.2f} GB, ", "; no setting would fit")
+    budget(monkeypatch, weights + int(1.3e9))
+    with pytest.raises(InputError) as error:
+        check_memory(source, "bfloat16", "none", None, 1, 4096)
+    advice = str(error.value).partition("would fit: ")[2]
+    assert advice.startswith("--max-seq-len ")
+    assert "--quant" not in advice
+    check_memory(source, "bfloat16", "none", None, 1, int(advice.split()[1]))
 
 
 def test_memory_that_is_enough_or_unknown_refuses_nothing(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

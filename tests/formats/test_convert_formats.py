@@ -22,7 +22,7 @@ from jllama.formats.vocabulary import from_model
 from jllama.model import forward
 from jllama.text.tokenizer import load_tokenizer, tokenizer_for
 
-FIXTURES = Path(__file__).parent / "data"
+FIXTURES = Path(__file__).parents[1] / "data"
 # Compiled once for all forms, whose parameters have the same shapes.
 greedy = jax.jit(generate, static_argnames=("max_new_tokens", "stop_ids"))
 EXACT = ("hf", "sharded", "bin", "meta", "llama2c-0", "llama2c-1", "gguf")

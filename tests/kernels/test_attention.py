@@ -108,9 +108,9 @@ def test_interpreted(kind: str, name: str) -> None:
     case, kernel = find(kind, name)
     # Small tiles and two stages: every slot of a ring is used again.
     tiles = (
-        flash_attention.Tiles(keys=64, stages=2, blocks=2)  # several items a block
+        flash_attention.PrefillTiles(keys=64, stages=2, blocks=2)  # several items a block
         if kind == "prefill"
-        else flash_decode.Tiles(keys=64, stages=2, blocks=8 * case.heads)
+        else flash_decode.DecodeTiles(keys=64, stages=2, blocks=8 * case.heads)
     )
     arguments = case.arguments()
     out = kernel(*arguments, tiles=tiles, interpret=plgpu.InterpretGPUParams(detect_races=True))
@@ -130,7 +130,7 @@ def test_lowers_for_hopper(kind: str, name: str) -> None:
 def test_keys_behind_a_row_are_not_seen() -> None:
     case = DECODE["one-query"]
     q, k, v, start = case.arguments()
-    tiles, interpret = flash_decode.Tiles(keys=64, stages=2, blocks=6), plgpu.InterpretGPUParams()
+    tiles, interpret = flash_decode.DecodeTiles(keys=64, stages=2, blocks=6), plgpu.InterpretGPUParams()
     out = flash_decode.flash_decode(q, k, v, start, tiles=tiles, interpret=interpret)
     behind = jnp.arange(case.S) > start[0]
     k, v = (jnp.where(behind[:, None], 1e4, x) for x in (k, v))

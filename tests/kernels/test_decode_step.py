@@ -23,18 +23,12 @@ from jllama.model import forward
 from jllama.params import init, stack
 from jllama.rope import rotations as model_rotations
 from pallas_kernels import QuantizedTensor, Unsupported
-from pallas_kernels.decode_step import (
-    CASES,
-    StepWeights,
-    check,
-    decode_step,
-    decode_step_kernel,
-    plan_of,
-    shape_of,
-)
-from pallas_kernels.hopper.common.limbs import digits_of
-from pallas_kernels.hopper.decode_step.launch import buffers
-from pallas_kernels.hopper.decode_step.plan import Tiles
+from pallas_kernels.decode_step import CASES, StepWeights, check, decode_step, decode_step_kernel
+from pallas_kernels.hopper.common.limbs import split_into_limbs
+from pallas_kernels.hopper.decode_step.checks import shape_of
+from pallas_kernels.hopper.decode_step.memory import buffer_shapes
+from pallas_kernels.hopper.decode_step.plan import StepTiles
+from pallas_kernels.hopper.decode_step.tuned import plan_for_device
 
 pytestmark = pytest.mark.timeout(240)  # a slow machine with two cores takes half of that
 
@@ -64,7 +58,7 @@ SMALL_CASES = {
 def test_phases_interpreted(name: str) -> None:
     case = SMALL_CASES[name]
     args = case.arguments()
-    tiles = Tiles(**(dict(depth=4, chunk=2048, consumers=2) | case.tiles))
+    tiles = StepTiles(**(dict(depth=4, chunk=2048, consumers=2) | case.tiles))
     even = SMALL["dim"] // 8 % case.blocks == 0
     interpret = plgpu.InterpretGPUParams(detect_races=even)
     out = decode_step_kernel(*args, eps=EPS, tiles=tiles, blocks=case.blocks, interpret=interpret)
@@ -77,7 +71,7 @@ def test_phases_interpreted(name: str) -> None:
 def test_digits_are_x(size: float) -> None:
     """Two digits give back every bit of a bfloat16 that is not far below the largest of its block."""
     x = jax.random.normal(jax.random.key(0), (8, 256), jnp.float32).astype(jnp.bfloat16) * jnp.bfloat16(size)
-    (first, second), scale = digits_of(x)
+    (first, second), scale = split_into_limbs(x)
     assert jnp.abs(first.astype(jnp.int32)).max() <= 127
     exact = np.asarray(x, np.float64)
     back = np.asarray(scale, np.float64)[:, None] * (np.asarray(first) * 256.0 + np.asarray(second)) / (127 * 256)
@@ -87,7 +81,7 @@ def test_digits_are_x(size: float) -> None:
 
 def test_digits_of_what_is_no_number_are_worth_none() -> None:
     x = jnp.ones((2, 256), jnp.bfloat16).at[0, 3].set(jnp.nan).at[1, 5].set(jnp.inf)
-    digits, scale = digits_of(x)
+    digits, scale = split_into_limbs(x)
     assert not jnp.isfinite(sum(d.astype(jnp.float32) for d in digits) * scale[:, None]).any()
 
 
@@ -161,7 +155,9 @@ def test_real_shapes_lower(case: str, fmt: str, batch: int, queries: int) -> Non
         text = step.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("@mosaic_gpu") == 1  # one launch, whose buffers, the cache among them, are changed in place
     shape = shape_of(*args[:3], eps=EPS)
-    assert text.count("output_tuple_indices") == len(buffers(plan_of(shape, blocks=SMS))) + 2 + 1  # k, v, semaphore
+    assert (
+        text.count("output_tuple_indices") == len(buffer_shapes(plan_for_device(shape, blocks=SMS))) + 2 + 1
+    )  # k, v, semaphore
 
 
 @pytest.mark.parametrize(
@@ -192,7 +188,7 @@ def test_refused_formats(fmt: str) -> None:
 def test_refused_tiles() -> None:
     args = abstract("int4-g128", 1, 1, 1024, **CASES["tinyllama"])
     with jax.sharding.use_abstract_mesh(H200), pytest.raises(Unsupported, match="groups of 128 inputs: must divide 64"):
-        check(*args, eps=EPS, tiles=Tiles(step=64))
+        check(*args, eps=EPS, tiles=StepTiles(step=64))
 
 
 def test_refused_under_mps(monkeypatch: pytest.MonkeyPatch) -> None:

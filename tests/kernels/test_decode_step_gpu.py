@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,12 @@ from decode_steps import EPS, ON_GPU, SMALL, Case, arguments, compare, error, ro
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention import attention_reference
-from pallas_kernels.decode_step import CASES, decode_step, phases
+from pallas_kernels.decode_step import CASES, decode_step
 from pallas_kernels.ffn import swiglu
-from pallas_kernels.hopper.decode_step import launch as persistent_launch
-from pallas_kernels.hopper.decode_step.plan import Tiles
+from pallas_kernels.hopper.decode_step import launch
+from pallas_kernels.hopper.decode_step.memory import StepBuffers
+from pallas_kernels.hopper.decode_step.plan import StepTiles
+from pallas_kernels.hopper.decode_step.run import run_phases
 from pallas_kernels.matmul import matmul_reference
 from pallas_kernels.qkv import rotate
 from pallas_kernels.rms_norm import rms_norm_reference
@@ -68,37 +71,36 @@ def test_many_steps_on_gpu() -> None:
     jax.tree.map(np.testing.assert_array_equal, again, both["pallas"])
 
 
-def by_phase(args: tuple, done: dict[str, jax.Array]) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """What each phase of a step of one layer and one token a row left, and what the reference makes of that which the
-    phase before left."""
+def by_phase(args: tuple, done: StepBuffers) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """What each phase of a step left (one layer, one token a row), and what the reference makes of what the previous
+    phase left."""
     x, w, k, v, start, cos, sin = args
     B, D, kv_heads = x.shape[0], k.shape[4], k.shape[2]
-    rows = {name: a[:B] for name, a in done.items() if name in ("qkv", "x_mid", "hidden", "x", "logits")}
     layer = jax.tree.map(lambda a: a[0], (w.attn_norm, w.wqkv, w.wo, w.ffn_norm, w.w_gate_up, w.w_down))
     attn_norm, wqkv, wo, ffn_norm, w_gate_up, w_down = layer
     dim, inner = w_down.shape
-    x_mid, hidden, x_out = rows["x_mid"][:, :dim], rows["hidden"][:, :inner], rows["x"][:, :dim]
+    x_mid, hidden, x_out = done.x_mid[:B, :dim], done.hidden[:B, :inner], done.x[:B, :dim]
 
-    qkv = rows["qkv"].reshape(B, 1, -1, D)
+    qkv = done.qkv[:B].reshape(B, 1, -1, D)
     q, k_new, v_new = jnp.split(qkv, [qkv.shape[2] - 2 * kv_heads, qkv.shape[2] - kv_heads], axis=2)
     here = jnp.arange(B), slice(None), start
     keys = k[0].at[here].set(rotate(k_new, cos, sin)[:, 0])
     values = v[0].at[here].set(v_new[:, 0])
     attended = attention_reference(rotate(q, cos, sin), keys, values, start).reshape(B, -1)
-    weights = jax.nn.softmax(done["logs"][:, :B] * np.log(2), axis=0)  # of 8 columns each
-    parts = done["parts"][:, :B].reshape(*weights.shape, 8)
+    weights = jax.nn.softmax(done.logs[:, :B] * np.log(2), axis=0)  # of 8 columns each
+    parts = done.parts[:, :B].reshape(*weights.shape, 8)
     joined = (parts * weights[..., None]).sum(0).reshape(B, -1)[:, : wo.shape[1]].astype(jnp.bfloat16)
 
     norm = functools.partial(rms_norm_reference, eps=EPS)
     wide = functools.partial(matmul_reference, out_dtype=jnp.float32)
     return {
-        "qkv": (rows["qkv"], wide(norm(x[:, 0], attn_norm), wqkv)),
+        "qkv": (done.qkv[:B], wide(norm(x[:, 0], attn_norm), wqkv)),
         "attend": (joined, attended),
-        "cache": (done["k"][0][here], rotate(k_new, cos, sin)[:, 0]),
+        "cache": (done.k[0][here], rotate(k_new, cos, sin)[:, 0]),
         "o": (x_mid, x[:, 0] + wide(joined, wo)),
         "gate_up": (hidden, swiglu(wide(norm(x_mid, ffn_norm), w_gate_up))),
         "down": (x_out, x_mid + wide(hidden, w_down)),
-        "head": (rows["logits"], wide(norm(x_out, w.norm), w.head)),
+        "head": (done.logits[:B], wide(norm(x_out, w.norm), w.head)),
     }
 
 
@@ -114,10 +116,11 @@ def test_phases_are_compared_as_they_should() -> None:
     """`by_phase` on an interpreted step: the stress test on a GPU compares with the right thing, and would notice."""
     case = Case((5, 9), 64, fmt="int8", blocks=2)
     args = case.arguments()
-    done = phases(*args, eps=EPS, tiles=Tiles(depth=4, chunk=1024), blocks=2, interpret=plgpu.InterpretGPUParams())
+    tiles = StepTiles(depth=4, chunk=1024)
+    done = run_phases(*args, eps=EPS, tiles=tiles, blocks=2, interpret=plgpu.InterpretGPUParams())
     errors = {name: float(worst(*both)) for name, both in by_phase(args, done).items()}
     assert max(errors.values()) < 0.06, errors
-    done["hidden"] = done["hidden"].at[0, 7].add(1)
+    done = dataclasses.replace(done, hidden=done.hidden.at[0, 7].add(1))
     assert worst(*by_phase(args, done)["gate_up"]) > 0.1
 
 
@@ -134,9 +137,9 @@ def test_every_phase_of_10000_steps_on_gpu(fmt: str) -> None:
         x = jax.random.normal(key, (3, 1, size["dim"]), jnp.bfloat16)
         start = jax.random.randint(key, (3,), 0, 500)
         args = (x, weights, k, v, start, *rotations(start, 1, size["head_dim"]))
-        done = phases(*args, eps=EPS)
+        done = run_phases(*args, eps=EPS)
         new = jnp.stack([worst(*both) for both in by_phase(args, done).values()])
-        return (done["k"], done["v"], jnp.maximum(errors, new)), None
+        return (done.k, done.v, jnp.maximum(errors, new)), None
 
     keys = jax.random.split(jax.random.key(2), 10_000)
     errors = jax.jit(lambda k, v: jax.lax.scan(one, (k, v, jnp.zeros(7)), keys)[0][2])(k, v)
@@ -145,11 +148,13 @@ def test_every_phase_of_10000_steps_on_gpu(fmt: str) -> None:
 
 @pytest.mark.gpu
 def test_a_stalled_step_says_where_on_gpu(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
-    """With one block missing, a step with patience ends, and names the first phase that nobody could enter."""
+    """With one block missing, a step with a spin limit ends, and names the first phase that nobody could enter."""
     args = arguments("bf16", (3,), 1, 64, **(SMALL | dict(dim=1024, hidden=1024)))
-    whole = persistent_launch._kernel
-    monkeypatch.setattr(
-        persistent_launch, "_kernel", lambda plan, *a: whole(dataclasses.replace(plan, blocks=plan.blocks - 1), *a)
-    )
-    jax.block_until_ready(jax.jit(functools.partial(phases, eps=EPS, patience=10_000))(*args))
+    whole = launch.plgpu.kernel
+
+    def one_block_less(*args: Any, grid: tuple[int], **options: Any) -> Any:
+        return whole(*args, grid=(grid[0] - 1,), **options)
+
+    monkeypatch.setattr(launch.plgpu, "kernel", one_block_less)
+    jax.block_until_ready(jax.jit(functools.partial(run_phases, eps=EPS, spin_limit=10_000))(*args))
     assert "waited in vain for attend of layer 0" in capfd.readouterr().out

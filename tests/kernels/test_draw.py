@@ -14,7 +14,7 @@ from np_sampler import np_sampler
 from jllama.sampling import make_sampling, sample
 from pallas_kernels import Unsupported
 from pallas_kernels.draw import CASES, draw, draw_reference, log_probability, truncate
-from pallas_kernels.hopper.sampling.draw import Split, draw_rows, split_of
+from pallas_kernels.hopper.sampling.draw import RowSplit, draw_rows, split_row
 
 SETTINGS: dict[str, dict[str, Any]] = {  # of four rows
     "greedy": dict(temperature=(0.0, 0.0, 0.0, 0.0)),
@@ -39,14 +39,14 @@ def arguments(settings: str, vocab: int, *, seed: int = 0, spread: float = 2.0) 
     """Logits, shares and the settings as arrays."""
     random = np.random.RandomState(seed)
     logits = jnp.asarray(random.standard_normal((ROWS, vocab)) * spread, jnp.float32)
-    share = jnp.asarray(random.rand(ROWS), jnp.float32)
+    u = jnp.asarray(random.rand(ROWS), jnp.float32)
     types = dict(top_k=jnp.int32)
     given = {n: jnp.asarray(rows, types.get(n, jnp.float32)) for n, rows in SETTINGS[settings].items()}
-    return logits, share, given
+    return logits, u, given
 
 
-def assert_drawn(found: tuple[Any, Any], logits: jax.Array, share: jax.Array, given: dict[str, Any]) -> None:
-    wanted = jit_reference(logits, share, **given)
+def assert_drawn(found: tuple[Any, Any], logits: jax.Array, u: jax.Array, given: dict[str, Any]) -> None:
+    wanted = jit_reference(logits, u, **given)
     np.testing.assert_array_equal(found[0], wanted[0])
     np.testing.assert_allclose(found[1], wanted[1], atol=1e-5)
 
@@ -59,15 +59,15 @@ def interpreted(*args: Any, races: bool = False, **given: Any) -> Any:
 
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_draw_interpreted(settings: str) -> None:
-    logits, share, given = arguments(settings, 1280)  # two warpgroups, an odd number for every thread
-    assert_drawn(interpreted(logits, share, **given, races=True), logits, share, given)
+    logits, u, given = arguments(settings, 1280)  # two warpgroups, an odd number for every thread
+    assert_drawn(interpreted(logits, u, **given, races=True), logits, u, given)
 
 
 @pytest.mark.parametrize("settings", ["top-p", "all"])
 def test_equal_logits_stay_together(settings: str) -> None:
-    logits, share, given = arguments(settings, 512)
+    logits, u, given = arguments(settings, 512)
     logits = jnp.round(logits * 2) / 2
-    assert_drawn(interpreted(logits, share, **given), logits, share, given)
+    assert_drawn(interpreted(logits, u, **given), logits, u, given)
 
 
 def test_draw_stands_extreme_logits() -> None:
@@ -76,21 +76,21 @@ def test_draw_stands_extreme_logits() -> None:
     rows[1, 511] = -5.0
     rows[2, :] = -1e30
     rows[3, :] = np.linspace(0, 400, 512)  # masses below the smallest float
-    logits, (_, share, given) = jnp.asarray(rows), arguments("all", 512)
-    found = interpreted(logits, share, **given)
-    assert_drawn(found, logits, share, given)
+    logits, (_, u, given) = jnp.asarray(rows), arguments("all", 512)
+    found = interpreted(logits, u, **given)
+    assert_drawn(found, logits, u, given)
     not_numbers = logits.at[0, 7].set(jnp.nan).at[1, 9].set(jnp.inf)
-    token, logprob = interpreted(not_numbers, share, **given)
+    token, logprob = interpreted(not_numbers, u, **given)
     assert ((token >= 0) & (token < 512)).all()
     np.testing.assert_array_equal(jnp.isnan(logprob), [True, True, False, False])
     assert token[2] == found[0][2]
     assert token[3] == found[0][3]
 
 
-@pytest.mark.parametrize("share", [0.0, 1e-7, 0.5, 1 - 2.0**-23, 1.0])
-def test_what_is_excluded_is_never_drawn_whatever_the_share(share: float) -> None:
+@pytest.mark.parametrize("u", [0.0, 1e-7, 0.5, 1 - 2.0**-23, 1.0])
+def test_what_is_excluded_is_never_drawn_whatever_u_is(u: float) -> None:
     logits, _, given = arguments("all", 512, seed=3, spread=6.0)
-    token, _ = interpreted(logits, jnp.full(ROWS, share), **given)
+    token, _ = interpreted(logits, jnp.full(ROWS, u), **given)
     temperature = jnp.maximum(given.pop("temperature"), 1e-6)
     kept = truncate(logits / temperature[:, None], **given)
     assert (kept > -jnp.inf).sum() < kept.size / 2
@@ -103,14 +103,13 @@ def test_draw_lowers(case: str, settings: str) -> None:
     rows, vocab = CASES[case]["rows"], CASES[case]["vocab"]
     given = {name: jax.ShapeDtypeStruct((rows,), a.dtype) for name, a in arguments(settings, 128)[2].items()}
     shapes = jax.ShapeDtypeStruct((rows, vocab), jnp.float32), jax.ShapeDtypeStruct((rows,), jnp.float32)
-    lower(lambda logits, share, given: draw_rows(logits, share, **given), *shapes, given)
+    lower(lambda logits, u, given: draw_rows(logits, u, **given), *shapes, given)
 
 
 def test_which_vocabularies_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert split_of(32000) == Split(5, 50)
-    assert split_of(512) == Split(1, 4)
-    assert [split_of(vocab) for vocab in (96, 32001, 64 * 5 * 128 + 128, 128256)] == [None] * 4
-    monkeypatch.setattr("pallas_kernels.dispatch.require_hopper", lambda: None)
+    assert split_row(32000) == RowSplit(5, 50)
+    assert split_row(512) == RowSplit(1, 4)
+    assert [split_row(vocab) for vocab in (96, 32001, 64 * 5 * 128 + 128, 128256)] == [None] * 4
     for backend in ("auto", "pallas"):
         choice = draw.choose(backend, jnp.zeros((1, 96)), jnp.zeros(1), temperature=jnp.ones(1))
         assert (choice.impl, choice.why[:27]) == ("xla", "a vocabulary of 96 cannot b")
@@ -127,20 +126,20 @@ def test_which_vocabularies_fit(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("vocab", [512, 1280, 32000])
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_draw_on_gpu(settings: str, vocab: int) -> None:
-    kernel = jax.jit(lambda logits, share, given: draw(logits, share, **given, backend="pallas"))
+    kernel = jax.jit(lambda logits, u, given: draw(logits, u, **given, backend="pallas"))
     for seed in range(20):
         for spread in (0.1, 2.0, 8.0):
-            logits, share, given = arguments(settings, vocab, seed=seed, spread=spread)
-            found = kernel(logits, share, given)
-            again = kernel(logits, share, given)
+            logits, u, given = arguments(settings, vocab, seed=seed, spread=spread)
+            found = kernel(logits, u, given)
+            again = kernel(logits, u, given)
             np.testing.assert_array_equal(found[0], again[0])
             np.testing.assert_array_equal(found[1], again[1])
-            assert_near(np.asarray(found[0]), np.asarray(logits), np.asarray(share), given)
+            assert_near(np.asarray(found[0]), np.asarray(logits), np.asarray(u), given)
             np.testing.assert_allclose(found[1], log_probability(logits, found[0]), atol=1e-4)
 
 
-def assert_near(token: np.ndarray, logits: np.ndarray, share: np.ndarray, given: dict[str, Any]) -> None:
-    """Every token is one that a sampler in float64 may draw, were the row's share off by what sums of float32 are."""
+def assert_near(token: np.ndarray, logits: np.ndarray, u: np.ndarray, given: dict[str, Any]) -> None:
+    """Every token is one that a sampler in float64 may draw, were u off by the rounding of float32 sums."""
     for row, drawn in enumerate(token):
         own = {name: values[row].item() for name, values in given.items()}
         if own["temperature"] == 0:
@@ -150,7 +149,7 @@ def assert_near(token: np.ndarray, logits: np.ndarray, share: np.ndarray, given:
         # Top-p adds up what is rounded: a token on its cut may be the last, or the one before it is.
         near = NEAR + (probs[probs > 0].min() if own.get("top_p", 1) < 1 and close < CLOSE else 0)
         reached = probs[: drawn + 1].sum()
-        assert reached - probs[drawn] - near <= share[row] <= reached + near
+        assert reached - probs[drawn] - near <= u[row] <= reached + near
 
 
 @pytest.mark.gpu

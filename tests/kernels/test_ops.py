@@ -1,6 +1,7 @@
 """Every reference op against float64 numpy, with a tolerance made from the dtype and the length of the sums."""
 
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,13 +9,27 @@ import numpy as np
 import pytest
 import tiny
 
-import pallas_kernels.dispatch as dispatch
 from jllama.cache import init_cache
 from jllama.config import LlamaConfig, RopeScaling
 from jllama.model import forward
 from jllama.params import init
 from jllama.rope import inverse_frequencies, rotations
-from pallas_kernels import OPS, Choice, Op, Unsupported, attention, dequantize, ffn, matmul, quantize, record, rms_norm
+from pallas_kernels import (
+    OPS,
+    Choice,
+    Op,
+    Unsupported,
+    attention,
+    dequantize,
+    dispatch,
+    ffn,
+    matmul,
+    quantize,
+    record,
+    rms_norm,
+)
+from pallas_kernels.arch import Target, arch_of
+from pallas_kernels.dispatch import Kernel
 from pallas_kernels.qkv import rotate, split_heads
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -246,13 +261,13 @@ def test_cache_write_goes_behind_each_rows_length_and_drops_what_does_not_fit() 
     np.testing.assert_array_equal(written.lengths, cache.lengths)
 
 
-def fake_op(check: object = None) -> Op:
-    return Op("double", lambda x: 2 * x, kernel=lambda x: 2 * x + 0.5, check=check)
+def fake_op(check: Any = None) -> Op:
+    return Op("double", lambda x: 2 * x, {"hopper": Kernel(lambda x: 2 * x + 0.5, check)})
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, platform: str, capability: str = "", kind: str = "some chip") -> None:
     device = types.SimpleNamespace(platform=platform, compute_capability=capability, device_kind=kind)
-    monkeypatch.setattr(dispatch, "_device", lambda: device)
+    monkeypatch.setattr(dispatch, "target", lambda *_: Target(arch_of(device)))
 
 
 def test_dispatch_runs_the_kernel_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,7 +279,10 @@ def test_dispatch_runs_the_kernel_where_it_can(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize(
     ("platform", "capability", "reason"),
-    [("cpu", "", "needs an NVIDIA Hopper GPU, found platform 'cpu'"), ("gpu", "8.0", "9.0.*found some chip with 8.0")],
+    [
+        ("cpu", "", "needs an NVIDIA Hopper GPU, found platform 'cpu'"),
+        ("gpu", "8.0", "Hopper.*found some chip with compute capability 8.0"),
+    ],
 )
 def test_dispatch_falls_back_only_when_not_asked(
     monkeypatch: pytest.MonkeyPatch, platform: str, capability: str, reason: str

@@ -19,8 +19,17 @@ from jllama.cache import init_cache
 from jllama.config import LlamaConfig, preset
 from jllama.model import forward
 from jllama.params import init, stack
-from pallas_kernels import Choice, Indexed, QuantizedTensor, Unsupported, cut_out, dequantize, dispatch, qkv, record
-from pallas_kernels.hopper.gemm.large_m_plan import WideTiles
+from pallas_kernels import (
+    Choice,
+    LayerView,
+    QuantizedTensor,
+    Unsupported,
+    dequantize,
+    materialize,
+    qkv,
+    record,
+)
+from pallas_kernels.hopper.gemm.large_m_plan import LargeMTiles
 from pallas_kernels.qkv import CASES, check_qkv, qkv_kernel, qkv_reference
 
 pytestmark = pytest.mark.timeout(120)
@@ -54,7 +63,7 @@ class Case:
         return {} if self.layers is None else {"layer": self.layers - 2}
 
     def weight(self, w: Any) -> Any:
-        return w if self.layers is None else Indexed(w, self.layers - 2)
+        return w if self.layers is None else LayerView(w, self.layers - 2)
 
     def shapes(self) -> list[Any]:
         """x, w, k, v, start, cos and sin."""
@@ -84,7 +93,7 @@ class Case:
 def check(case: Case, arguments: list[Any], found: tuple[jax.Array, ...]) -> None:
     """Queries and new keys and values are the reference's; of the rest of the cache nothing has changed but slots of
     the same heads that are free: up to a chunk behind the last token."""
-    x, w, *cache, start, cos, sin = cut_out(arguments)
+    x, w, *cache, start, cos, sin = materialize(arguments)
     if isinstance(w, QuantizedTensor):
         w = dequantize(w, x.dtype if w.scale.shape[-1] > 1 else jnp.float32)
     exact = [a.astype(jnp.float32) for a in (x, w, *cache)]
@@ -100,7 +109,7 @@ def check(case: Case, arguments: list[Any], found: tuple[jax.Array, ...]) -> Non
             if first < case.max_len:
                 assert error(new[layer, b, :, first:end], reference[layer, b, :, first:end]) < 3e-3
             for a in (new, old):
-                a[layer, b, :, first : first - (-case.tokens // WideTiles.chunk) * WideTiles.chunk] = 0
+                a[layer, b, :, first : first - (-case.tokens // LargeMTiles.chunk) * LargeMTiles.chunk] = 0
         np.testing.assert_array_equal(new, old)
 
 
@@ -123,7 +132,7 @@ def test_interpreted(name: str) -> None:
     case = SMALL[name]
     arguments = case.arguments()
     check_qkv(*arguments, **case.options)
-    tiles = WideTiles(out=128, rows=128, depth=2, parts=2)
+    tiles = LargeMTiles(out=128, rows=128, depth=2, row_splits=2)
     found = qkv_kernel(*arguments, **case.options, tiles=tiles, sms=2, interpret=interpreter())
     race_free(found[0])
     check(case, arguments, found)
@@ -158,9 +167,9 @@ def test_prompts_through_the_interpreted_kernel(monkeypatch: pytest.MonkeyPatch,
     params = stack(params) if stacked else params
     pieces = [jnp.asarray([tiny.prompt(64, seed), tiny.prompt(64, seed + 1)]) for seed in (0, 2)]
 
-    def attempt(*arguments: Any, backend: str, **options: Any) -> Any:
+    def try_kernel(_: Any, *arguments: Any, backend: str, **options: Any) -> Any:
         check_qkv(*arguments, **options)
-        tiles = WideTiles(out=128, rows=128, depth=2)
+        tiles = LargeMTiles(out=128, rows=128, depth=2)
         # The interpreter's threads wait for one another: nothing else may be under way that has the machine's.
         jax.block_until_ready(arguments)
         out = qkv_kernel(*arguments, **options, tiles=tiles, sms=2, interpret=plgpu.InterpretGPUParams())
@@ -169,19 +178,18 @@ def test_prompts_through_the_interpreted_kernel(monkeypatch: pytest.MonkeyPatch,
     found = []
     for fused in (False, True):
         if fused:
-            monkeypatch.setattr("jllama.model.qkv", types.SimpleNamespace(attempt=attempt))
+            monkeypatch.setattr("jllama.model.qkv", types.SimpleNamespace(try_kernel=try_kernel))
         cache = init_cache(MODEL, 2, 136, jnp.bfloat16, stacked=stacked)
         for tokens, lengths in zip(pieces, ((64, 40), (64, 64)), strict=True):
             logits, cache = forward(params, tokens, cache, lengths=jnp.asarray(lengths), backend="xla")
         assert cache is not None
-        k, v = ([cut_out(cache.layer(i)[j]) for i in range(MODEL.n_layers)] for j in (0, 1))
+        k, v = ([materialize(cache.layer(i)[j]) for i in range(MODEL.n_layers)] for j in (0, 1))
         found.append((logits, [[a[0, :, :128], a[1, :, :104]] for a in (*k, *v)]))
     assert max(jax.tree.leaves(jax.tree.map(error, *found))) < 0.05
 
 
-def test_a_prompt_of_the_7b_lowers_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_of_the_7b_lowers_in_place() -> None:
     """Each kernel once, whatever the number of layers, and the cache is nowhere copied."""
-    monkeypatch.setattr(dispatch, "require_hopper", lambda: None)
     config, tokens = preset("7b"), jax.ShapeDtypeStruct((1, 512), jnp.int32)
     params = jax.eval_shape(lambda: init(config, jax.random.key(0), dtype=jnp.bfloat16))
     cache = jax.eval_shape(lambda: init_cache(config, 1, 2048, jnp.bfloat16))

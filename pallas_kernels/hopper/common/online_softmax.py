@@ -1,7 +1,13 @@
-"""Pieces of the attention kernels: a ring of tiles in shared memory, and softmax over scores that come tile by tile."""
+"""Online softmax: attention over tiles of keys and values as they arrive, with a running maximum and sum a query.
+
+Scores are taken to base 2, because exp2 is the hardware's exponential: ``scale`` holds the factor log2(e).
+`attend_tiles` is the whole loop, for kernels that wait for a tile, multiply and go on. Prefill attention overlaps the
+products of two tiles and uses the single steps.
+"""
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,89 +15,114 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .ring import claim, drain
+from .tiles import broadcast_rows
 
-ROWS = 64  # query rows of one warpgroup: a wgmma tile
-LOWEST = -1e30  # a maximum of nothing: finite, so that differences of maxima are numbers
+QUERY_TILE = 64  # query rows of one warpgroup: the rows of a wgmma
+EMPTY_MAX = -1e30  # maximum over no keys: finite, so that differences of maxima are numbers
 
-Ref = Any  # of pallas, which has no public type for it
+Ref = Any  # Pallas has no public type for a reference
+
+
+class Softmax(NamedTuple):
+    """The running state of an online softmax, all in float32."""
+
+    acc: jax.Array  # [QUERY_TILE, head_dim]: values weighted so far, relative to the maximum
+    maximum: jax.Array  # [QUERY_TILE]: largest score so far, times scale
+    total: jax.Array  # [QUERY_TILE]: sum of the weights so far, relative to the maximum
+
+    def output(self) -> jax.Array:
+        """Attention over the keys so far, [QUERY_TILE, head_dim]; zeros, not 0 / 0, where there were none."""
+        return rescale(self.acc, 1 / jnp.where(self.total > 0, self.total, 1.0))
+
+    def log_total(self) -> jax.Array:
+        """log2 of the sum of all weights, [QUERY_TILE], by which splits of the keys are joined; -inf without keys."""
+        return self.maximum + jnp.log2(self.total)
 
 
 @dataclasses.dataclass(frozen=True)
-class Ring:
-    """Tiles on their way from the warpgroup that loads to those that compute, numbered from ``first`` of all that come
-    through."""
+class KeyValueTile:
+    """One tile of keys and values in shared memory, and how to synchronise with whoever loads it."""
 
-    smem: Ref
-    full: Ref
-    free: Ref
-    stages: int
-    first: Any = 0
-
-    def from_here(self, first: Any) -> "Ring":
-        """The same ring, whose tile 0 is now that with this number."""
-        return dataclasses.replace(self, first=first)
-
-    def slot(self, j: jax.Array | int) -> jax.Array | int:
-        """Where tile j lies."""
-        return lax.rem(self.first + j, self.stages)
-
-    def tile(self, j: jax.Array | int) -> Ref:
-        """Tile j, once it is there."""
-        return self.smem.at[self.slot(j)]
-
-    def fetch(self, j: jax.Array, source: Ref) -> None:
-        """Start to load tile j where it will not hurt a tile in use."""
-        slot = claim(self.first + j, self.stages, self.free)
-        plgpu.copy_gmem_to_smem(source, self.smem.at[slot], self.full.at[slot])
-
-    def wait(self, j: jax.Array | int) -> None:
-        """Wait for tile j."""
-        plgpu.barrier_wait(self.full.at[self.slot(j)])
-
-    def release(self, j: jax.Array | int) -> None:
-        """Say that this warpgroup is done with tile j."""
-        plgpu.barrier_arrive(self.free.at[self.slot(j)])
-
-    def drain(self) -> None:
-        """Wait until the last tiles before ``first`` are released: whoever waits on a barrier sees all its phases."""
-        drain(self.first, self.stages, self.free)
+    k: Ref  # [keys, head_dim]
+    v: Ref  # [keys, head_dim]
+    wait_keys: Callable[[], Any]
+    wait_values: Callable[[], Any]
+    release: Callable[[], Any]  # called when the tile has been used: its slot may be loaded again
+    mask: Callable[[jax.Array], jax.Array] | None = None  # puts -inf into scores [QUERY_TILE, keys]; None: all are seen
 
 
-def no_keys() -> tuple[jax.Array, jax.Array]:
-    """The statistics of a softmax over nothing, for each row: maximum (times scale) and sum."""
+def attend_tiles(
+    softmax: Softmax,
+    first: Any,
+    end: Any,
+    tile: Callable[[Any], KeyValueTile],
+    *,
+    q: Ref,  # [QUERY_TILE, head_dim] in shared memory
+    scale: float,
+    p_smem: Ref | None,  # [QUERY_TILE, keys], only for the interpreter
+) -> Softmax:
+    """Fold ``tile(j)`` for j from ``first`` to ``end`` into ``softmax``."""
+
+    def fold(j: Any, softmax: Softmax) -> Softmax:
+        current = tile(j)
+        current.wait_keys()
+
+        def product(scores_ref: Ref) -> jax.Array:
+            plgpu.wgmma(scores_ref, q, current.k.T)
+            return scores_ref[...]
+
+        scores = pl.run_scoped(product, plgpu.ACC((QUERY_TILE, current.k.shape[0]), jnp.float32))
+        if current.mask is not None:
+            scores = current.mask(scores)
+        p, alpha, maximum, total = update_softmax(scores, softmax.maximum, softmax.total, scale)
+        current.wait_values()
+        acc = pv_product(rescale(softmax.acc, alpha), p.astype(q.dtype), current.v, p_smem)
+        current.release()
+        return Softmax(acc, maximum, total)
+
+    return lax.fori_loop(first, end, fold, softmax)
+
+
+def empty_softmax(head_dim: int) -> Softmax:
+    """The state before the first tile."""
+    acc = plgpu.layout_cast(jnp.zeros((QUERY_TILE, head_dim), jnp.float32), plgpu.Layout.WGMMA)
+    return Softmax(acc, *empty_statistics())
+
+
+def empty_statistics() -> tuple[jax.Array, jax.Array]:
+    """Maximum (times scale) and sum of the weights over no keys, [QUERY_TILE] each."""
     row = plgpu.Layout.WGMMA.reduce(1)
-    return tuple(plgpu.layout_cast(jnp.full((ROWS,), x, jnp.float32), row) for x in (LOWEST, 0.0))
+    return tuple(plgpu.layout_cast(jnp.full((QUERY_TILE,), x, jnp.float32), row) for x in (EMPTY_MAX, 0.0))
 
 
-def hide(s: jax.Array, last: jax.Array) -> jax.Array:
-    """Take the keys behind ``last`` out of the scores."""
-    key = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=plgpu.Layout.WGMMA)
-    return jnp.where(key <= last, s, -jnp.inf)
+def mask_after(scores: jax.Array, last: jax.Array) -> jax.Array:
+    """``scores`` [queries, keys] with -inf at the keys after ``last`` [queries, keys]."""
+    key = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA)
+    return jnp.where(key <= last, scores, -jnp.inf)
 
 
-def soften(s: jax.Array, m: jax.Array, total: jax.Array, scale: float) -> tuple[jax.Array, ...]:
-    """Weights of a tile of scores, the factor for what was summed before, and the statistics brought up to date."""
-    m_new = jnp.maximum(m, s.max(axis=1) * scale)
-    alpha = jnp.exp2(m - m_new)
-    p = jnp.exp2(s * scale - lax.broadcast_in_dim(m_new, s.shape, (0,)))
-    return p, alpha, m_new, total * alpha + p.sum(axis=1)
+def update_softmax(scores: jax.Array, maximum: jax.Array, total: jax.Array, scale: float) -> tuple[jax.Array, ...]:
+    """Weights of a tile of scores, the factor that rescales the accumulator, and the new maximum and total."""
+    new_maximum = jnp.maximum(maximum, scores.max(axis=1) * scale)
+    alpha = jnp.exp2(maximum - new_maximum)
+    p = jnp.exp2(scores * scale - broadcast_rows(new_maximum, scores.shape))
+    return p, alpha, new_maximum, total * alpha + p.sum(axis=1)
 
 
 def rescale(acc: jax.Array, factor: jax.Array) -> jax.Array:
-    """Each row of ``acc`` times its factor."""
-    return acc * lax.broadcast_in_dim(factor, acc.shape, (0,))
+    """Each row of ``acc`` [rows, columns] times its ``factor`` [rows]."""
+    return acc * broadcast_rows(factor, acc.shape)
 
 
-def weigh(acc: jax.Array, p: jax.Array, values: Ref, p_smem: Ref | None) -> jax.Array:
-    """acc + p @ values. The interpreter has no wgmma with A in registers: there the weights go through ``p_smem``."""
+def pv_product(acc: jax.Array, p: jax.Array, v: Ref, p_smem: Ref | None) -> jax.Array:
+    """acc + p @ v. The interpreter has no wgmma with A in registers: there ``p`` goes through ``p_smem``."""
     if p_smem is None:
-        return pl.run_state(lambda ref: plgpu.wgmma(ref, p, values))(plgpu.ACC.init(acc))
+        return pl.run_state(lambda ref: plgpu.wgmma(ref, p, v))(plgpu.ACC.init(acc))
     p_smem[...] = p
     plgpu.commit_smem()
 
-    def product(ref):
-        plgpu.wgmma(ref, p_smem, values)
+    def product(ref: Ref) -> jax.Array:
+        plgpu.wgmma(ref, p_smem, v)
         return ref[...]
 
     return acc + pl.run_scoped(product, plgpu.ACC(acc.shape, jnp.float32))

@@ -1,9 +1,10 @@
 """A ring of stages in shared memory: what its producer and its consumers do with the two barriers of every slot.
 
 ``full`` completes when a slot's copies have arrived, ``free`` when its readers are done. Stages are counted over the
-whole life of a block, so that the ring runs ahead from one piece of work to the next.
+whole life of a block, so that the ring runs ahead from one work tile into the next.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 
-def claim(count: Any, depth: int, free: Any) -> Any:
-    """The slot of stage ``count``, once nobody reads what was in it."""
+def acquire(count: Any, depth: int, free: Any) -> Any:
+    """The slot of stage ``count``, once its previous contents have been read."""
     slot = lax.rem(count, depth)
 
     @pl.when(count >= depth)
@@ -25,8 +26,8 @@ def claim(count: Any, depth: int, free: Any) -> Any:
 
 
 def drain(count: Any, depth: int, free: Any) -> None:
-    """Wait for the last of ``count`` stages to be used: a barrier's every completion must be awaited before the block
-    ends."""
+    """Wait until the last of ``count`` stages have been read. Every completion of a barrier must be waited for before
+    the block ends."""
 
     def wait(i: Any, _: Any) -> None:
         plgpu.barrier_wait(free.at[lax.rem(i, depth)])
@@ -34,19 +35,19 @@ def drain(count: Any, depth: int, free: Any) -> None:
     lax.fori_loop(jnp.maximum(count - depth, 0), count, wait, None)
 
 
-def first_of_mine(me: Any, consumers: int, count: Any) -> Any:
-    """How many of the stages from ``count`` on precede the first of consumer ``me``: they take stages in turn."""
+def first_own_stage(me: Any, consumers: int, count: Any) -> Any:
+    """How many stages from ``count`` on come before the first of consumer ``me``. Consumers take stages in turn."""
     return lax.rem(me + consumers - lax.rem(count, consumers), consumers)
 
 
-def my_stages(me: Any, consumers: int, count: Any, stages: Any, depth: int, full: Any, free: Any,
+def fold_own_stages(me: Any, consumers: int, count: Any, stages: Any, depth: int, full: Any, free: Any,
               stage: Callable[[Any, Any, Any], Any], carry: Any, *, release: bool = True) -> Any:  # fmt: skip
     """Fold ``stage(number, slot, carry)`` over those of the next ``stages`` that are this consumer's. Without
-    ``release`` a stage says by itself that its slot is ``free``.
+    ``release``, ``stage`` itself must arrive at the ``free`` barrier of its slot.
 
-    A slot always belongs to the same consumer (``depth`` is a multiple of ``consumers``): a warpgroup keeps count of a
-    barrier's phases by waiting for each of them."""
-    first = first_of_mine(me, consumers, count)
+    A slot always belongs to the same consumer, so ``depth`` must be a multiple of ``consumers``: a warpgroup tracks the
+    phase of a barrier by waiting for every one."""
+    first = first_own_stage(me, consumers, count)
 
     def body(j: Any, carry: Any) -> Any:
         number = first + j * consumers
@@ -60,13 +61,47 @@ def my_stages(me: Any, consumers: int, count: Any, stages: Any, depth: int, full
     return lax.fori_loop(0, (stages - first + consumers - 1) // consumers, body, carry)
 
 
-def together(barrier: Any) -> None:
-    """All consumers of the block meet here."""
+def consumer_barrier(barrier: Any) -> None:
+    """Wait until all consumers of the block have come here."""
     plgpu.barrier_arrive(barrier)
     plgpu.barrier_wait(barrier)
 
 
-def consumer_registers(consumers: int, producer: int) -> int:
-    """What a thread of a consumer may have once the producer has given up all but ``producer`` registers."""
-    each = 65536 // (128 * (consumers + 1)) // 8 * 8  # what the launch gives
-    return min(240, (each + (each - producer) // consumers) // 8 * 8)
+@dataclasses.dataclass(frozen=True)
+class TileRing:
+    """Tiles on their way from the producer to the consumers. Tile j is number ``first + j`` of all tiles."""
+
+    smem: Any
+    full: Any
+    free: Any
+    stages: int
+    first: Any = 0
+
+    def from_here(self, first: Any) -> "TileRing":
+        """The same ring, with tile 0 at this number."""
+        return dataclasses.replace(self, first=first)
+
+    def slot(self, j: Any) -> Any:
+        """The slot of tile j."""
+        return lax.rem(self.first + j, self.stages)
+
+    def tile(self, j: Any) -> Any:
+        """Tile j in shared memory."""
+        return self.smem.at[self.slot(j)]
+
+    def fetch(self, j: Any, source: Any) -> None:
+        """Start to load tile j as soon as its slot is free."""
+        slot = acquire(self.first + j, self.stages, self.free)
+        plgpu.copy_gmem_to_smem(source, self.smem.at[slot], self.full.at[slot])
+
+    def wait(self, j: Any) -> None:
+        """Wait for tile j."""
+        plgpu.barrier_wait(self.full.at[self.slot(j)])
+
+    def release(self, j: Any) -> None:
+        """This warpgroup is done with tile j."""
+        plgpu.barrier_arrive(self.free.at[self.slot(j)])
+
+    def drain(self) -> None:
+        """Wait until the last tiles before ``first`` are released, see `drain`."""
+        drain(self.first, self.stages, self.free)

@@ -1,10 +1,11 @@
-"""The attention phase of a decode step as functions over tiles: parts of the keys, with rotary and the cache write.
-Whoever reads the parts joins them.
+"""The attention phase of a decode step: rotary, the cache write, and attention over splits of the keys. The prologue of
+the o product joins the splits.
 
-An *item* is a row of the batch, a key head and a part of that row's cached keys. Its queries are all 8 token rows of
-all heads that share the key head, whichever row of the batch they belong to: what a row computes against the cache of
-another is not stored. The new keys are no part of the cache yet. They are one more tile, the same for all rows of the
-batch, in which a token sees its own row up to itself; the item with the last part of the keys adds it, and writes it.
+A *work item* is a row of the batch, a key head and a split of that row's cached keys. Its queries are all 8 tokens of
+all heads that share the key head, whichever row of the batch they belong to: what a token computes against the cache of
+another row is not stored. The new keys are not in the cache yet. They are one more tile, the same for all rows of the
+batch, in which a token sees its own row up to itself; the item with the last split adds that tile, and writes the new
+keys and values to the cache.
 """
 
 import math
@@ -17,188 +18,187 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ..common.layouts import few, line, pairs
-from ..common.online_softmax import ROWS as TILE
-from ..common.online_softmax import no_keys, rescale, soften, weigh
-from .plan import ROWS, Plan
-from .products import Refs
-from .prologues import load
-
-
-def begin_first(plan: Plan, layer: Any, block: Any, refs: Refs, smem: Refs) -> None:
-    """What can be done before the phase begins: cached keys were written in earlier steps."""
-
-    @pl.when(block < plan.items)
-    def _() -> None:
-        begin(plan, item_of(plan, layer, block, refs), smem)
-
-
-def attend(plan: Plan, layer: Any, block: Any, refs: Refs, smem: Refs) -> None:
-    """Every item of this block, by one warpgroup."""
-
-    def turn(i: Any, _: Any) -> None:
-        item = item_of(plan, layer, i * plan.blocks + block, refs)
-        pl.when(i > 0)(lambda: begin(plan, item, smem))
-        one_item(plan, item, refs, smem)
-
-    lax.fori_loop(0, (plan.items - block + plan.blocks - 1) // plan.blocks, turn, None)
+from ..common.layouts import one_per_lane, one_per_thread, pair_per_thread
+from ..common.online_softmax import KeyValueTile, attend_tiles, empty_softmax
+from ..common.tiles import store
+from .block import Block
+from .memory import Ref
+from .plan import MAX_TOKENS
+from .schedule import over_items
 
 
 @dataclass(frozen=True)
-class Item:
-    """A row of the batch, a key head, a part of its keys: tiles ``low`` to ``high`` of the ``start`` that are there."""
+class WorkItem:
+    """A row of the batch, a key head, and a split of its keys: tiles ``low`` to ``high`` of ``start`` cached keys."""
 
-    b: Any
+    row: Any
     head: Any
     split: Any
     start: Any
     low: Any
     high: Any
-    k: Any
-    v: Any
+    k: Ref  # [max_len, head_dim]
+    v: Ref
 
-    def fetch(self, plan: Plan, j: Any, smem: Refs) -> None:
-        """Start to load tile ``j``."""
-        slot, part = lax.rem(j - self.low, plan.tiles.stages), pl.ds(j * plan.tiles.keys, plan.tiles.keys)
-        plgpu.copy_gmem_to_smem(self.k.at[part], smem["k"].at[slot], smem["keys_full"].at[slot])
-        plgpu.copy_gmem_to_smem(self.v.at[part], smem["v"].at[slot], smem["keys_full"].at[slot])
+    @staticmethod
+    def of(b: Block, index: Any) -> "WorkItem":
+        """Item ``index`` of all."""
+        splits, kv_heads, keys = b.plan.key_splits, b.plan.shape.kv_heads, b.plan.tiles.keys
+        row_and_head, split = index // splits, lax.rem(index, splits)
+        row, head = row_and_head // kv_heads, lax.rem(row_and_head, kv_heads)
+        start = b.inputs.start[row]
+        tiles = (start + keys - 1) // keys
+        low, high = split * tiles // splits, (split + 1) * tiles // splits
+        k, v = (cache.at[b.layer, row, head] for cache in (b.buffers.k, b.buffers.v))
+        return WorkItem(row, head, split, start, low, high, k, v)
+
+    def fetch(self, b: Block, j: Any) -> None:
+        """Start to load cached tile ``j``."""
+        tiles, s = b.plan.tiles, b.scratch
+        slot, keys = lax.rem(j - self.low, tiles.stages), pl.ds(j * tiles.keys, tiles.keys)
+        plgpu.copy_gmem_to_smem(self.k.at[keys], b.attention.k.at[slot], s.keys_full.at[slot])
+        plgpu.copy_gmem_to_smem(self.v.at[keys], b.attention.v.at[slot], s.keys_full.at[slot])
+
+    def fetch_first(self, b: Block) -> None:
+        """Start to load the first tiles. The ring's last slot is the new keys' first."""
+        plgpu.commit_smem()  # ordinary accesses to what shares this memory are over before TMA writes it
+        high = jnp.minimum(self.low + b.plan.tiles.stages - 1, self.high)
+        lax.fori_loop(self.low, high, lambda j, _: self.fetch(b, j), None)
+
+    def fetch_last_slot(self, b: Block) -> None:
+        """Load a tile into the ring's last slot too, where the new keys do not take it."""
+        j = self.low + b.plan.tiles.stages - 1
+        pl.when(j < self.high)(lambda: self.fetch(b, j))
 
 
-def item_of(plan: Plan, layer: Any, index: Any, refs: Refs) -> Item:
-    """Item ``index`` of all."""
-    row_and_head, split = index // plan.splits, lax.rem(index, plan.splits)
-    b, head = row_and_head // plan.shape.kv_heads, lax.rem(row_and_head, plan.shape.kv_heads)
-    start = refs["start"][b]
-    count = (start + plan.tiles.keys - 1) // plan.tiles.keys
-    low, high = split * count // plan.splits, (split + 1) * count // plan.splits
-    k, v = (refs[name].at[layer, b, head] for name in ("k", "v"))
-    return Item(b, head, split, start, low, high, k, v)
+def prefetch(b: Block) -> None:
+    """Start to load the first item's keys before the grid barrier: they were written in earlier steps."""
+
+    @pl.when(b.index < b.plan.attention_items)
+    def _() -> None:
+        WorkItem.of(b, b.index).fetch_first(b)
 
 
-def begin(plan: Plan, item: Item, smem: Refs) -> None:
-    """Start to load the first tiles of keys. The last place is the new keys' first."""
-    plgpu.commit_smem()  # ordinary accesses to what shares this memory are over before TMA writes it
-    high = jnp.minimum(item.low + plan.tiles.stages - 1, item.high)
-    lax.fori_loop(item.low, high, lambda j, _: item.fetch(plan, j, smem), None)
+def attend(b: Block) -> None:
+    """Every work item of this block."""
+
+    def one_item(index: Any, turn: Any) -> None:
+        item = WorkItem.of(b, index)
+        pl.when(turn > 0)(lambda: item.fetch_first(b))  # the first item's were prefetched
+        _attend_item(b, item)
+
+    over_items(b, b.plan.attention_items, one_item)
 
 
-def one_item(plan: Plan, item: Item, refs: Refs, smem: Refs) -> None:
-    """Attention of the queries over a part of the cache, and over the new keys where it is the last part."""
-    shape, keys, stages = plan.shape, plan.tiles.keys, plan.tiles.stages
+def _attend_item(b: Block, item: WorkItem) -> None:
+    """Attention of the queries over a split of the cache, and over the new keys where it is the last split."""
+    shape, keys, stages, s = b.plan.shape, b.plan.tiles.keys, b.plan.tiles.stages, b.attention
     scale = shape.head_dim**-0.5 * math.log2(math.e)
     # All loads before the first store, which they could not pass.
-    q = [rotated(plan, item.head * shape.group + g, refs) for g in range(shape.group)]
-    new_tile(plan, item.head, refs, smem)
-    for g in range(shape.group):
-        smem["q"].at[pl.ds(g * ROWS, ROWS)][...] = q[g]
+    q = [rotated_head(b, item.head * shape.heads_per_key + g) for g in range(shape.heads_per_key)]
+    _store_new_tile(b, item.head)
+    for g in range(shape.heads_per_key):
+        s.q.at[pl.ds(g * MAX_TOKENS, MAX_TOKENS)][...] = q[g]
     plgpu.commit_smem()
 
-    def scores(k: Any) -> jax.Array:
-        def product(acc: Any) -> jax.Array:
-            plgpu.wgmma(acc, smem["q"], k.T)
-            return acc[...]
-
-        return pl.run_scoped(product, plgpu.ACC((TILE, keys), jnp.float32))
-
-    def add(s: jax.Array, slot: Any, carry: Any) -> Any:
-        acc, m, total = carry
-        p, alpha, m, total = soften(s, m, total, scale)
-        acc = weigh(rescale(acc, alpha), p.astype(jnp.bfloat16), smem["v"].at[slot], smem.get("weights"))
-        return acc, m, total
-
-    def tile(j: Any, carry: Any) -> Any:
-        """Cached tile ``j``; the one before the first is the new keys, in the ring's last place."""
+    def tile(j: Any) -> KeyValueTile:
+        """Cached tile ``j``; the one before the first is the new keys, in the ring's last slot."""
         new = j < item.low
         slot = jnp.where(new, stages - 1, lax.rem(j - item.low, stages))
-        pl.when(j >= item.low)(lambda: plgpu.barrier_wait(smem["keys_full"].at[slot]))
-        s = visible(scores(smem["k"].at[slot]), new, item.start - 1 - j * keys, shape.queries)
-        carry = add(s, slot, carry)
-        pl.when(new)(plgpu.commit_smem)
-        pl.when(j + stages < item.high)(lambda: item.fetch(plan, j + stages, smem))
-        return carry
 
-    zeros = plgpu.layout_cast(jnp.zeros((TILE, shape.head_dim), jnp.float32), plgpu.Layout.WGMMA)
-    last = (item.split == plan.splits - 1).astype(jnp.int32)
-    pl.when(last == 0)(lambda: fetch_last(plan, item, smem))
-    acc, m, total = lax.fori_loop(item.low - last, item.high, tile, (zeros, *no_keys()))
-    pl.when(item.split == plan.splits - 1)(lambda: write_cache(plan, item, smem))
+        def wait() -> None:  # one barrier for keys and values
+            pl.when(j >= item.low)(lambda: plgpu.barrier_wait(b.scratch.keys_full.at[slot]))
 
-    share = 1 / jnp.where(total > 0, total, 1.0)  # a part without keys is zero, not 0 / 0
-    smem["part"][...] = rescale(acc, share)
-    smem["log"][...] = m + jnp.log2(total)
-    D = shape.head_dim
-    for g in range(shape.group):
-        column = item.head * shape.group + g
+        def release() -> None:
+            pl.when(new)(plgpu.commit_smem)
+            pl.when(j + stages < item.high)(lambda: item.fetch(b, j + stages))
 
-        def save(t: Any, _: Any, g: int = g, column: Any = column) -> None:
-            token = item.b * shape.queries + t
-            place = refs["parts"].at[item.split, token, pl.ds(column * D, D)]
-            place[...] = load(smem["part"].at[g * ROWS + token], line(D))
-            # Once for every 8 columns, as those who join the parts read them.
-            log = jnp.full(D // 8, smem["log"][g * ROWS + token])
-            refs["logs"].at[item.split, token, pl.ds(column * (D // 8), D // 8)][...] = plgpu.layout_cast(
-                log, few(D // 8)
-            )
+        def mask(scores: jax.Array) -> jax.Array:
+            return mask_tile(scores, new, item.start - 1 - j * keys, shape.queries)
 
-        lax.fori_loop(0, shape.queries, save, None)
+        return KeyValueTile(s.k.at[slot], s.v.at[slot], wait, lambda: None, release, mask)
+
+    softmax = empty_softmax(shape.head_dim)
+    is_last = (item.split == b.plan.key_splits - 1).astype(jnp.int32)
+    pl.when(is_last == 0)(lambda: item.fetch_last_slot(b))
+    p_smem = b.scratch.softmax_weights
+    softmax = attend_tiles(softmax, item.low - is_last, item.high, tile, q=s.q, scale=scale, p_smem=p_smem)
+    pl.when(item.split == b.plan.key_splits - 1)(lambda: _write_cache(b, item))
+    store(b.attention_output, softmax.output())
+    store(b.scratch.log_sums, softmax.log_total())
+    _store_output(b, item)
 
 
-def rotated(plan: Plan, column: Any, refs: Refs) -> jax.Array:
-    """One head of all tokens [8, D], turned by the tokens' positions; in float32, as the reference does."""
-    D, layout = plan.shape.head_dim, pairs()
+def _store_output(b: Block, item: WorkItem) -> None:
+    """Write the item's output, and log2 of its softmax sums, for the o product's prologue."""
+    shape, parts, logs, D = b.plan.shape, b.buffers.parts, b.buffers.logs, b.plan.shape.head_dim
+    for g in range(shape.heads_per_key):
+        head = item.head * shape.heads_per_key + g
+
+        def one_token(t: Any, _: Any, g: int = g, head: Any = head) -> None:
+            token = item.row * shape.queries + t
+            output = b.ops.load(b.attention_output.at[g * MAX_TOKENS + token], one_per_thread(D))
+            store(parts.at[item.split, token, pl.ds(head * D, D)], output)
+            # Once for every 8 columns, as the prologue that joins the splits reads them.
+            log = jnp.full(D // 8, b.scratch.log_sums[g * MAX_TOKENS + token])
+            log = plgpu.layout_cast(log, one_per_lane(D // 8))
+            store(logs.at[item.split, token, pl.ds(head * (D // 8), D // 8)], log)
+
+        lax.fori_loop(0, shape.queries, one_token, None)
+
+
+def rotated_head(b: Block, head: Any) -> jax.Array:
+    """One head of all tokens [8, head_dim], rotated by the tokens' positions; in float32, as the reference does it.
+    ``head`` counts the columns of ``qkv``: query heads, then key heads."""
+    D, layout = b.plan.shape.head_dim, pair_per_thread()
     first, second = (
-        load(refs["qkv"].at[:, pl.ds(column * D + half * (D // 2), D // 2)], layout).astype(jnp.float32)
+        b.ops.load(b.buffers.qkv.at[:, pl.ds(head * D + half * (D // 2), D // 2)], layout).astype(jnp.float32)
         for half in range(2)
     )
-    cos, sin = load(refs["cos"], layout), load(refs["sin"], layout)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=1)
-    return turned.astype(jnp.bfloat16)
+    cos, sin = b.ops.load(b.inputs.cos, layout), b.ops.load(b.inputs.sin, layout)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=1)
+    return rotated.astype(jnp.bfloat16)
 
 
-def new_tile(plan: Plan, head: Any, refs: Refs, smem: Refs) -> None:
-    """The new keys and values of a key head, as a tile of their own in the last place of the ring, and once more to be
-    written to the cache."""
-    shape, D = plan.shape, plan.shape.head_dim
-    k = rotated(plan, shape.heads + head, refs)
+def _store_new_tile(b: Block, head: Any) -> None:
+    """Put the new keys and values of a key head into the ring's last slot, as a tile of their own, and once more where
+    they are written to the cache from."""
+    shape, D = b.plan.shape, b.plan.shape.head_dim
+    k = rotated_head(b, shape.heads + head)
     column = (shape.heads + shape.kv_heads + head) * D
-    v = load(refs["qkv"].at[:, pl.ds(column, D)], pairs())
-    # Weights of keys that are not there are zero, but zero times what happens to lie there may be no number.
-    token = plgpu.broadcasted_iota(jnp.int32, (ROWS, D), 0, layout=pairs())
-    v = jnp.where(token < shape.rows, v.astype(jnp.float32), 0.0).astype(jnp.bfloat16)
-    behind = plan.tiles.keys - ROWS
-    zeros = plgpu.layout_cast(jnp.zeros((behind, D), jnp.bfloat16), pairs())
-    for name, value in (("k", k), ("v", v)):
-        tile = smem[name].at[plan.tiles.stages - 1]
-        tile.at[pl.ds(0, ROWS)][...] = value
-        tile.at[pl.ds(ROWS, behind)][...] = zeros
-    smem["new_k"][...] = k
-    smem["new_v"][...] = v
+    v = b.ops.load(b.buffers.qkv.at[:, pl.ds(column, D)], pair_per_thread())
+    # Softmax weights of missing tokens are zero, but zero times a stale NaN is NaN.
+    token = plgpu.broadcasted_iota(jnp.int32, (MAX_TOKENS, D), 0, layout=pair_per_thread())
+    v = jnp.where(token < shape.tokens, v.astype(jnp.float32), 0.0).astype(jnp.bfloat16)
+    missing = b.plan.tiles.keys - MAX_TOKENS
+    zeros = plgpu.layout_cast(jnp.zeros((missing, D), jnp.bfloat16), pair_per_thread())
+    for ring, value in ((b.attention.k, k), (b.attention.v, v)):
+        tile = ring.at[b.plan.tiles.stages - 1]
+        tile.at[pl.ds(0, MAX_TOKENS)][...] = value
+        tile.at[pl.ds(MAX_TOKENS, missing)][...] = zeros
+    store(b.scratch.new_k, k)
+    store(b.scratch.new_v, v)
 
 
-def write_cache(plan: Plan, item: Item, smem: Refs) -> None:
-    """Put the new keys and values of a row behind its length; what has no room is dropped."""
-    shape = plan.shape
+def _write_cache(b: Block, item: WorkItem) -> None:
+    """Write the new keys and values of a row of the batch at its length; what exceeds the cache is dropped."""
+    shape = b.plan.shape
 
-    def token(t: Any, _: Any) -> None:
+    def one_token(t: Any, _: Any) -> None:
         @pl.when(item.start + t < shape.max_len)
         def _() -> None:
-            for cache, new in ((item.k, smem["new_k"]), (item.v, smem["new_v"])):
-                cache.at[item.start + t][...] = load(new.at[item.b * shape.queries + t], line(shape.head_dim))
+            for cache, new in ((item.k, b.scratch.new_k), (item.v, b.scratch.new_v)):
+                token = b.ops.load(new.at[item.row * shape.queries + t], one_per_thread(shape.head_dim))
+                store(cache.at[item.start + t], token)
 
-    lax.fori_loop(0, shape.queries, token, None)
-
-
-def fetch_last(plan: Plan, item: Item, smem: Refs) -> None:
-    """Load into the ring's last place, too, where no new keys take it."""
-    j = item.low + plan.tiles.stages - 1
-    pl.when(j < item.high)(lambda: item.fetch(plan, j, smem))
+    lax.fori_loop(0, shape.queries, one_token, None)
 
 
-def visible(s: jax.Array, new: Any, last: Any, queries: int) -> jax.Array:
-    """Scores [64, keys] of cached keys up to ``last``; or of the new ones: token row i % 8 sees those of its own row of
-    the batch, up to itself."""
-    row = lax.rem(plgpu.broadcasted_iota(jnp.int32, s.shape, 0, layout=plgpu.Layout.WGMMA), ROWS)
-    key = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=plgpu.Layout.WGMMA)
-    new, last = (lax.broadcast(a, s.shape) for a in (new, last))
+def mask_tile(scores: jax.Array, new: Any, last: Any, queries: int) -> jax.Array:
+    """Scores [64, keys] with the keys that a query does not see masked: cached keys after ``last``; of the ``new``
+    ones, those of other rows of the batch and those after the token itself, which is row i % 8."""
+    row = lax.rem(plgpu.broadcasted_iota(jnp.int32, scores.shape, 0, layout=plgpu.Layout.WGMMA), MAX_TOKENS)
+    key = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA)
+    new, last = (lax.broadcast(a, scores.shape) for a in (new, last))
     first = jnp.where(new, lax.div(row, queries) * queries, 0)
-    return jnp.where((key >= first) & (key <= jnp.where(new, row, last)), s, -jnp.inf)
+    return jnp.where((key >= first) & (key <= jnp.where(new, row, last)), scores, -jnp.inf)

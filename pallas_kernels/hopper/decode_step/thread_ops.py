@@ -1,120 +1,123 @@
-"""Where a decode step must say which thread does what: reads and writes of shared memory that Pallas has no words for.
+"""Which thread reads and writes what: operations of the decode step that Pallas cannot express, in Mosaic's terms.
 
-Each function says what it means in `jax.numpy` terms for the interpreter, and in Mosaic's terms for a GPU.
+`interpreted` has the meaning of each in jax.numpy.
 """
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu.fragmented_array import WGMMA_ROW_LAYOUT, FragmentedArray
 from jax.experimental.mosaic.gpu.utils import c
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, math, memref, vector
 
-from ..common.layouts import UNIT
+from ..common.layouts import EIGHT_PER_THREAD
 from ..common.limbs import (
-    digits_of,
-    floats,
-    largest_of,
-    of_warp,
-    powers_of,
-    shifted,
+    load_int4_as_int8,
+    lowest_limb_value,
+    max_abs_bits,
+    scale_and_inverse,
     swizzled_store,
-    worth_of,
-    write_digits,
+    to_fixed_point,
+    to_floats,
+    warp_max,
+    write_limbs,
 )
 from ..common.thread_ops import (
     SCALAR,
-    integer,
-    least,
-    over,
-    place,
-    plus,
-    rest,
-    thread_anew,
+    add,
+    as_i32,
+    as_indices,
+    div,
+    min_,
+    mul,
+    rem,
     thread_in_warpgroup,
-    times,
+    volatile_thread_in_warpgroup,
 )
 from ..common.tiles import WGMMA_ROWS, transforms_of
-from .plan import BLOCK, DIGITS, ROW_UNIT, Plan, Product
+from .block import Block, TileOps
+from .memory import Ref
+from .phase import ProductPhase
+from .plan import LIMB_BLOCK, LIMBS
 
-SUMS = plgpu.Layout.TILED(  # sums [64 * m, 4 * n] of tokens, to a thread those whose digits wgmma gave it
+SUMS = plgpu.Layout.TILED(  # sums [64 * m, 4 * n] of tokens: a thread has those whose limbs wgmma gave it
     plgpu.Tiling(((64, 4), (16, 4), (8, 4), (1,))), warp_dims=(-7,), lane_dims=(-3, -2), vector_dim=-1
 )
 
 
-def put_row(plan: Plan, p: Product, x: Any, factors: Any, values: jax.Array, cut: Any, step: Any, row: Any) -> None:
-    """Write ``values`` [4, 32, 8], the next 1024 inputs of token ``row`` from ``step`` of a cut on, to x [steps,
-    columns of all cuts, inputs] in shared memory. Pallas writes whole tiles of 8 tokens, and most often there is one.
+def load(ref: Ref, layout: Any, shape: tuple[int, ...] | None = None) -> jax.Array:
+    """A small array from shared or global memory, where bank conflicts and coalescing hardly matter; reshaped to
+    ``shape`` if given.
 
-    For integer weights a token has two rows side by side, of its digits (see `digits_of`), and ``factors`` [blocks of
-    inputs, tokens of all cuts] gets what the second is worth."""
-    integers = plan.shape.fmt.quantized
-    if plan.interpret:
-        _put_row_interpreted(plan, p, x, factors, values, cut, step, row)
-        return
+    `plgpu.load` casts what it loads to ``layout``: Mosaic must guess the layout of the load itself, and goes through
+    all equations of the kernel after each guess. Here there is nothing to guess."""
+    ref = ref if shape is None else ref.reshape(shape)
+    loaded = plgpu.ShapeDtypeStruct(ref.shape, ref.dtype, layout=layout)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=loaded)
+    def read(_: Any, ref: Any) -> Any:
+        return FragmentedArray.load_untiled(ref, layout=layout.to_mgpu(), optimized=False)
+
+    return read(ref)  # type: ignore[call-arg]
+
+
+def broadcast_to_unit(factors: jax.Array) -> jax.Array:
+    """[4, 32] -> [4, 32, 8], a factor for 8 neighbours of a unit, in a layout that Mosaic need not guess."""
+    shape = (4, 32, 8)
+    unit = plgpu.ShapeDtypeStruct(shape, factors.dtype, layout=EIGHT_PER_THREAD)
+
+    @plgpu.inline_mgpu(arg_types=(EIGHT_PER_THREAD.reduce(2),), return_type=unit)
+    def broadcast(_: Any, factors: Any) -> Any:
+        return factors.broadcast_in_dim(shape, (0, 1), EIGHT_PER_THREAD.to_mgpu())
+
+    return broadcast(factors)  # type: ignore[call-arg]
+
+
+def store_x(b: Block, phase: ProductPhase, unit: jax.Array, split: Any, step: Any, token: Any) -> None:
+    """Write ``unit`` [4, 32, 8], 1024 inputs of a token from ``step`` of a K split on, to the phase's x [steps, columns
+    of all K splits, step] in shared memory. Pallas writes whole tiles of 8 columns, and most often there is one.
+
+    For integer weights a token has two columns side by side, of its limbs (see `split_into_limbs`), and the scale of
+    the lower limb goes to the phase's ``limb_scales`` [blocks of inputs, tokens of all K splits]."""
+    p, memory, shape, integers = b.product(phase), b.memory(phase), b.plan.shape, b.plan.shape.fmt.quantized
     dtype = jnp.dtype(jnp.int8 if integers else jnp.bfloat16)
-    transforms = transforms_of(x.shape[-1], dtype, plan.shape.fmt.group)
-    refs = (x, factors) if integers else (x,)
+    transforms = transforms_of(memory.x.shape[-1], dtype, shape.fmt.group)
+    refs = (memory.x, memory.limb_scales) if integers else (memory.x,)
     types = (plgpu.RefType(transforms), plgpu.RefType())[: len(refs)]
 
-    @plgpu.inline_mgpu(arg_types=(types, UNIT, SCALAR, SCALAR, SCALAR))
-    def put(_: Any, refs: Any, values: Any, cut: Any, step: Any, row: Any) -> None:
-        cut, step, row = (a.registers.item() for a in (cut, step, row))
-        (eight,) = values.registers.flat  # this thread's inputs: 8 * thread and on
-        first = times(thread_anew(), 8)
-        slab, within = plus(step, over(first, p.step)), rest(first, p.step)
-        column = plus(times(cut, plan.shape.columns), times(row, plan.shape.digits))
+    @plgpu.inline_mgpu(arg_types=(types, EIGHT_PER_THREAD, SCALAR, SCALAR, SCALAR))
+    def store(_: Any, refs: Any, unit: Any, split: Any, step: Any, token: Any) -> None:
+        split, step, token = (a.registers.item() for a in (split, step, token))
+        (eight,) = unit.registers.flat  # this thread's inputs: 8 from 8 * thread on
+        first = mul(volatile_thread_in_warpgroup(), 8)
+        slab, within = add(step, div(first, p.step)), rem(first, p.step)
+        column = add(mul(split, shape.columns), mul(token, shape.limbs))
 
-        def write(number: int, at: Any, value: Any) -> None:
-            swizzled_store(value, refs[0], transforms, 16 // dtype.itemsize, slab, plus(column, number), at)
+        def write(limb: int, at: Any, value: Any) -> None:
+            swizzled_store(value, refs[0], transforms, 16 // dtype.itemsize, slab, add(column, limb), at)
 
         if not integers:
             write(0, within, eight)
             return
-        numbers = floats(eight)
-        scale, inverse = powers_of(of_warp(largest_of(numbers)))
-        write_digits(shifted(numbers, inverse, DIGITS), DIGITS, plan.shape.fmt.bits, within, write)
-        block = plus(over(times(step, p.step), BLOCK), over(first, BLOCK))
-        worth = arith.mulf(scale, c(worth_of(DIGITS, plan.shape.fmt.bits), scale.type))
-        # A block's threads write the same.
-        memref.store(worth, refs[1], place(block, plus(times(cut, plan.shape.places), row)))
+        numbers = to_floats(eight)
+        scale, inverse = scale_and_inverse(warp_max(max_abs_bits(numbers)))
+        write_limbs(to_fixed_point(numbers, inverse, LIMBS), LIMBS, shape.fmt.bits, within, write)
+        block = add(div(mul(step, p.step), LIMB_BLOCK), div(first, LIMB_BLOCK))
+        limb_scale = arith.mulf(scale, c(lowest_limb_value(LIMBS, shape.fmt.bits), scale.type))
+        # The threads of a block of limbs write the same.
+        memref.store(limb_scale, refs[1], as_indices(block, add(mul(split, shape.token_slots), token)))
 
-    put(refs, values, cut, step, row)  # type: ignore[call-arg]
-
-
-def _put_row_interpreted(
-    plan: Plan, p: Product, x: Any, factors: Any, values: jax.Array, cut: Any, step: Any, row: Any
-) -> None:
-    column, steps = cut * plan.shape.columns + row * plan.shape.digits, ROW_UNIT // p.step
-    rows: Any = [values]
-    if plan.shape.fmt.quantized:
-        rows, scale = digits_of(values.reshape(-1, BLOCK))
-        for i in range(ROW_UNIT // BLOCK):
-            factors[step * p.step // BLOCK + i, cut * plan.shape.places + row] = scale[i] * worth_of(
-                DIGITS, plan.shape.fmt.bits
-            )
-    for number, one in enumerate(rows):
-        for i in range(steps):
-            x.at[step + i, column + number][...] = one.reshape(steps, p.step)[i]
+    store(refs, unit, split, step, token)  # type: ignore[call-arg]
 
 
-def scale_rows(plan: Plan, p: Product, scales: Any, tile: Any, group: Any) -> jax.Array:
-    """The scales [64] of a tile's rows for the ``group``-th group of their ranges of inputs, in float32. ``scales`` is
-    shared memory in the form of `scales_shape`."""
-    groups = p.inner // plan.shape.fmt.group
-    cut_groups = p.cut_steps * p.step // plan.shape.fmt.group
-    if plan.interpret:
-        stacked = jnp.minimum(tile * WGMMA_ROWS + jax.lax.iota(jnp.int32, WGMMA_ROWS), p.stacked - 1)
-        part, row = stacked // p.strip, stacked % p.strip
-        flat = scales[:, : p.strip // 8].reshape(p.halves * p.strip * groups)
-        column = jnp.minimum(group + part % p.cuts * cut_groups, groups - 1)
-        return flat[((part // p.cuts) * p.strip + row) * groups + column].astype(jnp.float32)
+def load_scales(b: Block, phase: ProductPhase, tile: Any, group: Any) -> jax.Array:
+    """The scales [64] of a wgmma tile's rows for the ``group``-th group of their K splits, in float32."""
+    p, scales, size = b.product(phase), b.scales(phase), b.plan.shape.fmt.group or 1
+    groups, split_groups = p.inner // size, p.split_steps * p.step // size
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(), SCALAR, SCALAR),
@@ -122,90 +125,92 @@ def scale_rows(plan: Plan, p: Product, scales: Any, tile: Any, group: Any) -> ja
     )
     def read(_: Any, scales: Any, tile: Any, group: Any) -> Any:
         tile, group, thread = tile.registers.item(), group.registers.item(), thread_in_warpgroup()
-        row = row_of(thread)
+        row = first_row_of(thread)
         registers = np.empty(WGMMA_ROW_LAYOUT.registers_shape((WGMMA_ROWS,)), dtype=object)
         for i, index in enumerate(np.ndindex(registers.shape)):  # rows r and r + 8
-            stacked = plus(plus(row, 8 * i), times(tile, WGMMA_ROWS))
-            if p.tiles * WGMMA_ROWS > p.stacked:
-                stacked = least(stacked, p.stacked - 1)
-            part, inside = over(stacked, p.strip), rest(stacked, p.strip)
-            half, cut = over(part, p.cuts), rest(part, p.cuts)
-            column = plus(group, times(cut, cut_groups))
-            if p.cuts > 1:
-                column = least(column, groups - 1)
-            flat = plus(times(rest(inside, 8), groups), column)
-            scale = memref.load(scales, place(half, over(inside, 8), over(flat, 16), rest(flat, 16)))
-            one = arith.extf(ir.F32Type.get(), scale)
-            registers[index] = vector.broadcast(ir.VectorType.get((1,), ir.F32Type.get()), one)
+            stacked = add(add(row, 8 * i), mul(tile, WGMMA_ROWS))
+            if p.wgmma_tiles * WGMMA_ROWS > p.stacked_rows:
+                stacked = min_(stacked, p.stacked_rows - 1)
+            part, within = div(stacked, p.n_tile), rem(stacked, p.n_tile)
+            half, split = div(part, p.k_splits), rem(part, p.k_splits)
+            column = add(group, mul(split, split_groups))
+            if p.k_splits > 1:
+                column = min_(column, groups - 1)
+            flat = add(mul(rem(within, 8), groups), column)
+            scale = memref.load(scales, as_indices(half, div(within, 8), div(flat, 16), rem(flat, 16)))
+            wide = arith.extf(ir.F32Type.get(), scale)
+            registers[index] = vector.broadcast(ir.VectorType.get((1,), ir.F32Type.get()), wide)
         return FragmentedArray(_registers=registers, _layout=WGMMA_ROW_LAYOUT, _is_signed=None)
 
     return read(scales, tile, group)  # type: ignore[call-arg]
 
 
-def fold(plan: Plan, p: Product, part: jax.Array, factors: Any, scales: list[jax.Array], tile: Any,
-         total: jax.Array) -> jax.Array:  # fmt: skip
-    """``total`` [64, tokens] plus what whole numbers [64, columns of all cuts] stand for: a token's digits put
-    together, each row's sums with the x of its own range of inputs, times ``factors`` [tokens of all cuts] and, where
-    there are, ``scales`` [64]."""
-    places = plan.shape.places
-    if plan.interpret:
-        cut = (tile * WGMMA_ROWS + jnp.arange(WGMMA_ROWS)) // p.strip % p.cuts
-        digits = part.reshape(WGMMA_ROWS, p.cuts, places, DIGITS)
-        own = functools.reduce(lambda a, b: a * 256 + b, [digits[..., i] for i in range(DIGITS)])
-        own = jnp.take_along_axis(own, cut[:, None, None], axis=1)[:, 0]
-        worth = functools.reduce(lambda a, b: a * b[:, None], scales, factors[...].reshape(p.cuts, places)[cut])
-        return total + own.astype(jnp.float32) * worth
-
-    layouts = plgpu.Layout.WGMMA, plgpu.RefType(), (plgpu.Layout.WGMMA.reduce(1),) * len(scales), SCALAR, SUMS
+def combine_limbs(b: Block, phase: ProductPhase, sums: jax.Array, limb_scales: Ref, scales: list[jax.Array],
+                  tile: Any, total: jax.Array) -> jax.Array:  # fmt: skip
+    """``total`` [64, tokens] plus the value of integer sums [64, columns of all K splits]: a token's limbs combined,
+    of each row's own K split, times ``limb_scales`` [tokens of all K splits] and, where there are, ``scales`` [64]."""
+    p, slots = b.product(phase), b.plan.shape.token_slots
+    types = plgpu.Layout.WGMMA, plgpu.RefType(), (plgpu.Layout.WGMMA.reduce(1),) * len(scales), SCALAR, SUMS
 
     @plgpu.inline_mgpu(
-        arg_types=layouts, return_type=plgpu.ShapeDtypeStruct((WGMMA_ROWS, places), jnp.float32, layout=SUMS)
+        arg_types=types, return_type=plgpu.ShapeDtypeStruct((WGMMA_ROWS, slots), jnp.float32, layout=SUMS)
     )
-    def add(_: Any, part: Any, factors: Any, scales: Any, tile: Any, total: Any) -> Any:
+    def combine(_: Any, sums: Any, limb_scales: Any, scales: Any, tile: Any, total: Any) -> Any:
         f32, tile, thread = ir.F32Type.get(), tile.registers.item(), thread_in_warpgroup()
         registers = np.empty_like(total.registers)
         for index in np.ndindex(registers.shape):
             column, half = index[1], index[4]  # of 8 columns, and of rows r and r + 8
-            row = plus(times(tile, WGMMA_ROWS), plus(row_of(thread), 8 * half))
-            cut = rest(over(row, p.strip), p.cuts)
-            own, factor = None, plus(times(cut, places), plus(4 * column, rest(thread, 4)))
-            for i in range(p.cuts):
-                pair = part.registers[0, i * (places // 4) + column, *index[2:]]
-                first, second = (vector.extract(pair, [], [digit]) for digit in range(DIGITS))
-                whole = plus(times(first, 256), second)
-                here = arith.cmpi(arith.CmpIPredicate.eq, cut, integer(i))
-                own = whole if own is None else arith.select(here, whole, own)
-            worth = memref.load(factors, place(factor))
-            for scale in scales:
-                worth = arith.mulf(worth, vector.extract(scale.registers.flat[half], [], [0]))
+            row = add(mul(tile, WGMMA_ROWS), add(first_row_of(thread), 8 * half))
+            split = rem(div(row, p.n_tile), p.k_splits)
+            own, at = None, add(mul(split, slots), add(4 * column, rem(thread, 4)))
+            for i in range(p.k_splits):
+                pair = sums.registers[0, i * (slots // 4) + column, *index[2:]]
+                upper, lower = (vector.extract(pair, [], [limb]) for limb in range(LIMBS))
+                whole = add(mul(upper, 256), lower)
+                is_own = arith.cmpi(arith.CmpIPredicate.eq, split, as_i32(i))
+                own = whole if own is None else arith.select(is_own, whole, own)
+            scale = memref.load(limb_scales, as_indices(at))
+            for row_scales in scales:
+                scale = arith.mulf(scale, vector.extract(row_scales.registers.flat[half], [], [0]))
             before = vector.extract(total.registers[index], [], [0])
-            after = math.fma(arith.sitofp(f32, own), worth, before)
+            after = math.fma(arith.sitofp(f32, own), scale, before)
             registers[index] = vector.broadcast(ir.VectorType.get((1,), f32), after)
         return FragmentedArray(_registers=registers, _layout=total.layout, _is_signed=None)
 
-    return add(part, factors, tuple(scales), tile, total)  # type: ignore[call-arg]
+    return combine(sums, limb_scales, tuple(scales), tile, total)  # type: ignore[call-arg]
 
 
-def put_sums(plan: Plan, sums: Any, total: jax.Array, tile: Any, again: Any) -> None:
-    """Write ``total`` [64, tokens] to its tile of ``sums`` [tokens, outputs]; ``again``: add it to what is there."""
-    if plan.interpret:
-        here = sums.at[:, pl.ds(tile * WGMMA_ROWS, WGMMA_ROWS)]
-        here[...] = jnp.where(again, here[...], 0) + total.T
-        return
+def store_sums(b: Block, sums: Ref, total: jax.Array, tile: Any, accumulate: Any) -> None:
+    """Write ``total`` [64, tokens] to its tile of ``sums`` [tokens, outputs]; ``accumulate``: add it to them."""
+    del b
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SUMS, SCALAR, SCALAR))
-    def put(_: Any, sums: Any, total: Any, tile: Any, again: Any) -> None:
-        tile, again, thread = tile.registers.item(), again.registers.item(), thread_anew()
+    def store(_: Any, sums: Any, total: Any, tile: Any, accumulate: Any) -> None:
+        tile, accumulate = tile.registers.item(), accumulate.registers.item()
+        thread = volatile_thread_in_warpgroup()
         for index, value in np.ndenumerate(total.registers):
-            token = plus(4 * index[1], rest(thread, 4))
-            here = place(token, plus(times(tile, WGMMA_ROWS), plus(row_of(thread), 8 * index[4])))
+            token = add(4 * index[1], rem(thread, 4))
+            here = as_indices(token, add(mul(tile, WGMMA_ROWS), add(first_row_of(thread), 8 * index[4])))
             one = vector.extract(value, [], [0])
-            before = arith.select(again, memref.load(sums, here), c(0.0, one.type))
+            before = arith.select(accumulate, memref.load(sums, here), c(0.0, one.type))
             memref.store(arith.addf(before, one), sums, here)
 
-    put(sums, total, tile, again)  # type: ignore[call-arg]
+    store(sums, total, tile, accumulate)  # type: ignore[call-arg]
 
 
-def row_of(thread: Any) -> Any:
+def load_int4(b: Block, slot: Any) -> jax.Array:
+    """A stage of 4-bit weights as wgmma's left operand in registers. The slot is free as soon as they are there: the
+    next stage may arrive while this one is multiplied."""
+    weights = load_int4_as_int8(b.scratch.ring.at[slot])
+    plgpu.barrier_arrive(b.scratch.ring_free.at[slot])
+    return weights
+
+
+def first_row_of(thread: Any) -> Any:
     """The first of a thread's two rows of wgmma's 64; the second is 8 further."""
-    return plus(times(over(thread, 32), 16), over(rest(thread, 32), 4))
+    return add(mul(div(thread, 32), 16), div(rem(thread, 32), 4))
+
+
+MOSAIC = TileOps(
+    load, broadcast_to_unit, store_x, load_scales, combine_limbs, store_sums, load_int4, int4_frees_slot=True
+)  # fmt: skip

@@ -1,13 +1,12 @@
-"""Products for many rows (prefill): tiles of the result, kept busy by a pipeline of TMA copies and two consumers.
+"""Large-M GEMM: products for many rows (prefill). A TMA producer keeps two consumer warpgroups busy.
 
-The blocks are persistent: each works through a list of tiles, and the warpgroup that copies runs ahead of the two that
-multiply, across tiles too, so the tensor cores wait only while a finished tile is written. Integer weights are widened
-in registers on their way to wgmma, so prefill needs no float copy of them. With ``swiglu`` the tile holds the rows of
-w_gate and of w_up that belong together, and only their product ever reaches memory.
+The blocks are persistent: each works through a list of tiles. The producer runs ahead of the consumers, from one tile
+into the next, so the tensor cores wait only while a finished tile is written. Integer weights are widened in registers
+on their way to wgmma, so prefill needs no float copy of them. With ``swiglu`` a tile holds the rows of w_gate and of
+w_up that belong together, and only their product reaches memory.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,24 +15,22 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from ...arch import planned
 from ...layer_view import layer_index
-from ..common.ring import claim, drain
-from ..common.tiles import (
-    SHARED_BYTES,
-    Weight,
-    format_of,
-    nbytes,
-    sm_count,
-    split,
-    swizzled,
-)
+from ..common.ring import acquire, drain
+from ..common.tiles import Weight, data_and_scale, format_of, nbytes, swizzled
+from ..common.warp_specialize import warp_specialize
+from .large_m_block import Block, Operands, PassWork, Scratch
 from .large_m_consumer import consume
-from .large_m_plan import CONSUMERS, Pass, Problem, Refs, WideTiles, check_wide, passes, tiles_for
+from .large_m_plan import CONSUMERS, LargeMProblem, LargeMTiles, Pass, check_large_m, passes, tiles_for
 
-__all__ = ["WideTiles", "check_wide", "wide"]
+__all__ = ["LargeMTiles", "check_large_m", "large_m_gemm"]
+
+PRODUCER_REGISTERS = 40
+SCRATCH_RESERVE = 2048  # bytes of shared memory for barriers, and for scratch that the compiler adds
 
 
-def wide(
+def large_m_gemm(
     x: jax.Array,
     w: Weight,
     *,
@@ -41,7 +38,7 @@ def wide(
     residual: jax.Array | None = None,
     swiglu: bool = False,
     out_dtype: Any = None,
-    tiles: WideTiles | None = None,
+    tiles: LargeMTiles | None = None,
     sms: int | None = None,
     interpret: Any = False,
 ) -> jax.Array:
@@ -49,11 +46,11 @@ def wide(
 
     With ``layer``, w is stacked [layers, out, in] and read in place.
     """
-    out, sms = w.shape[-2] // (2 if swiglu else 1), sms or sm_count()
+    out, sms = w.shape[-2] // (2 if swiglu else 1), sms or planned().sms
     tiles = tiles or tiles_for(format_of(w), x.shape[0], out, swiglu, sms)
-    if residual is not None and (swiglu or tiles.by_rows or tiles.out != CONSUMERS * tiles.step):
+    if residual is not None and (swiglu or tiles.split_rows or tiles.out != CONSUMERS * tiles.step):
         raise ValueError(f"a residual needs tiles of {CONSUMERS} * step outputs, halved by outputs; found {tiles}")
-    return _wide(
+    return _large_m_gemm(
         x,
         w,
         layer_index(layer),
@@ -66,12 +63,12 @@ def wide(
     )
 
 
-# Compiled as a function of its own: the layers of a model then share one trace and one lowering.
+# A jit of its own: all layers of a model share one trace and one lowering.
 @functools.partial(jax.jit, static_argnames=("interpret", "out_dtype", "sms", "swiglu", "tiles"))
-def _wide(x: jax.Array, w: Weight, layer: jax.Array, residual: jax.Array | None, *, swiglu: bool, out_dtype: Any,
-          tiles: WideTiles, sms: int, interpret: Any) -> jax.Array:  # fmt: skip
-    rows, padded = x.shape[0], whole_tiles(x, tiles)
-    problem = Problem(
+def _large_m_gemm(x: jax.Array, w: Weight, layer: jax.Array, residual: jax.Array | None, *, swiglu: bool,
+                  out_dtype: Any, tiles: LargeMTiles, sms: int, interpret: Any) -> jax.Array:  # fmt: skip
+    rows, padded = x.shape[0], pad_to_tiles(x, tiles)
+    problem = LargeMProblem(
         fmt=format_of(w),
         rows=padded.shape[0],
         inner=x.shape[1],
@@ -81,148 +78,139 @@ def _wide(x: jax.Array, w: Weight, layer: jax.Array, residual: jax.Array | None,
         swiglu=swiglu,
         residual=residual is not None,
     )
-    data, scale = split(w)
-    residual = None if residual is None else whole_tiles(residual, tiles)
+    data, scale = data_and_scale(w)
+    residual = None if residual is None else pad_to_tiles(residual, tiles)
     arguments = {"layer": layer, "x": padded, "w": data, "scale": scale, "residual": residual}
     return launch(problem, tiles, sms, interpret, arguments)[:rows]
 
 
-def whole_tiles(x: jax.Array, tiles: WideTiles) -> jax.Array:
-    """x with zero rows behind, so that no tile has too few."""
+def pad_to_tiles(x: jax.Array, tiles: LargeMTiles) -> jax.Array:
+    """``x`` with zero rows at the end, so that all tiles are whole."""
     return jnp.pad(x, ((0, -x.shape[0] % tiles.rows), (0, 0)))
 
 
-def launch(problem: Problem, tiles: WideTiles, sms: int, interpret: Any, arguments: dict[str, Any]) -> jax.Array:
-    """The product of what is named ``x`` and ``w`` in ``arguments``, of which those that are None are left out."""
-    arguments = {name: a for name, a in arguments.items() if a is not None}
-    fmt = problem.fmt
-    size = 2 if tiles.pair else 1
-    plan = passes(problem, tiles, sms // size)
-    units = min(sms // size, max(p.count for p in plan))
-    part = tiles.part
-    finished = (2, CONSUMERS, tiles.chunk, part)
-    stage = nbytes((problem.heads * tiles.out, tiles.step), fmt.bits) + nbytes((tiles.rows, tiles.step), 16)
-    room = SHARED_BYTES - 2048 - nbytes(finished, 8 * jnp.dtype(problem.out_dtype).itemsize)
-    trade = tiles.trade or problem.rotary is not None
-    room -= nbytes(finished, 16) if trade else 0
-    depth = min(tiles.depth, room // stage)
-    scratch = {
-        "w_ring": swizzled((depth, problem.heads * tiles.out, tiles.step), fmt.dtype),
-        "x_ring": swizzled((depth, tiles.rows, tiles.step), problem.dtype, run=fmt.group),
-        # A cache is written from any row on: then tiles of single rows.
-        "finished": swizzled(finished, problem.out_dtype, rows=1 if problem.rotary else 8),
-        "full": plgpu.Barrier(num_arrivals=problem.heads + 1, num_barriers=depth),
-        "free": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=depth),
-    }
-    if tiles.pair:  # what one block fetches lands in both: both must have room
-        scratch["free"] = plgpu.ClusterBarrier(collective_axes=("member",), num_arrivals=CONSUMERS, num_barriers=depth)
-    if trade:
-        scratch["traded"] = swizzled((CONSUMERS, 2 * part, tiles.chunk), problem.dtype)
-        scratch["given"] = plgpu.Barrier(num_barriers=2 * CONSUMERS)
-        scratch["taken"] = plgpu.Barrier(num_barriers=2 * CONSUMERS)
-    if interpret and fmt.quantized:
-        scratch["widened"] = swizzled((CONSUMERS, problem.heads * part, tiles.step), problem.dtype, run=fmt.group)
+def launch(
+    problem: LargeMProblem, tiles: LargeMTiles, sms: int, interpret: Any, arguments: dict[str, jax.Array | None]
+) -> jax.Array:
+    """Run the kernel. ``arguments`` are ``layer`` and the fields of `Operands` by name; those that are None are not
+    passed."""
+    given = {name: a for name, a in arguments.items() if a is not None}
+    pass_list = passes(problem, tiles, sms // tiles.cluster)
+    units = min(sms // tiles.cluster, max(p.count for p in pass_list))
+    scratch, depth = _scratch(problem, tiles, interpret)
     return plgpu.kernel(
         functools.partial(
-            _body,
-            names=(*arguments, "out"),
+            _block,
+            names=(*given, "out"),
             problem=problem,
             tiles=tiles,
-            plan=plan,
+            pass_list=pass_list,
             units=units,
             depth=depth,
-            registers=not interpret,
+            interpret=bool(interpret),
         ),
         out_type=jax.ShapeDtypeStruct((problem.rows, problem.columns), problem.out_dtype),
-        scratch_types=scratch,
+        scratch_types=(scratch,),
         grid=(units,),
         grid_names=("unit",),
-        cluster=(size,),
+        cluster=(tiles.cluster,),
         cluster_names=("member",),
         num_threads=CONSUMERS + 1,
         thread_name="warpgroup",
         interpret=interpret,
         compiler_params=None if interpret else plgpu.CompilerParams(approx_math=True),
-        kernel_name="wide_qkv" if problem.rotary else "wide_product",
-    )(*arguments.values())
+        kernel_name="large_m_qkv" if problem.rotary else "large_m_gemm",
+    )(*given.values())
 
 
-def _body(*arguments: Any, names: tuple[str, ...], problem: Problem, tiles: WideTiles, plan: list[Pass], units: int,
-          depth: int, registers: bool, **scratch: Any) -> None:  # fmt: skip
-    refs = dict(zip(names, arguments, strict=True))
-    layer = refs["layer"][0]
+def _scratch(problem: LargeMProblem, tiles: LargeMTiles, interpret: Any) -> tuple[Scratch, int]:
+    """Shared memory and barriers of a block, and how many stages the ring has."""
+    fmt, projections = problem.fmt, problem.projections
+    finished = (2, CONSUMERS, tiles.chunk, tiles.consumer_out)
+    exchange = tiles.exchange or problem.rotary is not None
+    stage = nbytes((projections * tiles.out, tiles.step), fmt.bits) + nbytes((tiles.rows, tiles.step), 16)
+    room = planned().shared_bytes - SCRATCH_RESERVE - nbytes(finished, 8 * jnp.dtype(problem.out_dtype).itemsize)
+    room -= nbytes(finished, 16) if exchange else 0
+    depth = min(tiles.depth, room // stage)
+    widened = (CONSUMERS, projections * tiles.consumer_out, tiles.step)
+    free: Any = plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=depth)
+    if tiles.pair:  # a copy of one block arrives in both, so both must have room
+        free = plgpu.ClusterBarrier(collective_axes=("member",), num_arrivals=CONSUMERS, num_barriers=depth)
+    scratch = Scratch(
+        # Rows of the cache are written from any row on: that needs shared memory tiles of single rows.
+        finished=swizzled(finished, problem.out_dtype, rows=1 if problem.rotary else 8),
+        free=free,
+        full=plgpu.Barrier(num_arrivals=projections + 1, num_barriers=depth),
+        sent=plgpu.Barrier(num_barriers=2 * CONSUMERS) if exchange else None,
+        received=plgpu.Barrier(num_barriers=2 * CONSUMERS) if exchange else None,
+        exchanged=swizzled((CONSUMERS, 2 * tiles.consumer_out, tiles.chunk), problem.dtype) if exchange else None,
+        w_ring=swizzled((depth, projections * tiles.out, tiles.step), fmt.dtype),
+        widened=swizzled(widened, problem.dtype, fmt.group) if interpret and fmt.quantized else None,
+        x_ring=swizzled((depth, tiles.rows, tiles.step), problem.dtype, fmt.group),
+    )
+    return scratch, depth
+
+
+def _block(*arguments: Any, names: tuple[str, ...], problem: LargeMProblem, tiles: LargeMTiles, pass_list: list[Pass],
+           units: int, depth: int, interpret: bool) -> None:  # fmt: skip
+    """What one block does. ``arguments`` are references of these ``names``, then the scratch."""
+    *given, scratch = arguments
+    refs = dict(zip(names, given, strict=True))
+    layer = refs.pop("layer")[0]
     refs |= {name: refs[name].at[layer] for name in ("w", "scale") if name in refs}
     unit, me = lax.axis_index("unit"), lax.axis_index("warpgroup")
-    size = 2 if tiles.pair else 1
     member = lax.axis_index("member") if tiles.pair else 0
-    grid = (problem.rows // tiles.rows, problem.out // tiles.out // size)
+    block = Block(problem, tiles, pass_list, units, depth, me, unit, member, Operands(**refs), scratch)
 
-    def tile(p: Pass, turn: Any) -> tuple[Any, Any]:
-        """First row and first output of the tile that this block computes at this turn of a pass."""
-        index = p.first + turn * units + unit
-        row, out = plgpu.planar_snake(index // p.parts, grid, 0, min(tiles.band, grid[0]))
-        return row * tiles.rows + lax.rem(index, p.parts) * p.tiles.rows, (out * size + member) * tiles.out
-
-    def each_pass(work: Callable[..., None]) -> Any:
-        """Do ``work`` on the tiles of every pass; returns how many stages of the ring that took."""
-        done = jnp.int32(0)
-        for p in plan:
-            turns = (p.count - unit + units - 1) // units
-            work(turns, done, functools.partial(tile, p), p.tiles)
-            done += turns * problem.stages(tiles)
-        return done
-
-    @pl.when(me == CONSUMERS)
-    def _() -> None:
-        if registers:
-            plgpu.set_max_registers(40, action="decrease")
-        done = each_pass(functools.partial(_produce, refs, problem, depth, **scratch))
-        drain(done, depth, scratch["free"])
-
-    @pl.when(me < CONSUMERS)
-    def _() -> None:
-        if registers:
-            plgpu.set_max_registers(232, action="increase")
-        each_pass(functools.partial(consume, me, refs, problem, depth, **scratch))
+    def consumer() -> None:
+        block.each_pass(functools.partial(consume, block))
         plgpu.wait_smem_to_gmem(0)
 
+    warp_specialize(
+        me,
+        lambda: drain(block.each_pass(functools.partial(_produce, block)), depth, scratch.free),
+        consumer,
+        consumers=CONSUMERS,
+        producer_registers=None if interpret else PRODUCER_REGISTERS,
+    )
 
-def _produce(refs: Refs, problem: Problem, depth: int, turns: Any, done: Any, tile: Any, tiles: WideTiles, *,
-             w_ring: Any, x_ring: Any, full: Any, free: Any, **_: Any) -> None:  # fmt: skip
-    """Keep the ring full, across tiles. What is to be added to a tile travels behind its inputs, in the same ring."""
+
+def _produce(block: Block, work: PassWork) -> None:
+    """Keep the ring full, from one tile into the next. The residual of a tile follows its inputs in the same ring."""
+    problem, operands, scratch, tiles = block.problem, block.operands, block.scratch, work.tiles
     steps, stages = problem.inner // tiles.step, problem.stages(tiles)
     rows, half = pl.ds(0, tiles.rows), tiles.rows // 2
 
     def turn(t: Any, _: Any) -> None:
-        row, out = tile(t)
+        row, out = work.tile(t)
 
         def next_slot(k: Any) -> Any:
-            return claim(done + t * stages + k, depth, free)
+            return acquire(work.done + t * stages + k, block.depth, scratch.free)
 
         def stage(k: Any, _: Any) -> None:
             slot = next_slot(k)
             inputs = pl.ds(k * tiles.step, tiles.step)
             plgpu.copy_gmem_to_smem(
-                refs["x"].at[pl.ds(row, tiles.rows), inputs],
-                x_ring.at[slot, rows],
-                full.at[slot],
+                operands.x.at[pl.ds(row, tiles.rows), inputs],
+                scratch.x_ring.at[slot, rows],
+                scratch.full.at[slot],
                 collective_axes="member" if tiles.pair else None,
             )
-            for head in range(problem.heads):
+            for projection in range(problem.projections):
                 plgpu.copy_gmem_to_smem(
-                    refs["w"].at[pl.ds(head * problem.out + out, tiles.out), inputs],
-                    w_ring.at[slot, pl.ds(head * tiles.out, tiles.out)],
-                    full.at[slot],
+                    operands.w.at[pl.ds(projection * problem.out + out, tiles.out), inputs],
+                    scratch.w_ring.at[slot, pl.ds(projection * tiles.out, tiles.out)],
+                    scratch.full.at[slot],
                 )
 
         lax.fori_loop(0, steps, stage, None)
-        for j in range(problem.behind(tiles)):
+        for j in range(problem.residual_stages(tiles)):
             slot = next_slot(steps + j)
-            for part in range(2):  # as many copies as a stage of inputs has, for the barrier counts them
+            for part in range(2):  # the barrier counts copies: as many as a stage of inputs has
                 plgpu.copy_gmem_to_smem(
-                    refs["residual"].at[pl.ds(row + part * half, half), pl.ds(out + j * tiles.step, tiles.step)],
-                    x_ring.at[slot, pl.ds(part * half, half)],
-                    full.at[slot],
+                    operands.residual.at[pl.ds(row + part * half, half), pl.ds(out + j * tiles.step, tiles.step)],
+                    scratch.x_ring.at[slot, pl.ds(part * half, half)],
+                    scratch.full.at[slot],
                 )
 
-    lax.fori_loop(0, turns, turn, None)
+    lax.fori_loop(0, work.turns, turn, None)

@@ -1,7 +1,8 @@
-"""What the two multiplying warpgroups of a product for many rows do: `large_m` has the launch."""
+"""Consumers of a large-M GEMM: each multiplies its half of every tile and writes it."""
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -10,94 +11,147 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ..common.tiles import scale_column, spread
+from ..common.tiles import broadcast_rows, scale_column
 from ..common.widen import load_integers, widen, widen_scaled
-from .large_m_exchange import Trade
-from .large_m_plan import CONSUMERS, Problem, Refs, WideTiles
-from .large_m_rotary import angles, finish
+from .large_m_block import Block, PassWork
+from .large_m_exchange import Exchange
+from .large_m_plan import LargeMTiles
+from .large_m_rotary import load_angles, rotary_epilogue
 
 
-def consume(me: Any, refs: Refs, problem: Problem, depth: int, turns: Any, done: Any, tile: Any, tiles: WideTiles, *,
-            w_ring: Any, x_ring: Any, finished: Any, full: Any, free: Any, widened: Any = None, traded: Any = None,
-            given: Any = None, taken: Any = None) -> None:  # fmt: skip
-    """Multiply this consumer's half of every tile, and write it."""
-    fmt, steps, stages = problem.fmt, problem.inner // tiles.step, problem.stages(tiles)
-    part = tiles.part
-    columns = tiles.rows // CONSUMERS if tiles.by_rows else tiles.rows
-    first_out = 0 if tiles.by_rows or tiles.trade else me * part
-    heads = [me] if tiles.trade else list(range(problem.heads))  # those that this consumer multiplies
-    my_rows = pl.ds(me * columns, columns) if tiles.by_rows else pl.ds(0, columns)
-    accumulators = [plgpu.ACC((part, columns), jnp.float32) for _ in heads]
+def consume(block: Block, work: PassWork) -> None:
+    """Multiply this consumer's half of every tile of a pass, and write it."""
+    problem, scratch, tiles, me = block.problem, block.scratch, work.tiles, block.me
+    part, columns = tiles.consumer_out, tiles.consumer_rows
+    products = Products(
+        block=block,
+        tiles=tiles,
+        first_out=0 if tiles.split_rows or tiles.exchange else me * part,
+        projections=[me] if tiles.exchange else list(range(problem.projections)),
+        rows=pl.ds(me * columns, columns) if tiles.split_rows else pl.ds(0, columns),
+    )
+    # A consumer exchanges with the other, or with itself if its outputs are whole heads.
+    alone = problem.rotary is not None and problem.rotary.head_dim == part
+    exchange = Exchange(me, me if alone else 1 - me, part, scratch.exchanged, scratch.sent, scratch.received)
+    stages = problem.stages(tiles)
 
-    group = min(fmt.group or tiles.step, tiles.step)
-    # The interpreter has no wgmma with an operand in registers, and no instructions to save.
-    packed = widened is None and fmt.bits == 4 and fmt.grouped and refs["scale"].dtype.itemsize == 2
+    def turn(t: Any, _: Any) -> None:
+        row, out = work.tile(t)
+        row = row + me * columns if tiles.split_rows else row
+        first, own_out = work.done + t * stages, out + products.first_out
+        # Loaded before the products run, used after them.
+        angles = None
+        if problem.rotary:
+            angles = load_angles(block.operands, problem.rotary, own_out, row, (part, tiles.chunk))
+        epilogue = Epilogue(block, tiles, exchange, first, row, own_out)
+        sums = products.sums(first, out)
+        if angles is None:
+            epilogue.write_all(sums)
+        else:
+            epilogue.rotate_and_write(sums[0], angles)
 
-    def weights_of(slot: Any, head: Any) -> Any:
-        return w_ring.at[slot, pl.ds(head * tiles.out + first_out, part)]
+    lax.fori_loop(0, work.turns, turn, None)
 
-    def dense(accs: Any, first: Any, _out: Any) -> None:
-        """Products of one stage stay in flight while the next is issued."""
+
+@dataclass(frozen=True)
+class Products:
+    """The products of one consumer."""
+
+    block: Block
+    tiles: LargeMTiles
+    first_out: Any  # of this consumer's outputs in a tile
+    projections: list[Any]  # gate, up or both
+    rows: Any  # of a stage of x
+
+    @property
+    def steps(self) -> int:
+        """Stages of inputs of a tile."""
+        return self.block.problem.inner // self.tiles.step
+
+    @property
+    def group(self) -> int:
+        """Inputs of a stage that share a scale."""
+        return min(self.block.problem.fmt.group or self.tiles.step, self.tiles.step)
+
+    @property
+    def packed(self) -> bool:
+        """Whether 4-bit integers are widened and scaled by `widen_scaled`. The interpreter cannot run it."""
+        fmt, scale = self.block.problem.fmt, self.block.operands.scale
+        on_gpu = self.block.scratch.widened is None
+        return on_gpu and fmt.bits == 4 and fmt.grouped and scale is not None and scale.dtype.itemsize == 2
+
+    def sums(self, first: Any, out: Any) -> list[jax.Array]:
+        """The sums of each projection [consumer_out, consumer_rows] for the tile at output ``out``, whose stages begin
+        with number ``first``."""
+        fmt = self.block.problem.fmt
+
+        def scoped(*accs: Any) -> list[jax.Array]:
+            (self._multiply_integers if fmt.quantized else self._multiply_floats)(accs, first, out)
+            return [acc[...] for acc in accs]
+
+        shape = self.tiles.consumer_out, self.tiles.consumer_rows
+        sums = pl.run_scoped(scoped, *[plgpu.ACC(shape, jnp.float32) for _ in self.projections])
+        if fmt.quantized and not fmt.grouped:
+            sums = [
+                total * broadcast_rows(self._scales(projection, 0, out), total.shape)
+                for projection, total in zip(self.projections, sums, strict=True)
+            ]
+        return sums
+
+    def _weights(self, slot: Any, projection: Any) -> Any:
+        first = projection * self.tiles.out + self.first_out
+        return self.block.scratch.w_ring.at[slot, pl.ds(first, self.tiles.consumer_out)]
+
+    def _scales(self, projection: Any, column: Any, out: Any) -> jax.Array:
+        row = projection * self.block.problem.out + out + self.first_out
+        return scale_column(self.block.operands.scale, row, column, self.tiles.consumer_out)
+
+    def _multiply_floats(self, accs: Any, first: Any, _out: Any) -> None:
+        """The products of one stage run while those of the next are issued."""
+        scratch, depth = self.block.scratch, self.block.depth
 
         def stage(k: Any, _: Any) -> None:
             slot = lax.rem(first + k, depth)
-            plgpu.barrier_wait(full.at[slot])
-            for head, acc in zip(heads, accs, strict=True):
-                plgpu.wgmma(acc, weights_of(slot, head), x_ring.at[slot, my_rows].T)
-            plgpu.wgmma_wait(len(heads))
+            plgpu.barrier_wait(scratch.full.at[slot])
+            for projection, acc in zip(self.projections, accs, strict=True):
+                plgpu.wgmma(acc, self._weights(slot, projection), scratch.x_ring.at[slot, self.rows].T)
+            plgpu.wgmma_wait(len(self.projections))
 
             @pl.when(k > 0)
             def _() -> None:
-                plgpu.barrier_arrive(free.at[lax.rem(first + k - 1, depth)])
+                plgpu.barrier_arrive(scratch.free.at[lax.rem(first + k - 1, depth)])
 
-        lax.fori_loop(0, steps, stage, None)
+        lax.fori_loop(0, self.steps, stage, None)
         plgpu.wgmma_wait(0)
-        plgpu.barrier_arrive(free.at[lax.rem(first + steps - 1, depth)])
+        plgpu.barrier_arrive(scratch.free.at[lax.rem(first + self.steps - 1, depth)])
 
-    def operand(integers: jax.Array, scale: Any, i: int) -> Any:
-        """Weights of one group of inputs as wgmma's left operand. Scales of a group are applied here, before the
-        rounding; scales of a row at the end."""
-        if scale is None:
-            weights = widen(integers, problem.dtype)
-        elif packed:
-            weights = widen_scaled(integers, scale, problem.dtype)
-        else:
-            floats = widen(integers, problem.dtype).astype(jnp.float32)
-            weights = (floats * spread(scale, floats.shape)).astype(problem.dtype)
-        if widened is None:
-            return weights
-        place = widened.at[me, pl.ds(i * part, part), pl.ds(0, group)]
-        place[...] = weights
-        plgpu.commit_smem()
-        return place
-
-    def scales_of(head: Any, column: Any, out: Any) -> jax.Array:
-        return scale_column(refs["scale"], head * problem.out + out + first_out, column, part)
-
-    def quantized(accs: Any, first: Any, out: Any) -> None:
-        """The integers of the next stage, and its groups' scales, are loaded while the products of this one run."""
-        groups = range(0, tiles.step, group)
+    def _multiply_integers(self, accs: Any, first: Any, out: Any) -> None:
+        """The integers and group scales of the next stage are loaded while the products of this one run."""
+        fmt, scratch, depth = self.block.problem.fmt, self.block.scratch, self.block.depth
+        groups = range(0, self.tiles.step, self.group)
 
         def load(k: Any) -> list[Any]:
-            slot, begin = lax.rem(first + k, depth), k * tiles.step
+            slot, begin = lax.rem(first + k, depth), k * self.tiles.step
             scales = [
-                [scales_of(h, (begin + g) // fmt.group, out) if fmt.grouped else None for g in groups] for h in heads
+                [self._scales(p, (begin + g) // fmt.group, out) if fmt.grouped else None for g in groups]
+                for p in self.projections
             ]
-            plgpu.barrier_wait(full.at[slot])
-            return [(load_integers(weights_of(slot, h), fmt), own) for h, own in zip(heads, scales, strict=True)]
+            plgpu.barrier_wait(scratch.full.at[slot])
+            both = zip(self.projections, scales, strict=True)
+            return [(load_integers(self._weights(slot, p), fmt), own) for p, own in both]
 
         def multiply(k: Any, loaded: list[Any]) -> None:
             slot = lax.rem(first + k, depth)
             for i, (acc, (integers, scales)) in enumerate(zip(accs, loaded, strict=True)):
                 for g, scale in zip(groups, scales, strict=True):
-                    weights = operand(integers[:, g : g + group], scale, i)
-                    plgpu.wgmma(acc, weights, x_ring.at[slot, my_rows, pl.ds(g, group)].T)
-                    if widened is not None:
+                    weights = self._operand(integers[:, g : g + self.group], scale, i)
+                    plgpu.wgmma(acc, weights, scratch.x_ring.at[slot, self.rows, pl.ds(g, self.group)].T)
+                    if scratch.widened is not None:
                         plgpu.wgmma_wait(0)
 
         def release(k: Any) -> None:
             plgpu.wgmma_wait(0)
-            plgpu.barrier_arrive(free.at[lax.rem(first + k, depth)])
+            plgpu.barrier_arrive(scratch.free.at[lax.rem(first + k, depth)])
 
         def stage(k: Any, loaded: list[Any]) -> list[Any]:
             multiply(k, loaded)
@@ -105,79 +159,108 @@ def consume(me: Any, refs: Refs, problem: Problem, depth: int, turns: Any, done:
             release(k)
             return following
 
-        multiply(steps - 1, lax.fori_loop(0, steps - 1, stage, load(0)))
-        release(steps - 1)
+        multiply(self.steps - 1, lax.fori_loop(0, self.steps - 1, stage, load(0)))
+        release(self.steps - 1)
 
-    # A consumer's partner is the other, or itself where its outputs are whole heads.
-    alone = problem.rotary is not None and problem.rotary.head_dim == part
-    trade = Trade(me, me if alone else 1 - me, part, traded, given, taken)
+    def _operand(self, integers: jax.Array, scale: Any, i: int) -> Any:
+        """The weights of one group of inputs as wgmma's left operand.
 
-    def swap(result: jax.Array, i: int, chunks: int) -> list[jax.Array]:
-        """Chunk ``i`` of this consumer's half of the rows, as gate and up: one its own, one from the other."""
+        A group's scale is applied here, before the rounding. A row's scale is applied to the sums."""
+        dtype, widened = self.block.problem.dtype, self.block.scratch.widened
+        if scale is None:
+            weights = widen(integers, dtype)
+        elif self.packed:
+            weights = widen_scaled(integers, scale, dtype)
+        else:
+            floats = widen(integers, dtype).astype(jnp.float32)
+            weights = (floats * broadcast_rows(scale, floats.shape)).astype(dtype)
+        if widened is None:
+            return weights
+        # The interpreter has no wgmma with an operand in registers.
+        part = self.tiles.consumer_out
+        place = widened.at[self.block.me, pl.ds(i * part, part), pl.ds(0, self.group)]
+        place[...] = weights
+        plgpu.commit_smem()
+        return place
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What one consumer does with the sums of one tile."""
+
+    block: Block
+    tiles: LargeMTiles
+    exchange: Exchange
+    first: Any  # number of the tile's first stage
+    row: Any  # first row of this consumer
+    out: Any  # its first output
+
+    @property
+    def chunks(self) -> int:
+        """Chunks that this consumer writes."""
+        return self.tiles.consumer_rows // self.tiles.chunk // (2 if self.tiles.exchange else 1)
+
+    def rotate_and_write(self, sums: jax.Array, angles: tuple[jax.Array, jax.Array]) -> None:
+        """The end of a QKV product."""
+        rotary = self.block.problem.rotary
+        assert rotary is not None
+        chunks = [self._chunk(sums, i) for i in range(self.chunks)]
+        operands = self.block.operands
+        rotary_epilogue(operands, rotary, chunks, angles, self.out, self.row, self.exchange, self._write)
+
+    def write_all(self, sums: list[jax.Array]) -> None:
+        """Apply SwiGLU or add the residual, and write."""
+        scratch, depth = self.block.scratch, self.block.depth
+        problem, steps = self.block.problem, self.block.problem.inner // self.tiles.step
+        residual = [lax.rem(self.first + steps + j, depth) for j in range(problem.residual_stages(self.tiles))]
+        for slot in residual:
+            plgpu.barrier_wait(scratch.full.at[slot])
+        for i in range(self.chunks):
+            rows = pl.ds(i * self.tiles.chunk, self.tiles.chunk)
+            own = self._gate_and_up if self.tiles.exchange else self._own_chunks
+            values = own(sums, i)
+            value = values[0] / (1 + jnp.exp(-values[0])) * values[1] if problem.swiglu else values[0]
+            if residual:  # each consumer adds the stage with its own outputs
+                before = scratch.x_ring.at[lax.rem(self.first + steps + self.block.me, depth), rows].T
+                before = plgpu.load(before, layout=plgpu.Layout.WGMMA_TRANSPOSED)
+                value = value + plgpu.layout_cast(before, plgpu.Layout.WGMMA).astype(jnp.float32)
+            self._write(i, value, functools.partial(self._to_rows, i))
+        if self.tiles.exchange:
+            self.exchange.finish(self.chunks)
+        for slot in residual:
+            plgpu.barrier_arrive(scratch.free.at[slot])
+
+    def _chunk(self, sums: jax.Array, i: int) -> jax.Array:
+        return sums[:, i * self.tiles.chunk : (i + 1) * self.tiles.chunk]
+
+    def _own_chunks(self, sums: list[jax.Array], i: int) -> list[jax.Array]:
+        return [self._chunk(total, i) for total in sums]
+
+    def _gate_and_up(self, sums: list[jax.Array], i: int) -> list[jax.Array]:
+        """Chunk ``i`` of this consumer's half of the rows: one projection is its own, the other is received."""
+        me = self.block.me
 
         def in_order(a: jax.Array, b: jax.Array) -> list[jax.Array]:
             return lax.cond(me == 0, lambda: [a, b], lambda: [b, a])
 
-        first, second = (result[:, j * tiles.chunk : (j + 1) * tiles.chunk] for j in (i, i + chunks))
-        mine, theirs = in_order(first, second)
-        trade.give(theirs, i)
-        return in_order(mine, trade.take(i))
+        first, second = (self._chunk(sums[0], j) for j in (i, i + self.chunks))
+        own, others = in_order(first, second)
+        self.exchange.send(others, i)
+        return in_order(own, self.exchange.receive(i))
 
-    def turn(t: Any, _: Any) -> None:
-        row, out = tile(t)
-        row = row + me * columns if tiles.by_rows else row
-        first, my_out = done + t * stages, out + first_out
-        # Fetched while products run.
-        by = angles(refs, problem.rotary, my_out, row, (part, tiles.chunk)) if problem.rotary else None
+    def _write(self, i: int, value: jax.Array, copy: Callable[[Any], None]) -> None:
+        """Put chunk ``i`` into shared memory in the order of the result, and ``copy`` it from there."""
+        place = self.block.scratch.finished.at[i % 2, self.block.me]
+        # Two buffers alternate. The copy from this one is the last but one, so one copy may still be running. If the
+        # number of chunks is odd, the first chunk of a tile reuses the buffer of the very last copy.
+        running = 1 if i or self.chunks % 2 == 0 else 0
+        plgpu.wait_smem_to_gmem(running, wait_read_only=True)
+        value = value.astype(self.block.problem.out_dtype)
+        place.T[...] = plgpu.layout_cast(value, plgpu.Layout.WGMMA_TRANSPOSED)
+        plgpu.commit_smem()
+        copy(place)
 
-        def scoped(*accs: Any) -> list[jax.Array]:
-            (quantized if fmt.quantized else dense)(accs, first, out)
-            return [acc[...] for acc in accs]
-
-        results = pl.run_scoped(scoped, *accumulators)
-        if fmt.quantized and not fmt.grouped:
-            results = [
-                result
-                * spread(scale_column(refs["scale"], head * problem.out + out + first_out, 0, part), result.shape)
-                for head, result in zip(heads, results, strict=True)
-            ]
-        behind = [lax.rem(first + steps + j, depth) for j in range(problem.behind(tiles))]
-        for slot in behind:
-            plgpu.barrier_wait(full.at[slot])
-        chunks = columns // tiles.chunk // (2 if tiles.trade else 1)
-
-        def write(i: int, value: jax.Array, copy: Callable[[Any], None]) -> None:
-            """Bring chunk ``i`` into the order of memory, and ``copy`` it from there."""
-            place = finished.at[i % 2, me]
-            # The copy from this buffer is the last but one; after an odd number of chunks the last tile's is the last.
-            plgpu.wait_smem_to_gmem(1 if i or chunks % 2 == 0 else 0, wait_read_only=True)
-            place.T[...] = plgpu.layout_cast(value.astype(problem.out_dtype), plgpu.Layout.WGMMA_TRANSPOSED)
-            plgpu.commit_smem()
-            copy(place)
-
-        def to_rows(i: int, place: Any) -> None:
-            target = pl.ds(row + (me * chunks + i if tiles.trade else i) * tiles.chunk, tiles.chunk)
-            plgpu.copy_smem_to_gmem(place, refs["out"].at[target, pl.ds(my_out, part)])
-
-        if by is not None:
-            sums = [results[0][:, i * tiles.chunk : (i + 1) * tiles.chunk] for i in range(chunks)]
-            finish(refs, problem.rotary, sums, by, my_out, row, trade, write)
-            return
-        for i in range(chunks):
-            rows = pl.ds(i * tiles.chunk, tiles.chunk)
-            if tiles.trade:
-                values = swap(results[0], i, chunks)
-            else:
-                values = [result[:, i * tiles.chunk : (i + 1) * tiles.chunk] for result in results]
-            value = values[0] / (1 + jnp.exp(-values[0])) * values[1] if problem.swiglu else values[0]
-            if behind:  # of these stages each consumer adds the one with its own outputs
-                before = x_ring.at[lax.rem(first + steps + me, depth), rows].T
-                before = plgpu.load(before, layout=plgpu.Layout.WGMMA_TRANSPOSED)
-                value = value + plgpu.layout_cast(before, plgpu.Layout.WGMMA).astype(jnp.float32)
-            write(i, value, functools.partial(to_rows, i))
-        if tiles.trade:
-            trade.end(chunks)
-        for slot in behind:
-            plgpu.barrier_arrive(free.at[slot])
-
-    lax.fori_loop(0, turns, turn, None)
+    def _to_rows(self, i: int, place: Any) -> None:
+        chunk = self.block.me * self.chunks + i if self.tiles.exchange else i
+        rows = pl.ds(self.row + chunk * self.tiles.chunk, self.tiles.chunk)
+        plgpu.copy_smem_to_gmem(place, self.block.operands.out.at[rows, pl.ds(self.out, self.tiles.consumer_out)])

@@ -1,4 +1,4 @@
-"""How the two consumers of a product for many rows hand chunks of their sums to each other, through shared memory."""
+"""How the two consumers of a large-M GEMM exchange chunks of their sums through shared memory."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,44 +8,51 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+Ref = Any  # Pallas has no public type for a reference
+
 
 @dataclass(frozen=True)
-class Trade:
-    """What one consumer gives and takes. ``other`` may be itself, ``me``: of a whole head, laid down twice in a row,
-    the halves come back in the other order, and there is room for one chunk instead of two."""
+class Exchange:
+    """What one consumer sends and receives.
+
+    A consumer that owns a whole head exchanges with itself (``other`` is ``me``): it writes the chunk twice back to
+    back and reads from the middle. That swaps its halves, as rotate-half needs. There is then room for one chunk
+    instead of two."""
 
     me: Any
     other: Any
-    part: int  # outputs of a chunk
-    traded: Any  # [consumers, 2 * part, chunk]
-    given: Any  # barriers, two of each consumer
-    taken: Any
+    consumer_out: int  # outputs of a chunk
+    exchanged: Ref  # [consumers, 2 * consumer_out, chunk]
+    sent: Ref  # barriers, two a consumer
+    received: Ref
 
     @property
     def slots(self) -> int:
-        """How many chunks may have been given and not yet been taken."""
+        """How many chunks may have been sent and not yet received."""
         return 1 if self.other is self.me else 2
 
-    def give(self, mine: jax.Array, i: int) -> None:
-        """Give the ``i``-th chunk of a tile."""
+    def send(self, chunk: jax.Array, i: int) -> None:
+        """Send the ``i``-th chunk of a tile."""
         slot = i % self.slots
         if i >= self.slots:
-            plgpu.barrier_wait(self.taken.at[2 * self.me + slot])
-        for place in range(slot, 2, self.slots):
-            self.traded[self.me, pl.ds(place * self.part, self.part)] = mine.astype(self.traded.dtype)
-        plgpu.barrier_arrive(self.given.at[2 * self.me + slot])
+            plgpu.barrier_wait(self.received.at[2 * self.me + slot])
+        for copy in range(slot, 2, self.slots):
+            self.exchanged[self.me, pl.ds(copy * self.consumer_out, self.consumer_out)] = chunk.astype(
+                self.exchanged.dtype
+            )
+        plgpu.barrier_arrive(self.sent.at[2 * self.me + slot])
 
-    def take(self, i: int) -> jax.Array:
-        """The ``i``-th chunk that is given here."""
+    def receive(self, i: int) -> jax.Array:
+        """The ``i``-th chunk that the other consumer sends."""
         slot = i % self.slots
-        plgpu.barrier_wait(self.given.at[2 * self.other + slot])
-        first = slot * self.part if self.slots == 2 else self.part // 2
-        place = self.traded.at[self.other, pl.ds(first, self.part)]
-        received = plgpu.load(place, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
-        plgpu.barrier_arrive(self.taken.at[2 * self.other + slot])
-        return received
+        plgpu.barrier_wait(self.sent.at[2 * self.other + slot])
+        first = slot * self.consumer_out if self.slots == 2 else self.consumer_out // 2
+        place = self.exchanged.at[self.other, pl.ds(first, self.consumer_out)]
+        chunk = plgpu.load(place, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+        plgpu.barrier_arrive(self.received.at[2 * self.other + slot])
+        return chunk
 
-    def end(self, chunks: int) -> None:
-        """Wait until all ``chunks`` of a tile are taken."""
+    def finish(self, chunks: int) -> None:
+        """Wait until all ``chunks`` of a tile have been received."""
         for i in range(min(self.slots, chunks)):
-            plgpu.barrier_wait(self.taken.at[2 * self.me + i])
+            plgpu.barrier_wait(self.received.at[2 * self.me + i])

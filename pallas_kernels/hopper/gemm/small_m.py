@@ -1,15 +1,16 @@
-"""Products for few rows (1 to 64): the weight is read once, at the speed of memory, by every multiprocessor.
+"""Small-M GEMM: products for 1 to 64 rows of x. The weight is read once, at the speed of memory, by every SM.
 
-The weight is cut into *pieces*: a strip of output rows over a range of the inputs. Every block takes the same number of
-pieces, so the 132 blocks of an H200 are busy to 95 % or more whatever the shape, and no block waits for another. Where
-the inputs are cut, the partial sums are added in one fixed order afterwards, in the operation that transposes the
-(small) result, so the same arguments always give the same bits.
+The output is divided into work tiles: an N tile over one K split (see `small_m_plan`). Every block takes the same
+number of work tiles, so the 132 SMs of an H200 are at least 95 % busy for every shape, and no block waits for another.
 
-Where the inputs are not cut, as for most shapes, the kernel finishes its sums itself and no operation follows it.
+- Without K splits, as for most shapes, the kernel writes the finished result.
+- With K splits, one XLA fusion transposes the (small) partial sums and adds them in a fixed order, so the same
+  arguments always give the same bits.
 
-Inside a block one warpgroup issues TMA copies into a ring of stages; the others take the stages in turn, each with
-accumulators of its own, and add those up through shared memory when the piece is done. Against integer weights few rows
-are multiplied as digits, see `small_m_limbs`.
+Inside a block the producer warpgroup copies stages of weights into a ring by TMA. The consumers take the stages in
+turn, each with its own accumulators, and add these up through shared memory at the end of a work tile.
+`small_m_floats` has the consumers that multiply floats. `small_m_limbs` has those that multiply one or two rows with
+integer weights in integers.
 """
 
 import functools
@@ -22,51 +23,51 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from ...arch import planned
 from ...dispatch import Unsupported
 from ...layer_view import layer_index
-from ..common.ring import claim, consumer_registers, drain
+from ..common.ring import acquire, drain
 from ..common.tiles import (
     WGMMA_ROWS,
-    Format,
     Weight,
-    check_product,
-    fill_rows,
+    check_operands,
+    data_and_scale,
     format_of,
-    sm_count,
-    split,
-    swizzled,
+    pad_rows_unless_short,
 )
+from ..common.warp_specialize import warp_specialize
 from ..common.widen import shuffle_inputs
-from .small_m_consumer import consume
-from .small_m_limbs import consume_integers, scratch_of
-from .small_m_plan import MOST_ROWS_AS_DIGITS, Plan, SkinnyTiles, plan, tiles_for
+from .small_m_block import Block, FloatScratch, LimbScratch, WorkTile
+from .small_m_floats import consume_floats, float_scratch
+from .small_m_limbs import consume_limbs, limb_scratch
+from .small_m_plan import MAX_ROWS_AS_LIMBS, SmallMPlan, SmallMTiles, plan, tiles_for
 
-MAX_ROWS = 64
+SMALL_M_MAX = 64  # rows
 PRODUCER_REGISTERS = 24
 
 
-def check_skinny(x: jax.Array, w: Weight, *, tiles: SkinnyTiles | None = None) -> None:
-    """Raise `Unsupported` where `skinny` cannot run; ``x`` is [rows, in]."""
-    check_product(x, w)
+def check_small_m(x: jax.Array, w: Weight, *, tiles: SmallMTiles | None = None) -> None:
+    """Raise `Unsupported` where `small_m_gemm` cannot run; ``x`` is [rows, in]."""
+    check_operands(x, w)
     fmt = format_of(w)
     rows, inner = x.shape
     out = w.shape[-2]
     tiles = tiles or tiles_for(fmt, out, inner, rows)
-    if rows > MAX_ROWS:
-        raise Unsupported(f"at most {MAX_ROWS} rows, found {rows}")
+    if rows > SMALL_M_MAX:
+        raise Unsupported(f"at most {SMALL_M_MAX} rows, found {rows}")
     if inner % tiles.step:
         raise Unsupported(f"{inner} inputs: must be a multiple of {tiles.step}")
     if out % 8 or (fmt.quantized and out < WGMMA_ROWS):
         raise Unsupported(f"{out} outputs: must be a multiple of 8" + ", at least 64" * fmt.quantized)
     if fmt.group is not None and tiles.step % fmt.group:
         raise Unsupported(f"groups of {fmt.group} inputs: must divide {tiles.step}")
-    if tiles.digits and rows > MOST_ROWS_AS_DIGITS:
-        raise Unsupported(f"digits of at most {MOST_ROWS_AS_DIGITS} rows, found {rows}")
-    if tiles.digits and (not fmt.quantized or tiles.step % 128 or (fmt.group or 128) % 128):
-        raise Unsupported("digits are for integer weights, one scale a row or for a multiple of 128 inputs")
+    if tiles.limbs and rows > MAX_ROWS_AS_LIMBS:
+        raise Unsupported(f"limbs of at most {MAX_ROWS_AS_LIMBS} rows, found {rows}")
+    if tiles.limbs and (not fmt.quantized or tiles.step % 128 or (fmt.group or 128) % 128):
+        raise Unsupported("limbs are for integer weights with one scale a row or a multiple of 128 inputs")
 
 
-def skinny(
+def small_m_gemm(
     x: jax.Array,
     w: Weight,
     *,
@@ -74,7 +75,7 @@ def skinny(
     residual: jax.Array | None = None,
     swiglu: bool = False,
     out_dtype: Any = None,
-    tiles: SkinnyTiles | None = None,
+    tiles: SmallMTiles | None = None,
     sms: int | None = None,
     interpret: Any = False,
 ) -> jax.Array:
@@ -82,9 +83,8 @@ def skinny(
 
     With ``layer``, w is stacked [layers, out, in] and read in place.
     """
-    fmt = format_of(w)
-    tiles = tiles or tiles_for(fmt, w.shape[-2], x.shape[1], x.shape[0])
-    return _skinny(
+    tiles = tiles or tiles_for(format_of(w), w.shape[-2], x.shape[1], x.shape[0])
+    return _small_m_gemm(
         x,
         w,
         None if layer is None else layer_index(layer),
@@ -92,36 +92,35 @@ def skinny(
         swiglu=swiglu,
         out_dtype=jnp.dtype(out_dtype or x.dtype),
         tiles=tiles,
-        sms=sms or sm_count(),
+        sms=sms or planned().sms,
         interpret=interpret,
     )
 
 
-# Compiled as a function of its own: the layers of a model then share one trace and one lowering.
+# A jit of its own: all layers of a model share one trace and one lowering.
 @functools.partial(jax.jit, static_argnames=("interpret", "out_dtype", "sms", "swiglu", "tiles"))
-def _skinny(x: jax.Array, w: Weight, layer: jax.Array | None, residual: jax.Array | None, *, swiglu: bool,
-            out_dtype: Any, tiles: SkinnyTiles, sms: int, interpret: Any) -> jax.Array:  # fmt: skip
+def _small_m_gemm(x: jax.Array, w: Weight, layer: jax.Array | None, residual: jax.Array | None, *, swiglu: bool,
+                  out_dtype: Any, tiles: SmallMTiles, sms: int, interpret: Any) -> jax.Array:  # fmt: skip
     fmt = format_of(w)
     rows, inner = x.shape
     p = replace(plan(w.shape[-2], inner, rows, fmt, tiles, sms), interpret=bool(interpret))
-    data, scale = split(w)
-    if not tiles.digits:
-        x = fill_rows(x, 0)
+    data, scale = data_and_scale(w)
+    if not p.limbs:
+        x = pad_rows_unless_short(x, 0)
         x = shuffle_inputs(x) if fmt.quantized and not interpret else x
     arguments = {"layer": layer, "x": x, "w": data}
-    if fmt.grouped or (fmt.quantized and (p.direct or tiles.digits)):
+    if fmt.grouped or (fmt.quantized and (p.direct or p.limbs)):
         arguments["scale"] = scale
     arguments = {name: a for name, a in arguments.items() if a is not None}
-    # What follows a finished product, if anything, or what works on the small parts, is one XLA fusion.
+    # One XLA fusion follows: it adds the K splits, if there are any, and applies what was asked for after the product.
     if p.direct:
-        done = jax.ShapeDtypeStruct((rows, p.out), jnp.float32 if swiglu or residual is not None else out_dtype)
-        y = _kernel(tuple(arguments), fmt, p, tiles, x.dtype, done, interpret)(*arguments.values())
+        result = jax.ShapeDtypeStruct((rows, p.out), jnp.float32 if swiglu or residual is not None else out_dtype)
+        y = _launch(p, arguments, result, interpret)
     else:
-        shape = (rows, p.out) if tiles.digits else (p.out, p.padded)
-        done = jax.ShapeDtypeStruct((p.cuts, *shape), jnp.float32)
-        parts = _kernel(tuple(arguments), fmt, p, tiles, x.dtype, done, interpret)(*arguments.values())
-        y = functools.reduce(jnp.add, [parts[i] for i in range(p.cuts)])  # a fixed order
-        if not tiles.digits:
+        shape = (rows, p.out) if p.limbs else (p.out, p.padded)
+        partial_sums = _launch(p, arguments, jax.ShapeDtypeStruct((p.k_splits, *shape), jnp.float32), interpret)
+        y = functools.reduce(jnp.add, [partial_sums[i] for i in range(p.k_splits)])  # a fixed order
+        if not p.limbs:
             y = y[:, :rows]
             if scale is not None and not fmt.grouped:
                 y = y * scale[0 if layer is None else layer[0]].astype(jnp.float32)
@@ -134,97 +133,67 @@ def _skinny(x: jax.Array, w: Weight, layer: jax.Array | None, residual: jax.Arra
     return y.astype(out_dtype)
 
 
-def _kernel(names: tuple[str, ...], fmt: Format, p: Plan, tiles: SkinnyTiles, dtype: Any, done: jax.ShapeDtypeStruct,
-            interpret: Any) -> Any:  # fmt: skip
-    """The launch. It leaves finished sums [rows, out], or float32 parts: of digits [cuts, rows, out], else [cuts, out,
-    padded rows]."""
-    scratch = {
-        "w_ring": swizzled((p.depth, p.height, tiles.step), fmt.dtype),
-        "full": plgpu.Barrier(num_arrivals=1 if tiles.digits else 2, num_barriers=p.depth),
-        "free": plgpu.Barrier(num_arrivals=1, num_barriers=p.depth),
-    }
-    scratch |= scratch_of(fmt, p, tiles) if tiles.digits else _scratch_of_floats(fmt, p, tiles, dtype, done)
+def _launch(p: SmallMPlan, arguments: dict[str, jax.Array], result: jax.ShapeDtypeStruct, interpret: Any) -> jax.Array:
+    """The kernel's result: finished sums [rows, out], or float32 K splits: [k_splits, rows, out] from limbs, otherwise
+    [k_splits, out, padded rows]."""
+    x = arguments["x"]
     return plgpu.kernel(
-        functools.partial(_body, names=names, fmt=fmt, p=p, tiles=tiles, dtype=dtype, interpret=interpret),
-        out_type=done,
-        scratch_types=scratch,
+        functools.partial(_block, names=tuple(arguments), p=p, dtype=x.dtype),
+        out_type=result,
+        scratch_types=(limb_scratch(p) if p.limbs else float_scratch(p, x.dtype, result.dtype),),
         grid=(p.blocks,),
         grid_names=("block",),
-        num_threads=tiles.consumers + 1,
+        num_threads=p.consumers + 1,
         thread_name="warpgroup",
         interpret=interpret,
-        kernel_name="skinny_product",
+        kernel_name="small_m_gemm",
+    )(*arguments.values())
+
+
+def _block(*refs: Any, names: tuple[str, ...], p: SmallMPlan, dtype: Any) -> None:
+    """What one block does. ``refs`` are the arguments of these ``names``, the result and the scratch."""
+    *arguments, out_ref, scratch = refs
+    given = dict(zip(names, arguments, strict=True))
+    # Without a stack there is no layer index to read, which the first copy would wait for.
+    layer = given["layer"][0] if "layer" in given else 0
+    block, me = lax.axis_index("block"), lax.axis_index("warpgroup")
+    turns = (p.n_tiles * p.k_splits - block + p.blocks - 1) // p.blocks
+    context = Block(p, dtype, me, block, turns, given["x"], given["w"], given.get("scale"), out_ref, layer)
+
+    def consumer() -> None:
+        if p.limbs:
+            consume_limbs(context, scratch)
+        else:
+            consume_floats(context, scratch)
+
+    warp_specialize(
+        me,
+        lambda: _produce(context, scratch),
+        consumer,
+        consumers=p.consumers,
+        producer_registers=None if p.interpret else PRODUCER_REGISTERS,
     )
 
 
-def _scratch_of_floats(fmt: Format, p: Plan, tiles: SkinnyTiles, dtype: Any, done: Any) -> dict[str, Any]:
-    others = tiles.consumers - 1
-    scratch = {
-        "x_ring": swizzled((p.depth, p.columns, tiles.step), dtype, run=fmt.group),
-        "sums": plgpu.SMEM((max(1, others), p.height, p.columns), jnp.float32),
-    }
-    if others:
-        scratch["summed"] = plgpu.Barrier(num_arrivals=others)
-        scratch["stored"] = plgpu.Barrier(num_arrivals=1)
-    if p.direct:
-        scratch["turned"] = plgpu.SMEM((p.columns, p.height), jnp.float32)
-        scratch["finished"] = plgpu.SMEM((p.columns, p.strip), done.dtype)
-    if p.interpret and fmt.quantized:
-        scratch["widened"] = swizzled((tiles.consumers, WGMMA_ROWS, tiles.step), dtype, run=fmt.group)
-    return scratch
-
-
-def _body(*refs: Any, names: tuple[str, ...], fmt: Format, p: Plan, tiles: SkinnyTiles, dtype: Any, interpret: Any,
-          **scratch: Any) -> None:  # fmt: skip
-    *arguments, out_ref = refs
-    given = dict(zip(names, arguments, strict=True))
-    x_ref, w_ref, scale_ref = given["x"], given["w"], given.get("scale")
-    layer = given["layer"][0] if "layer" in given else 0  # a number that the first copy would wait for
-    block, me = lax.axis_index("block"), lax.axis_index("warpgroup")
-    turns = (p.strips * p.cuts - block + p.blocks - 1) // p.blocks
-
-    def piece(turn: Any) -> tuple[Any, Any, Any, Any]:
-        """First row, cut, first step and end of the piece that this block takes at this turn."""
-        index = turn * p.blocks + block
-        strip, cut = index // p.cuts, lax.rem(index, p.cuts)
-        # The last strip is moved up where it would pass the end: two blocks then write the same values there.
-        row = pl.multiple_of(jnp.minimum(strip * p.strip, p.out - p.strip), 8)
-        return row, cut, cut * p.steps // p.cuts, (cut + 1) * p.steps // p.cuts
-
-    @pl.when(me == tiles.consumers)
-    def _() -> None:
-        if tiles.consumers > 1 and not interpret:
-            plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
-        _produce(x_ref, w_ref.at[layer], turns, piece, p, tiles.step, **scratch)
-
-    @pl.when(me < tiles.consumers)
-    def _() -> None:
-        if tiles.consumers > 1 and not interpret:
-            plgpu.set_max_registers(consumer_registers(tiles.consumers, PRODUCER_REGISTERS), action="increase")
-        scales = None if scale_ref is None else scale_ref.at[layer]
-        if tiles.digits:
-            consume_integers(me, x_ref, scales, out_ref, turns, piece, fmt, p, tiles, **scratch)
-        else:
-            consume(me, scales, out_ref, turns, piece, fmt, p, tiles, dtype, **scratch)
-
-
-def _produce(x_ref: Any, w_ref: Any, turns: Any, piece: Any, p: Plan, step: int, *, w_ring: Any, full: Any,
-             free: Any, x_ring: Any = None, **_: Any) -> None:  # fmt: skip
-    """Keep the ring full; digits of x are not in it. Copies run ahead of the sums, across pieces too."""
-    rows = pl.ds(turns * 0, p.columns)  # JAX 0.12 refuses more rows than there are where they start at a constant
+def _produce(block: Block, scratch: FloatScratch | LimbScratch) -> None:
+    """Keep the ring full. Copies run ahead of the products, from one work tile into the next."""
+    p, weights = block.plan, block.w.at[block.layer]
+    rows = pl.ds(block.turns * 0, p.columns)  # JAX 0.12 refuses to copy past the end of x from a constant start
+    x_ring = None if isinstance(scratch, LimbScratch) else scratch.x_ring  # limbs are made by the consumers
 
     def turn(t: Any, count: Any) -> Any:
-        row, _, start, end = piece(t)
-        place = pl.ds(p.shift(row), p.strip)
+        tile: WorkTile = block.work_tile(t)
+        place = pl.ds(p.shift(tile.row), p.n_tile)
 
         def stage(i: Any, count: Any) -> Any:
-            slot = claim(count, p.depth, free)
-            inputs = pl.ds(i * step, step)
-            plgpu.copy_gmem_to_smem(w_ref.at[pl.ds(row, p.strip), inputs], w_ring.at[slot, place], full.at[slot])
+            slot = acquire(count, p.depth, scratch.free)
+            inputs = pl.ds(i * p.step, p.step)
+            source = weights.at[pl.ds(tile.row, p.n_tile), inputs]
+            plgpu.copy_gmem_to_smem(source, scratch.w_ring.at[slot, place], scratch.full.at[slot])
             if x_ring is not None:
-                plgpu.copy_gmem_to_smem(x_ref.at[rows, inputs], x_ring.at[slot], full.at[slot])
+                plgpu.copy_gmem_to_smem(block.x.at[rows, inputs], x_ring.at[slot], scratch.full.at[slot])
             return count + 1
 
-        return lax.fori_loop(start, end, stage, count)
+        return lax.fori_loop(tile.start, tile.end, stage, count)
 
-    drain(lax.fori_loop(0, turns, turn, jnp.int32(0)), p.depth, free)
+    drain(lax.fori_loop(0, block.turns, turn, jnp.int32(0)), p.depth, scratch.free)

@@ -1,7 +1,7 @@
-"""What the multiplying warpgroups of a product for few rows do with integer weights: sums are whole numbers.
+"""Consumers of a small-M GEMM that multiply integer weights in integers. The inputs are split into int8 limbs.
 
-A row of x has one scale for all inputs of a block's range (see `small_m_prologue`), so that sums need none
-until a piece, or a group of the weights' scales, is done. `small_m` has the launch.
+A row of x has one scale for all inputs of a block's K split (see `small_m_prologue`). So the sums need no scale until
+the end of a work tile or, if the weights have them, of a group.
 """
 
 import functools
@@ -15,131 +15,147 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import arith
 
-from ..common.limbs import HALF_BYTE, in_bytes
-from ..common.ring import together
-from ..common.thread_ops import LANES, SCALAR, plus, prefetch_line, put_some, some_of, thread_anew, times
-from ..common.tiles import WGMMA_ROWS, Format, swizzled
-from .small_m_plan import DIGITS, Plan, SkinnyTiles
-from .small_m_prologue import WARPS, fill
-from .small_m_sums import sums_of
+from ..common.limbs import INT4_FACTOR, load_int4_as_int8
+from ..common.ring import consumer_barrier
+from ..common.thread_ops import (
+    SCALAR,
+    WARPGROUP_SIZE,
+    add,
+    load_per_thread,
+    mul,
+    prefetch_cache_line,
+    store_per_thread,
+    volatile_thread_in_warpgroup,
+)
+from ..common.tiles import WGMMA_ROWS, swizzled
+from .small_m_block import Block, LimbScratch, Ref
+from .small_m_plan import LIMBS, SmallMPlan
+from .small_m_prologue import WARPS, split_inputs
+from .small_m_sums import OwnStages
 
-CHUNK = 256  # 4-bit inputs that are made bytes at a time, while the products of the last so many run
-LINE = 128  # bytes of a line of the cache
-
-
-def scratch_of(fmt: Format, p: Plan, tiles: SkinnyTiles) -> dict[str, Any]:
-    """Shared memory and barriers beside the ring of weights."""
-    scratch = {
-        "x": swizzled((p.cut_steps, p.columns, tiles.step), jnp.int8, run=fmt.group),
-        "sizes": plgpu.SMEM((p.rows, WARPS * tiles.consumers), jnp.int32),
-        "factors": plgpu.SMEM((p.columns,), jnp.float32),
-        "sums": plgpu.SMEM((tiles.consumers, p.columns, p.wgmma_rows), jnp.float32),
-        "together": plgpu.Barrier(num_arrivals=tiles.consumers),
-    }
-    if p.interpret and fmt.bits == 4:
-        scratch["in_bytes"] = swizzled((tiles.consumers, WGMMA_ROWS, tiles.step), jnp.int8, run=fmt.group)
-    return scratch
+INT4_CHUNK = 256  # 4-bit inputs that are widened to int8 at a time, while the products of the chunk before run
+CACHE_LINE = 128  # bytes
 
 
-def consume_integers(me: Any, x_ref: Any, scales: Any, out_ref: Any, turns: Any, piece: Any, fmt: Format, p: Plan,
-                     tiles: SkinnyTiles, *, w_ring: Any, full: Any, free: Any, **smem: Any) -> None:  # fmt: skip
+def limb_scratch(p: SmallMPlan) -> LimbScratch:
+    """Shared memory and barriers."""
+    widened = p.interpret and p.fmt.bits == 4
+    return LimbScratch(
+        factors=plgpu.SMEM((p.columns,), jnp.float32),
+        free=plgpu.Barrier(num_arrivals=1, num_barriers=p.depth),
+        full=plgpu.Barrier(num_arrivals=1, num_barriers=p.depth),
+        int8_weights=swizzled((p.consumers, WGMMA_ROWS, p.step), jnp.int8, p.fmt.group) if widened else None,
+        max_abs=plgpu.SMEM((p.rows, WARPS * p.consumers), jnp.int32),
+        sums=plgpu.SMEM((p.consumers, p.columns, p.padded_stage_rows), jnp.float32),
+        consumers_meet=plgpu.Barrier(num_arrivals=p.consumers),
+        w_ring=swizzled((p.depth, p.stage_rows, p.step), p.fmt.dtype),
+        x=swizzled((p.split_steps, p.columns, p.step), jnp.int8, p.fmt.group),
+    )
+
+
+def consume_limbs(block: Block, scratch: LimbScratch) -> None:
     """Multiply the stages whose turn it is, then finish some of the outputs."""
-    row, _, first, end = piece(0)  # the range of the inputs is the same for all pieces of a block
-    prefetch(scales, row, fmt, p, tiles, me)
-    with jax.named_scope("digits"):
-        fill(x_ref, first * tiles.step, end * tiles.step, fmt, p, tiles, me, smem)
+    p, scales = block.plan, block.scales
+    first_tile = block.work_tile(0)  # all work tiles of a block have the same K split
+    _prefetch_scales(block, scales, first_tile.row)
+    with jax.named_scope("limbs"):
+        split_inputs(block, scratch, first_tile.start * p.step, first_tile.end * p.step)
 
     def multiply(step: Any, slot: Any, accs: list[Any], which: range) -> None:
         for tile, mine in zip(which, accs, strict=True):
-            rows = w_ring.at[slot, pl.ds(p.tiles[tile], WGMMA_ROWS)]
-            multiply_tile(rows, smem["x"].at[step - first], mine, fmt, p, tiles, smem.get("in_bytes"), me)
+            weights = scratch.w_ring.at[slot, pl.ds(p.wgmma_tiles[tile], WGMMA_ROWS)]
+            _multiply_tile(block, scratch, weights, scratch.x.at[step - first_tile.start], mine)
         plgpu.wgmma_wait(0)
 
     def turn(t: Any, count: Any) -> Any:
-        row, cut, start, end = piece(t)
-        pl.when(t + 1 < turns)(lambda: prefetch(scales, piece(t + 1)[0], fmt, p, tiles, me))
-        # Loaded now, for the end: what comes from memory takes as long as several stages.
-        row_scales = None if fmt.grouped else [some_of(p, scales.at[:, 0], row + at, n) for at, n in pieces_of(p)]
-        here, groups = (row, cut, start, end), scales if fmt.grouped else None
-        totals = sums_of(here, count, me, groups, multiply, fmt, p, tiles, jnp.int32, full=full, free=free)
-        for tile, total in zip(p.tiles, totals, strict=True):
-            put_tile(smem["sums"].at[me, :, pl.ds(tile, WGMMA_ROWS)], total, smem["factors"], p)
-        together(smem["together"])
-        finish(out_ref if p.direct else out_ref.at[cut], smem["sums"], row, row_scales, me, p, tiles)
-        pl.when(t + 1 < turns)(lambda: together(smem["together"]))  # sums may be written again
-        return count + end - start
+        tile = block.work_tile(t)
+        pl.when(t + 1 < block.turns)(lambda: _prefetch_scales(block, scales, block.work_tile(t + 1).row))
+        # Loaded before the products, used after them: a load from memory takes as long as several stages.
+        by_row = [] if p.fmt.grouped else _ranges(p)
+        row_scales = [load_per_thread(p, scales.at[:, 0], tile.row + at, n) for at, n in by_row]
+        group_scales = scales if p.fmt.grouped else None
+        stages = OwnStages(block, tile, count, group_scales, multiply, jnp.int32, scratch.full, scratch.free)
+        for first_row, total in zip(p.wgmma_tiles, stages.sums(), strict=True):
+            _store_sums(scratch.sums.at[block.me, :, pl.ds(first_row, WGMMA_ROWS)], total, scratch.factors)
+        consumer_barrier(scratch.consumers_meet)
+        _write_rows(block, scratch, block.out if p.direct else block.out.at[tile.k_split], tile.row, row_scales)
+        # All consumers have read the sums before the next work tile's are stored.
+        pl.when(t + 1 < block.turns)(lambda: consumer_barrier(scratch.consumers_meet))
+        return count + tile.end - tile.start
 
-    lax.fori_loop(0, turns, turn, jnp.int32(0))
+    lax.fori_loop(0, block.turns, turn, jnp.int32(0))
 
 
-def prefetch(scales: Any, row: Any, fmt: Format, p: Plan, tiles: SkinnyTiles, me: Any) -> None:
-    """Have the groups' scales of a strip brought near: a stage reads a few of each row, from memory at first."""
-    if not fmt.grouped or p.interpret:
+def _prefetch_scales(block: Block, scales: Ref, row: Any) -> None:
+    """Prefetch the groups' scales of an N tile into the L2 cache. A stage reads only a few of each row."""
+    p = block.plan
+    if not p.fmt.grouped or p.interpret:
         return
     row_bytes = scales.shape[1] * scales.dtype.itemsize
-    lines = math.ceil(p.strip * row_bytes / LINE) + 1
+    lines = math.ceil(p.n_tile * row_bytes / CACHE_LINE) + 1
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SCALAR, SCALAR))
-    def bring(_: Any, scales: Any, row: Any, me: Any) -> None:
-        threads = LANES * tiles.consumers
-        begin, thread = times(row.registers.item(), row_bytes), plus(times(me.registers.item(), LANES), thread_anew())
+    def prefetch(_: Any, scales: Any, row: Any, me: Any) -> None:
+        threads = WARPGROUP_SIZE * p.consumers
+        begin = mul(row.registers.item(), row_bytes)
+        thread = add(mul(me.registers.item(), WARPGROUP_SIZE), volatile_thread_in_warpgroup())
         for first in range(0, lines, threads):
-            byte = plus(begin, times(plus(thread, first), LINE))
-            prefetch_line(scales, byte, arith.cmpi(arith.CmpIPredicate.ult, byte, plus(begin, p.strip * row_bytes)))
+            byte = add(begin, mul(add(thread, first), CACHE_LINE))
+            inside = arith.cmpi(arith.CmpIPredicate.ult, byte, add(begin, p.n_tile * row_bytes))
+            prefetch_cache_line(scales, byte, inside)
 
-    bring(scales, row, me)  # type: ignore[call-arg]
+    prefetch(scales, row, block.me)  # type: ignore[call-arg]
 
 
-def multiply_tile(weights: Any, x: Any, accs: list[Any], fmt: Format, p: Plan, tiles: SkinnyTiles, held: Any,
-                  me: Any) -> None:  # fmt: skip
-    """accs[group] += 64 rows of a stage of weights times its inputs: bytes where they lie, 4 bits as bytes in
-    registers."""
-    group = min(fmt.group or tiles.step, tiles.step)
-    chunk = tiles.step if fmt.bits == 8 else min(CHUNK, tiles.step)
-    if held is not None:  # the interpreter has no wgmma with an operand in registers
-        held[me] = weights[...].astype(jnp.int8) * HALF_BYTE
+def _multiply_tile(block: Block, scratch: LimbScratch, weights: Ref, x: Ref, accs: list[Any]) -> None:
+    """accs[group] += one wgmma tile of a stage of weights times its inputs.
+
+    8-bit weights are read from shared memory. 4-bit weights are widened to 8 bits in registers."""
+    p = block.plan
+    chunk = p.step if p.fmt.bits == 8 else min(INT4_CHUNK, p.step)
+    if scratch.int8_weights is not None:  # the interpreter has no wgmma with an operand in registers
+        scratch.int8_weights[block.me] = weights[...].astype(jnp.int8) * INT4_FACTOR
         plgpu.commit_smem()
-        weights = held.at[me]
-    converted = fmt.bits == 4 and held is None
-    for begin in range(0, tiles.step, chunk):
-        some = in_bytes(weights.at[:, begin : begin + chunk]) if converted else None
-        width = min(group, chunk)
+        weights = scratch.int8_weights.at[block.me]
+    in_registers = p.fmt.bits == 4 and scratch.int8_weights is None
+    for begin in range(0, p.step, chunk):
+        widened = load_int4_as_int8(weights.at[:, begin : begin + chunk]) if in_registers else None
+        width = min(p.group, chunk)
         for g in range(0, chunk, width):
             inputs = slice(begin + g, begin + g + width)
-            left = weights.at[:, inputs] if some is None else some[:, g : g + width]
-            plgpu.wgmma(accs[(begin + g) // group], left, x.at[:, inputs].T)
-        if converted:
-            plgpu.wgmma_wait(chunk // width)  # the last chunk's registers are free
-    if held is not None:
+            left = weights.at[:, inputs] if widened is None else widened[:, g : g + width]
+            plgpu.wgmma(accs[(begin + g) // p.group], left, x.at[:, inputs].T)
+        if in_registers:  # the registers of the chunk before are free once its products are done
+            plgpu.wgmma_wait(chunk // width)
+    if scratch.int8_weights is not None:
         plgpu.wgmma_wait(0)
 
 
-def put_tile(sums: Any, total: jax.Array, factors: Any, p: Plan) -> None:
-    """Write a tile's sums [64, columns] to ``sums`` [columns, 64], times what the digits are worth."""
+def _store_sums(sums: Ref, total: jax.Array, factors: Ref) -> None:
+    """Write the sums of a wgmma tile [64, columns] to ``sums`` [columns, 64], times what each limb is worth."""
     worth = plgpu.load(factors, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
     total = total * lax.broadcast_in_dim(worth, total.shape, (1,))
     sums.T[...] = plgpu.layout_cast(total, plgpu.Layout.WGMMA_TRANSPOSED)
 
 
-def pieces_of(p: Plan) -> list[tuple[int, int]]:
-    """First outputs and sizes of the pieces of a strip in which every thread has one."""
-    return [(at, min(LANES, p.strip - at)) for at in range(0, p.strip, LANES)]
+def _ranges(p: SmallMPlan) -> list[tuple[int, int]]:
+    """First outputs and sizes of the ranges of an N tile, with at most one output a thread."""
+    return [(at, min(WARPGROUP_SIZE, p.n_tile - at)) for at in range(0, p.n_tile, WARPGROUP_SIZE)]
 
 
-def finish(out_ref: Any, sums: Any, row: Any, row_scales: list[jax.Array] | None, me: Any, p: Plan,
-           tiles: SkinnyTiles) -> None:  # fmt: skip
-    """Add up the consumers' sums and the digits, in their order, and write rows of the result. Rows and pieces of
-    the strip are dealt out to the consumers."""
-    consumers = tiles.consumers
-    for number, (at, n) in enumerate(pieces_of(p)):
-        first = lax.rem(me + consumers - number % consumers, consumers)
+def _write_rows(block: Block, scratch: LimbScratch, out: Ref, row: Any, row_scales: list[jax.Array]) -> None:
+    """Add up the sums of all consumers and limbs, in a fixed order, and write parts of the result's rows. Consumers
+    share the rows and the ranges of the N tile."""
+    p, consumers = block.plan, block.plan.consumers
+    for number, (at, n) in enumerate(_ranges(p)):
+        first = lax.rem(block.me + consumers - number % consumers, consumers)
 
-        def finished(turn: Any, _: Any, number: int = number, at: int = at, n: int = n, first: Any = first) -> None:
+        def write(turn: Any, _: Any, number: int = number, at: int = at, n: int = n, first: Any = first) -> None:
             token = first + turn * consumers
-            columns = [p.column(digit, token) for digit in range(DIGITS)]
-            places = [sums.at[other, column] for other in range(consumers) for column in columns]
-            total = functools.reduce(jnp.add, [some_of(p, place, p.shift(row) + at, n) for place in places])
-            total = total if row_scales is None else total * row_scales[number]
-            put_some(p, out_ref.at[token], row + at, total.astype(out_ref.dtype), n)
+            columns = [p.limb_column(limb, token) for limb in range(LIMBS)]
+            sums = [scratch.sums.at[other, column] for other in range(consumers) for column in columns]
+            total = functools.reduce(jnp.add, [load_per_thread(p, ref, p.shift(row) + at, n) for ref in sums])
+            total = total * row_scales[number] if row_scales else total
+            store_per_thread(p, out.at[token], row + at, total.astype(out.dtype), n)
 
-        lax.fori_loop(0, (p.rows - first + consumers - 1) // consumers, finished, None)
+        lax.fori_loop(0, (p.rows - first + consumers - 1) // consumers, write, None)

@@ -1,4 +1,4 @@
-"""How a block of a product for few rows makes digits of its range of x, once, while its ring of weights fills."""
+"""Prologue of a small-M GEMM with limbs: a block splits its inputs into limbs once, while the ring of weights fills."""
 
 import functools
 import math
@@ -13,144 +13,152 @@ from jax.experimental.mosaic.gpu.utils import c
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import arith, memref
 
-from ..common.layouts import UNIT
+from ..common.layouts import EIGHT_PER_THREAD
 from ..common.limbs import (
-    digits_of,
-    floats,
-    largest_of,
-    of_warp,
-    powers_of,
-    shifted,
+    lowest_limb_value,
+    max_abs_bits,
+    scale_and_inverse,
+    split_into_limbs,
     swizzled_store,
-    worth_of,
-    write_digits,
+    to_fixed_point,
+    to_floats,
+    warp_max,
+    write_limbs,
 )
-from ..common.ring import together
+from ..common.ring import consumer_barrier
 from ..common.thread_ops import (
-    LANES,
     SCALAR,
+    WARPGROUP_SIZE,
+    add,
     aligned_load,
-    least,
-    minus,
-    over,
-    place,
-    plus,
-    rest,
+    as_indices,
+    div,
+    min_,
+    mul,
+    rem,
+    sub,
     thread_in_warpgroup,
-    times,
 )
-from ..common.tiles import Format, transforms_of
-from .small_m_plan import DIGITS, Plan, SkinnyTiles
+from ..common.tiles import transforms_of
+from .small_m_block import Block, LimbScratch, Ref
+from .small_m_plan import LIMBS
 
-WARPS = LANES // 32
-NEIGHBOURS = 8  # inputs that a thread takes at a time
+WARPS = WARPGROUP_SIZE // 32
+PER_THREAD = 8  # neighbouring inputs that a thread reads at a time
+UNIT = (WARPS, 32, PER_THREAD)  # 1024 inputs of a row: what a warpgroup reads at a time
 
 
-def fill(x_ref: Any, first: Any, last: Any, fmt: Format, p: Plan, tiles: SkinnyTiles, me: Any, smem: Any) -> None:
-    """Put the digits of x [rows, inputs], from input ``first`` to ``last``, into shared memory, and into ``factors``
-    what they are worth against these weights. Consumers share the inputs of a row; first they look for its largest."""
+def split_inputs(block: Block, scratch: LimbScratch, first: Any, last: Any) -> None:
+    """Write the limbs of x [rows, inputs], from input ``first`` to ``last``, to ``scratch.x``, and what they are worth
+    against these weights to ``scratch.factors``.
+
+    The consumers share the inputs of a row. First they find the row's largest input, which gives its scale."""
+    p = block.plan
     if p.interpret:
-        _fill_interpreted(x_ref, first, last, fmt, p, tiles, me, smem)
+        _split_interpreted(block, scratch, first, last)
         plgpu.commit_smem()
-        together(smem["together"])
+        consumer_barrier(scratch.consumers_meet)
         return
-    # Where a thread's inputs of a row begin, 8 at a time; the last of all once more where there are none left.
-    count = math.ceil(p.cut_steps * tiles.step / NEIGHBOURS / LANES / tiles.consumers)
-    units = [me + i * tiles.consumers for i in range(count)]
-    fetched = [[_fetch(x_ref, row, unit, first, last) for unit in units] for row in range(p.rows)]
-    for row, values in enumerate(fetched):
-        _measure(values, row, me, smem["sizes"])
-    together(smem["together"])
-    for row, values in enumerate(fetched):
-        _put(values, units, row, first, last, fmt, p, tiles, smem)
+    # A thread whose inputs would lie past the end takes the last 8 once more.
+    count = math.ceil(p.split_steps * p.step / PER_THREAD / WARPGROUP_SIZE / p.consumers)
+    units = [block.me + i * p.consumers for i in range(count)]
+    loaded = [[_load(block.x, row, unit, first, last) for unit in units] for row in range(p.rows)]
+    for row, values in enumerate(loaded):
+        _store_max_abs(block, scratch, values, row)
+    consumer_barrier(scratch.consumers_meet)
+    for row, values in enumerate(loaded):
+        _store_limbs(block, scratch, values, units, row, first, last)
     plgpu.commit_smem()
-    together(smem["together"])
+    consumer_barrier(scratch.consumers_meet)
 
 
-def _begin(unit: Any, first: Any, last: Any) -> Any:
-    """Where this thread's inputs of a unit of 1024 begin."""
-    number = plus(times(unit, LANES), thread_in_warpgroup())
-    return least(plus(first, times(number, NEIGHBOURS)), minus(last, NEIGHBOURS))
+def _own_inputs(unit: Any, first: Any, last: Any) -> Any:
+    """The first of this thread's inputs of a unit."""
+    number = add(mul(unit, WARPGROUP_SIZE), thread_in_warpgroup())
+    return min_(add(first, mul(number, PER_THREAD)), sub(last, PER_THREAD))
 
 
-def _fetch(x_ref: Any, row: Any, unit: Any, first: Any, last: Any) -> jax.Array:
-    """A unit's inputs of a row, 8 to a thread."""
+def _load(x_ref: Ref, row: Any, unit: Any, first: Any, last: Any) -> jax.Array:
+    """The inputs of one unit of a row, 8 to a thread."""
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(), *[SCALAR] * 4),
-        return_type=plgpu.ShapeDtypeStruct((WARPS, 32, NEIGHBOURS), x_ref.dtype, layout=UNIT),
+        return_type=plgpu.ShapeDtypeStruct(UNIT, x_ref.dtype, layout=EIGHT_PER_THREAD),
     )
     def load(_: Any, x_ref: Any, row: Any, unit: Any, first: Any, last: Any) -> Any:
         row, unit, first, last = (a.registers.item() for a in (row, unit, first, last))
-        layout = UNIT.to_mgpu()
-        registers = np.empty(layout.registers_shape((WARPS, 32, NEIGHBOURS)), dtype=object)
-        registers[...] = aligned_load(x_ref, place(row, _begin(unit, first, last)), NEIGHBOURS)
+        layout = EIGHT_PER_THREAD.to_mgpu()
+        registers = np.empty(layout.registers_shape(UNIT), dtype=object)
+        registers[...] = aligned_load(x_ref, as_indices(row, _own_inputs(unit, first, last)), PER_THREAD)
         return FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
     return load(x_ref, row, unit, first, last)  # type: ignore[call-arg]
 
 
-def _measure(values: list[jax.Array], row: Any, me: Any, sizes: Any) -> None:
-    """Write the largest of a warp's inputs of a row to ``sizes`` [rows, warps]."""
+def _store_max_abs(block: Block, scratch: LimbScratch, values: list[jax.Array], row: Any) -> None:
+    """Write the largest input of a row that each warp of this consumer has."""
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), (UNIT,) * len(values), SCALAR, SCALAR))
-    def measure(_: Any, sizes: Any, values: Any, row: Any, me: Any) -> None:
-        mine = [largest_of(floats(a.registers.item())) for a in values]
-        warp = plus(times(me.registers.item(), WARPS), over(thread_in_warpgroup(), 32))
-        # A warp's threads write the same.
-        memref.store(of_warp(functools.reduce(arith.maxui, mine)), sizes, place(row.registers.item(), warp))
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), (EIGHT_PER_THREAD,) * len(values), SCALAR, SCALAR))
+    def store(_: Any, max_abs: Any, values: Any, row: Any, me: Any) -> None:
+        own = [max_abs_bits(to_floats(a.registers.item())) for a in values]
+        warp = add(mul(me.registers.item(), WARPS), div(thread_in_warpgroup(), 32))
+        # All threads of a warp write the same value.
+        memref.store(warp_max(functools.reduce(arith.maxui, own)), max_abs, as_indices(row.registers.item(), warp))
 
-    measure(sizes, tuple(values), row, me)  # type: ignore[call-arg]
+    store(scratch.max_abs, tuple(values), row, block.me)  # type: ignore[call-arg]
 
 
-def _put(values: list[jax.Array], units: list[Any], row: Any, first: Any, last: Any, fmt: Format, p: Plan,
-         tiles: SkinnyTiles, smem: Any) -> None:  # fmt: skip
-    """Write a thread's inputs of a row as digits."""
-    transforms = transforms_of(tiles.step, jnp.int8, fmt.group)
+def _store_limbs(block: Block, scratch: LimbScratch, values: list[jax.Array], units: list[Any], row: Any, first: Any,
+                 last: Any) -> None:  # fmt: skip
+    """Write this thread's inputs of a row as limbs."""
+    p = block.plan
+    transforms = transforms_of(p.step, jnp.int8, p.fmt.group)
     refs = plgpu.RefType(transforms), plgpu.RefType(), plgpu.RefType()
 
-    @plgpu.inline_mgpu(arg_types=(refs, (UNIT,) * len(values), (SCALAR,) * len(units), *[SCALAR] * 3))
-    def put(_: Any, refs: Any, values: Any, units: Any, row: Any, first: Any, last: Any) -> None:
-        x, sizes, factors = refs
+    @plgpu.inline_mgpu(arg_types=(refs, (EIGHT_PER_THREAD,) * len(values), (SCALAR,) * len(units), *[SCALAR] * 3))
+    def store(_: Any, refs: Any, values: Any, units: Any, row: Any, first: Any, last: Any) -> None:
+        x, max_abs, factors = refs
         row, first, last = (a.registers.item() for a in (row, first, last))
-        all_sizes = [memref.load(sizes, place(row, warp)) for warp in range(WARPS * tiles.consumers)]
-        scale, inverse = powers_of(functools.reduce(arith.maxui, all_sizes))
+        of_warps = [memref.load(max_abs, as_indices(row, warp)) for warp in range(WARPS * p.consumers)]
+        scale, inverse = scale_and_inverse(functools.reduce(arith.maxui, of_warps))
 
-        def column(number: int) -> Any:
-            return plus(row, p.column(number, 0))
+        def column(limb: int) -> Any:
+            return add(row, p.limb_column(limb, 0))
 
         for unit, eight in zip(units, values, strict=True):
-            own = minus(_begin(unit.registers.item(), first, last), first)
-            slab = over(own, tiles.step)
+            own = sub(_own_inputs(unit.registers.item(), first, last), first)
+            step = div(own, p.step)
 
-            def write(number: int, within: Any, value: Any, slab: Any = slab) -> None:
-                swizzled_store(value, x, transforms, 16, slab, column(number), within)
+            def write(limb: int, within: Any, value: Any, step: Any = step) -> None:
+                swizzled_store(value, x, transforms, 16, step, column(limb), within)
 
-            whole = shifted(floats(eight.registers.item()), inverse, DIGITS)
-            write_digits(whole, DIGITS, fmt.bits, rest(own, tiles.step), write)
-        worth = worth_of(DIGITS, fmt.bits)
-        for number in range(DIGITS):  # all threads write the same
-            here = arith.mulf(scale, c(worth * 256 ** (DIGITS - 1 - number), scale.type))
-            memref.store(here, factors, place(column(number)))
+            fixed = to_fixed_point(to_floats(eight.registers.item()), inverse, LIMBS)
+            write_limbs(fixed, LIMBS, p.fmt.bits, rem(own, p.step), write)
+        lowest = lowest_limb_value(LIMBS, p.fmt.bits)
+        for limb in range(LIMBS):  # all threads write the same values
+            worth = arith.mulf(scale, c(lowest * 256 ** (LIMBS - 1 - limb), scale.type))
+            memref.store(worth, factors, as_indices(column(limb)))
 
-    refs = smem["x"], smem["sizes"], smem["factors"]
-    put(refs, tuple(values), tuple(units), row, first, last)  # type: ignore[call-arg]
+    refs = scratch.x, scratch.max_abs, scratch.factors
+    store(refs, tuple(values), tuple(units), row, first, last)  # type: ignore[call-arg]
 
 
-def _fill_interpreted(x_ref: Any, first: Any, last: Any, fmt: Format, p: Plan, tiles: SkinnyTiles, me: Any,
-                      smem: Any) -> None:  # fmt: skip
+def _split_interpreted(block: Block, scratch: LimbScratch, first: Any, last: Any) -> None:
+    """The same in `jax.numpy`; consumers take rows in turn."""
+    p = block.plan
+
     def steps_of(row: int) -> list[jax.Array]:
-        begins = [jnp.minimum(first + i * tiles.step, last - tiles.step) for i in range(p.cut_steps)]
-        return [x_ref[row, pl.ds(begin, tiles.step)] for begin in begins]
+        begins = [jnp.minimum(first + i * p.step, last - p.step) for i in range(p.split_steps)]
+        return [block.x[row, pl.ds(begin, p.step)] for begin in begins]
 
     for row in range(p.rows):
 
-        @pl.when(me == row % tiles.consumers)
+        @pl.when(block.me == row % p.consumers)
         def _(row: int = row) -> None:
-            digits, scale = digits_of(jnp.stack(steps_of(row)).reshape(1, -1), DIGITS)
-            worth = worth_of(DIGITS, fmt.bits)
-            for number, digit in enumerate(digits):
-                column = p.column(number, row)
-                smem["factors"][column] = scale[0] * (worth * 256 ** (DIGITS - 1 - number))
-                for i, some in enumerate(digit.reshape(p.cut_steps, tiles.step)):
-                    smem["x"].at[i, column][...] = some
+            limbs, scale = split_into_limbs(jnp.stack(steps_of(row)).reshape(1, -1), LIMBS)
+            lowest = lowest_limb_value(LIMBS, p.fmt.bits)
+            for number, limb in enumerate(limbs):
+                column = p.limb_column(number, row)
+                scratch.factors[column] = scale[0] * (lowest * 256 ** (LIMBS - 1 - number))
+                for i, step in enumerate(limb.reshape(p.split_steps, p.step)):
+                    scratch.x.at[i, column][...] = step

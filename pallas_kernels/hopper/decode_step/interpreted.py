@@ -1,0 +1,129 @@
+"""What exists only for Pallas's interpreter on a CPU, which has no semaphores between blocks and no wgmma with its left
+operand in registers: a launch per phase, and the operations of `thread_ops` in jax.numpy.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from ..common.limbs import INT4_FACTOR, lowest_limb_value, split_into_limbs
+from ..common.tiles import WGMMA_ROWS
+from .block import Block, TileOps
+from .consumer import prepare
+from .launch import call
+from .memory import BufferName, Ref, StepBuffers, StepInputs, buffer_shapes, written_columns
+from .phase import Phase, ProductPhase
+from .plan import LIMB_BLOCK, LIMBS, UNIT_COLUMNS, StepPlan
+from .producer import copy_phase, drain
+
+
+def launch_per_phase(plan: StepPlan, inputs: StepInputs, buffers: StepBuffers, interpret: Any) -> StepBuffers:
+    """The phases of a step, each in a launch of its own: its end is the grid barrier."""
+    launch = jax.jit(functools.partial(_launch_phase, plan, interpret), static_argnums=0)
+    for layer in range(plan.shape.layers):
+        for phase in plan.layer_phases:
+            # The interpreter simulates one launch at a time.
+            buffers = jax.block_until_ready(launch(phase, jnp.full(1, layer, jnp.int32), inputs, buffers))
+    return launch(plan.head, jnp.zeros(1, jnp.int32), inputs, buffers)
+
+
+def _launch_phase(
+    plan: StepPlan, interpret: Any, phase: Phase, layer: jax.Array, inputs: StepInputs, buffers: StepBuffers
+) -> StepBuffers:
+    def body(b: Block) -> None:
+        @pl.when(b.warpgroup == plan.tiles.consumers)
+        def _() -> None:
+            products = (phase,) if isinstance(phase, ProductPhase) else ()
+            count = jnp.int32(0)
+            for one in products:
+                count = copy_phase(b, one, count, scale_fills=jnp.int32(0))
+            drain(b, count, products)
+
+        @pl.when(b.warpgroup < plan.tiles.consumers)
+        def _() -> None:
+            prepare(b, phase, jnp.int32(0))()
+
+    return call(plan, INTERPRETED, body, inputs, buffers, f"decode_step_{phase.name}", interpret, layer)
+
+
+def nan_buffers(plan: StepPlan) -> dict[BufferName, jax.Array]:
+    """Buffers before a step, full of NaN where a phase must write before another reads."""
+
+    def buffer(name: BufferName, shape: jax.ShapeDtypeStruct) -> jax.Array:
+        nan = jnp.full(shape.shape, jnp.nan, shape.dtype)
+        return nan.at[..., written[name] :].set(0) if name in written else nan
+
+    written = written_columns(plan)
+    return {name: buffer(name, shape) for name, shape in buffer_shapes(plan).items()}
+
+
+# The operations of `thread_ops`
+
+
+def _load(ref: Ref, layout: Any, shape: tuple[int, ...] | None = None) -> jax.Array:
+    if shape is None:
+        return plgpu.load(ref, layout=layout, optimized=False)
+    return ref[...].reshape(shape)  # the interpreter reshapes arrays, but no references
+
+
+def _broadcast_to_unit(factors: jax.Array) -> jax.Array:
+    return lax.broadcast_in_dim(factors, (4, 32, 8), (0, 1))
+
+
+def _store_x(b: Block, phase: ProductPhase, unit: jax.Array, split: Any, step: Any, token: Any) -> None:
+    p, memory, shape = b.product(phase), b.memory(phase), b.plan.shape
+    column, steps = split * shape.columns + token * shape.limbs, UNIT_COLUMNS // p.step
+    rows: Any = [unit]
+    if shape.fmt.quantized:
+        rows, scale = split_into_limbs(unit.reshape(-1, LIMB_BLOCK))
+        for i in range(UNIT_COLUMNS // LIMB_BLOCK):
+            lowest = scale[i] * lowest_limb_value(LIMBS, shape.fmt.bits)
+            memory.limb_scales[step * p.step // LIMB_BLOCK + i, split * shape.token_slots + token] = lowest
+    for limb, row in enumerate(rows):
+        for i in range(steps):
+            memory.x.at[step + i, column + limb][...] = row.reshape(steps, p.step)[i]
+
+
+def _load_scales(b: Block, phase: ProductPhase, tile: Any, group: Any) -> jax.Array:
+    p, scales, size = b.product(phase), b.scales(phase), b.plan.shape.fmt.group or 1
+    groups, split_groups = p.inner // size, p.split_steps * p.step // size
+    stacked = jnp.minimum(tile * WGMMA_ROWS + lax.iota(jnp.int32, WGMMA_ROWS), p.stacked_rows - 1)
+    part, row = stacked // p.n_tile, stacked % p.n_tile
+    flat = scales[:, : p.n_tile // 8].reshape(p.halves * p.n_tile * groups)
+    column = jnp.minimum(group + part % p.k_splits * split_groups, groups - 1)
+    return flat[((part // p.k_splits) * p.n_tile + row) * groups + column].astype(jnp.float32)
+
+
+def _combine_limbs(b: Block, phase: ProductPhase, sums: jax.Array, limb_scales: Ref, scales: list[jax.Array],
+                   tile: Any, total: jax.Array) -> jax.Array:  # fmt: skip
+    p, slots = b.product(phase), b.plan.shape.token_slots
+    split = (tile * WGMMA_ROWS + jnp.arange(WGMMA_ROWS)) // p.n_tile % p.k_splits
+    limbs = sums.reshape(WGMMA_ROWS, p.k_splits, slots, LIMBS)
+    whole = functools.reduce(lambda a, b: a * 256 + b, [limbs[..., i] for i in range(LIMBS)])
+    own = jnp.take_along_axis(whole, split[:, None, None], axis=1)[:, 0]
+    scale = functools.reduce(lambda a, b: a * b[:, None], scales, limb_scales[...].reshape(p.k_splits, slots)[split])
+    return total + own.astype(jnp.float32) * scale
+
+
+def _store_sums(b: Block, sums: Ref, total: jax.Array, tile: Any, accumulate: Any) -> None:
+    del b
+    here = sums.at[:, pl.ds(tile * WGMMA_ROWS, WGMMA_ROWS)]
+    here[...] = jnp.where(accumulate, here[...], 0) + total.T
+
+
+def _load_int4(b: Block, slot: Any) -> Ref:
+    """In shared memory instead of in registers; the slot is free once the product is done."""
+    bytes_of_consumer = b.scratch.int8_weights.at[b.warpgroup]
+    bytes_of_consumer[...] = b.scratch.ring.at[slot][...].astype(jnp.int8) * INT4_FACTOR
+    plgpu.commit_smem()
+    return bytes_of_consumer
+
+
+INTERPRETED = TileOps(
+    _load, _broadcast_to_unit, _store_x, _load_scales, _combine_limbs, _store_sums, _load_int4, int4_frees_slot=False
+)  # fmt: skip

@@ -1,0 +1,219 @@
+"""A product phase, as its consumers run it.
+
+Every phase is: fill x into shared memory (all of it, or a chunk at a time), multiply the stages of weights that the
+producer keeps coming, add up what the consumers have, finish. What x is and what becomes of the sums are the phase's
+prologue and epilogue.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from ..common.thread_ops import WARPGROUP_SIZE, load_per_thread, store_per_thread
+from ..common.tiles import WGMMA_ROWS, store
+from .block import Block
+from .memory import Ref
+from .phase import ProductPhase, Prologue
+from .plan import LIMB_BLOCK, UNIT_COLUMNS, n_share
+from .prologues import own_units
+from .schedule import TileStages, loop, over_tiles
+from .thread_ops import SUMS
+
+
+def product(b: Block, phase: ProductPhase, count: Any) -> Callable[[], Any]:
+    """x · weightᵀ over this block's N tile, in one fixed order of sums.
+
+    What can be read before the grid barrier is read now; the rest is in the function that is returned, which gives the
+    count of stages after the phase."""
+    plan, p, prologue = b.plan, b.product(phase), phase.prologue(b, phase)
+    share = n_share(p, plan)
+    row = pl.multiple_of(jnp.minimum(b.warpgroup * share, p.n_tile - share), 8)  # within the N tile
+    outer = pl.multiple_of(p.first_row(b.index) + row, 8)
+    pieces = [(at, min(WARPGROUP_SIZE, share - at)) for at in range(0, share, WARPGROUP_SIZE)]
+    row_scales = [_row_scales(b, phase, outer + at, some) for at, some in pieces]
+    if phase.residual is not None:
+        _prefetch_residual(b, b.buffers.of(phase.residual), outer, pieces)
+    out = b.buffers.of(phase.writes[0])
+
+    def run() -> Any:
+        after = multiply(b, phase, prologue, count)
+        with jax.named_scope("consumer_barrier"):
+            b.consumer_barrier()
+        sums = b.memory(phase).sums
+
+        def total(token: Any, half: int, at: int, some: int) -> jax.Array:
+            """The sums of all consumers and K splits, in their order."""
+            parts = [
+                load_per_thread(plan, sums.at[other, token], (half * p.k_splits + split) * p.n_tile + row + at, some)
+                for other in range(plan.tiles.consumers)
+                for split in range(p.k_splits)
+            ]
+            return functools.reduce(jnp.add, parts)
+
+        def finish(token: Any, _: Any) -> None:
+            for piece, scales in zip(pieces, row_scales, strict=True):
+                halves = [total(token, half, *piece) for half in range(p.halves)]
+                if scales is not None:
+                    halves = [a * s for a, s in zip(halves, scales, strict=True)]
+                residual = None
+                if phase.residual is not None:
+                    prefetched = b.scratch.residual.at[b.warpgroup, token]
+                    residual = load_per_thread(plan, prefetched, *piece).astype(jnp.float32)
+                result = phase.epilogue(halves, residual).astype(out.dtype)
+                store_per_thread(plan, out.at[token], outer + piece[0], result, piece[1])
+
+        pl.when(p.has_tile(b.index))(lambda: loop(plan.shape.tokens, finish, None))
+        return after
+
+    return run
+
+
+def _row_scales(b: Block, phase: ProductPhase, outer: Any, some: int) -> list[jax.Array] | None:
+    """The scales of int8 weights of ``some`` outputs, of each half: one scale per row."""
+    fmt, p = b.plan.shape.fmt, b.product(phase)
+    if not fmt.quantized or fmt.grouped:
+        return None
+    scales = b.weight(phase)[1].at[:, 0]
+    return [load_per_thread(b.plan, scales, half * p.outer + outer, some) for half in range(p.halves)]
+
+
+def _prefetch_residual(b: Block, residual: Ref, outer: Any, pieces: list[tuple[int, int]]) -> None:
+    """Prefetch the residual to shared memory; the previous phase did not write it."""
+    each = [(token, at, some) for token in range(b.plan.shape.tokens) for at, some in pieces]
+    values = [load_per_thread(b.plan, residual.at[token], outer + at, some) for token, at, some in each]
+    for (token, at, some), value in zip(each, values, strict=True):
+        store_per_thread(b.plan, b.scratch.residual.at[b.warpgroup, token], at, value, some)
+
+
+def multiply(b: Block, phase: ProductPhase, prologue: Prologue, count: Any) -> Any:
+    """Put this consumer's sums over the N tile into shared memory; returns the count of stages after them.
+
+    Consumers share the tokens of x, or the units of a single token."""
+    plan, p, grouped, slot = b.plan, b.product(phase), b.plan.shape.fmt.grouped, phase.scale_slot
+    single, tile_sums = plan.shape.tokens == 1, _integer_tile if plan.shape.fmt.quantized else _float_tile
+
+    def fill(chunk: Any, first_step: Any, fetched: Any) -> Any:
+        if p.chunks > 1:
+            # Before the first chunk nobody reads x: the consumers met after the previous phase.
+            pl.when(chunk > 0)(b.consumer_barrier)
+        with jax.named_scope("fill"):
+            if single:
+                _store_units(b, phase, prologue.make(fetched), 0)
+            else:
+                _store_tokens(b, phase, prologue, first_step)
+            plgpu.commit_smem()
+            b.consumer_barrier()
+        if single and p.chunks > 1:  # the next chunk's x is in flight meanwhile
+            fetched = prologue.fetch(0, jnp.minimum(chunk + 1, p.chunks - 1) * p.held_steps)
+        return fetched
+
+    def tile(stages: TileStages, count: Any) -> Any:
+        with jax.named_scope("multiply"):
+            tile_sums(b, phase, stages, count)
+            return stages.after(count)
+
+    if grouped:
+        plgpu.barrier_wait(b.scratch.scales_full.at[slot])
+    count = over_tiles(b, phase, count, tile, fill=fill, carry=prologue.fetch(0, 0) if single else None)
+    if grouped:
+        plgpu.commit_smem()  # ordinary reads of scales are over before TMA writes others there
+        plgpu.barrier_arrive(b.scratch.scales_free.at[slot])
+    return count
+
+
+def _store_tokens(b: Block, phase: ProductPhase, prologue: Prologue, first_step: Any) -> None:
+    """Put this consumer's tokens into shared memory; each is fetched while the previous one is made."""
+    tokens, consumers, first = b.plan.shape.tokens, b.plan.tiles.consumers, b.warpgroup
+
+    def one_token(i: Any, fetched: Any) -> Any:
+        token = first + i * consumers
+        ahead = prologue.fetch(jnp.minimum(token + consumers, tokens - 1), first_step)
+        _store_units(b, phase, prologue.make(fetched), token)
+        return ahead
+
+    own_tokens = (tokens - first + consumers - 1) // consumers
+    lax.fori_loop(0, own_tokens, one_token, prologue.fetch(jnp.minimum(first, tokens - 1), first_step))
+
+
+def _store_units(b: Block, phase: ProductPhase, units: list[jax.Array], token: Any) -> None:
+    """Put this consumer's units of a token into shared memory."""
+    p = b.product(phase)
+    for number, unit in zip(own_units(b, phase), units, strict=True):
+
+        @pl.when(number < p.k_splits * p.held_units)
+        def _(number: Any = number, unit: jax.Array = unit) -> None:
+            split, at = lax.div(number, p.held_units), lax.rem(number, p.held_units)
+            b.ops.store_x(b, phase, unit, split, at * (UNIT_COLUMNS // p.step), token)
+
+
+def _float_tile(b: Block, phase: ProductPhase, stages: TileStages, count: Any) -> None:
+    """Put a tile's sums into shared memory: bfloat16 weights."""
+    p, memory = b.product(phase), b.memory(phase)
+
+    def scoped(acc: Any) -> jax.Array:
+        def stage(step: Any, slot: Any, carry: Any) -> Any:
+            plgpu.wgmma(acc, b.scratch.ring.at[slot], memory.x.at[step].T)
+            plgpu.wgmma_wait(0)
+            return carry
+
+        stages.own(b, count, stage, None, release=True)
+        return acc[...]
+
+    total = pl.run_scoped(scoped, plgpu.ACC((WGMMA_ROWS, p.k_splits * b.plan.shape.columns), jnp.float32))
+    rows = pl.ds(pl.multiple_of(stages.tile * WGMMA_ROWS, WGMMA_ROWS), WGMMA_ROWS)
+    target = memory.sums.at[b.warpgroup, :, rows].T
+    total = plgpu.layout_cast(_own_split(b, phase, total, stages.tile), plgpu.Layout.WGMMA_TRANSPOSED)
+    if p.chunks > 1:
+        before = plgpu.load(target, layout=plgpu.Layout.WGMMA_TRANSPOSED, optimized=False)
+        total = jnp.where(lax.broadcast(stages.chunk, total.shape) > 0, total + before, total)
+    store(target, total)
+
+
+def _own_split(b: Block, phase: ProductPhase, total: jax.Array, tile: Any) -> jax.Array:
+    """[64, columns] of [64, columns of all K splits]: each row's sums with the x of its own K split."""
+    p, columns = b.product(phase), b.plan.shape.columns
+    own = total[:, :columns]
+    row = plgpu.broadcasted_iota(jnp.int32, own.shape, 0, layout=plgpu.Layout.WGMMA) + tile * WGMMA_ROWS
+    for split in range(1, p.k_splits):
+        is_own = lax.rem(lax.div(row, p.n_tile), p.k_splits) == split
+        own = jnp.where(is_own, total[:, split * columns : (split + 1) * columns], own)
+    return own
+
+
+def _integer_tile(b: Block, phase: ProductPhase, stages: TileStages, count: Any) -> None:
+    """Put a tile's sums into shared memory: integer weights.
+
+    Sums are integers over the inputs where both weights and x have one scale: a group, or a block of limbs. Where a
+    whole row of weights has one scale, the phase multiplies it at the end."""
+    plan, p, memory, fmt = b.plan, b.product(phase), b.memory(phase), b.plan.shape.fmt
+    acc = plgpu.ACC((WGMMA_ROWS, p.k_splits * plan.shape.columns), jnp.int32)
+    inputs = min(p.step, LIMB_BLOCK, fmt.group or LIMB_BLOCK)
+
+    def stage(step: Any, slot: Any, total: Any) -> Any:
+        weights = b.scratch.ring.at[slot] if fmt.bits == 8 else b.ops.load_int4(b, slot)
+
+        def scoped(*accs: Any) -> list[jax.Array]:
+            for i, acc in enumerate(accs):
+                some = slice(i * inputs, (i + 1) * inputs)
+                left = weights[:, some] if isinstance(weights, jax.Array) else weights.at[:, some]
+                plgpu.wgmma(acc, left, memory.x.at[step, :, some].T)
+            plgpu.wgmma_wait(0)
+            return [acc[...] for acc in accs]
+
+        for i, sums in enumerate(pl.run_scoped(scoped, *[acc] * (p.step // inputs))):
+            group = (stages.chunk * p.held_steps + step) * (p.step // inputs) + i
+            scales = [b.ops.load_scales(b, phase, stages.tile, group)] if fmt.grouped else []
+            limb_scales = memory.limb_scales.at[(step * p.step + i * inputs) // LIMB_BLOCK]
+            total = b.ops.combine_limbs(b, phase, sums, limb_scales, scales, stages.tile, total)
+        return total
+
+    zeros = plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, plan.shape.token_slots), jnp.float32), SUMS)
+    release = fmt.bits == 8 or not b.ops.int4_frees_slot
+    total = stages.own(b, count, stage, zeros, release=release)
+    b.ops.store_sums(b, memory.sums.at[b.warpgroup], total, stages.tile, stages.chunk > 0)

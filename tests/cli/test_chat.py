@@ -1,0 +1,222 @@
+"""A conversation as a user has it: typed, pasted, piped, interrupted."""
+
+import json
+import os
+import pty
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from jllama.cli import chat
+
+
+@pytest.fixture
+def typed(monkeypatch: pytest.MonkeyPatch):
+    """Makes these the lines that a user types, to questions and menus alike; gives the prompts that asked for them."""
+
+    def call(*lines: str | Exception) -> list[str]:
+        left, asked = iter(lines), []
+
+        def read(prompt: str) -> str:
+            asked.append(prompt)
+            line = next(left)
+            if isinstance(line, Exception):
+                raise line
+            return line
+
+        monkeypatch.setattr(chat, "read_message", read)
+        monkeypatch.setattr(chat, "read_line", read)
+        return asked
+
+    return call
+
+
+def talk(*flags: str) -> None:
+    chat.main([*flags, "--no-compilation-cache"])
+
+
+def test_chat_keeps_the_conversation(capsys: pytest.CaptureFixture[str], typed, tmp_path: Path) -> None:
+    saved = tmp_path / "talk.json"
+    typed("/system be kind", "hello", "/nonsense", "and then?", f"/save {saved}", f"/save {saved}", "/reset", "/quit")
+    talk("-n", "6")
+    out, err = capsys.readouterr()
+    said = json.loads(saved.read_text())
+    assert said["system"] == "be kind"
+    assert [exchange["question"] for exchange in said["exchanges"]] == ["hello", "and then?"]
+    assert all(exchange["answer"] in out for exchange in said["exchanges"])
+    assert "/nonsense: no such command" in err
+    assert "cannot be written" in err  # the second save: a file is never overwritten
+    assert "forgotten" in err
+
+
+def test_a_banner_says_what_answers(capsys: pytest.CaptureFixture[str], typed) -> None:
+    typed("/quit")
+    talk("-c", "128", "--quant", "int8")
+    err = capsys.readouterr().err
+    line, note = err.splitlines()[-2:]
+    assert "no chat template" in note
+    for part in ("demo (hf, 2.3 M weights)", "weights in int8", "float32", "XLA on cpu", "context 128 tokens"):
+        assert part in line
+    typed("/quit")
+    talk("-q")
+    assert capsys.readouterr().err == ""
+
+
+FILLING = ("tell me a story", "tell me another story please")
+SMALL = ("-n", "24", "-c", "80", "-q", "--chat-template", "llama-2", "--when-full")
+
+
+def test_chat_asks_what_to_drop_when_the_context_is_full(capsys, typed, monkeypatch) -> None:
+    monkeypatch.setattr(chat, "interactive", lambda: True)
+    asked = typed(*FILLING, "what?", "d", "no more", "c", "/quit")
+    talk(*SMALL, "ask")
+    assert [prompt for prompt in asked if "[d]rop" in prompt] == [chat.MENU] * 3  # "what?" was no answer
+    assert "the context is full" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("leave", ["/quit", chat.Leave()])
+def test_the_menu_can_be_left(leave: str | Exception, typed, monkeypatch) -> None:
+    monkeypatch.setattr(chat, "interactive", lambda: True)
+    asked = typed(*FILLING, leave)
+    talk(*SMALL, "ask")
+    assert asked[-1] == chat.MENU
+
+
+def test_ctrl_c_in_the_menu_takes_the_question_back(typed, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(chat, "interactive", lambda: True)
+    saved = tmp_path / "talk.json"
+    typed(*FILLING, chat.Cancelled(), f"/save {saved}", "/quit")
+    talk(*SMALL, "ask")
+    assert [e["question"] for e in json.loads(saved.read_text())["exchanges"]] == ["tell me a story"]
+
+
+def test_piped_questions_are_never_taken_for_an_answer_to_a_menu(module, tmp_path: Path) -> None:
+    """With "d" and "reset" as questions, as whoever pipes them means it."""
+    saved = tmp_path / "talk.json"
+    lines = "\n".join([*FILLING, "d", "reset", f"/save {saved}"]).encode()
+    flags = ("jllama.cli.chat", *SMALL[:-1], "--no-compilation-cache")
+    dropped = module(*flags, "--when-full", "drop", stdin=lines)
+    assert dropped.returncode == 0, dropped.stderr
+    assert b"the oldest exchange is forgotten" in dropped.stderr
+    assert json.loads(saved.read_text())["exchanges"][-1]["question"] == "reset"
+    for more in ((), ("--when-full", "stop")):
+        stopped = module(*flags, *more, stdin=lines)
+        assert stopped.returncode == 2
+        last = stopped.stderr.splitlines()[-1]
+        assert last.startswith(b"jllama chat: error: the context is full")
+        assert b"--when-full drop" in last
+    asked = module(*flags, "--when-full", "ask", stdin=lines)
+    assert asked.returncode == 2
+    assert b"--when-full: expected drop or stop where the input is piped, found ask" in asked.stderr
+
+
+def test_an_interrupt_before_the_first_word_leaves_no_turn(capsys, typed, monkeypatch, tmp_path: Path) -> None:
+    from jllama.text.lm import LM
+
+    saved, original = tmp_path / "talk.json", LM.complete
+
+    def interrupted(self, completions, **options):
+        pieces = original(self, completions, **options)
+        for n, piece in enumerate(pieces):
+            if n == interrupted.after:
+                pieces.close()
+                raise KeyboardInterrupt
+            yield piece
+
+    monkeypatch.setattr(LM, "complete", interrupted)
+    for interrupted.after, kept in ((0, []), (2, ["hello"])):
+        typed("hello", f"/save {saved}", "/quit")
+        talk("-n", "40")
+        assert "(stopped)" in capsys.readouterr().err
+        assert [e["question"] for e in json.loads(saved.read_text())["exchanges"]] == kept
+        saved.unlink()
+
+
+def test_a_line_that_ends_with_a_backslash_goes_on(module, tmp_path: Path) -> None:
+    saved = tmp_path / "talk.json"
+    lines = f"one\\\ntwo\\\nthree\n/save {saved}\nlast\\".encode()
+    done = module("jllama.cli.chat", "-n", "2", "--no-compilation-cache", stdin=lines)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(saved.read_text())["exchanges"][0]["question"] == "one\ntwo\nthree"
+
+
+class Terminal:
+    """``jllama chat`` in a terminal of its own, whose state is in ``home``."""
+
+    def __init__(self, home: Path, *flags: str) -> None:
+        ours, theirs = pty.openpty()
+        environment = os.environ | {"XDG_STATE_HOME": str(home), "TERM": "xterm"}
+        chat = [sys.executable, "-m", "jllama.cli.chat", "-q", "-n", "2", "--no-compilation-cache", *flags]
+        # The terminal must be the program's own, or Ctrl-C in it would interrupt nobody.
+        own = "import os, sys; os.login_tty(0); os.execv(sys.argv[1], sys.argv[1:])"
+        command = [sys.executable, "-c", own, *chat]
+        self.process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
+        os.close(theirs)
+        self.at, self.shown = ours, b""
+
+    def expect(self, text: bytes) -> None:
+        """Wait until the terminal shows a text behind what was expected before."""
+        end = time.monotonic() + 60
+        while text not in self.shown:
+            assert select.select([self.at], [], [], max(0, end - time.monotonic()))[0], self.shown
+            try:
+                self.shown += os.read(self.at, 4096)
+            except OSError:  # the program has gone
+                raise AssertionError(self.shown) from None
+        self.shown = self.shown.partition(text)[2]
+
+    def type(self, text: bytes) -> None:
+        os.write(self.at, text)
+
+    def leave(self) -> int:
+        self.type(b"/quit\r")
+        return self.process.wait(60)
+
+    def __enter__(self) -> "Terminal":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.process.kill()
+        self.process.wait(60)
+        os.close(self.at)
+
+
+def test_in_a_terminal_a_paste_is_one_message_and_the_history_lasts(tmp_path: Path) -> None:
+    saved = tmp_path / "talk.json"
+    with Terminal(tmp_path) as first:
+        first.expect(b"> ")
+        first.type(b"\x1b[200~pasted one\npasted two\x1b[201~\r")
+        first.expect(b"(cut off after 2 tokens)")
+        first.expect(b"> ")
+        first.type(f"/save {saved}\r".encode())
+        first.expect(b"saved 1 exchanges")
+        assert first.leave() == 0
+    assert json.loads(saved.read_text())["exchanges"][0]["question"] == "pasted one\npasted two"
+    file = tmp_path / "jllama" / "chat_history"
+    assert "pasted one pasted two" in file.read_text().replace("\\040", " ")
+    assert file.stat().st_mode & 0o077 == 0
+
+    with Terminal(tmp_path) as second:
+        second.expect(b"> ")
+        second.type(b"abc\x03")
+        second.expect(b"(Ctrl-D or /quit leaves)")
+        second.expect(b"> ")
+        second.type(b"\x1b[A\x1b[A\x1b[A\r")  # /quit, /save, and the first question
+        second.expect(b"(cut off after 2 tokens)")
+        second.expect(b"> ")
+        saved.unlink()
+        second.type(f"/save {saved}\r".encode())
+        second.expect(b"saved 1 exchanges")
+        assert second.leave() == 0
+    assert json.loads(saved.read_text())["exchanges"][0]["question"] == "pasted one pasted two"
+
+    with Terminal(tmp_path, "--no-history") as third:
+        third.expect(b"> ")
+        third.type(b"\x1b[Ahello\r")
+        third.expect(b"(cut off after 2 tokens)")
+        assert third.leave() == 0
+    assert "hello" not in file.read_text()
