@@ -1,8 +1,7 @@
 """Makes ``tests/data/lora`` and ``tests/golden/lora/logits.npz``: adapters that peft wrote, and logits with them.
 
-Run with transformers, torch and peft::
+Run with transformers, torch and peft (``make peers``)::
 
-    .venv-peers/bin/python -m pip install peft
     .venv-peers/bin/python tests/make_lora_golden.py
 """
 

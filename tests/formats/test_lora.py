@@ -160,3 +160,24 @@ def test_the_flag_s_forms() -> None:
     assert lora_spec("a=b=-2") == (Path("a=b"), -2.0)
     with pytest.raises(InputError, match="--lora: a=inf: expected a finite weight"):
         lora_spec("a=inf")
+
+
+def test_the_command_line_s_flag(tmp_path: Path) -> None:
+    from jllama.cli.options import Parser, add_model_flags
+    from jllama.cli.runtime import open_model
+
+    config = open_source(jllama.DEMO).config
+    a, b = (np.random.RandomState(3).randn(*shape).astype(np.float32) for shape in ((2, config.dim), (config.dim, 2)))
+    name = f"{PREFIX}.0.self_attn.q_proj.lora_"
+    save_file({f"{name}A.weight": a, f"{name}B.weight": b}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 4}')
+    parser = Parser(prog="x")
+    add_model_flags(parser)
+    flags = ["--no-compilation-cache", "--backend", "xla"]
+    plain, changed = (
+        open_model(parser.parse_args([*flags, *more]), quiet=True).lm.params
+        for more in ([], ["--lora", f"{tmp_path}=0.5", "--lora", str(tmp_path)])
+    )
+    difference = np.asarray(changed.layer(0).wqkv) - np.asarray(plain.layer(0).wqkv)
+    np.testing.assert_allclose(difference[: config.dim], 1.5 * 2 * (b @ a), rtol=1e-4, atol=1e-4)
+    assert not difference[config.dim :].any()
