@@ -128,13 +128,18 @@ def lora_spec(text: str) -> tuple[Path, float]:
 
 
 def with_lora(source: Source, adapters: Iterable[tuple[str | Path, float]]) -> Source:
-    """A checkpoint with adapters, each times its weight, merged into it; what is merged into becomes floats."""
-    tensors = dict(source.tensors)
+    """A checkpoint with adapters, each times its weight, merged into it. A weight keeps its float dtype; one that is
+    stored as integers becomes float32."""
+    pairs: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     for path, weight in adapters:
-        adapter = load_lora(path, source.config)
-        for name, (a, b) in adapter.pairs.items():
-            tensors[name] = _merged(tensors[name], np.asarray(a), np.asarray(b) * np.float32(weight))
-    return dataclasses.replace(source, tensors=tensors)
+        for name, (a, b) in load_lora(path, source.config).pairs.items():
+            pairs.setdefault(name, []).append((np.asarray(a), np.asarray(b) * np.float32(weight)))
+    # B A + D C is [B D] [A; C]: however many there are, a weight is rounded once.
+    merged = {
+        name: _merged(source.tensors[name], np.concatenate([a for a, _ in found]), np.hstack([b for _, b in found]))
+        for name, found in pairs.items()
+    }
+    return dataclasses.replace(source, tensors={**source.tensors, **merged})
 
 
 def _merged(tensor: Tensor, a: np.ndarray, b: np.ndarray) -> Tensor:

@@ -179,5 +179,5 @@ def test_the_command_line_s_flag(tmp_path: Path) -> None:
         for more in ([], ["--lora", f"{tmp_path}=0.5", "--lora", str(tmp_path)])
     )
     difference = np.asarray(changed.layer(0).wqkv) - np.asarray(plain.layer(0).wqkv)
-    np.testing.assert_allclose(difference[: config.dim], 1.5 * 2 * (b @ a), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(difference[: config.dim], 1.5 * 2 * (b @ a), rtol=0.01, atol=0.01)  # bfloat16
     assert not difference[config.dim :].any()
