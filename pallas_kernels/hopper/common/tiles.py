@@ -106,8 +106,8 @@ def scale_column(scales: Any, row: Any, group: Any, rows: int) -> jax.Array:
 def store(ref: Any, values: jax.Array) -> None:
     """Write an array where bank conflicts and coalescing hardly matter.
 
-    From JAX 0.12 on ``ref[...] = values`` is an error unless the store has no conflicts; before, Mosaic chose the slower
-    store by itself."""
+    From JAX 0.12 on ``ref[...] = values`` is an error unless the store has no conflicts; before, Mosaic chose the
+    slower store by itself."""
     if hasattr(plgpu, "store"):
         plgpu.store(ref, values, optimized=False)
     else:
