@@ -10,6 +10,10 @@ from jllama.decode import Generated as Generated
 from jllama.decode import decode_step as decode_step
 from jllama.decode import generate as generate
 from jllama.demo_model import DEMO as DEMO
+from jllama.engine.engine import Engine as Engine
+from jllama.engine.request import Request as Request
+from jllama.engine.request import SamplingSettings as SamplingSettings
+from jllama.engine.rollout import rollout as rollout
 from jllama.errors import InputError as InputError
 from jllama.formats.checkpoint import load as load
 from jllama.formats.checkpoint import save as save

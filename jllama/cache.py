@@ -9,7 +9,7 @@ from flax import struct
 from jax.typing import DTypeLike
 
 from jllama.config import LlamaConfig
-from jllama.kernels import LayerView, write
+from jllama.kernels import DECODE_QUERIES, LayerView, attention, decode_attention, write
 
 Layers = tuple[jax.Array, ...] | jax.Array  # one array a layer, or all on a leading axis
 
@@ -52,6 +52,12 @@ class KVCache:
         if self.stacked:
             return replace(self, k=k, v=v)
         return replace(self, k=_replaced(self.k, index, k), v=_replaced(self.v, index, v))
+
+    def attend(self, index: int, q: jax.Array, *, backend: str = "auto") -> jax.Array:
+        """Attention of the queries [B, T, heads, D] that stand behind each row's length over a layer's keys and
+        values."""
+        op = decode_attention if q.shape[1] <= DECODE_QUERIES else attention
+        return op(q, *self.layer(index), self.lengths, backend=backend)
 
     def write(self, index: int, k: jax.Array, v: jax.Array) -> "KVCache":
         """Put k and v [B, T, kv_heads, head_dim] behind each row's length, which stays; what has no room is dropped."""

@@ -14,7 +14,6 @@ from jllama.kernels import (
     LayerView,
     Weight,
     attention,
-    decode_attention,
     ffn,
     matmul,
     qkv,
@@ -23,9 +22,12 @@ from jllama.kernels import (
     rotate,
     split_heads,
 )
+from jllama.paged import PagedCache
 from jllama.params import Layer, Params
 from jllama.rope import rotations
 from jllama.step import last_token, whole_step
+
+Cache = KVCache | PagedCache
 
 
 @overload
@@ -39,24 +41,24 @@ def forward(
     backend: Backend = "auto",
 ) -> tuple[jax.Array, None]: ...
 @overload
-def forward(
+def forward[C: (KVCache, PagedCache)](
     params: Params,
     tokens: jax.Array,
-    cache: KVCache,
+    cache: C,
     *,
     lengths: jax.Array | None = None,
     last_only: bool = False,
     backend: Backend = "auto",
-) -> tuple[jax.Array, KVCache]: ...
+) -> tuple[jax.Array, C]: ...
 def forward(
     params: Params,
     tokens: jax.Array,
-    cache: KVCache | None = None,
+    cache: Cache | None = None,
     *,
     lengths: jax.Array | None = None,
     last_only: bool = False,
     backend: Backend = "auto",
-) -> tuple[jax.Array, KVCache | None]:
+) -> tuple[jax.Array, Cache | None]:
     """Logits of ``tokens`` [B, T], which continue whatever each row of ``cache`` holds.
 
     ``lengths`` [B] says how many of a row's tokens are real (default: all; the rest is padding on the right).
@@ -69,7 +71,7 @@ def forward(
     positions = start[:, None] + jnp.arange(T)[None]  # [B, T]
     by_ops = functools.partial(blocks, backend=backend)
     arguments = params.embed[tokens], params, cache, *rotations(positions, params.config), lengths
-    if cache is not None and T <= DECODE_QUERIES:  # in one launch, where it can be
+    if isinstance(cache, KVCache) and T <= DECODE_QUERIES:  # in one launch, where it can be
         logits, cache = whole_step.try_kernel(by_ops, *arguments, last_only=last_only, backend=backend)
     else:
         logits, cache = by_ops(*arguments, last_only=last_only)
@@ -79,14 +81,14 @@ def forward(
 def blocks(
     x: jax.Array,  # [B, T, dim]
     params: Params,
-    cache: KVCache | None,
+    cache: Cache | None,
     cos: jax.Array,  # [B, T, head_dim / 2]
     sin: jax.Array,  # [B, T, head_dim / 2]
     lengths: jax.Array,  # [B]
     *,
     last_only: bool,
     backend: str,
-) -> tuple[jax.Array, KVCache | None]:
+) -> tuple[jax.Array, Cache | None]:
     """All layers and the head, op by op: logits, and the cache with the new keys and values, its lengths as they
     were."""
     start = jnp.zeros(x.shape[0], jnp.int32) if cache is None else cache.lengths
@@ -112,18 +114,17 @@ def attend(
     x: jax.Array,  # [B, T, dim]
     layer: Layer,
     index: int,
-    cache: KVCache | None,
+    cache: Cache | None,
     start: jax.Array,  # [B]: the position of each row's first token
     rotation: tuple[jax.Array, jax.Array],
     config: LlamaConfig,
     backend: str,
-) -> tuple[jax.Array, KVCache | None]:
+) -> tuple[jax.Array, Cache | None]:
     """The attention half of a block, with its norm and residual."""
     B, T, _ = x.shape
     h = rms_norm(x, layer.attn_norm, eps=config.norm_eps, backend=backend)
-    q, kv, cache = project(h, layer.wqkv, index, cache, start, rotation, config, backend)
-    op = decode_attention if cache is not None and T <= DECODE_QUERIES else attention
-    out = op(q, *kv, start, backend=backend)
+    q, new, cache = project(h, layer.wqkv, index, cache, start, rotation, config, backend)
+    out = attention(q, *new, start, backend=backend) if cache is None else cache.attend(index, q, backend=backend)
     return matmul(out.reshape(B, T, -1), layer.wo, residual=x, backend=backend), cache
 
 
@@ -131,20 +132,21 @@ def project(
     h: jax.Array,  # [B, T, dim]
     wqkv: Weight | LayerView,
     index: int,
-    cache: KVCache | None,
+    cache: Cache | None,
     start: jax.Array,
     rotation: tuple[jax.Array, jax.Array],
     config: LlamaConfig,
     backend: str,
-) -> tuple[jax.Array, tuple[jax.Array | LayerView, jax.Array | LayerView], KVCache | None]:
-    """Queries, and the keys and values that they may see: of the new tokens and what the cache held before them."""
-    if cache is not None:
+) -> tuple[jax.Array, tuple[jax.Array, ...], Cache | None]:
+    """Queries, and the new tokens' keys and values [B, kv_heads, T, head_dim]: in the cache, where there is one."""
+    if isinstance(cache, KVCache):
         *arrays, place = cache.arrays(index)
         by_ops = functools.partial(qkv_reference, product=functools.partial(matmul, backend=backend))
         q, k, v = qkv.try_kernel(by_ops, h, wqkv, *arrays, start, *rotation, layer=place, backend=backend)
-        cache = cache.with_arrays(index, k, v)
-        return q, cache.layer(index), cache
+        return q, (), cache.with_arrays(index, k, v)
 
     q, k, v = split_heads(matmul(h, wqkv, backend=backend), config.n_heads // config.n_kv_heads, config.head_dim)
     q, k = rotate(q, *rotation), rotate(k, *rotation)
-    return q, (k.swapaxes(1, 2), v.swapaxes(1, 2)), None
+    if cache is None:
+        return q, (k.swapaxes(1, 2), v.swapaxes(1, 2)), None
+    return q, (), cache.write(index, k, v)

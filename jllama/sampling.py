@@ -1,7 +1,7 @@
 """Choosing the next token, on the device, with settings of its own for every row.
 
-The order is that of Hugging Face: repetition penalty, temperature, top-k, top-p, min-p; all but the first are
-`pallas_kernels.draw`'s.
+The order is that of Hugging Face: logit bias, repetition penalty, presence and frequency penalty, tokens that may not
+come, temperature, top-k, top-p, min-p; the last four are `pallas_kernels.draw`'s.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,6 +28,35 @@ class Sampling:
     top_p: jax.Array | None = None  # 1: off
     min_p: jax.Array | None = None  # 0: off
     repetition_penalty: jax.Array | None = None  # 1: off
+    presence_penalty: jax.Array | None = None  # 0: off; taken from the logits of what the row has drawn
+    frequency_penalty: jax.Array | None = None  # 0: off; the same, times how often it was drawn
+    logit_bias: jax.Array | None = None  # [B, n], added to the logits of
+    bias_ids: jax.Array | None = None  # [B, n] int32; an id past the last is none
+    min_tokens: jax.Array | None = None  # int32: how many are drawn before a stop token may come
+    bad_words: jax.Array | None = None  # [B, n, m] int32: sequences that may not come; NOTHING fills up on the left
+
+
+NOTHING = -1  # where a sequence of `Sampling.bad_words`, or a row's recent tokens, have none
+
+
+@struct.dataclass
+class History:
+    """What the texts hold so far, as far as the settings ask for it."""
+
+    seen: jax.Array | None = None  # [B, V] bool: tokens of prompt and text, for the repetition penalty
+    counts: jax.Array | None = None  # [B, V] int32: how often the row drew a token, for presence and frequency
+    recent: jax.Array | None = None  # [B, m - 1] int32: the last tokens of prompt and text, for bad words
+
+    def add(self, token: jax.Array, alive: jax.Array) -> "History":
+        """With a token [B] more in the rows that are ``alive`` [B]."""
+        rows = jnp.arange(token.shape[0])
+        return History(
+            seen=None if self.seen is None else self.seen.at[rows, token].max(alive),
+            counts=None if self.counts is None else self.counts.at[rows, token].add(alive.astype(jnp.int32)),
+            recent=None
+            if self.recent is None
+            else jnp.where(alive[:, None], jnp.concatenate([self.recent[:, 1:], token[:, None]], axis=1), self.recent),
+        )
 
 
 # What each setting may be, and the value that turns it off.
@@ -148,16 +177,51 @@ def sample(
     step: jax.Array,  # [B]: how many tokens the row has drawn before; makes each draw's key
     seen: jax.Array | None = None,  # [B, V] bool: tokens so far, for the repetition penalty
     *,
+    history: History | None = None,  # all that the settings ask for, ``seen`` among it
+    stop_ids: jax.Array | None = None,  # [B, n]: what ends a row, for `Sampling.min_tokens`
     backend: Backend = "auto",
 ) -> tuple[jax.Array, jax.Array]:
     """A token for every row [B], and its log-probability [B] under the model's own, unchanged distribution."""
+    history = History(seen=seen) if history is None else history
     u = None
     if sampling.temperature is not None:
         u = jax.vmap(jax.random.uniform)(jax.vmap(jax.random.fold_in)(sampling.key, step))
     how = dict(temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p)
-    if sampling.repetition_penalty is None or seen is None:
-        return draw(logits, u, backend=backend, **how)
-    penalty = sampling.repetition_penalty[:, None]
-    penalised = jnp.where(logits > 0, logits / penalty, logits * penalty)
-    token, _ = draw(jnp.where(seen, penalised, logits), u, backend=backend, **how)
-    return token, log_probability(logits, token)
+    adjusted = adjust(logits, sampling, step, history, stop_ids)
+    token, logprob = draw(adjusted, u, backend=backend, **how)
+    return token, logprob if adjusted is logits else log_probability(logits, token)
+
+
+def adjust(
+    logits: jax.Array,  # [B, V] float32
+    sampling: Sampling,
+    step: jax.Array,  # [B]
+    history: History,
+    stop_ids: jax.Array | None,  # [B, n]
+) -> jax.Array:
+    """The logits that the row draws from; the same array where no setting changes them."""
+    rows = jnp.arange(logits.shape[0])[:, None]
+    if sampling.logit_bias is not None and sampling.bias_ids is not None:
+        logits = logits.at[rows, sampling.bias_ids].add(sampling.logit_bias, mode="drop")
+    if sampling.repetition_penalty is not None and history.seen is not None:
+        penalty = sampling.repetition_penalty[:, None]
+        penalised = jnp.where(logits > 0, logits / penalty, logits * penalty)
+        logits = jnp.where(history.seen, penalised, logits)
+    if sampling.presence_penalty is not None and history.counts is not None:
+        logits -= sampling.presence_penalty[:, None] * (history.counts > 0)
+    if sampling.frequency_penalty is not None and history.counts is not None:
+        logits -= sampling.frequency_penalty[:, None] * history.counts
+    if sampling.min_tokens is not None and stop_ids is not None:
+        early = (step < sampling.min_tokens)[:, None]
+        logits = _ban(logits, jnp.where(early, stop_ids, NOTHING))
+    if sampling.bad_words is not None and history.recent is not None:
+        begun, last = sampling.bad_words[:, :, :-1], sampling.bad_words[:, :, -1]
+        matches = (begun == NOTHING) | (begun == history.recent[:, None])
+        logits = _ban(logits, jnp.where(matches.all(axis=-1), last, NOTHING))
+    return logits
+
+
+def _ban(logits: jax.Array, ids: jax.Array) -> jax.Array:
+    """``logits`` [B, V] with those of ``ids`` [B, n] at -inf."""
+    outside = jnp.where(ids == NOTHING, logits.shape[1], ids)  # a negative index would count from the end
+    return logits.at[jnp.arange(logits.shape[0])[:, None], outside].set(-jnp.inf, mode="drop")

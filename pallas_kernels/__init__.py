@@ -1,47 +1,50 @@
 """Llama's operations: each a `jax.numpy` reference and, where there is one, a Pallas kernel held to it."""
 
-from .arch import Arch, pinned, target
+from .arch import Arch, known, pinned
 from .attention import DECODE_QUERIES, attention, decode_attention
 from .decode_step import StepWeights, decode_step
-from .dispatch import BACKENDS, Choice, Choices, Kernel, Op, Unsupported, choices_of, record, recorded, require_kernels
+from .dispatch import BACKENDS, Choice, Kernel, Op, Recorded, Unsupported, record, recorded, require_kernels
 from .draw import draw, log_probability
 from .ffn import ffn
 from .layer_view import LayerView, materialize
 from .matmul import Weight, matmul
+from .paged_attention import PAGE, paged_attention, write_pages
 from .qkv import qkv, qkv_reference, rotate, split_heads, write
 from .quantized import QuantizedTensor, dequantize, group_size, quantize
 from .rms_norm import rms_norm
 from .transforms import vary_with
 
 OPS: dict[str, Op] = {
-    op.name: op for op in (rms_norm, matmul, qkv, attention, decode_attention, ffn, decode_step, draw)
+    op.name: op for op in (rms_norm, matmul, qkv, attention, decode_attention, paged_attention, ffn, decode_step, draw)
 }
 
 __all__ = [
     "BACKENDS",
     "DECODE_QUERIES",
     "OPS",
+    "PAGE",
     "Arch",
     "Choice",
-    "Choices",
     "Kernel",
     "LayerView",
     "Op",
     "QuantizedTensor",
+    "Recorded",
     "StepWeights",
     "Unsupported",
     "Weight",
     "attention",
-    "choices_of",
     "decode_attention",
     "decode_step",
     "dequantize",
     "draw",
     "ffn",
     "group_size",
+    "known",
     "log_probability",
     "materialize",
     "matmul",
+    "paged_attention",
     "pinned",
     "qkv",
     "qkv_reference",
@@ -52,7 +55,7 @@ __all__ = [
     "rms_norm",
     "rotate",
     "split_heads",
-    "target",
     "vary_with",
     "write",
+    "write_pages",
 ]

@@ -26,6 +26,7 @@ PURE = tuple(
         "errors",
         "kernels",
         "model",
+        "paged",
         "params",
         "rope",
         "sampling",
@@ -52,7 +53,11 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     # From the core outwards.
     ("jllama/formats/*", (*CORE, "jllama.formats")),
     ("jllama/text/*", (*CORE, "jllama.formats", "jllama.text")),
+    # Who runs next, and who holds which page, know no tensors.
+    ("jllama/engine/pages.py", ("jllama.errors",)),
+    ("jllama/engine/scheduler.py", ("jllama.errors", "jllama.engine.pages")),
     ("jllama/engine/*", (*CORE, "jllama.engine")),
+    ("jllama/evaluation.py", (*CORE, "jllama.engine", "jllama.text", "jllama.formats")),
     ("jllama/serve/**", (*CORE, "jllama.engine", "jllama.text", "jllama.formats", "jllama.serve")),
     ("jllama/cli/*", ("jllama",)),
     *((f"{name.replace('.', '/')}.py", PURE) for name in PURE),

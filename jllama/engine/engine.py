@@ -1,0 +1,294 @@
+"""The loop: requests go in, a plan a turn goes to the device, and what the turn before it drew comes out."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from jllama.config import Backend
+from jllama.device import default_device, free_bytes
+from jllama.engine.device import PIECE, STEPS, Device, Launch
+from jllama.engine.pages import Pages
+from jllama.engine.request import Completion, Event, Handle, Request, SamplingSettings, per_prompt
+from jllama.engine.scheduler import Piece, Plan, Scheduler
+from jllama.engine.scheduler import Sequence as Scheduled
+from jllama.engine.steps import KINDS, NO_TOKEN
+from jllama.errors import InputError
+from jllama.kernels import PAGE
+from jllama.paged import page_bytes, pages_for
+from jllama.params import Params
+
+BUDGET = 512  # tokens of prompts a turn
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What an engine does, and has done since it was made."""
+
+    running: int
+    waiting: int
+    pages_used: int
+    pages: int
+    prompt_tokens: int  # of all prompts that were begun
+    prefix_hits: int  # how many of them were found in the cache
+    new_tokens: int
+    preemptions: int
+    seconds: float  # spent in steps
+
+    @property
+    def tokens_per_s(self) -> float:
+        """New tokens a second."""
+        return self.new_tokens / self.seconds if self.seconds > 0 else 0.0
+
+
+class Engine:
+    """Many requests on one model: ``slots`` of them draw at a time, over a cache of ``pages`` pages of 64 positions, by
+    default as many as fit into ``memory`` of the device's (on a CPU, at most what all slots can use). A request has at
+    most ``max_len`` tokens (default: the model's context). One thread may use an engine at a time."""
+
+    def __init__(
+        self,
+        params: Params,
+        *,
+        slots: int = 16,
+        pages: int | None = None,
+        memory: float = 0.9,
+        max_len: int | None = None,
+        budget: int = BUDGET,
+        backend: Backend = "auto",
+    ) -> None:
+        if slots < 1:
+            raise InputError(f"slots: expected at least 1, found {slots}")
+        if budget < PIECE:
+            raise InputError(f"budget: expected at least {PIECE} tokens, found {budget}")
+        context = params.config.max_seq_len
+        self.max_len = context if max_len is None else max_len
+        if not 2 <= self.max_len <= context:
+            raise InputError(f"max_len: expected 2 to {context} (the model's context), found {max_len}")
+        width = pages_for(self.max_len)
+        count = _pages(params, slots * width, memory) if pages is None else pages
+        sizes = dict(slots=slots, max_len=self.max_len, pieces=budget // PIECE)
+        self._device = Device(params, pages=count, width=width, backend=backend, **sizes)
+        self._pages = Pages(count, PAGE)
+        self._scheduler = Scheduler(self._pages, piece=PIECE, steps=STEPS, **sizes)
+        self._handles: dict[Scheduled, Handle] = {}
+        self._in_flight: Launch | None = None
+        self._paused = self._torn = False
+        self._new_tokens, self._seconds = 0, 0.0
+
+    @property
+    def params(self) -> Params:
+        """The weights. Others of the same shapes may be put in their place at any time: nothing is copied or compiled.
+        What was computed with the old ones is shared with no later request; requests that run go on with it."""
+        return self._device.params
+
+    @params.setter
+    def params(self, new: Params) -> None:
+        old, found = (jax.tree.map(lambda a: (a.shape, str(a.dtype)), p) for p in (self.params, new))
+        if old != found:
+            raise InputError("params: expected weights of the shapes, formats and config that the engine has")
+        self._device.params = new
+        self._scheduler.forget()
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request has not ended."""
+        return bool(self._handles)
+
+    @property
+    def statistics(self) -> Statistics:
+        """A snapshot."""
+        s = self._scheduler
+        used, counts = self._pages.count - self._pages.free, (s.prompt_tokens, s.hits, self._new_tokens, s.preemptions)
+        return Statistics(len(s.running), len(s.waiting), used, self._pages.count, *counts, self._seconds)
+
+    def submit(self, request: Request) -> Handle:
+        """Take a request, or raise `InputError`: also for one that could never fit."""
+        config = self.params.config
+        request.check(config)
+        scoring = request.score_from is not None
+        sequence = Scheduled(
+            tokens=[int(t) for t in request.prompt],
+            limit=0 if scoring else request.max_new_tokens,
+            stop_ids=frozenset(() if scoring else request.stops(config)),
+            priority=request.priority,
+            salt=request.salt,
+            score_from=request.score_from,
+        )
+        self._scheduler.add(sequence)
+        handle = self._handles[sequence] = Handle(request, sequence)
+        if request.score_from is not None:
+            n = len(request.prompt) - request.score_from
+            handle.completion = Completion(sequence.tokens[-n:], [0.0] * n, greedy=[False] * n)
+        if request.sampling.kind == "full":
+            self._device.add_extras()
+        return handle
+
+    def abort(self, handle: Handle) -> None:
+        """End a request now; its completion keeps what has come. One that has ended stays as it is."""
+        if not handle.finished:
+            self._scheduler.finish(handle.scheduled, "abort")
+            self._finish(handle)
+
+    def pause(self) -> None:
+        """Launch nothing more until `resume`; what is under way is still read by `step`."""
+        self._paused = True
+
+    def resume(self) -> None:
+        """Go on."""
+        self._paused = False
+
+    def step(self) -> list[Event]:
+        """One turn: launch the next plan, then read what the one before it gave."""
+        begin = time.perf_counter()
+        if self._torn or self._device.lost:
+            self._restart()
+        self._torn = True  # until the end: an error or interrupt on the way loses what was under way
+        plan = Plan() if self._paused else self._scheduler.plan()
+        before, self._in_flight = self._in_flight, None
+        if plan:
+            self._in_flight = self._device.launch(plan, {s: self._handles[s].request for s in plan.rows})
+        events = self._read(before) if before is not None else []
+        self._torn = False
+        self._seconds += time.perf_counter() - begin
+        return events
+
+    def events(self) -> Iterator[Event]:
+        """Steps until every request has ended; requests may be submitted and aborted meanwhile."""
+        while self.busy and not self._paused:
+            yield from self.step()
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        sampling: SamplingSettings | Sequence[SamplingSettings] | None = None,
+        n: int = 1,
+        stop_ids: Sequence[int] | None = None,
+    ) -> list[Completion]:
+        """``n`` completions of every prompt, in the order of the prompts. ``sampling``: one for all, of which sample i
+        of all has the seed ``seed + i``, or one a prompt."""
+        if n < 1:
+            raise InputError(f"n: expected at least 1, found {n}")
+        settings = per_prompt(sampling, len(prompts), n)
+        rows = [prompt for prompt in prompts for _ in range(n)]
+        requests = [
+            Request(p, max_new_tokens, s, None if stop_ids is None else tuple(stop_ids))
+            for p, s in zip(rows, settings, strict=True)
+        ]
+        return self._run(requests, n)
+
+    def score(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> list[Completion]:
+        """The log-probabilities of given completions, one of each prompt, and of each token whether it is the
+        likeliest."""
+        if len(prompts) != len(completions):
+            raise InputError(f"completions: expected {len(prompts)} (one a prompt), found {len(completions)}")
+        pairs = zip(prompts, completions, strict=True)
+        return self._run([Request([*p, *c], score_from=len(p)) for p, c in pairs], 1)
+
+    def warm_up(self, kinds: Sequence[str] = KINDS[:3], *, progress: bool = False) -> None:
+        """Compile every step for every number of rows, so that no request waits for it; ``kinds`` of drawing as in
+        `jllama.engine.steps`, by default all but the one for penalties, biases and their like."""
+        if "full" in kinds:
+            self._device.add_extras()
+        self._device.warm_up(kinds, progress=progress)
+
+    @property
+    def programs(self) -> set[tuple[str, int, str]]:
+        """The compiled steps that were used: name, rows or pieces, kind of drawing."""
+        return self._device.programs
+
+    def _run(self, requests: list[Request], n: int) -> list[Completion]:
+        handles: list[Handle] = []
+        try:
+            for i, request in enumerate(requests):
+                try:
+                    handles.append(self.submit(request))
+                except InputError as error:
+                    raise InputError(f"prompt {i // n}: {error}") from None
+            while not all(h.finished for h in handles):
+                if self._paused:
+                    raise InputError("engine: it is paused: resume it first")
+                self.step()
+        finally:
+            for handle in handles:
+                self.abort(handle)  # where an error or interrupt came between
+        broken = next((i for i, h in enumerate(handles) if h.completion.finish_reason == "error"), None)
+        if broken is not None:
+            why = "logits are NaN: the weights hold NaN or Inf, or overflow this dtype"
+            raise InputError(f"model: prompt {broken // n}: {why}")
+        return [h.completion for h in handles]
+
+    def _read(self, launch: Launch) -> list[Event]:
+        events: list[Event] = []
+        drawn, scores = jax.device_get((launch.drawn, launch.scores))  # blocks
+        for i, s in enumerate(launch.rows):
+            count = int((drawn.tokens[:, i] != NO_TOKEN).sum())
+            ids, logprobs = drawn.tokens[:count, i].tolist(), drawn.logprobs[:count, i].tolist()
+            handle = self._handles.get(s)
+            if handle is None or self._broken(s, drawn.logprobs[:count, i]):
+                s.unread -= 1
+                events += [Event(handle, [], [], "error")] if handle is not None else []
+                continue
+            self._scheduler.read(s, ids)
+            completion, asked = handle.completion, handle.request.sampling.top_logprobs
+            completion.ids += ids
+            completion.logprobs += logprobs
+            self._new_tokens += count
+            if asked:
+                names, values = (a[:count, i, :asked].tolist() for a in drawn.top)
+                completion.top_logprobs += [dict(zip(*pair, strict=True)) for pair in zip(names, values, strict=True)]
+            events.append(Event(handle, ids, logprobs, s.finish))  # pyright: ignore[reportArgumentType]
+        for place, piece in launch.pieces:
+            self._read_scores(piece, scores[0][place], scores[1][place])
+            if piece.sequence.finish and (handle := self._handles.get(piece.sequence)):
+                events.append(Event(handle, [], [], piece.sequence.finish))  # pyright: ignore[reportArgumentType]
+        seen = {*launch.rows, *(piece.sequence for _, piece in launch.pieces)}
+        for s in seen:
+            if s.finish is not None and s in self._handles:
+                self._finish(self._handles[s])
+        if any(s.finish == "error" for s in seen):
+            self._restart()  # the cache may hold NaN, which no mask hides
+        return [e for e in events if e.ids or e.finish_reason]
+
+    def _read_scores(self, piece: Piece, logprobs: np.ndarray, greedy: np.ndarray) -> None:
+        s, handle = piece.sequence, self._handles.get(piece.sequence)
+        if handle is not None and not self._broken(s, logprobs[: piece.count]):
+            assert s.score_from is not None
+            for i in range(max(0, s.score_from - piece.start - 1), piece.count):
+                place = piece.start + 1 + i - s.score_from
+                handle.completion.logprobs[place] = float(logprobs[i])
+                handle.completion.greedy[place] = bool(greedy[i])
+        self._scheduler.read_scores(s, 1)
+
+    def _broken(self, sequence: Scheduled, logprobs: np.ndarray) -> bool:
+        if not np.isnan(logprobs).any():
+            return False
+        self._scheduler.finish(sequence, "error")
+        return True
+
+    def _finish(self, handle: Handle) -> None:
+        handle.completion.finish_reason = handle.scheduled.finish  # pyright: ignore[reportAttributeAccessIssue]
+        self._handles.pop(handle.scheduled, None)
+
+    def _restart(self) -> None:
+        """An empty cache: what ran is computed anew."""
+        self._in_flight = None
+        self._scheduler.restart()
+        self._device.reset(extras=any(h.request.sampling.kind == "full" for h in self._handles.values()))
+
+
+def _pages(params: Params, useful: int, memory: float) -> int:
+    if not 0 < memory <= 1:
+        raise InputError(f"memory: expected a part of the device's, above 0 and at most 1, found {memory}")
+    device, one = default_device(), page_bytes(params.config, params.dtype)
+    free = free_bytes(device)
+    if free is None:
+        return useful
+    fits = int(free * memory) // one
+    if fits < 1:
+        raise InputError(f"memory: expected room for a page of {one} bytes, found {free} bytes free")
+    return min(fits, useful) if device.platform == "cpu" else fits

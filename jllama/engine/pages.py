@@ -1,0 +1,149 @@
+"""Who uses which page of the cache, and what the pages hold. Plain Python: no tensors, no device.
+
+A page is free (nobody uses it) or used by one or more sequences. Pages whose tokens are known stay known when their
+last user goes, and are taken for something else in the order in which they were used, oldest first. A full page is
+found by a hash of its tokens and of the page before; the first of a chain begins with a salt, so that who does not
+know the salt neither shares a page nor learns from the time taken that somebody else has one.
+"""
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+Tokens = Sequence[int]
+
+
+def root(salt: str) -> bytes:
+    """What the first page of a chain follows."""
+    return blake2b(salt.encode(), digest_size=16, person=b"jllama-salt").digest()
+
+
+def link(before: bytes, tokens: Tokens) -> bytes:
+    """The name of a full page: its tokens, and all that comes before them."""
+    return blake2b(before + array("q", tokens).tobytes(), digest_size=16).digest()
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What the pool holds of a prompt."""
+
+    pages: list[int]  # full ones, to be shared
+    chain: list[bytes]  # their names
+    tail: int | None = None  # a page that goes on like the prompt for a while, to be copied
+    tail_tokens: int = 0  # for so many tokens
+    fresh: bool = False  # the tail is only written by the launch that is being planned: not yet to be copied
+
+
+@dataclass(frozen=True)
+class _Content:
+    before: bytes  # the name of the page before
+    tokens: tuple[int, ...]
+    name: bytes | None  # the page's own, where it is full
+    turn: int  # when it became known
+
+
+class Pages:
+    """``count`` pages of ``size`` positions. A page that goes on like a prompt for ``worth`` tokens is worth a copy."""
+
+    def __init__(self, count: int, size: int, worth: int = 16) -> None:
+        self.count, self.size, self.worth = count, size, worth
+        self._users = [0] * count
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(count))  # the next to be taken first
+        self._content: dict[int, _Content] = {}
+        self._by_name: dict[bytes, int] = {}
+        self._tails: dict[bytes, dict[int, None]] = {}  # pages with the same first tokens, in the order of their coming
+
+    @property
+    def free(self) -> int:
+        """How many pages nobody uses."""
+        return len(self._free)
+
+    def needed(self, positions: int) -> int:
+        """How many pages hold so many positions."""
+        return -(-positions // self.size)
+
+    def find(self, tokens: Tokens, salt: str, turn: int) -> Prefix:
+        """The longest known beginning of ``tokens``, in a turn of the scheduler."""
+        pages: list[int] = []
+        chain: list[bytes] = []
+        name = root(salt)
+        while (at := len(pages) * self.size) + self.size <= len(tokens):
+            part = tuple(tokens[at : at + self.size])
+            after = link(name, part)
+            page = self._by_name.get(after)
+            if page is None or self._content[page].tokens != part:
+                break
+            name = after
+            pages.append(page)
+            chain.append(name)
+        rest = tuple(tokens[at : at + self.size])
+        best, shared = None, 0
+        for page in self._tails.get(link(name, rest[: self.worth]), ()):
+            if (n := _common(self._content[page].tokens, rest)) > max(shared, self.worth - 1):
+                best, shared = page, n
+        if best is None:
+            return Prefix(pages, chain)
+        return Prefix(pages, chain, best, shared, fresh=self._content[best].turn >= turn)
+
+    def use(self, pages: Sequence[int]) -> None:
+        """One more user of each."""
+        for page in pages:
+            self._users[page] += 1
+            self._free.pop(page, None)
+
+    def take(self, count: int) -> list[int]:
+        """Free pages for one user; what they held is forgotten."""
+        assert count <= self.free, "the scheduler asks only for what there is"
+        taken = [self._free.popitem(last=False)[0] for _ in range(count)]
+        for page in taken:
+            self._forget(page)
+            self._users[page] = 1
+        return taken
+
+    def give_back(self, pages: Sequence[int]) -> None:
+        """One user less of each of a sequence's pages. The end of a chain is taken before its beginning."""
+        for page in reversed(pages):
+            self._users[page] -= 1
+            assert self._users[page] >= 0, "a page was given back twice"
+            if self._users[page] == 0:
+                self._free[page] = None
+                if page not in self._content:
+                    self._free.move_to_end(page, last=False)
+
+    def remember(self, page: int, before: bytes, tokens: Tokens, turn: int) -> bytes | None:
+        """Note what a page holds from its beginning on; its name, if it is full. Where another page has the same, that
+        one stays the known one."""
+        held = self._content.get(page)
+        if held is not None and len(held.tokens) >= len(tokens):
+            return held.name
+        name = link(before, tokens) if len(tokens) == self.size else None
+        self._forget(page)
+        if name is None or name not in self._by_name:
+            self._content[page] = _Content(before, tuple(tokens), name, turn)
+            self._tails.setdefault(link(before, tokens[: self.worth]), {})[page] = None
+            if name is not None:
+                self._by_name[name] = page
+        return name
+
+    def forget_all(self) -> None:
+        """No page is found any more: the weights have changed."""
+        self._content.clear()
+        self._by_name.clear()
+        self._tails.clear()
+
+    def _forget(self, page: int) -> None:
+        content = self._content.pop(page, None)
+        if content is None:
+            return
+        key = link(content.before, content.tokens[: self.worth])
+        del self._tails[key][page]
+        if not self._tails[key]:
+            del self._tails[key]
+        if content.name is not None:
+            del self._by_name[content.name]
+
+
+def _common(a: Tokens, b: Tokens) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

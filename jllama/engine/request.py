@@ -1,0 +1,166 @@
+"""What goes into an engine and what comes out."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any, Literal
+
+import numpy as np
+
+from jllama.config import LlamaConfig
+from jllama.engine.scheduler import Sequence as Scheduled
+from jllama.errors import InputError
+from jllama.sampling import check_setting
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+# What a row's state has room for.
+MAX_STOP_IDS = 16
+MAX_BIAS = 304
+MAX_BAD_WORDS = 32
+MAX_BAD_WORD_TOKENS = 8
+MAX_TOP_LOGPROBS = 20
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How one request's tokens are drawn; the defaults take the likeliest. See `jllama.make_sampling`."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = MappingProxyType({})
+    min_tokens: int = 0
+    bad_words: Sequence[Sequence[int]] = ()  # sequences of tokens that must not come
+    top_logprobs: int = 0  # of so many likeliest tokens at every step
+
+    def check(self, config: LlamaConfig) -> None:
+        """Raise `InputError` for what cannot be meant."""
+        for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
+            check_setting(name, getattr(self, name))
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not math.isfinite(value := getattr(self, name)):
+                raise InputError(f"{name}: expected a number, found {value}")
+        _within("min_tokens", self.min_tokens, 0, 2**31 - 1)
+        _within("top_logprobs", self.top_logprobs, 0, MAX_TOP_LOGPROBS)
+        _within("logit_bias: entries", len(self.logit_bias), 0, MAX_BIAS)
+        _within("bad_words: sequences", len(self.bad_words), 0, MAX_BAD_WORDS)
+        for word in self.bad_words:
+            _within("bad_words: tokens of a sequence", len(word), 1, MAX_BAD_WORD_TOKENS)
+            check_ids("bad_words", word, config)
+        check_ids("logit_bias", self.logit_bias, config)
+        for token, bias in self.logit_bias.items():
+            if math.isnan(bias) or bias == math.inf:
+                raise InputError(f"logit_bias: token {token}: expected a number, found {bias}")
+
+    @property
+    def kind(self) -> str:
+        """The least of the compiled steps that can draw so: see `jllama.engine.steps.KINDS`."""
+        asked = (self.presence_penalty, self.frequency_penalty, self.logit_bias, self.min_tokens, self.bad_words)
+        if any(asked) or self.repetition_penalty != 1 or self.top_logprobs:
+            return "full"
+        if self.temperature == 0:
+            return "greedy"
+        return "plain" if (self.top_k, self.top_p, self.min_p) == (0, 1.0, 0.0) else "cut"
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt, and how to go on. ``stop_ids`` None: the model's end-of-sequence tokens. Requests of a higher
+    ``priority`` go first. Only requests of one ``salt`` share what is computed of their prompts.
+
+    With ``score_from`` nothing is drawn: `Completion.logprobs` are those of ``prompt[score_from:]``."""
+
+    prompt: Sequence[int]
+    max_new_tokens: int = 16
+    sampling: SamplingSettings = SamplingSettings()
+    stop_ids: Sequence[int] | None = None
+    priority: int = 0
+    salt: str = ""
+    score_from: int | None = None
+
+    def check(self, config: LlamaConfig) -> None:
+        """Raise `InputError` for what cannot be meant."""
+        if not self.prompt:
+            raise InputError("prompt: expected at least 1 token, found 0")
+        check_ids("prompt", self.prompt, config)
+        _within("stop_ids: entries", len(self.stops(config)), 0, MAX_STOP_IDS)
+        if self.score_from is None:
+            _within("max_new_tokens", self.max_new_tokens, 1, 2**31 - 1)
+        elif not 1 <= self.score_from < len(self.prompt):
+            expected = f"1 to {len(self.prompt) - 1} (the prompt's tokens but the first)"
+            raise InputError(f"score_from: expected {expected}, found {self.score_from}")
+        self.sampling.check(config)
+
+    def stops(self, config: LlamaConfig) -> tuple[int, ...]:
+        """The tokens that end it."""
+        return tuple(config.eos_ids if self.stop_ids is None else self.stop_ids)
+
+
+@dataclass
+class Completion:
+    """What a request got; it grows until ``finish_reason`` is there. ``ids`` has the stop token, too."""
+
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)  # under the model's own distribution
+    finish_reason: FinishReason | None = None
+    top_logprobs: list[dict[int, float]] = field(default_factory=list)  # by token, where asked for
+    greedy: list[bool] = field(default_factory=list)  # of what is scored: whether it was the likeliest
+
+
+@dataclass(eq=False)
+class Handle:
+    """A request that an engine has taken."""
+
+    request: Request
+    scheduled: Scheduled
+    completion: Completion = field(default_factory=Completion)
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing more will come."""
+        return self.completion.finish_reason is not None
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a step brought for one request."""
+
+    handle: Handle
+    ids: list[int]
+    logprobs: list[float]
+    finish_reason: FinishReason | None
+
+
+def per_prompt(sampling: SamplingSettings | Sequence[SamplingSettings] | None, count: int, n: int) -> list[Any]:
+    """Settings of ``count`` prompts with ``n`` samples each. Of one for all, sample i of all has the seed ``seed + i``,
+    as in `make_sampling`; of one a prompt, the seeds of its samples go on from its own."""
+    if sampling is None or isinstance(sampling, SamplingSettings):
+        one = sampling or SamplingSettings()
+        return [replace(one, seed=one.seed + i) for i in range(count * n)]
+    if len(sampling) != count:
+        raise InputError(f"sampling: expected one or {count} (one a prompt), found {len(sampling)}")
+    return [replace(one, seed=one.seed + i) for one in sampling for i in range(n)]
+
+
+def check_ids(name: str, ids: Any, config: LlamaConfig) -> None:
+    """Raise `InputError` unless all are tokens of the vocabulary."""
+    found = np.asarray(list(ids))
+    if not found.size:
+        return
+    if found.dtype.kind not in "iu":
+        raise InputError(f"{name}: expected token ids, found {found.dtype}")
+    strange = found[(found < 0) | (found >= config.vocab_size)]
+    if strange.size:
+        raise InputError(f"{name}: expected token ids from 0 to {config.vocab_size - 1}, found {strange[0]}")
+
+
+def _within(name: str, value: float, low: int, high: int) -> None:
+    if not (low <= value <= high and value == int(value)):
+        raise InputError(f"{name}: expected a whole number from {low} to {high}, found {value}")

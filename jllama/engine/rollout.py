@@ -1,0 +1,231 @@
+"""Many completions as one pure function: more prompts than rows, refilled inside the loop, no host.
+
+All prompts are fed first, each once; the samples of a prompt share its full pages and copy the last one. Then one
+`lax.while_loop` draws: a row whose text has ended takes the next request at the next step.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+
+from jllama.config import Backend
+from jllama.decode import NO_TOKEN, Generated, stop_table, tokens_seen
+from jllama.errors import InputError
+from jllama.kernels import PAGE
+from jllama.model import forward
+from jllama.paged import PagedCache, init_pages, pages_for
+from jllama.params import Params
+from jllama.sampling import NOTHING, History, Sampling, make_sampling, sample
+
+FED_AT_ONCE = 2048  # tokens of prompts, so that activations stay bounded
+
+
+@struct.dataclass
+class _State:
+    """What the loop carries: a row a slot, and what all requests have got."""
+
+    k: jax.Array  # [layers, pages, kv_heads, PAGE, head_dim]
+    v: jax.Array
+    next: jax.Array  # the first request that nobody runs yet
+    request: jax.Array  # [slots]: which request a row runs; past the last: none
+    token: jax.Array  # [slots]: the last one, not in the cache yet
+    length: jax.Array  # [slots]
+    drawn: jax.Array  # [slots]
+    done: jax.Array  # [slots]
+    history: History  # of the rows
+    tokens: jax.Array  # [requests, N]
+    logprobs: jax.Array  # [requests, N]
+    lengths: jax.Array  # [requests]
+
+
+def rollout(
+    params: Params,
+    prompts: jax.Array,  # [B, T]
+    lengths: jax.Array,  # [B]
+    sampling: Sampling | None = None,
+    *,
+    slots: int,
+    max_new_tokens: int,
+    n: int = 1,
+    stop_ids: Sequence[int] | None = None,
+    backend: Backend = "auto",
+) -> Generated:
+    """``n`` completions of every prompt, drawn by ``slots`` rows at a time: as `jllama.generate` row for row, prompt by
+    prompt in the order [B * n], which ``sampling`` has, too (default: greedy). Pure: use it under jit, in a training
+    step. It compiles one loop, whatever the number of prompts.
+
+    Held at once: keys and values of all B prompts, and of ``slots`` texts. A row whose text ends early costs nothing
+    more, so that ``max_new_tokens`` may be generous."""
+    if max_new_tokens < 1 or slots < 1 or n < 1:
+        raise InputError(f"rollout: expected max_new_tokens, slots and n of 1 at least: {max_new_tokens}, {slots}, {n}")
+    B, requests = prompts.shape[0], prompts.shape[0] * n
+    slots, config = min(slots, requests), params.config
+    sampling = make_sampling(requests) if sampling is None else sampling
+    if sampling.key.shape != (requests,):
+        raise InputError(
+            f"sampling: expected {requests} rows ({B} prompts, {n} of each), found {sampling.key.shape[0]}"
+        )
+    stops = jnp.asarray(stop_table(1, config.eos_ids if stop_ids is None else stop_ids)[0])
+    layout = _Layout(prompts, lengths, n, slots, max_new_tokens)
+
+    def more(state: _State) -> jax.Array:
+        return (state.next < requests) | ~state.done.all()
+
+    def step(state: _State) -> _State:
+        state = _refill(state, layout, requests)
+        alive = ~state.done
+        cache = PagedCache(state.k, state.v, layout.table(state.request), state.length)
+        logits, cache = forward(
+            params, state.token[:, None], cache, lengths=alive.astype(jnp.int32), last_only=True, backend=backend
+        )
+        own = jax.tree.map(lambda a: a.at[state.request].get(mode="clip"), sampling)
+        stop_rows = jnp.broadcast_to(stops, (slots, stops.shape[0]))
+        token, logprob = sample(logits, own, state.drawn, history=state.history, stop_ids=stop_rows, backend=backend)
+        where = jnp.where(alive, state.request, requests), state.drawn
+        drawn = state.drawn + alive
+        return replace(
+            state,
+            k=cache.k,
+            v=cache.v,
+            length=cache.lengths,
+            token=token,
+            drawn=drawn,
+            done=state.done | jnp.any(token[:, None] == stops, axis=-1) | (drawn >= max_new_tokens),
+            history=state.history.add(token, alive),
+            tokens=state.tokens.at[where].set(token, mode="drop"),
+            logprobs=state.logprobs.at[where].set(logprob, mode="drop"),
+            lengths=state.lengths.at[where[0]].set(drawn, mode="drop"),
+        )
+
+    k, v = _feed(params, layout, backend)
+    shape = (requests, max_new_tokens)
+    zeros = jnp.zeros(slots, jnp.int32)
+    state = _State(
+        k=k,
+        v=v,
+        next=jnp.int32(0),
+        request=jnp.full(slots, requests, jnp.int32),
+        token=zeros,
+        length=zeros,
+        drawn=zeros,
+        done=jnp.ones(slots, bool),
+        history=_history(sampling, jnp.zeros((slots, 1), jnp.int32), zeros, config.vocab_size),
+        tokens=jnp.full(shape, NO_TOKEN, jnp.int32),
+        logprobs=jnp.zeros(shape, jnp.float32),
+        lengths=jnp.zeros(requests, jnp.int32),
+    )
+    state = lax.while_loop(more, step, state)
+    return Generated(state.tokens, state.logprobs, state.lengths)
+
+
+class _Layout:
+    """Which page is whose: first those of every prompt, then those of every slot."""
+
+    def __init__(self, prompts: jax.Array, lengths: jax.Array, n: int, slots: int, max_new_tokens: int) -> None:
+        self.prompts, self.lengths = jnp.asarray(prompts), jnp.asarray(lengths, jnp.int32)
+        self.n, self.slots = n, slots
+        self.of_prompt = pages_for(prompts.shape[1])
+        self.of_slot = pages_for(PAGE - 1 + max_new_tokens)  # what is drawn, and the rest of the prompt's last page
+        self.pages = prompts.shape[0] * self.of_prompt + slots * self.of_slot
+
+    def full(self, prompt: jax.Array) -> jax.Array:
+        """How many pages of a prompt are shared: a step feeds its last token, and writes into what follows them."""
+        return (self.lengths[prompt] - 1) // PAGE
+
+    def own(self, slot: jax.Array) -> jax.Array:
+        """A slot's first page."""
+        return self.prompts.shape[0] * self.of_prompt + slot * self.of_slot
+
+    def table(self, request: jax.Array) -> jax.Array:
+        """[slots, P]: the shared pages of every row's prompt, and its own behind them; none for a row that runs no
+        request, which writes nowhere."""
+        place = jnp.arange(self.of_prompt + self.of_slot)
+        prompt = jnp.minimum(request // self.n, self.prompts.shape[0] - 1)[:, None]
+        full = self.full(prompt)
+        own = self.own(jnp.arange(self.slots))[:, None] + place - full
+        table = jnp.where(place < full, prompt * self.of_prompt + place, own)
+        running = (request < self.prompts.shape[0] * self.n)[:, None]
+        return jnp.where(running & (place < full + self.of_slot), table, self.pages)
+
+
+def _feed(params: Params, layout: _Layout, backend: Backend) -> tuple[jax.Array, jax.Array]:
+    """The pool with every prompt in its pages."""
+    B, T = layout.prompts.shape
+    at_once = max(1, min(B, FED_AT_ONCE // T))
+    groups = -(-B // at_once)
+    fill = groups * at_once - B
+    tokens = jnp.pad(layout.prompts, ((0, fill), (0, 0))).reshape(groups, at_once, T)
+    pages = jnp.arange(B * layout.of_prompt, dtype=jnp.int32).reshape(B, layout.of_prompt)
+    table = jnp.pad(pages, ((0, fill), (0, 0)), constant_values=layout.pages).reshape(groups, at_once, -1)
+
+    def feed(pool: tuple[jax.Array, jax.Array], group: tuple[jax.Array, jax.Array]) -> tuple:
+        cache = PagedCache(*pool, group[1], jnp.zeros(at_once, jnp.int32))
+        _, cache = forward(params, group[0], cache, last_only=True, backend=backend)
+        return (cache.k, cache.v), None
+
+    pool, _ = lax.scan(feed, init_pages(params.config, layout.pages, params.dtype), (tokens, table))
+    return pool
+
+
+def _refill(state: _State, layout: _Layout, requests: int) -> _State:
+    """The next requests in the rows that are done."""
+    candidate = state.next + jnp.cumsum(state.done) - 1
+    taken = state.done & (candidate < requests)
+    request = jnp.where(taken, candidate, jnp.where(state.done, requests, state.request))
+    prompt = jnp.minimum(request // layout.n, layout.prompts.shape[0] - 1)
+    last = layout.lengths[prompt] - 1
+    slots = jnp.argsort(~taken)  # stable: those that are taken come first
+
+    # A loop of as many turns as there are new rows, mostly none: `lax.cond` would copy the pool.
+    def begin(i: jax.Array, carry: tuple) -> tuple:
+        k, v, history = carry
+        slot = slots[i]
+        source = prompt[slot] * layout.of_prompt + jnp.minimum(layout.full(prompt[slot]), layout.of_prompt - 1)
+        own = layout.own(slot)
+        k, v = (a.at[:, own].set(a[:, source]) for a in (k, v))
+        new = _history_of(history, layout.prompts[prompt[slot]], layout.lengths[prompt[slot]])
+        return k, v, jax.tree.map(lambda a, b: a.at[slot].set(b), history, new)
+
+    count = taken.sum()
+    k, v, history = lax.fori_loop(0, count, begin, (state.k, state.v, state.history))
+    return replace(
+        state,
+        k=k,
+        v=v,
+        history=history,
+        next=state.next + count,
+        request=request,
+        token=jnp.where(taken, layout.prompts[prompt, last], state.token),
+        length=jnp.where(taken, last, state.length),
+        drawn=jnp.where(taken, 0, state.drawn),
+        done=state.done & ~taken,
+    )
+
+
+def _history(sampling: Sampling, tokens: jax.Array, lengths: jax.Array, vocab: int) -> History:
+    """[slots, ...] of nothing, with what the settings ask for."""
+    slots = lengths.shape[0]
+    counted = sampling.presence_penalty is not None or sampling.frequency_penalty is not None
+    words = sampling.bad_words
+    return History(
+        seen=None if sampling.repetition_penalty is None else tokens_seen(tokens, lengths, vocab),
+        counts=jnp.zeros((slots, vocab), jnp.int32) if counted else None,
+        recent=None if words is None else jnp.full((slots, words.shape[-1] - 1), NOTHING, jnp.int32),
+    )
+
+
+def _history_of(like: History, tokens: jax.Array, length: jax.Array) -> History:
+    """What one prompt [T] begins with, in the fields that ``like`` has."""
+    recent = None
+    if like.recent is not None:
+        back = length - jnp.arange(like.recent.shape[1], 0, -1)
+        recent = jnp.where(back >= 0, tokens[jnp.maximum(back, 0)], NOTHING)
+    return History(
+        seen=None if like.seen is None else tokens_seen(tokens[None], length[None], like.seen.shape[1])[0],
+        counts=None if like.counts is None else jnp.zeros_like(like.counts[0]),
+        recent=recent,
+    )

@@ -1,0 +1,265 @@
+"""Who runs next: plain Python, no tensors, no device, the same decisions for the same arrivals on every host.
+
+A turn of the engine is one `Plan`: copies of pages, pieces of prompts within a budget of tokens, rows that begin to
+draw, and a few decode steps of all rows that draw. The last token of a prompt is never fed as prompt: a decode step
+feeds it and draws what follows. So a prompt that the pool holds whole needs no prefill at all, and a request that was
+preempted comes back in the same way as a new one.
+
+Plans run ahead of results. How many tokens a row will have drawn is known beforehand, but for a stop token; a row that
+has stopped draws nothing more on the device, and its pages are free when the host reads of it: whatever takes them is
+launched later.
+"""
+
+import bisect
+from collections.abc import Sequence as Ordered
+from dataclasses import dataclass, field
+
+from jllama.engine.pages import Pages, root
+from jllama.errors import InputError
+
+RESERVE = 4  # of so many rows, one needs another page in the next turn: 16 steps, 64 positions a page
+OVERTAKE = 64  # so many requests that come later pass one whose priority is lower by 1, and no more
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One prompt and what is drawn after it."""
+
+    tokens: list[int]  # of the prompt, and all that have been read back
+    limit: int  # how many may be drawn; 0: its tokens are only scored
+    stop_ids: frozenset[int] = frozenset()
+    priority: int = 0
+    salt: str = ""
+    score_from: int | None = None  # the first token whose probability is asked for
+    order: int = 0  # place in the queue
+    prompt: int = 0  # tokens of the prompt
+    slot: int | None = None  # where its state lies, while it runs
+    pages: list[int] = field(default_factory=list)
+    chain: list[bytes] = field(default_factory=list)  # the names of its full pages, as far as known
+    fed: int = 0  # positions that are in the cache once all plans have run
+    drawn: int = 0  # tokens drawn once all plans have run
+    joined: bool = False  # its prompt is in; it draws
+    unread: int = 0  # plans whose results have not come yet
+    epoch: int = 0  # which weights wrote its pages
+    finish: str | None = None  # "stop", "length", "abort" or "error"
+
+    @property
+    def left(self) -> int:
+        """Tokens it may still draw."""
+        return self.limit - self.drawn
+
+
+@dataclass(frozen=True)
+class Piece:
+    """``count`` tokens of a prompt, which go to positions ``start`` and behind."""
+
+    sequence: Sequence
+    start: int
+    count: int
+
+
+@dataclass
+class Plan:
+    """One turn, in the order in which the device does it."""
+
+    copies: list[tuple[int, int]] = field(default_factory=list)  # of pages: from, to
+    pieces: list[Piece] = field(default_factory=list)
+    joins: list[Sequence] = field(default_factory=list)
+    rows: list[Sequence] = field(default_factory=list)
+    steps: int = 0
+
+    def __bool__(self) -> bool:
+        return bool(self.copies or self.pieces or self.joins or self.rows)
+
+
+class Scheduler:
+    """First come, first served, with priorities, on ``slots`` rows and a pool of pages.
+
+    A turn feeds at most ``pieces`` pieces of ``piece`` tokens, then decodes ``steps[0]`` steps while somebody waits or
+    prompts are being fed, else ``steps[1]``."""
+
+    def __init__(
+        self, pages: Pages, *, slots: int, max_len: int, piece: int, pieces: int, steps: tuple[int, int]
+    ) -> None:
+        self.pages, self.slots, self.max_len = pages, slots, max_len
+        self.piece, self.pieces, self.steps = piece, pieces, steps
+        self.waiting: list[Sequence] = []  # the next first
+        self.running: list[Sequence] = []  # in the same order
+        self._slots = list(reversed(range(slots)))
+        self._arrivals = self._turn = self._epoch = 0
+        self.hits = self.prompt_tokens = self.preemptions = 0
+
+    def add(self, sequence: Sequence) -> None:
+        """Put a request in the queue, or refuse at once what could never run."""
+        sequence.prompt = n = len(sequence.tokens)
+        longest = n + sequence.limit
+        if longest > self.max_len:
+            raise InputError(
+                f"request: expected at most {self.max_len} tokens (max_len), found {longest}: a prompt of {n} and "
+                f"max_new_tokens {sequence.limit}"
+            )
+        if (needed := self.pages.needed(longest - 1)) > self.pages.count:
+            raise InputError(
+                f"request: expected at most {self.pages.count} pages of {self.pages.size} tokens (the whole pool), "
+                f"found a need of {needed}: a prompt of {n} and max_new_tokens {sequence.limit}"
+            )
+        sequence.order = self._arrivals - OVERTAKE * sequence.priority
+        self._arrivals += 1
+        self._queue(sequence)
+
+    def plan(self) -> Plan:
+        """The next turn; empty where there is nothing to do before more results are read."""
+        self._turn += 1
+        plan = Plan()
+        busy = bool(self.waiting) or any(not s.joined for s in self.running)
+        steps = self.steps[0] if busy else self.steps[1]
+        self._grow(steps)
+        for sequence in self.running:
+            self._feed(sequence, plan)
+        self._admit(plan, steps)
+        plan.rows = [s for s in self.running if s.joined and s.left > 0]
+        plan.steps = steps if plan.rows else 0
+        for sequence in plan.rows:
+            new = min(steps, sequence.left)
+            sequence.drawn += new
+            sequence.fed += new
+            sequence.unread += 1
+        return plan
+
+    def read(self, sequence: Sequence, tokens: Ordered[int]) -> list[int]:
+        """Take what one plan drew for a sequence; those of the tokens that count."""
+        sequence.unread -= 1
+        if sequence.finish is not None:
+            return []
+        sequence.tokens.extend(tokens)
+        if tokens and tokens[-1] in sequence.stop_ids:  # a row stops at its first
+            self.finish(sequence, "stop")
+        elif len(sequence.tokens) >= sequence.prompt + sequence.limit and sequence.limit:
+            self.finish(sequence, "length")
+        else:
+            self._remember(sequence, tail=False)
+        return list(tokens)
+
+    def read_scores(self, sequence: Sequence, pieces: int) -> None:
+        """Note that the scores of some pieces have come."""
+        sequence.unread -= pieces
+        if sequence.finish is None and sequence.limit == 0 and sequence.joined and sequence.unread == 0:
+            self.finish(sequence, "length")
+
+    def finish(self, sequence: Sequence, reason: str) -> None:
+        """End a sequence; what it used is free."""
+        if sequence.finish is not None:
+            return
+        sequence.finish = reason
+        if sequence.slot is None:
+            self.waiting.remove(sequence)
+            return
+        self._remember(sequence, tail=True)
+        self._leave(sequence)
+
+    def forget(self) -> None:
+        """The weights have changed: no page is shared any more that the old ones wrote."""
+        self._epoch += 1
+        self.pages.forget_all()
+
+    def restart(self) -> None:
+        """The cache is lost: all that run begin anew, from the tokens that have come."""
+        for sequence in list(self.running):
+            self._leave(sequence)
+            self._queue(sequence)
+        for sequence in self.waiting:
+            sequence.unread = 0
+        self.forget()
+
+    def _queue(self, sequence: Sequence) -> None:
+        bisect.insort(self.waiting, sequence, key=lambda s: s.order)
+
+    def _leave(self, sequence: Sequence) -> None:
+        assert sequence.slot is not None
+        self.running.remove(sequence)
+        bisect.insort(self._slots, sequence.slot, key=lambda slot: -slot)  # the lowest is taken first
+        self.pages.give_back(sequence.pages)
+        sequence.slot, sequence.pages, sequence.chain = None, [], []
+        sequence.fed, sequence.joined = 0, False
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Take everything from a row; it is computed anew from its tokens, once those under way have come."""
+        self._leave(sequence)
+        self._queue(sequence)
+        self.preemptions += 1
+
+    def _grow(self, steps: int) -> None:
+        """Pages for the next steps of the rows that draw, the oldest first; the newest pay."""
+        for sequence in list(self.running):
+            while sequence.slot is not None and sequence.joined:
+                missing = self.pages.needed(sequence.fed + min(steps, sequence.left)) - len(sequence.pages)
+                if missing <= self.pages.free:
+                    sequence.pages += self.pages.take(max(missing, 0))
+                    break
+                self._preempt(self.running[-1])
+
+    def _admit(self, plan: Plan, steps: int) -> None:
+        while self.waiting and self._slots and len(plan.pieces) < self.pieces:
+            sequence = self.waiting[0]
+            if sequence.unread:  # preempted, and its last tokens are still under way
+                return
+            usable = len(sequence.tokens) - 1
+            if sequence.score_from is not None:  # a probability needs the logits of the token before
+                usable = min(usable, sequence.score_from - 1)
+            prefix = self.pages.find(sequence.tokens[:usable], sequence.salt, self._turn)
+            if prefix.fresh:  # wait a turn, and copy what is written in this one
+                return
+            self.pages.use(prefix.pages)
+            sequence.drawn = len(sequence.tokens) - sequence.prompt
+            ahead = len(sequence.tokens) - 1 + min(steps, sequence.left)
+            missing = self.pages.needed(ahead) - len(prefix.pages)
+            # Room is left for the pages that the others will soon need, or the next turns would preempt.
+            if missing + -(-len(self.running) // RESERVE) > self.pages.free:
+                self.pages.give_back(prefix.pages)
+                return
+            self._start(self.waiting.pop(0), prefix.pages, prefix.chain, missing)
+            if prefix.tail is not None:
+                plan.copies.append((prefix.tail, sequence.pages[len(prefix.pages)]))
+                sequence.fed += prefix.tail_tokens
+            self.hits += sequence.fed
+            self.prompt_tokens += len(sequence.tokens) - 1
+            self._feed(sequence, plan)
+
+    def _start(self, sequence: Sequence, shared: list[int], chain: list[bytes], missing: int) -> None:
+        sequence.slot = self._slots.pop()
+        sequence.pages = shared + self.pages.take(missing)
+        sequence.chain = list(chain)
+        sequence.fed = len(shared) * self.pages.size
+        sequence.epoch = self._epoch
+        bisect.insort(self.running, sequence, key=lambda s: s.order)
+
+    def _feed(self, sequence: Sequence, plan: Plan) -> None:
+        """Pieces of a prompt, as many as the turn's budget has left."""
+        if sequence.joined:
+            return
+        end = len(sequence.tokens) - 1
+        while sequence.fed < end and len(plan.pieces) < self.pieces:
+            count = min(self.piece, end - sequence.fed)
+            plan.pieces.append(Piece(sequence, sequence.fed, count))
+            sequence.fed += count
+            sequence.unread += sequence.limit == 0
+        if sequence.fed == end:
+            sequence.joined = True
+            if sequence.limit:
+                plan.joins.append(sequence)
+        self._remember(sequence, tail=sequence.joined)
+
+    def _remember(self, sequence: Sequence, tail: bool) -> None:
+        """Note what a sequence's full pages hold, and, with ``tail``, the last one: of a prompt that is in, or of a
+        text that has ended."""
+        if sequence.slot is None or sequence.epoch != self._epoch:
+            return
+        size, known = self.pages.size, min(sequence.fed, len(sequence.tokens) - 1)
+        name = sequence.chain[-1] if sequence.chain else root(sequence.salt)
+        while (at := len(sequence.chain) * size) + size <= known:
+            page = sequence.pages[len(sequence.chain)]
+            name = self.pages.remember(page, name, sequence.tokens[at : at + size], self._turn)
+            assert name is not None
+            sequence.chain.append(name)
+        if tail and known - at >= self.pages.worth:
+            self.pages.remember(sequence.pages[len(sequence.chain)], name, sequence.tokens[at:known], self._turn)

@@ -1,0 +1,116 @@
+"""What the device holds of all requests: one pytree of few leaves, donated to every step."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from jllama.config import LlamaConfig
+from jllama.engine.request import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_BIAS, MAX_STOP_IDS, Request
+from jllama.paged import init_pages
+from jllama.sampling import NOTHING, History, Sampling
+
+NO_ID = 2**31 - 1  # in a table of ids: none
+
+
+@struct.dataclass
+class Rows:
+    """A row a slot: where its text stands, and how it goes on. Every field's first axis is the slots."""
+
+    token: jax.Array  # [S] int32: the last one, not in the cache yet
+    length: jax.Array  # [S] int32: positions in the cache
+    drawn: jax.Array  # [S] int32
+    limit: jax.Array  # [S] int32: how many it may draw
+    done: jax.Array  # [S] bool
+    stop_ids: jax.Array  # [S, MAX_STOP_IDS] int32; NO_ID is none
+    seed: jax.Array  # [S] uint32: of the row's random key
+    temperature: jax.Array  # [S] float32
+    top_k: jax.Array  # [S] int32
+    top_p: jax.Array  # [S] float32
+    min_p: jax.Array  # [S] float32
+
+    def take(self, slots: jax.Array) -> "Rows":
+        """Those of some slots. A slot past the last is a row that is done."""
+        rows = jax.tree.map(lambda a: a.at[slots].get(mode="clip"), self)
+        return replace(rows, done=rows.done | (slots >= self.done.shape[0]))
+
+    def put(self, slots: jax.Array, rows: "Rows") -> "Rows":
+        """With others in some slots; a slot past the last is dropped."""
+        return jax.tree.map(lambda a, new: a.at[slots].set(new, mode="drop"), self, rows)
+
+
+@struct.dataclass
+class Extras:
+    """What only some requests ask for: held from the first of them on."""
+
+    settings: Sampling  # its key and cuts are of `Rows`, here None
+    history: History
+
+
+@struct.dataclass
+class EngineState:
+    """Everything that steps change."""
+
+    k: jax.Array  # [layers, pages, kv_heads, PAGE, head_dim]
+    v: jax.Array
+    rows: Rows
+    extras: Extras | None
+
+
+def init_state(config: LlamaConfig, slots: int, pages: int, dtype: jnp.dtype | type) -> EngineState:
+    """Nobody runs."""
+    rows = jax.tree.map(lambda a: jnp.zeros((slots, *a.shape[1:]), a.dtype), rows_of([], [], 1))
+    k, v = init_pages(config, pages, dtype)
+    return EngineState(k, v, replace(rows, done=jnp.ones(slots, bool)), None)
+
+
+def init_extras(config: LlamaConfig, slots: int) -> Extras:
+    """Settings that are all off."""
+    settings = jax.tree.map(lambda a: jnp.tile(a[None], (slots, *(1 for _ in a.shape))), extra_settings(Request(())))
+    history = History(
+        seen=jnp.zeros((slots, config.vocab_size), bool),
+        counts=jnp.zeros((slots, config.vocab_size), jnp.int32),
+        recent=jnp.full((slots, MAX_BAD_WORD_TOKENS - 1), NOTHING, jnp.int32),
+    )
+    return Extras(settings, history)
+
+
+def rows_of(requests: Sequence[tuple[Request, Sequence[int], int]], stops: Sequence[Sequence[int]], count: int) -> Rows:
+    """Rows that begin to draw, as numpy arrays [count, ...]: each a request, the tokens of its prompt and of what it
+    has drawn before, and how many of them are drawn. The last token is fed by the first step."""
+    fields: dict[str, Any] = {
+        **{name: np.zeros(count, np.int32) for name in ("token", "length", "drawn", "limit", "top_k")},
+        **{name: np.zeros(count, np.float32) for name in ("temperature", "top_p", "min_p")},
+        "done": np.ones(count, bool),
+        "stop_ids": np.full((count, MAX_STOP_IDS), NO_ID, np.int32),
+        "seed": np.zeros(count, np.uint32),
+    }
+    for i, (request, tokens, drawn) in enumerate(requests):
+        row = dict(token=tokens[-1], length=len(tokens) - 1, drawn=drawn, limit=request.max_new_tokens, done=False)
+        row |= {name: getattr(request.sampling, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+        row |= dict(seed=request.sampling.seed % 2**32)
+        for name, value in row.items():
+            fields[name][i] = value
+        fields["stop_ids"][i, : len(stops[i])] = stops[i]
+    return Rows(**fields)
+
+
+def extra_settings(request: Request) -> Sampling:
+    """The settings of one request that `Rows` does not hold, as numpy arrays without the slots' axis."""
+    settings = request.sampling
+    ids, bias = np.full(MAX_BIAS, NO_ID, np.int32), np.zeros(MAX_BIAS, np.float32)
+    ids[: len(settings.logit_bias)] = list(settings.logit_bias)
+    bias[: len(settings.logit_bias)] = list(settings.logit_bias.values())
+    words = np.full((MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS), NOTHING, np.int32)
+    for row, word in zip(words, settings.bad_words, strict=False):
+        row[-len(word) :] = word
+    fields: dict[str, Any] = {
+        name: np.float32(getattr(settings, name))
+        for name in ("repetition_penalty", "presence_penalty", "frequency_penalty")
+    }
+    fields |= dict(key=None, logit_bias=bias, bias_ids=ids, min_tokens=np.int32(settings.min_tokens), bad_words=words)
+    return Sampling(**fields)

@@ -1,0 +1,189 @@
+"""The compiled steps of an engine: pure functions of params and state. They are few: one a name, a power of two of rows
+or pieces, and, of `decode`, a kind of drawing.
+
+The table of pages comes with every call: who has which page is the scheduler's knowledge, and some kilobytes.
+"""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+
+from jllama.config import Backend
+from jllama.decode import NO_TOKEN
+from jllama.engine.request import MAX_TOP_LOGPROBS
+from jllama.engine.state import EngineState, Extras, Rows
+from jllama.kernels import log_probability
+from jllama.model import forward
+from jllama.paged import PagedCache
+from jllama.params import Params
+from jllama.sampling import History, Sampling, sample
+
+# How rows are drawn, each more than the one before: the largest logit; by temperature; with cuts; all there is.
+KINDS = ("greedy", "plain", "cut", "full")
+
+
+@struct.dataclass
+class Drawn:
+    """What decode steps give out; NO_TOKEN where a row is done."""
+
+    tokens: jax.Array  # [steps, R] int32
+    logprobs: jax.Array  # [steps, R] float32; NaN says that the model's logits were
+    top: tuple[jax.Array, jax.Array] | None  # ids and log-probabilities [steps, R, MAX_TOP_LOGPROBS]
+
+
+def feed(
+    params: Params,
+    state: EngineState,
+    tokens: jax.Array,  # [B, T]: pieces of prompts; several may be of one
+    start: jax.Array,  # [B]: the position of each piece's first token
+    table: jax.Array,  # [B, P]: the pages of each piece's sequence
+    *,
+    backend: Backend = "auto",
+) -> EngineState:
+    """Put keys and values of prompts into the cache. What fills a piece up comes behind its sequence's end, where it is
+    overwritten before it is seen."""
+    _, cache = forward(params, tokens, PagedCache(state.k, state.v, table, start), last_only=True, backend=backend)
+    return replace(state, k=cache.k, v=cache.v)
+
+
+def score(
+    params: Params,
+    state: EngineState,
+    tokens: jax.Array,  # [B, T]
+    start: jax.Array,  # [B]
+    table: jax.Array,  # [B, P]
+    targets: jax.Array,  # [B, T]: the token that follows each
+    *,
+    backend: Backend = "auto",
+) -> tuple[EngineState, tuple[jax.Array, jax.Array]]:
+    """`feed`, and the log-probability [B, T] of every target, and whether it is the likeliest."""
+    logits, cache = forward(params, tokens, PagedCache(state.k, state.v, table, start), backend=backend)
+    flat, wanted = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
+    found = log_probability(flat, wanted), jnp.argmax(flat, axis=-1) == wanted
+    return replace(state, k=cache.k, v=cache.v), jax.tree.map(lambda a: a.reshape(targets.shape), found)
+
+
+def join(state: EngineState, slots: jax.Array, rows: Rows) -> EngineState:
+    """Rows begin to draw in their slots; a slot past the last is none."""
+    return replace(state, rows=state.rows.put(slots, rows))
+
+
+def join_extras(
+    state: EngineState,
+    slot: jax.Array,
+    settings: Sampling,
+    tokens: jax.Array,  # [max_len] int32: of prompt and text, filled up with anything
+    prompt: jax.Array,  # how many are of the prompt
+    length: jax.Array,  # how many are real
+) -> EngineState:
+    """One row's further settings and history."""
+    assert state.extras is not None
+    old = state.extras
+    assert old.history.counts is not None
+    assert old.history.recent is not None
+    vocab = old.history.counts.shape[1]
+    place = jnp.arange(tokens.shape[0])
+    seen = jnp.zeros(vocab, bool).at[jnp.where(place < length, tokens, vocab)].set(True, mode="drop")
+    drawn = (place >= prompt) & (place < length)
+    counts = jnp.zeros(vocab, jnp.int32).at[jnp.where(drawn, tokens, vocab)].add(1, mode="drop")
+    back = length - jnp.arange(old.history.recent.shape[1], 0, -1)
+    recent = jnp.where(back >= 0, tokens[jnp.maximum(back, 0)], NO_TOKEN)
+    new = Extras(settings, History(seen, counts, recent))
+    return replace(state, extras=jax.tree.map(lambda a, b: a.at[slot].set(b), old, new))
+
+
+def copy(state: EngineState, source: jax.Array, target: jax.Array) -> EngineState:
+    """Pages ``source`` [n] copied to ``target`` [n]; a target past the last is none."""
+
+    def copied(pages: jax.Array) -> jax.Array:
+        return pages.at[:, target].set(pages.at[:, source].get(mode="clip"), mode="drop")
+
+    return replace(state, k=copied(state.k), v=copied(state.v))
+
+
+def decode(
+    params: Params,
+    state: EngineState,
+    slots: jax.Array,  # [R]: the rows to run; a slot past the last is none
+    table: jax.Array,  # [R, P]: the pages of each row
+    steps: jax.Array,  # how many steps
+    *,
+    most: int,  # of steps, whenever compiled
+    kind: str,  # one of KINDS
+    backend: Backend = "auto",
+) -> tuple[EngineState, Drawn]:
+    """Some tokens for every row, in one loop that ends early where all are done."""
+    rows, R = state.rows.take(slots), slots.shape[0]
+    keys = jax.vmap(jax.random.key)(rows.seed)
+    extras = None
+    if kind == "full":
+        extras = jax.tree.map(lambda a: a.at[slots].get(mode="clip"), state.extras)
+    sampling = sampling_of(rows, keys, extras, kind)
+    top = None
+    if kind == "full":
+        shape = (most, R, MAX_TOP_LOGPROBS)
+        top = jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
+    out = Drawn(jnp.full((most, R), NO_TOKEN, jnp.int32), jnp.zeros((most, R), jnp.float32), top)
+
+    def more(carry: tuple) -> jax.Array:
+        i, _, rows, _, _ = carry
+        return (i < steps) & ~rows.done.all()
+
+    def step(carry: tuple) -> tuple:
+        i, (k, v), rows, history, out = carry
+        cache = PagedCache(k, v, table, rows.length)
+        alive = ~rows.done
+        logits, cache = forward(
+            params, rows.token[:, None], cache, lengths=alive.astype(jnp.int32), last_only=True, backend=backend
+        )
+        token, logprob = sample(logits, sampling, rows.drawn, history=history, stop_ids=rows.stop_ids, backend=backend)
+        new = Drawn(jnp.where(alive, token, NO_TOKEN), jnp.where(alive, logprob, 0.0), _top(logits, out))
+        rows = advance(replace(rows, length=cache.lengths), token)
+        out = jax.tree.map(lambda a, b: lax.dynamic_update_index_in_dim(a, b, i, 0), out, new)
+        return i + 1, (cache.k, cache.v), rows, history.add(token, alive), out
+
+    begin = (jnp.int32(0), (state.k, state.v), rows, extras.history if extras else History(), out)
+    _, (k, v), rows, history, out = lax.while_loop(more, step, begin)
+    if extras is not None:
+        assert state.extras is not None
+        merged = jax.tree.map(lambda a, b: a.at[slots].set(b, mode="drop"), state.extras.history, history)
+        state = replace(state, extras=replace(state.extras, history=merged))
+    return replace(state, k=k, v=v, rows=state.rows.put(slots, rows)), out
+
+
+def advance(rows: Rows, token: jax.Array) -> Rows:
+    """The rows that are not done, with the token [R] that each has drawn."""
+    drawn = rows.drawn + ~rows.done
+    ended = jnp.any(token[:, None] == rows.stop_ids, axis=-1) | (drawn >= rows.limit)
+    return replace(rows, token=jnp.where(rows.done, rows.token, token), drawn=drawn, done=rows.done | ended)
+
+
+def sampling_of(rows: Rows, keys: jax.Array, extras: Extras | None, kind: str) -> Sampling:
+    """What `sample` takes for rows of a kind."""
+    if kind == "greedy":
+        return Sampling(keys)
+    if kind == "plain":
+        return Sampling(keys, rows.temperature)
+    if extras is None:
+        return Sampling(keys, rows.temperature, rows.top_k, rows.top_p, rows.min_p)
+    cuts = dict(temperature=rows.temperature, top_k=rows.top_k, top_p=rows.top_p, min_p=rows.min_p)
+    return replace(extras.settings, key=keys, **cuts)
+
+
+def _top(logits: jax.Array, out: Drawn) -> tuple[jax.Array, jax.Array] | None:
+    if out.top is None:
+        return None
+    values, ids = lax.top_k(jax.nn.log_softmax(logits, axis=-1), min(MAX_TOP_LOGPROBS, logits.shape[-1]))
+    pad = ((0, 0), (0, MAX_TOP_LOGPROBS - values.shape[-1]))
+    return jnp.pad(ids, pad, constant_values=NO_TOKEN).astype(jnp.int32), jnp.pad(values, pad)
+
+
+def _jit(function, *static: str):
+    return jax.jit(function, static_argnames=static, donate_argnames="state")
+
+
+jit_feed, jit_score, jit_decode = _jit(feed, "backend"), _jit(score, "backend"), _jit(decode, "most", "kind", "backend")
+jit_join, jit_join_extras, jit_copy = _jit(join), _jit(join_extras), _jit(copy)

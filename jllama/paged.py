@@ -1,0 +1,57 @@
+"""The paged key/value cache: a pool of pages that sequences take and share, and a table that says which are whose.
+
+It stands where a `KVCache` does: `forward` takes either, and asks it to write new keys and to attend.
+"""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from jllama.config import LlamaConfig
+from jllama.errors import InputError
+from jllama.kernels import PAGE, paged_attention, write_pages
+
+
+@struct.dataclass
+class PagedCache:
+    """Position ``p`` of row ``b`` is slot ``p % PAGE`` of page ``table[b, p // PAGE]``. A row is what one call of
+    `forward` continues; several rows may share pages, and several pieces of one prompt may be rows of one call, for
+    every layer writes its keys before it attends. A page number past the last is none: what goes there is dropped."""
+
+    k: jax.Array  # [layers, pages, kv_heads, PAGE, head_dim], after rotary
+    v: jax.Array  # [layers, pages, kv_heads, PAGE, head_dim]
+    table: jax.Array  # [B, P] int32
+    lengths: jax.Array  # [B] int32
+
+    def attend(self, index: int, q: jax.Array, *, backend: str = "auto") -> jax.Array:
+        """Attention of the queries [B, T, heads, D] that stand behind each row's length over a layer's keys and
+        values."""
+        return paged_attention(q, self.k, self.v, self.table, self.lengths, layer=index, backend=backend)
+
+    def write(self, index: int, k: jax.Array, v: jax.Array) -> "PagedCache":
+        """Put k and v [B, T, kv_heads, head_dim] behind each row's length, which stays; what has no page is dropped."""
+        return replace(
+            self,
+            k=write_pages(self.k, k, self.table, self.lengths, index),
+            v=write_pages(self.v, v, self.table, self.lengths, index),
+        )
+
+
+def init_pages(config: LlamaConfig, pages: int, dtype: jnp.dtype | type) -> tuple[jax.Array, jax.Array]:
+    """Keys and values of an empty pool."""
+    if pages < 1:
+        raise InputError(f"pages: expected at least 1, found {pages}")
+    shape = (config.n_layers, pages, config.n_kv_heads, PAGE, config.head_dim)
+    return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+
+
+def page_bytes(config: LlamaConfig, dtype: jnp.dtype | type) -> int:
+    """What one page takes on the device."""
+    return 2 * config.n_layers * config.n_kv_heads * PAGE * config.head_dim * jnp.dtype(dtype).itemsize
+
+
+def pages_for(positions: int) -> int:
+    """How many pages hold so many positions."""
+    return -(-positions // PAGE)

@@ -1,0 +1,66 @@
+"""Causal attention over a paged cache: a sequence's keys lie in pages, in any order, and a table says which.
+
+Position ``p`` of row ``b`` is slot ``p % size`` of page ``table[b, p // size]``. Rows may name the same page: that is
+how sequences share a beginning, and how one sequence has several rows of queries in one call. As in `attention`, query
+``i`` of row ``b`` stands at ``start[b] + i`` and sees positions ``0 .. start[b] + i``; a page behind that is never
+seen, so what the table says of it does not matter, and a number past the last page means that there is none.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from .attention import attention_reference
+from .dispatch import Op
+
+PAGE = 64  # positions a page: the tile of keys that attention kernels walk, so that a lookup is one a tile
+
+
+def paged_attention_reference(
+    q: jax.Array,  # [B, T, heads, D]
+    k: jax.Array,  # [layers, pages, kv_heads, size, D]
+    v: jax.Array,  # [layers, pages, kv_heads, size, D]
+    table: jax.Array,  # [B, P] int32
+    start: jax.Array,  # [B]
+    *,
+    layer: jax.Array | int,
+) -> jax.Array:
+    """-> [B, T, heads, D]; softmax in float32. The gathered copy of keys and values is what a kernel saves."""
+    return attention_reference(q, gather(k, table, layer), gather(v, table, layer), start)
+
+
+def gather(pages: jax.Array, table: jax.Array, layer: jax.Array | int) -> jax.Array:
+    """[B, kv_heads, P * size, D]: the pages of every row, side by side."""
+    rows = pages.at[layer, table].get(mode="clip")  # [B, P, kv_heads, size, D]
+    B, P, kv_heads, size, D = rows.shape
+    return rows.swapaxes(1, 2).reshape(B, kv_heads, P * size, D)
+
+
+def write_pages(
+    pages: jax.Array,  # [layers, pages, kv_heads, size, D]
+    new: jax.Array,  # [B, T, kv_heads, D]
+    table: jax.Array,  # [B, P] int32
+    start: jax.Array,  # [B]
+    layer: jax.Array | int,
+) -> jax.Array:
+    """``pages`` with ``new`` at positions ``start`` and behind; what has no page is dropped."""
+    B, T, kv_heads, _ = new.shape
+    count, size = pages.shape[1], pages.shape[3]
+    position = start[:, None] + jnp.arange(T)  # [B, T]
+    page = jnp.take_along_axis(table, position // size, axis=1, mode="fill", fill_value=count)
+    # Places outside must differ, too, for the scatter to be one of unique places.
+    nowhere = count + jnp.arange(B * T, dtype=page.dtype).reshape(B, T)
+    page = jnp.where(page < count, page, nowhere)
+    # Every axis but the last is indexed, in order: else XLA on a GPU transposes, and so copies, the whole.
+    places = pages.at[layer, page[:, :, None], jnp.arange(kv_heads), (position % size)[:, :, None]]
+    written = places.set(new.astype(pages.dtype), mode="drop", unique_indices=True)
+    return jax.lax.optimization_barrier(written)  # else XLA's CPU backend fuses the write into the read that follows
+
+
+# The seam for kernels: one for up to `DECODE_QUERIES` queries a row and one for many, behind the same `check`.
+paged_attention = Op("paged_attention", paged_attention_reference)
+
+CASES = {
+    "7b": dict(heads=32, kv_heads=32, head_dim=128, size=PAGE),
+    "70b": dict(heads=64, kv_heads=8, head_dim=128, size=PAGE),
+    "tinyllama": dict(heads=32, kv_heads=4, head_dim=64, size=PAGE),
+}

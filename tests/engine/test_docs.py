@@ -1,0 +1,19 @@
+"""The pages about the engine: their code runs, and begins with five lines that show what it is about."""
+
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+@pytest.mark.parametrize("page", ["engine", "rollouts"])
+def test_the_code_of_the_page_runs(page: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (DOCS / f"{page}.md").read_text()
+    blocks = [block.split("```")[0] for block in text.split("```python\n")[1:]]
+    assert text.split("\n")[2] == "```python"
+    assert blocks[0].count("\n") <= 6
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(block, names)
+    assert capsys.readouterr().out.count("\n") == len(blocks)

@@ -1,0 +1,94 @@
+"""What an engine's device does to pages, in plain Python: a page is a list of tokens, and the next token of a text is a
+function of all that its pages hold. Whatever the scheduler confuses shows as another text."""
+
+from collections.abc import Sequence as Ordered
+from itertools import pairwise
+
+from jllama.engine.scheduler import Plan, Scheduler, Sequence
+
+VOCAB = 50
+
+
+def next_token(tokens: Ordered[int]) -> int:
+    """The fake model: greedy, and sensitive to every token and its place."""
+    mixed = 17
+    for token in tokens:
+        mixed = (mixed * 31 + token + 7) % 1_000_003
+    return mixed % VOCAB
+
+
+def alone(prompt: list[int], limit: int, stop_ids: frozenset[int] = frozenset()) -> list[int]:
+    """What a request draws where it has the device for itself."""
+    drawn: list[int] = []
+    while len(drawn) < limit and not (drawn and drawn[-1] in stop_ids):
+        drawn.append(next_token(prompt + drawn))
+    return drawn
+
+
+class FakeDevice:
+    """Runs plans one behind the other, and hands results back one plan late, as the engine reads them."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
+        self.memory = [[-1] * scheduler.pages.size for _ in range(scheduler.pages.count)]
+        self.rows: dict[int, list] = {}  # slot: [sequence, position, last token, drawn, done]
+        self.unread: list[tuple[Sequence, list[int]]] = []
+        self.fed = 0  # tokens of prompts
+
+    def turn(self) -> bool:
+        """One turn of the engine; whether anything happened."""
+        plan = self.scheduler.plan()
+        self.check()
+        before, self.unread = self.unread, self.run(plan) if plan else []
+        for sequence, tokens in before:
+            self.scheduler.read(sequence, tokens)
+        return bool(plan) or bool(before)
+
+    def run(self, plan: Plan) -> list[tuple[Sequence, list[int]]]:
+        for source, target in plan.copies:
+            self.memory[target] = list(self.memory[source])
+        for piece in plan.pieces:
+            self.fed += piece.count
+            for at in range(piece.start, piece.start + piece.count):
+                self.write(piece.sequence, at, piece.sequence.tokens[at])
+        for s in plan.joins:
+            self.rows[s.slot] = [s, len(s.tokens) - 1, s.tokens[-1], len(s.tokens) - s.prompt, False]
+        out = []
+        for s in plan.rows:
+            row = self.rows[s.slot]
+            assert row[0] is s, "a row runs in the slot that it joined"
+            tokens: list[int] = []
+            for _ in range(plan.steps):
+                _, position, token, drawn, done = row
+                self.write(s, position, token)  # a row that is done writes behind its end
+                if done:
+                    continue
+                token = next_token(self.read(s, position + 1))
+                tokens.append(token)
+                row[1:] = [position + 1, token, drawn + 1, token in s.stop_ids or drawn + 1 == s.limit]
+            out.append((s, tokens))
+        return out
+
+    def write(self, s: Sequence, at: int, token: int) -> None:
+        page, place = divmod(at, self.scheduler.pages.size)
+        if page < len(s.pages):
+            self.memory[s.pages[page]][place] = token
+
+    def read(self, s: Sequence, count: int) -> list[int]:
+        return [t for page in s.pages for t in self.memory[page]][:count]
+
+    def check(self) -> None:
+        """Every page has as many users as sequences name it; nobody is lost, and no slot is held twice."""
+        scheduler = self.scheduler
+        named: dict[int, int] = {}
+        for s in scheduler.running:
+            assert len(set(s.pages)) == len(s.pages)
+            for page in s.pages:
+                named[page] = named.get(page, 0) + 1
+        assert {p: n for p, n in enumerate(scheduler.pages._users) if n} == named
+        assert scheduler.pages.free == scheduler.pages.count - len(named)
+        slots = [s.slot for s in scheduler.running]
+        assert len(set(slots)) == len(slots) <= scheduler.slots
+        assert sorted(slots + scheduler._slots) == list(range(scheduler.slots))
+        for queue in (scheduler.running, scheduler.waiting):
+            assert all(a.order <= b.order for a, b in pairwise(queue))

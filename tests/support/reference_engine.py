@@ -1,0 +1,71 @@
+"""The reference engine: one request after another, no cache, every token from a forward over all that precedes it."""
+
+import functools
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from jllama.engine.request import Request
+from jllama.engine.state import extra_settings
+from jllama.model import forward
+from jllama.params import Params
+from jllama.sampling import NOTHING, History, Sampling, sample
+
+LONGEST = 256
+CLOSE = 1e-3  # a top-1 gap of logits that rounding may close
+
+
+@dataclass(frozen=True)
+class Alone:
+    ids: list[int]
+    logprobs: list[float]
+    gaps: list[float]  # between the two largest logits of every step
+
+
+def alone(params: Params, request: Request) -> Alone:
+    """What a request gets where nobody else is."""
+    tokens, out, s = list(request.prompt), Alone([], [], []), request.sampling
+    stops = request.stops(params.config)
+    for step in range(request.max_new_tokens):
+        padded = np.zeros((1, LONGEST), np.int32)
+        padded[0, : len(tokens)] = tokens
+        drawn = tokens[len(request.prompt) :]
+        history = History(
+            seen=np.isin(np.arange(params.config.vocab_size), tokens)[None],
+            counts=np.bincount(np.asarray(drawn, int), minlength=params.config.vocab_size)[None],
+            recent=np.asarray([([NOTHING] * 7 + tokens)[-7:]], np.int32),
+        )
+        cuts = dict(temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p)
+        sampling = jax.tree.map(lambda a: np.asarray(a)[None], extra_settings(request)).replace(
+            key=jax.random.key(s.seed)[None], **{name: np.asarray([value]) for name, value in cuts.items()}
+        )
+        stop_ids = np.asarray([[*stops, *[NOTHING] * (16 - len(stops))]], np.int32)
+        token, logprob, gap = _step(
+            params, padded, np.int32(len(tokens)), sampling, np.int32([step]), history, stop_ids
+        )
+        out.ids.append(int(token)), out.logprobs.append(float(logprob)), out.gaps.append(float(gap))
+        tokens.append(out.ids[-1])
+        if tokens[-1] in stops:
+            break
+    return out
+
+
+@functools.partial(jax.jit)
+def _step(params, tokens, length, sampling: Sampling, step, history: History, stop_ids):
+    logits, _ = forward(params, tokens, lengths=length[None], last_only=True)
+    token, logprob = sample(logits, sampling, step, history=history, stop_ids=stop_ids)
+    best = jax.lax.top_k(logits[0], 2)[0]
+    return token[0], logprob[0], best[0] - best[1]
+
+
+def assert_same(params: Params, request: Request, ids: list[int], logprobs: list[float], *, ended: bool = True) -> None:
+    """Whether an engine's text is that of the request alone; a greedy one may differ from a close decision on."""
+    wanted = alone(params, request)
+    n = len(wanted.ids) if ended else len(ids)
+    if ids != wanted.ids[:n]:
+        first = next(i for i, (a, b) in enumerate(zip(ids, wanted.ids[:n], strict=False)) if a != b)
+        assert request.sampling.temperature == 0, (first, ids, wanted.ids)
+        assert wanted.gaps[first] < CLOSE, (first, ids, wanted)
+        n = first
+    np.testing.assert_allclose(logprobs[:n], wanted.logprobs[:n], atol=1e-4)
