@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from h200 import lower
+from h200 import H200, lower
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from np_sampler import np_sampler
@@ -106,7 +106,7 @@ def test_draw_lowers(case: str, settings: str) -> None:
     lower(lambda logits, u, given: draw_rows(logits, u, **given), *shapes, given)
 
 
-def test_which_vocabularies_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_which_vocabularies_fit() -> None:
     assert split_row(32000) == RowSplit(5, 50)
     assert split_row(512) == RowSplit(1, 4)
     assert [split_row(vocab) for vocab in (96, 32001, 64 * 5 * 128 + 128, 128256)] == [None] * 4
@@ -115,7 +115,8 @@ def test_which_vocabularies_fit(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (choice.impl, choice.why[:27]) == ("xla", "a vocabulary of 96 cannot b")
         choice = draw.choose(backend, jnp.zeros((1, 512)), None, temperature=None)
         assert (choice.impl, choice.why[:6]) == ("xla", "greedy")
-    with pytest.raises(Unsupported, match="draw: logits must be float32, found bfloat16"):
+    on_h200 = jax.sharding.use_abstract_mesh(H200)
+    with on_h200, pytest.raises(Unsupported, match="draw: logits must be float32, found bfloat16"):
         draw(jnp.zeros((1, 512), jnp.bfloat16), jnp.zeros(1), temperature=jnp.ones(1), backend="pallas")
 
 

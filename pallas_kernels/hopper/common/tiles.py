@@ -106,12 +106,13 @@ def scale_column(scales: Any, row: Any, group: Any, rows: int) -> jax.Array:
 def store(ref: Any, values: jax.Array) -> None:
     """Write an array where bank conflicts and coalescing hardly matter.
 
-    From JAX 0.12 on ``ref[...] = values`` is an error unless the store has no conflicts; before, Mosaic chose the slower
-    store by itself."""
-    if hasattr(plgpu, "store"):
-        plgpu.store(ref, values, optimized=False)
-    else:
+    From JAX 0.12 on ``ref[...] = values`` is an error unless the store has no conflicts. Before, Mosaic chose the
+    slower store by itself."""
+    explicit_store = getattr(plgpu, "store", None)
+    if explicit_store is None:
         ref[...] = values
+    else:
+        explicit_store(ref, values, optimized=False)
 
 
 def broadcast_rows(column: jax.Array, shape: tuple[int, ...]) -> jax.Array:

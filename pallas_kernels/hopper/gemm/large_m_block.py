@@ -17,20 +17,20 @@ Ref = Any  # Pallas has no public type for a reference
 
 @dataclass(frozen=True)
 class Operands:
-    """References to global memory."""
+    """References to global memory. Those of operands that a product does not have are None."""
 
     x: Ref  # [rows, inner]
     w: Ref  # [projections * out, inner], of one layer
     out: Ref  # [rows, columns]
-    scale: Ref | None = None  # [projections * out, groups], of one layer
-    residual: Ref | None = None  # [rows, out]
+    scale: Ref = None  # [projections * out, groups], of one layer
+    residual: Ref = None  # [rows, out]
     # A QKV product also has these.
-    cache_layer: Ref | None = None  # [1]
-    start: Ref | None = None  # [batch], cached tokens of each sequence
-    cos: Ref | None = None  # [head_dim, rows], see `large_m_rotary.tables`
-    sin: Ref | None = None
-    k: Ref | None = None  # [layers * batch * kv_heads, max_len, head_dim]
-    v: Ref | None = None
+    cache_layer: Ref = None  # [1]
+    start: Ref = None  # [batch], cached tokens of each sequence
+    cos: Ref = None  # [head_dim, rows], see `large_m_rotary.tables`
+    sin: Ref = None
+    k: Ref = None  # [layers * batch * kv_heads, max_len, head_dim]
+    v: Ref = None
 
 
 @jax.tree_util.register_dataclass

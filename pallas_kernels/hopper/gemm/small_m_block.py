@@ -46,8 +46,8 @@ class Block:
     layer: Any
 
     @property
-    def scales(self) -> Ref | None:
-        """The scales of this layer, [out, groups]."""
+    def scales(self) -> Ref:
+        """The scales of this layer, [out, groups]; None if they are not applied in the kernel."""
         return None if self.scale is None else self.scale.at[self.layer]
 
     def work_tile(self, turn: Any) -> WorkTile:
