@@ -50,9 +50,10 @@ def main(argv: list[str] | None = None) -> None:
             lines, worse = against(records, args.against)
             print("\n".join(lines))
             sys.exit(int(worse))
+        files = _files(args.files)
         if not args.check:
             _draw(records, Path(args.results) / "plots")
-        stale = [path for path in _files(args.files) if _update(path, records, write=not args.check)]
+        stale = [path for path in files if _update(path, records, write=not args.check)]
         for path in stale:
             print(f"{path}: {'out of date' if args.check else 'updated'}")
         sys.exit(int(args.check and bool(stale)))

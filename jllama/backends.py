@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from jllama.cache import KVCache, init_cache
 from jllama.config import Backend
-from jllama.kernels import Choice, pinned, record, target
+from jllama.kernels import Choice, known, pinned, record
 from jllama.model import forward
 from jllama.params import Params
 from jllama.sampling import Sampling, make_sampling, sample
@@ -33,7 +33,7 @@ def backends(
         logits, _ = forward(params, tokens, cache, last_only=True, backend=backend)
         return sample(logits, sampling, jnp.zeros(batch, jnp.int32), backend=backend)
 
-    where = target(jax.tree.leaves(params)).arch
+    where = known(params)
     phases = {}
     for phase, length in (("prefill", prompt), ("decode", 1)):
         tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)

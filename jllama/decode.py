@@ -4,7 +4,6 @@
 the compiled pieces chunk by chunk for whoever wants text as it comes.
 """
 
-import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from numbers import Integral
@@ -19,7 +18,7 @@ from jax.core import Tracer
 from jllama.cache import KVCache, init_cache
 from jllama.config import Backend, LlamaConfig
 from jllama.errors import InputError
-from jllama.kernels import recorded, vary_with
+from jllama.kernels import known, recorded, vary_with
 from jllama.model import forward
 from jllama.params import Params
 from jllama.sampling import Sampling, make_sampling, sample
@@ -184,10 +183,10 @@ def generate(
     _check_rows(tokens, lengths, max_new_tokens, params.config)
     sampling = make_sampling(B) if sampling is None else sampling
     stops = _stops(B, params.config.eos_ids if stop_ids is None else stop_ids)
-    return _generate(params, tokens, lengths, sampling, stops, max_new_tokens=max_new_tokens, backend=backend)
+    static = {"max_new_tokens": max_new_tokens, "backend": backend, "arch": known(params)}
+    return _jit_generate(params, tokens, lengths, sampling, stops, **static)[0]
 
 
-@functools.partial(jax.jit, static_argnames=("max_new_tokens", "backend"))
 def _generate(
     params: Params,
     tokens: jax.Array,  # [B, T]
@@ -258,7 +257,12 @@ def _known(x: jax.Array | np.ndarray) -> bool:
 
 
 # The compiled pieces. What a caller hands over as cache, state or tokens seen is donated: it is gone after the call.
-# Each also returns the backend of its ops, as its trace chose them: see `jllama.kernels.recorded`.
-jit_prefill = jax.jit(recorded(prefill), static_argnames="backend", donate_argnames="cache")
-jit_sample_first = jax.jit(recorded(sample_first), static_argnames="backend", donate_argnames=("cache", "seen"))
-jit_decode_chunk = jax.jit(recorded(decode_chunk), static_argnames=("steps", "backend"), donate_argnames="state")
+# Each takes ``arch``, the device to compile for, and also returns what its trace chose for every op: see `recorded`.
+jit_prefill = jax.jit(recorded(prefill), static_argnames=("backend", "arch"), donate_argnames="cache")
+jit_sample_first = jax.jit(
+    recorded(sample_first), static_argnames=("backend", "arch"), donate_argnames=("cache", "seen")
+)
+_jit_generate = jax.jit(recorded(_generate), static_argnames=("max_new_tokens", "backend", "arch"))
+jit_decode_chunk = jax.jit(
+    recorded(decode_chunk), static_argnames=("steps", "backend", "arch"), donate_argnames="state"
+)

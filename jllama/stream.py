@@ -3,7 +3,6 @@
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +22,7 @@ from jllama.decode import (
     tokens_seen,
 )
 from jllama.errors import InputError
-from jllama.kernels import Choice, choices_of
+from jllama.kernels import Choice, Recorded, known
 from jllama.params import Params
 from jllama.sampling import Sampling, make_sampling
 
@@ -88,10 +87,9 @@ class Session:
         self.backends: dict[str, dict[str, Choice]] = {}
         self._forget()
 
-    def _note(self, phase: str, traced: Any) -> None:
+    def _note(self, phase: str, ran: Recorded) -> None:
         """Keep what a compiled piece chose for its ops."""
-        platform = next(iter(self.params.embed.devices())).platform
-        self.backends.setdefault(phase, {}).update(choices_of(traced).on(platform))
+        self.backends.setdefault(phase, {}).update(ran.choices)
 
     def _forget(self) -> None:
         self._cache: KVCache | None = None
@@ -107,13 +105,14 @@ class Session:
         """Continue the prompts (one a row of the batch). Close the iterator to stop early; the cache stays usable."""
         self._check(prompts)
         self.timings, self.backends = Timings(), {}
+        self._how = {"backend": self.backend, "arch": known(self.params)}
         clock = _Clock(self.timings)
         limit = np.asarray([min(max_new_tokens, self.max_len - len(p)) for p in prompts], np.int32)
         logits, cache = self._prefill(prompts, int(limit.max()))
         sampling = make_sampling(self.batch) if sampling is None else sampling
         seen = self._seen(prompts) if sampling.repetition_penalty is not None else None
         (state, drawn), choices = jit_sample_first(
-            logits, cache, sampling, limit, stop_table(self.batch, stop_ids), seen, backend=self.backend
+            logits, cache, sampling, limit, stop_table(self.batch, stop_ids), seen, **self._how
         )
         self._note("prefill", choices)
         left = int(limit.max()) - 1
@@ -123,9 +122,7 @@ class Session:
                 # The next chunk is under way before this one is looked at: the device never waits for the host.
                 ahead = None
                 if left > 0:
-                    (state, ahead), choices = jit_decode_chunk(
-                        self.params, state, steps=self.chunk, backend=self.backend
-                    )
+                    (state, ahead), choices = jit_decode_chunk(self.params, state, steps=self.chunk, **self._how)
                     self._note("decode", choices)
                     left -= self.chunk
                 tokens = self._collect(drawn)
@@ -174,7 +171,7 @@ class Session:
         self.timings.prompt_tokens = sum(map(len, rest))
         for at in range(0, max(map(len, rest)), PREFILL_PIECE):
             tokens, lengths = pad([row[at : at + PREFILL_PIECE] for row in rest])
-            (logits, cache), choices = jit_prefill(self.params, tokens, lengths, logits, cache, backend=self.backend)
+            (logits, cache), choices = jit_prefill(self.params, tokens, lengths, logits, cache, **self._how)
             self._note("prefill", choices)
         return logits, cache
 

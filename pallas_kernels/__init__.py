@@ -1,9 +1,9 @@
 """Llama's operations: each a `jax.numpy` reference and, where there is one, a Pallas kernel held to it."""
 
-from .arch import Arch, pinned, target
+from .arch import Arch, known, pinned
 from .attention import DECODE_QUERIES, attention, decode_attention
 from .decode_step import StepWeights, decode_step
-from .dispatch import BACKENDS, Choice, Choices, Kernel, Op, Unsupported, choices_of, record, recorded, require_kernels
+from .dispatch import BACKENDS, Choice, Kernel, Op, Recorded, Unsupported, record, recorded, require_kernels
 from .draw import draw, log_probability
 from .ffn import ffn
 from .layer_view import LayerView, materialize
@@ -25,22 +25,22 @@ __all__ = [
     "PAGE",
     "Arch",
     "Choice",
-    "Choices",
     "Kernel",
     "LayerView",
     "Op",
     "QuantizedTensor",
+    "Recorded",
     "StepWeights",
     "Unsupported",
     "Weight",
     "attention",
-    "choices_of",
     "decode_attention",
     "decode_step",
     "dequantize",
     "draw",
     "ffn",
     "group_size",
+    "known",
     "log_probability",
     "materialize",
     "matmul",
@@ -55,7 +55,6 @@ __all__ = [
     "rms_norm",
     "rotate",
     "split_heads",
-    "target",
     "vary_with",
     "write",
     "write_pages",

@@ -9,7 +9,9 @@ A trace does not always know where it will run. `target` says what is known:
 * outside jit, the device that holds the arguments;
 * in a process without a GPU, the CPU (or what jax uses in its place);
 * else, under jit, this process's GPU, but not for certain: jit lowers one trace for every device that its arguments
-  are committed to. An op then takes both ways (`jax.lax.platform_dependent`), and lowering picks one.
+  are committed to. An op then takes both ways (`jax.lax.platform_dependent`), and lowering picks one. Tracing both
+  takes longer (about as long again as the references alone), so that who compiles for arrays at hand says which device
+  that is: `known` and `pinned`.
 """
 
 import contextlib
@@ -44,7 +46,7 @@ class Arch:
 HOPPER = Arch("hopper", "NVIDIA H200", "9.0", 132, 227 * 1024, frozenset(("wgmma", "tma", "clusters")))
 _FAMILIES = {HOPPER.compute_capability: HOPPER}
 _CAPABILITIES = {"H100": "9.0", "H200": "9.0", "H800": "9.0", "H20": "9.0", "GH200": "9.0"}  # by a word of the name
-_ELSEWHERE = Arch("other", "any device without kernels")
+ELSEWHERE = Arch("other", "any device without kernels")  # where the target is not certain, the other way
 
 
 @dataclass(frozen=True)
@@ -91,10 +93,17 @@ def planned() -> Arch:
     return found if found.sms else HOPPER
 
 
+def known(tree: Any) -> Arch | None:
+    """The device that holds the arrays of a tree; None where they are traced for one that is not certain."""
+    found = target(jax.tree.leaves(tree))
+    return found.arch if found.certain else None
+
+
 @contextlib.contextmanager
 def pinned(arch: Arch | None) -> Iterator[None]:
-    """Inside the ``with`` block, everything is traced for ``arch``; None: for a device that has no kernels."""
-    token = _pinned.set(_ELSEWHERE if arch is None else arch)
+    """Inside the ``with`` block, everything is traced for ``arch``; None changes nothing. jit does not know of it: what
+    is compiled inside must have ``arch`` as a static argument."""
+    token = _pinned.set(arch or _pinned.get())
     try:
         yield
     finally:
@@ -102,8 +111,8 @@ def pinned(arch: Arch | None) -> Iterator[None]:
 
 
 def elsewhere() -> bool:
-    """Whether what is traced now is the way for devices that have no kernels."""
-    return _pinned.get() is _ELSEWHERE
+    """Whether what is traced now is for `ELSEWHERE`."""
+    return _pinned.get() is ELSEWHERE
 
 
 def _gpu() -> Any:

@@ -16,6 +16,7 @@ traced, one is lowered, and XLA never sees a branch. Everything may be different
 import contextlib
 import contextvars
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,75 +39,51 @@ class Choice:
     why: str
 
 
-class Choices(dict[str, Choice]):
-    """The choice for every op of a trace, by name. A trace that may be lowered for several platforms holds here what
-    runs on the GPU, and in ``elsewhere`` what runs on any other device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elsewhere: dict[str, Choice] = {}
-
-    def on(self, platform: str) -> dict[str, Choice]:
-        """What runs where the trace is lowered for a platform of jax."""
-        return dict(self if platform in ("gpu", "cuda") else self.elsewhere)
-
-    def note(self, name: str, choice: Choice) -> None:
-        """Keep the choice of an op for the platforms that are traced for now."""
-        if not elsewhere():
-            self[name] = choice
-        self.elsewhere[name] = choice
-
-    def merge(self, other: "Choices") -> None:
-        """Add the choices of another trace, which are newer."""
-        self.update(other)
-        self.elsewhere.update(other.elsewhere)
-
-
-_recorder: contextvars.ContextVar[Choices | None] = contextvars.ContextVar("choices", default=None)
+_recorder: contextvars.ContextVar[dict[str, Choice] | None] = contextvars.ContextVar("choices", default=None)
 
 
 @contextlib.contextmanager
-def record() -> Iterator[Choices]:
+def record() -> Iterator[dict[str, Choice]]:
     """Collect the choice made for every op that is traced inside the ``with`` block."""
-    choices, outer = Choices(), _recorder.get()
+    choices, outer = {}, _recorder.get()
     token = _recorder.set(choices)
     try:
         yield choices
     finally:
         _recorder.reset(token)
         if outer is not None:
-            outer.merge(choices)
+            outer.update(choices)
 
 
 @jax.tree_util.register_static
 @dataclass(frozen=True)
-class _Traced:
-    """The choices of one trace as the structure of a result. jit keeps it with the compiled function, and gives it
+class Recorded:
+    """The choices of one trace, as the structure of a result: jit keeps them with the compiled function, and gives them
     back with every call at no cost."""
 
-    gpu: tuple[tuple[str, Choice], ...]
-    elsewhere: tuple[tuple[str, Choice], ...]
+    items: tuple[tuple[str, Choice], ...]
+
+    @property
+    def choices(self) -> dict[str, Choice]:
+        """By the names of the ops."""
+        return dict(self.items)
 
 
-def recorded[**P, T](function: Callable[P, T]) -> Callable[P, tuple[T, Any]]:
-    """``function``, which also returns the choices of its trace, for `choices_of`. It is to be put under `jax.jit`:
-    every call then returns the choices of the trace that was compiled for it."""
+def recorded[T](function: Callable[..., T]) -> Callable[..., tuple[T, Recorded]]:
+    """``function``, which also returns what its trace chose. It is to be put under `jax.jit`, with ``arch``, the device
+    to compile for, as a static argument (None: it is not known)."""
 
     @functools.wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> tuple[T, Any]:
-        with record() as choices:
+    def call(*args: Any, arch: Arch | None = None, **kwargs: Any) -> tuple[T, Recorded]:
+        with record() as choices, pinned(arch):
             out = function(*args, **kwargs)
-        return out, _Traced(tuple(choices.items()), tuple(choices.elsewhere.items()))
+        return out, Recorded(tuple(choices.items()))
 
+    # jit looks up the names of static and donated arguments there.
+    signature = inspect.signature(function)
+    arch = inspect.Parameter("arch", inspect.Parameter.KEYWORD_ONLY, default=None)
+    call.__signature__ = signature.replace(parameters=[*signature.parameters.values(), arch])  # type: ignore[attr-defined]
     return call
-
-
-def choices_of(traced: Any) -> Choices:
-    """The choices that a `recorded` function returned."""
-    choices = Choices()
-    choices.update(traced.gpu)
-    choices.elsewhere.update(traced.elsewhere)
-    return choices
 
 
 def require_kernels(arch: Arch | None = None) -> None:
@@ -132,7 +109,7 @@ class Kernel:
     check: Callable[..., None] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # equal only to itself: jax hashes the functions that it traces
 class Op:
     """A named operation: ``reference`` is its specification, and ``kernels`` are its equals by `Arch.name`.
 
@@ -197,10 +174,8 @@ class Op:
         if choice.impl == "xla":
             self._note(Choice(impl, choice.why))
             return otherwise(*args, **kwargs)
-        self._note(choice)
+        self._note(choice if where.certain else Choice(choice.impl, f"{choice.why}, if lowered for CUDA"))
         needed = f"needs {_gpu_of(tuple(self.kernels))}"
-        if not where.certain and (choices := _recorder.get()) is not None:
-            choices.elsewhere[self.name] = Choice(impl, needed)
         return with_rules(
             self.kernels[where.arch.name].run,
             otherwise,
@@ -212,5 +187,5 @@ class Op:
         )
 
     def _note(self, choice: Choice) -> None:
-        if (choices := _recorder.get()) is not None:
-            choices.note(self.name, choice)
+        if (choices := _recorder.get()) is not None and not elsewhere():
+            choices[self.name] = choice

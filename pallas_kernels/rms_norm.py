@@ -1,4 +1,4 @@
-"""RMSNorm: ``x / rms(x) * weight``, statistics in float32; alone, and with the residual add before it."""
+"""RMSNorm: ``x / rms(x) * weight``, statistics in float32."""
 
 import math
 from typing import Any
@@ -21,14 +21,6 @@ def rms_norm_reference(x: jax.Array, weight: jax.Array, *, eps: float) -> jax.Ar
     return (x32 * inv_rms * gain).astype(x.dtype)
 
 
-def add_rms_norm_reference(
-    x: jax.Array, weight: jax.Array, *, delta: jax.Array, eps: float
-) -> tuple[jax.Array, jax.Array]:
-    """x and delta [..., dim], weight [dim] -> x + delta, and its norm."""
-    x = x + delta
-    return x, rms_norm_reference(x, weight, eps=eps)
-
-
 def skip_reason(x: jax.Array, *_: Any, **__: Any) -> str | None:
     """Why XLA norms so few rows, if it does."""
     few = math.prod(x.shape[:-1]) < ENOUGH_ROWS
@@ -36,9 +28,6 @@ def skip_reason(x: jax.Array, *_: Any, **__: Any) -> str | None:
 
 
 rms_norm = Op("rms_norm", rms_norm_reference, {"hopper": Kernel(norm_rows, check_norm)}, skip_reason=skip_reason)
-add_rms_norm = Op(
-    "add_rms_norm", add_rms_norm_reference, {"hopper": Kernel(norm_rows, check_norm)}, skip_reason=skip_reason
-)
 
 CASES = {
     "7b-decode": dict(rows=1, dim=4096),

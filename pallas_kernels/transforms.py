@@ -16,7 +16,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
-from .arch import Target, pinned
+from .arch import ELSEWHERE, Target, pinned
 
 Function = Callable[..., Any]
 
@@ -66,7 +66,7 @@ def with_rules(
         def otherwise(*arrays: jax.Array) -> Any:
             if refusal is not None:
                 return refuse(plain, arrays, {}, refusal)
-            with pinned(None):
+            with pinned(ELSEWHERE):
                 return plain(*arrays)
 
         if target.certain:

@@ -1,6 +1,7 @@
 """Shared by all tests: where data lies, and which tests this machine can run."""
 
 import os
+import re
 from pathlib import Path
 
 import jax
@@ -9,6 +10,8 @@ import pytest
 # The warpgroups of Pallas's GPU interpreter wait for one another in the CPU client's pool, which has as many threads as
 # the machine has cores: on two cores all may wait at once. Read when the first device is asked for.
 os.environ.setdefault("PJRT_NPROC", "32")
+# Several test processes share a GPU: none may take most of its memory when it starts.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 ROOT = Path(__file__).parents[1]
 
@@ -22,9 +25,12 @@ def _gpu_missing() -> str | None:
     return None
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     reason = _gpu_missing()
     for item in items:
+        if re.search(r"_lowers?(_|\[|$)", item.name):
+            item.add_marker("lowering")
         if reason and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=reason))
 

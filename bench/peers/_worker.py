@@ -74,7 +74,7 @@ def _answer(name: str, request: dict[str, Any], state: dict[str, Any]) -> dict[s
     if do in ("begin", "go on"):
         return _go_on(state["stretches"])
     # What only some peers offer: a case of an operation, a check, ceilings.
-    return getattr(state["peer"], do)(**request["args"])
+    return getattr(state["peer"], do)(**request.get("args", {}))
 
 
 def _go_on(stretches: Stretches) -> dict[str, Any]:

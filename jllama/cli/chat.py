@@ -16,7 +16,8 @@ from jllama.text.dialog import Exchange
 
 if TYPE_CHECKING:
     from jllama.cli.runtime import Opened
-    from jllama.text.lm import LM, Message
+    from jllama.text.lm import LM
+    from jllama.text.templates import Message
 
 HELP = """\
 /system TEXT  set the system prompt (without TEXT: show it); starts anew
@@ -37,6 +38,8 @@ def parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--system", metavar="TEXT", help="system prompt")
+    help_template = "llama-2, plain, or the file of a jinja template (default: as the model says)"
+    parser.add_argument("--chat-template", metavar="FORMAT", help=help_template)
     parser.add_argument(
         "--when-full",
         choices=("ask", "drop", "stop"),
@@ -97,6 +100,8 @@ def run(args: argparse.Namespace, options: dict[str, Any]) -> None:
     conversation = Conversation(args.system)
     if not args.quiet:
         say(banner(args, model))
+        if model.lm.chat_format.note:
+            say(model.lm.chat_format.note)
     with history(keep=not args.no_history):
         while True:
             try:
@@ -174,7 +179,7 @@ def answer(
     if ids is None:
         return
     completion = Completion(ids)
-    pieces = lm.complete([completion], row=len(conversation.exchanges), **options)
+    pieces = lm.complete([completion], row=len(conversation.exchanges), chat=True, **options)
     shown = ""
     try:
         for _, text in pieces:

@@ -25,6 +25,7 @@ def parser() -> Parser:
     parser.add_argument(
         "-c", "--max-seq-len", "--ctx-size", type=int, metavar="N", help="context (default: the model's)"
     )
+    parser.add_argument("--follow-links", action="store_true", help="links may lead out of the checkpoint's directory")
     parser.add_argument("--batch-size", type=int, default=1, metavar="B", help="prompts at once (default: 1)")
     parser.add_argument("--json", action="store_true", help="print a JSON object")
     return parser
@@ -44,7 +45,7 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
     from jllama.device import default_device, free_bytes
     from jllama.formats import open_source
 
-    source = open_source(args.model)
+    source = open_source(args.model, links=args.follow_links)
     config = source.config
     context = config.max_seq_len if args.max_seq_len is None else args.max_seq_len
     if not 2 <= context <= config.max_seq_len:
@@ -61,6 +62,7 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
         "weights": config.n_params,
         "config": asdict(config),
         "tokenizer": tokenizer_of(source),
+        "chat": chat_of(source),
         "device": {"name": device.device_kind, "platform": device.platform, "free": free_bytes(device)},
         "context": context,
         "batch": args.batch_size,
@@ -86,6 +88,18 @@ def tokenizer_of(source: "Source") -> dict[str, Any] | None:
     except InputError as error:
         return {"where": where, "error": str(error)}
     return {"where": where, "pieces": tokenizer.n_ids, "bos": tokenizer.bos_id, "eos": list(source.config.eos_ids)}
+
+
+def chat_of(source: "Source") -> str:
+    """How `jllama chat` would write a conversation, or why it cannot."""
+    from jllama.text.templates import Llama2Chat, PlainChat, chat_for
+
+    try:
+        chat = chat_for(source)
+    except InputError as error:
+        return str(error)
+    names = {Llama2Chat: "Llama-2's format, by the model's name", PlainChat: "none: a chat would be plain text"}
+    return names.get(type(chat), "the model's own template")
 
 
 def memory(source: "Source", batch: int, context: int, free: int | None) -> list[dict[str, Any]]:
@@ -137,6 +151,7 @@ def as_text(found: dict[str, Any]) -> str:
         f"hidden {config['hidden_dim']}",
         f"           {heads}, vocabulary {config['vocab_size']:,}, context {config['max_seq_len']:,}",
         f"tokenizer  {_tokenizer_line(found['tokenizer'])}",
+        f"template   {found['chat']}",
         f"memory     {device['name']}: {'unknown' if device['free'] is None else _gb(device['free'])} free; "
         f"context {found['context']:,}, batch {found['batch']}",
     ]

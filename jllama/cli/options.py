@@ -46,7 +46,7 @@ class Parser(argparse.ArgumentParser):
     def _advice(self, flag: str) -> str:
         if flag in FOREIGN:
             return f"here it is {FOREIGN[flag]}"
-        near = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.6)
         return f"did you mean {near[0]}?" if near else "--help lists them; text that begins with '-' goes after '--'"
 
     def _check_text(self, text: str) -> None:
@@ -55,7 +55,7 @@ class Parser(argparse.ArgumentParser):
         except UnicodeEncodeError as error:  # Python hands bytes that are not UTF-8 over as lone surrogates
             shown = text.encode(errors="backslashreplace").decode().replace("\\udc", "\\x")
             byte = os.fsencode(text[error.start])[0]
-            self.error(f"argument {shown[:60]!r}: expected UTF-8 text, found byte 0x{byte:02x}")
+            self.error(f"'{shown[:60]}': expected UTF-8 text, found byte 0x{byte:02x}")
 
 
 def version_line() -> str:
@@ -71,8 +71,13 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Flags that say which model runs, and how."""
     group = parser.add_argument_group("model")
     group.add_argument(
-        "-m", "--model", default=str(DEMO), metavar="PATH", help="checkpoint (default: the embedded demo)"
+        "-m",
+        "--model",
+        default=str(DEMO),
+        metavar="PATH",
+        help="checkpoint: a path, smollm2, or a repository (default: the demo)",
     )
+    group.add_argument("--follow-links", action="store_true", help="links may lead out of the checkpoint's directory")
     group.add_argument("--tokenizer", metavar="FILE", help="tokenizer (default: the checkpoint's own)")
     group.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of activations and cache")
     group.add_argument("--quant", choices=("none", "int8", "int4"), default="none", help="quantise the weights at load")

@@ -37,7 +37,7 @@ def open_model(args: argparse.Namespace, *, batch: int = 1, quiet: bool = False)
     set_up(args, quiet=quiet)
     if args.backend == "pallas":
         require_kernels()  # before anything is loaded
-    source = open_source(args.model)
+    source = open_source(args.model, links=args.follow_links)
     context = source.config.max_seq_len
     if args.max_seq_len is not None and not 2 <= args.max_seq_len <= context:
         raise InputError(f"--max-seq-len: expected 2 to {context} (the model's context), found {args.max_seq_len}")
@@ -48,6 +48,7 @@ def open_model(args: argparse.Namespace, *, batch: int = 1, quiet: bool = False)
         max_len=args.max_seq_len,
         batch=batch,
         tokenizer=args.tokenizer,
+        chat_template=getattr(args, "chat_template", None),
         backend=args.backend,
         progress=None if quiet else loading_bar,
     )

@@ -42,13 +42,15 @@ class MappedFile:
         return np.frombuffer(self._map, dtype, math.prod(shape), begin).reshape(shape)
 
 
-def inside(directory: Path, name: str, where: Path) -> Path:
-    """The file ``name`` of ``directory``, which a stranger's file mentions: refused if it lies anywhere else."""
+def inside(directory: Path, name: str, where: Path, *, links: bool = False) -> Path:
+    """The file ``name`` of ``directory``, which a stranger's file mentions: refused if it lies anywhere else.
+    ``links``: the user says that links may lead out of the directory."""
     if "/" in name or "\\" in name or "\0" in name or name in ("", ".", "..") or len(name) > 255:
         raise InputError(f"{where}: file name: expected one inside the directory, found {name[:80]!r}")
     path = directory / name
-    if path.is_symlink() and not _stays(path, directory.resolve()):
-        raise InputError(f"{path}: link: expected one inside the directory, found {str(os.readlink(path))[:80]!r}")
+    if not links and path.is_symlink() and not _stays(path, directory.resolve()):
+        found = label(os.readlink(path))
+        raise InputError(f"{path}: link: expected one inside the directory, found {found!r} (or say --follow-links)")
     return path
 
 
@@ -62,9 +64,10 @@ def _stays(link: Path, directory: Path) -> bool:
     return target.parent == directory or (directory.parent.name == "snapshots" and target.parent == blobs)
 
 
-def first_of(directory: Path, names: tuple[str, ...]) -> Path | None:
-    """The first of ``names`` that the directory holds; a link out of it is refused."""
-    return next((inside(directory, name, directory) for name in names if (directory / name).exists()), None)
+def first_of(directory: Path, names: tuple[str, ...], *, links: bool = False) -> Path | None:
+    """The first of ``names`` that the directory holds; a link out of it is refused without ``links``."""
+    found = (inside(directory, name, directory, links=links) for name in names if (directory / name).exists())
+    return next(found, None)
 
 
 def label(value: object, limit: int = 80) -> str:

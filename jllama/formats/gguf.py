@@ -4,7 +4,6 @@ Q8_0 and Q4_0 keep their integers: blocks of 32 with a float16 scale are exactly
 """
 
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -12,10 +11,10 @@ import numpy as np
 from jllama.config import Fields, LlamaConfig, RopeScaling
 from jllama.errors import InputError
 from jllama.formats.gguf_file import GgufFile, GgufTensor, read_gguf
+from jllama.formats.gguf_vocabulary import vocabulary_in
 from jllama.formats.layout import expected_shapes
 from jllama.formats.source import Integers, Quantization, Source, Tensor, config_at
 from jllama.formats.transform import from_interleaved
-from jllama.formats.vocabulary import MAX_PIECES, NORMAL, Vocabulary
 
 LAYER = {
     "attn_norm": "attn_norm",
@@ -56,8 +55,8 @@ def names_of(config: LlamaConfig) -> dict[str, str]:
     return names
 
 
-def open_gguf(path: Path) -> Source:
-    """Open a GGUF file that holds a whole model."""
+def open_gguf(path: Path, *, links: bool = False) -> Source:
+    """Open a GGUF file that holds a whole model; it is alone, and no link matters."""
     file = read_gguf(path)
     config = _config(file)
     tensors = {
@@ -65,7 +64,8 @@ def open_gguf(path: Path) -> Source:
         for ours, theirs in names_of(config).items()
         if theirs in file.tensors
     }
-    return Source(path, "gguf", config, tensors, _vocabulary(file, config.vocab_size))
+    vocabulary = vocabulary_in(file, config.vocab_size)
+    return Source(path, "gguf", config, tensors, vocabulary, metadata=file.fields, links=links)
 
 
 def _config(file: GgufFile) -> LlamaConfig:
@@ -136,40 +136,6 @@ def rope_factors(config: LlamaConfig) -> np.ndarray:
 
     plain = inverse_frequencies(config.replace(rope_scaling=None))
     return (plain / inverse_frequencies(config)).astype(np.float32)
-
-
-def _vocabulary(file: GgufFile, vocab_size: int) -> Vocabulary | None:
-    """The sentencepiece vocabulary; None for other kinds, which need a tokenizer file."""
-    if file.fields.get("tokenizer.ggml.model") != "llama":
-        return None
-    where, fields = str(file.file.path), file.fields
-
-    def array(name: str, kind: type, default: Any) -> tuple[Any, ...]:
-        values = fields.get(f"tokenizer.ggml.{name}", default)
-        if not isinstance(values, tuple) or len(values) > MAX_PIECES or not all(type(v) is kind for v in values):
-            raise InputError(f"{where}: tokenizer.ggml.{name}: expected an array of {kind.__name__}, found another")
-        return values
-
-    tokens = array("tokens", str, None)
-    if len(tokens) != vocab_size:
-        raise InputError(f"{where}: tokenizer.ggml.tokens: expected {vocab_size} as the embedding, found {len(tokens)}")
-    scores = array("scores", float, (0.0,) * vocab_size)
-    types = array("token_type", int, (NORMAL,) * vocab_size)
-    for name, values in (("scores", scores), ("token_type", types)):
-        if len(values) != vocab_size:
-            raise InputError(f"{where}: tokenizer.ggml.{name}: expected {vocab_size} as tokens, found {len(values)}")
-    if not all(0 <= kind <= 6 for kind in types):
-        raise InputError(f"{where}: tokenizer.ggml.token_type: expected types from 0 to 6, found another")
-    ids = Fields(where, dict(fields))
-    special = {
-        f"{n}_id": ids.integer(f"tokenizer.ggml.{long}_token_id", i, low=0, high=vocab_size - 1)
-        for i, (n, long) in enumerate((("unk", "unknown"), ("bos", "bos"), ("eos", "eos")))
-    }
-    flags = {
-        "add_dummy_prefix": ids.flag("tokenizer.ggml.add_space_prefix", True),
-        "remove_extra_whitespaces": ids.flag("tokenizer.ggml.remove_extra_whitespaces", False),
-    }
-    return Vocabulary(f"{where}: tokenizer.ggml.tokens", tokens, scores, types, **special, **flags)
 
 
 def _tensor(file: GgufFile, name: str) -> Tensor:

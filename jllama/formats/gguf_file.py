@@ -51,7 +51,7 @@ BLOCKS: dict[int, tuple[str, int, int]] = {
     40: ("NVFP4", 64, 36),
 }
 # Long arrays that are of use here; all others are stepped over.
-WANTED = ("tokenizer.ggml.tokens", "tokenizer.ggml.scores", "tokenizer.ggml.token_type")
+WANTED = tuple(f"tokenizer.ggml.{name}" for name in ("tokens", "scores", "token_type", "merges"))
 
 
 @dataclass(frozen=True)

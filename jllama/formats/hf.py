@@ -6,7 +6,8 @@ byte, the first in the low half), and beside ``NAME.weight`` stands ``NAME.weigh
 other bits and groups than that entry says: their dtype and their scales' shape decide.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +22,13 @@ from jllama.formats.safetensors_file import SafetensorsFile
 from jllama.formats.source import DTYPES, Integers, Quantization, Source, Tensor
 
 TOKENIZERS = ("tokenizer.model", "tokenizer.json", "tokenizer.bin")
-EXTRAS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+EXTRAS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 MAX_SHARDS = 4096
 
 
@@ -45,30 +52,34 @@ def recognise(path: Path) -> bool:
     return path.is_dir() and (path / "config.json").exists()
 
 
-def open_hf(path: Path) -> Source:
+def open_hf(path: Path, *, links: bool = False) -> Source:
     """Open ``path``, a directory with config.json and weights, in one file or in shards with an index."""
-    where = inside(path, "config.json", path)
+    file = functools.partial(inside, path, links=links)
+    where = file("config.json", path)
     values = read_json(where)
     config = from_hf(values, str(where))
     quant = _quantization(values.get("quantization_config"), str(where))
-    files = _files(path)
+    files = _files(path, file)
     tensors = {}
     for ours, theirs in hf_names(config).items():
         if theirs in files:
             tensors[ours] = _tensor(files, theirs, quant)
-    extras = tuple(inside(path, name, path) for name in EXTRAS if (path / name).is_file())
-    return Source(path, "native" if quant else "hf", config, tensors, first_of(path, TOKENIZERS), extras)
+    extras = tuple(file(name, path) for name in EXTRAS if (path / name).is_file())
+    # Tokens that were added to a model after it was trained are in the .json only.
+    added = (path / "added_tokens.json").exists()
+    tokenizer = first_of(path, ("tokenizer.json", *TOKENIZERS) if added else TOKENIZERS, links=links)
+    return Source(path, "native" if quant else "hf", config, tensors, tokenizer, extras, links=links)
 
 
-def _files(path: Path) -> dict[str, TensorFile]:
+def _files(path: Path, file: Callable[[str, Path], Path]) -> dict[str, TensorFile]:
     """Tensor name -> the mapped file that holds it."""
     kinds = (("model.safetensors", SafetensorsFile), ("pytorch_model.bin", PthFile))
     for name, kind in kinds:
         index = path / f"{name}.index.json"
         if index.exists():
-            return _merged([kind(inside(path, shard, index)) for shard in _shards(inside(path, index.name, path))])
+            return _merged([kind(file(shard, index)) for shard in _shards(file(index.name, path))])
         if (path / name).exists():
-            return _merged([kind(inside(path, name, path))])
+            return _merged([kind(file(name, path))])
     names = " or ".join(name for name, _ in kinds)
     raise InputError(f"{path}: expected {names}, or an index of shards, found neither")
 

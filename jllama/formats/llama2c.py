@@ -80,10 +80,10 @@ def _order(version: int, config: LlamaConfig) -> list[str | None]:
     return [*all_layers("attn_norm", "ffn_norm"), "norm", "embed", *all_layers(*_MATRICES), *head]
 
 
-def open_llama2c(path: Path) -> Source:
+def open_llama2c(path: Path, *, links: bool = False) -> Source:
     """Open a ``.bin``; ``tokenizer.bin`` or ``tokenizer.model`` is taken from beside it."""
     directory = path if path.is_dir() else path.parent
-    file = MappedFile(inside(path, MODEL_NAME, path) if path.is_dir() else path)
+    file = MappedFile(inside(path, MODEL_NAME, path, links=links) if path.is_dir() else path)
     header = read_header(file)
     places = list(plan(header))
     size = places[-1].begin + places[-1].nbytes
@@ -92,7 +92,8 @@ def open_llama2c(path: Path) -> Source:
     tensors = {
         place.name: from_interleaved(_tensor(file, place), header.config, place.name) for place in places if place.name
     }
-    return Source(path, "llama2c", header.config, tensors, first_of(directory, ("tokenizer.bin", "tokenizer.model")))
+    tokenizer = first_of(directory, ("tokenizer.bin", "tokenizer.model"), links=links)
+    return Source(path, "llama2c", header.config, tensors, tokenizer, links=links)
 
 
 def read_header(file: MappedFile) -> Header:

@@ -34,16 +34,17 @@ def recognise(path: Path) -> bool:
     return path.is_dir() and (path / "params.json").exists()
 
 
-def open_meta(path: Path) -> Source:
+def open_meta(path: Path, *, links: bool = False) -> Source:
     """Open ``path``, a directory with params.json and consolidated.NN.pth."""
-    shards = [PthFile(inside(path, name, path)) for name in _shard_names(path)]
-    config = _config(inside(path, "params.json", path), shards)
+    shards = [PthFile(inside(path, name, path, links=links)) for name in _shard_names(path)]
+    config = _config(inside(path, "params.json", path, links=links), shards)
     tensors = {
         name: from_interleaved(_tensor(shards, name, config), config, name)
         for name in expected_shapes(config)
         if _theirs(name) in shards[0].entries
     }
-    return Source(path, "meta", config, tensors, first_of(path, ("tokenizer.model", "tokenizer.json")))
+    tokenizer = first_of(path, ("tokenizer.model", "tokenizer.json"), links=links)
+    return Source(path, "meta", config, tensors, tokenizer, links=links)
 
 
 def _shard_names(path: Path) -> list[str]:

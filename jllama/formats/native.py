@@ -10,6 +10,7 @@ import numpy as np
 
 from jllama.config import to_hf
 from jllama.errors import InputError
+from jllama.formats.bpe import BpeVocabulary
 from jllama.formats.files import MappedFile
 from jllama.formats.hf import pack_int4
 from jllama.formats.layout import hf_names
@@ -150,6 +151,8 @@ def _small_files(source: Source) -> Iterator[tuple[str, bytes]]:
         tokenizer = from_llama2c(tokenizer)
     if isinstance(tokenizer, Vocabulary):
         yield "tokenizer.model", tokenizer.model_bytes()
+    elif isinstance(tokenizer, BpeVocabulary):
+        yield "tokenizer.json", tokenizer.tokenizer_json()
     elif tokenizer is not None:
         # Another tokenizer than the source's own takes its place: nothing of the old one may stay beside it.
         if tokenizer.parent != source.path:
@@ -159,6 +162,8 @@ def _small_files(source: Source) -> Iterator[tuple[str, bytes]]:
                 else {}
             )
         extras["tokenizer.json" if tokenizer.suffix == ".json" else "tokenizer.model"] = tokenizer
+    if isinstance(template := source.metadata.get("tokenizer.chat_template"), str):
+        yield "chat_template.jinja", template.encode()
     for name, path in extras.items():
         file = MappedFile(path)
         yield name, file.bytes(0, file.size)

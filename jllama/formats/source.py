@@ -5,7 +5,7 @@ order of Hugging Face. Reading is lazy: opening a checkpoint maps its files and 
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from jllama.config import LlamaConfig
 from jllama.errors import InputError
+from jllama.formats.bpe import BpeVocabulary
 from jllama.formats.layout import expected_shapes
 from jllama.formats.vocabulary import Vocabulary
 
@@ -83,8 +84,10 @@ class Source:
     form: str  # what was recognised: "hf", "native", "llama2c", "gguf", "meta"
     config: LlamaConfig
     tensors: Mapping[str, Tensor]
-    tokenizer: Path | Vocabulary | None
+    tokenizer: Path | Vocabulary | BpeVocabulary | None
     extras: tuple[Path, ...] = ()  # small files that go along into a directory of the same layout
+    metadata: Mapping[str, Any] = field(default_factory=dict)  # of a GGUF file
+    links: bool = False  # whether the directory's links may lead out of it
 
     @property
     def dtype(self) -> str:

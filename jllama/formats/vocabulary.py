@@ -34,6 +34,7 @@ class Vocabulary:
     unk_id: int = 0
     add_dummy_prefix: bool = True
     remove_extra_whitespaces: bool = False
+    add_bos: bool = True  # whether a text begins with bos_id
 
     def model_bytes(self) -> bytes:
         """The same vocabulary as a ``tokenizer.model``."""
@@ -181,11 +182,11 @@ def to_llama2c(vocabulary: Vocabulary) -> bytes:
     return b"".join(out)
 
 
-def vocabulary_of(tokenizer: "Path | Vocabulary | None") -> Vocabulary | None:
-    """The vocabulary of a source's tokenizer; None where it has none of this kind (a ``tokenizer.json``)."""
-    if tokenizer is None or isinstance(tokenizer, Vocabulary):
+def vocabulary_of(tokenizer: Any) -> Vocabulary | None:
+    """The vocabulary of a source's tokenizer; None where it has none of this kind (byte-level BPE)."""
+    if isinstance(tokenizer, Vocabulary):
         return tokenizer
-    if tokenizer.suffix == ".json":
+    if not isinstance(tokenizer, Path) or tokenizer.suffix == ".json":
         return None
     return from_llama2c(tokenizer) if tokenizer.suffix == ".bin" else from_model(tokenizer)
 

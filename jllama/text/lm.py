@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Any, TypedDict, Unpack, overload
 
 import numpy as np
 from jax.typing import DTypeLike
@@ -23,17 +23,10 @@ from jllama.sampling import make_sampling
 from jllama.scoring import token_logprobs
 from jllama.stream import CHUNK, Session, Timings, bucket
 from jllama.text.complete import Completion, complete
-from jllama.text.dialog import Exchange, dialog_ids
+from jllama.text.templates import Chat, Message, PlainChat, chat_for, chat_prompt_ids
 from jllama.text.tokenizer import Tokenizer, tokenizer_for
 
 LOGITS_BYTES = 256 << 20  # what the logits of one batch may take in `LM.score`
-
-
-class Message(TypedDict):
-    """A turn of a conversation."""
-
-    role: Literal["system", "user", "assistant"]
-    content: str
 
 
 class Options(TypedDict, total=False):
@@ -76,6 +69,7 @@ class LM:
     tokenizer: Tokenizer
     max_len: int  # the context: prompt and completion
     backend: Backend = "auto"
+    chat_format: Chat = field(default_factory=PlainChat)  # how a conversation is written as ids
     timings: Timings = field(default_factory=Timings)  # of the last batch
     backends: dict[str, dict[str, Choice]] = field(default_factory=dict)  # of every op of the last batch, and why
     _idle: Session | None = field(default=None, repr=False)  # with the cache of the last run
@@ -91,10 +85,13 @@ class LM:
         max_len: int | None = None,
         batch: int = 1,
         tokenizer: str | Path | None = None,
+        chat_template: str | Path | None = None,
         backend: Backend = "auto",
         progress: Callable[[Iterable[str], int], Iterable[str]] | None = None,
     ) -> LM:
         """Load a checkpoint of any format with its tokenizer, or with the one in the file ``tokenizer``.
+
+        ``chat_template`` is how it chats, if not as the checkpoint says: ``llama-2``, ``plain`` or a template's file.
 
         ``max_len`` is the context (default: the model's); a cache of it for ``batch`` prompts at once must fit beside
         the weights. The rest is as in `jllama.load`.
@@ -104,7 +101,7 @@ class LM:
         if max_len is not None and not 2 <= max_len <= context:
             raise InputError(f"max_len: expected 2 to {context} (the model's context), found {max_len}")
         max_len = context if max_len is None else max_len
-        words = tokenizer_for(source, tokenizer)
+        words, chat_format = tokenizer_for(source, tokenizer), chat_for(source, chat_template)
         params = load(
             source,
             dtype=dtype,
@@ -115,7 +112,7 @@ class LM:
             stacked=False if backend == "xla" else None,  # stacked layers are slow without kernels
             progress=progress,
         )
-        return cls(params, words, max_len, backend)
+        return cls(params, words, max_len, backend, chat_format)
 
     @overload
     def generate(  # pyright: ignore[reportOverlappingOverload]  (a str is a sequence of str, too)
@@ -143,8 +140,9 @@ class LM:
     def stream(self, prompt: str | Sequence[Message], **options: Unpack[Options]) -> Generator[str]:
         """The completion of a prompt, or the answer to a conversation, piece by piece as it comes. Close the iterator
         to stop early."""
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else self.prompt_ids(prompt)
-        pieces = self.complete([Completion(ids)], **options)
+        chat = not isinstance(prompt, str)
+        ids = self.prompt_ids(prompt) if chat else self.tokenizer.encode(prompt)
+        pieces = self.complete([Completion(ids)], chat=chat, **options)
         try:
             for _, text in pieces:
                 yield text
@@ -154,13 +152,13 @@ class LM:
     def chat(self, messages: Sequence[Message], **options: Unpack[Options]) -> Completion:
         """The answer to a conversation: ``[{"role": "user", "content": "..."}, ...]``."""
         completion = Completion(self.prompt_ids(messages))
-        for _ in self.complete([completion], **options):
+        for _ in self.complete([completion], chat=True, **options):
             pass
         return completion
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """The ids of a conversation in the model's chat format, up to where the answer begins."""
-        return dialog_ids(self.tokenizer, *exchanges(messages))
+        return chat_prompt_ids(messages, self.tokenizer, self.chat_format)
 
     @overload
     def score(self, texts: str) -> Score: ...  # pyright: ignore[reportOverlappingOverload]
@@ -186,16 +184,21 @@ class LM:
         return [Score(row[1:], found[i, : len(row) - 1].tolist()) for i, row in enumerate(rows)]
 
     def complete(
-        self, completions: Sequence[Completion], *, row: int = 0, **options: Unpack[Options]
+        self, completions: Sequence[Completion], *, row: int = 0, chat: bool = False, **options: Unpack[Options]
     ) -> Generator[tuple[int, str]]:
         """Run one batch of completions, which grow, and yield ``(index, text)`` as text settles. Their seeds are
-        ``seed + row`` and those that follow. What the other methods are made of."""
+        ``seed + row`` and those that follow; ``chat``: they also end where an answer does. What the other methods are
+        made of."""
         wanted: dict[str, Any] = dict(options)
         stop, seed = wanted.pop("stop", ()), wanted.pop("seed", 0)
         new_tokens, on = wanted.pop("max_new_tokens", 256), wanted.pop("ignore_eos", False)
         stops = check_stops([stop] if isinstance(stop, str) else stop)
         if new_tokens < 1:
             raise InputError(f"max_new_tokens: expected at least 1, found {new_tokens}")
+        stop_ids = () if on else self.params.config.eos_ids
+        if chat:
+            stops += self.chat_format.stop
+            stop_ids += () if on else self.chat_format.stop_ids(self.tokenizer)
         sampling = make_sampling(len(completions), seed=seed + row, **wanted)
         session = self._session(len(completions))
         try:
@@ -205,7 +208,7 @@ class LM:
                 completions,
                 max_new_tokens=new_tokens,
                 sampling=sampling,
-                stop_ids=() if on else self.params.config.eos_ids,
+                stop_ids=stop_ids,
                 stop=stops,
             )
         finally:
@@ -234,18 +237,3 @@ def check_stops(stops: Sequence[str]) -> tuple[str, ...]:
     if "" in stops:
         raise InputError("stop: expected a text, found an empty one")
     return tuple(stops)
-
-
-def exchanges(messages: Sequence[Message]) -> tuple[list[Exchange], str | None]:
-    """A conversation as questions with their answers, the last one open, and the system prompt."""
-    system = messages[0]["content"] if messages and messages[0]["role"] == "system" else None
-    turns = list(messages[0 if system is None else 1 :])
-    for i, turn in enumerate(turns):
-        expected = ("user", "assistant")[i % 2]
-        if turn["role"] != expected:
-            at = i + (system is not None)
-            raise InputError(f"message {at}: role: expected {expected!r}, found {turn['role']!r}")
-    if len(turns) % 2 == 0:
-        raise InputError(f"messages: expected a last one of the user, found {'none' if not turns else 'an answer'}")
-    texts = [turn["content"] for turn in turns]
-    return [Exchange(q, a) for q, a in zip(texts[::2], [*texts[1::2], None], strict=True)], system

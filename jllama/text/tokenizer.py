@@ -2,13 +2,22 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+from jllama.config import read_json
 from jllama.errors import InputError
-from jllama.formats.files import MappedFile
+from jllama.formats.bpe import BpeVocabulary
+from jllama.formats.files import MappedFile, first_of, label
+from jllama.formats.gguf_file import read_gguf
+from jllama.formats.gguf_vocabulary import vocabulary_in
+from jllama.formats.hf import TOKENIZERS
+from jllama.formats.hub import resolve
 from jllama.formats.source import Source
 from jllama.formats.vocabulary import Vocabulary, from_llama2c
+from jllama.text.backends import JsonTokenizer, SentencePieceTokenizer
+from jllama.text.control import ControlTokens
 
 _MAX_TOKENIZER_BYTES = 64 << 20
 
@@ -19,9 +28,17 @@ class Tokenizer(Protocol):
     n_ids: int
     bos_id: int
     eos_id: int
+    adds_bos: bool
+    control: ControlTokens
 
-    def encode(self, text: str, *, bos: bool = True) -> list[int]:
-        """The ids of a text, with the beginning-of-sequence id in front unless told otherwise."""
+    def encode(self, text: str, *, bos: bool = True, special: bool = False) -> list[int]:
+        """The ids of a text, with the beginning-of-sequence id in front where the model wants one (``adds_bos``) unless
+        told otherwise. ``special``: the names of control tokens stand for these tokens; else they are text as any."""
+        ...
+
+    def encode_rendered(self, text: str, letters: Mapping[int, str] | None = None) -> list[int]:
+        """The ids of a text that a template wrote: no bos but what it names. ``letters``, as `str.translate` takes
+        them, are put in once the control tokens have been found."""
         ...
 
     def decode(self, ids: list[int]) -> str:
@@ -29,100 +46,104 @@ class Tokenizer(Protocol):
         ...
 
 
-class SentencePieceTokenizer:
-    """A sentencepiece model, as Llama-2 has it; ``where`` names its origin for error messages."""
-
-    def __init__(self, model: bytes, where: str) -> None:
-        from sentencepiece import SentencePieceProcessor  # only here: a caller with ids needs no tokenizer
-
-        try:
-            self._model = SentencePieceProcessor(model_proto=model)
-            self.n_ids: int = self._model.vocab_size()
-            self._model.id_to_piece(list(range(self.n_ids)))  # raises on text that is not UTF-8
-        except (RuntimeError, UnicodeDecodeError):
-            raise InputError(f"{where}: expected a sentencepiece model, found something else") from None
-        self.bos_id: int = self._model.bos_id()
-        self.eos_id: int = self._model.eos_id()
-
-    def encode(self, text: str, *, bos: bool = True) -> list[int]:
-        ids = self._model.encode(text)
-        return [self.bos_id, *ids] if bos else ids
-
-    def decode(self, ids: list[int]) -> str:
-        # Models pad their vocabulary: an id past the tokenizer's has no text.
-        return self._model.decode([i for i in ids if 0 <= i < self.n_ids])
-
-
-class JsonTokenizer:
-    """A ``tokenizer.json``, as Llama 3 and others have it. Which ids begin and end a text, the model's config says."""
-
-    def __init__(self, text: bytes, where: str, bos_id: int, eos_id: int) -> None:
-        try:
-            from tokenizers import Tokenizer as Backend
-        except ImportError:
-            raise InputError(f"{where}: needs the tokenizers package (pip install 'jllama[convert]')") from None
-        try:
-            self._model = Backend.from_str(text.decode())
-        except BaseException as error:
-            # The library raises the bare class, and panics in Rust are not even exceptions to Python.
-            if type(error).__name__ not in ("Exception", "PanicException", "UnicodeDecodeError"):
-                raise
-            raise InputError(f"{where}: expected a tokenizer of the tokenizers library, found something else") from None
-        self.n_ids: int = self._model.get_vocab_size(with_added_tokens=True)
-        self.bos_id, self.eos_id = bos_id, eos_id
-
-    def encode(self, text: str, *, bos: bool = True) -> list[int]:
-        ids = self._model.encode(text, add_special_tokens=False).ids
-        return [self.bos_id, *ids] if bos else ids
-
-    def decode(self, ids: list[int]) -> str:
-        return self._model.decode([i for i in ids if 0 <= i < self.n_ids], skip_special_tokens=True)
-
-
 def load_tokenizer(
-    path: str | Path, vocab_size: int | None = None, *, bos_id: int | None = None, eos_id: int | None = None
+    path: str | Path,
+    vocab_size: int | None = None,
+    *,
+    bos_id: int | None = None,
+    eos_id: int | None = None,
+    links: bool = False,
 ) -> Tokenizer:
-    """Load a tokenizer file (``.model``, llama2.c's ``.bin`` or ``.json``), and check that it goes with a model of
-    ``vocab_size``. ``bos_id`` and ``eos_id`` are for a ``.json``, which does not name them."""
-    path = Path(path)
+    """Load a tokenizer file (``.model``, llama2.c's ``.bin``, ``.json`` or a ``.gguf``) or that of a directory, and
+    check that it goes with a model of ``vocab_size``. ``bos_id`` and ``eos_id`` are for a ``.json``, which does not
+    name them; by default they are what the config files beside it say. ``links``: as `open_source` has it."""
+    path = resolve(path)
+    if path.is_dir():
+        file = first_of(path, TOKENIZERS, links=links)
+        if file is None:
+            raise InputError(f"{path}: expected a tokenizer ({', '.join(TOKENIZERS)}), found none")
+        path = file
     if not path.is_file():
         raise InputError(f"{path}: no such tokenizer file")
+    if path.suffix == ".gguf":
+        return _of_gguf(path, vocab_size)
+    if path.suffix == ".bin":
+        return from_vocabulary(from_llama2c(path), vocab_size)
     file = MappedFile(path)
     if file.size > _MAX_TOKENIZER_BYTES:
         raise InputError(f"{path}: expected a tokenizer of at most {_MAX_TOKENIZER_BYTES} bytes, found {file.size}")
-    if path.suffix == ".json":
-        ids = [i if i is not None else _special(path, j) for j, i in enumerate((bos_id, eos_id))]
-        return _fitting(JsonTokenizer(file.bytes(0, file.size), str(path), *ids), str(path), vocab_size)
-    if path.suffix == ".bin":
-        return from_vocabulary(from_llama2c(path), vocab_size)
-    return _fitting(SentencePieceTokenizer(file.bytes(0, file.size), str(path)), str(path), vocab_size)
+    content, notes = file.bytes(0, file.size), tokenizer_config(path.parent, links=links)
+    adds_bos = notes.get("add_bos_token")
+    if path.suffix != ".json":
+        adds_bos = adds_bos is not False
+        return _fitting(SentencePieceTokenizer(content, str(path), adds_bos=adds_bos), str(path), vocab_size)
+    ids = [i if i is not None else _special(path, j, notes) for j, i in enumerate((bos_id, eos_id))]
+    adds_bos = adds_bos if isinstance(adds_bos, bool) else None
+    return _fitting(JsonTokenizer(content, str(path), *ids, adds_bos=adds_bos), str(path), vocab_size)
 
 
-def _special(path: Path, which: int) -> int:
-    """The id of the usual names of the first (0) or the last (1) token of a text, in a tokenizer.json."""
-    names = (("<s>", "<|begin_of_text|>"), ("</s>", "<|end_of_text|>"))[which]
+def tokenizer_config(directory: Path, name: str = "tokenizer_config.json", *, links: bool = False) -> dict[str, Any]:
+    """What ``tokenizer_config.json`` or its like says; empty where there is none."""
+    path = first_of(directory, (name,), links=links)
+    return {} if path is None else read_json(path)
+
+
+def special_text(value: Any) -> str | None:
+    """A special token of a config file, which is written as a text or as an object."""
+    value = value.get("content") if isinstance(value, dict) else value
+    return value if isinstance(value, str) else None
+
+
+def _special(path: Path, which: int, notes: dict[str, Any]) -> int:
+    """The id of the first (0) or the last (1) token of a text: the one that the config beside a tokenizer.json names,
+    or that has one of the usual names."""
+    named = special_text(notes.get(("bos_token", "eos_token")[which]))
+    usual = (("<s>", "<|begin_of_text|>"), ("</s>", "<|end_of_text|>"))[which]
+    names = usual if named is None else (named,)
     try:
         added = json.loads(path.read_bytes()).get("added_tokens", [])
         return next(token["id"] for token in added if token["content"] in names)
     except (ValueError, RecursionError, AttributeError, TypeError, KeyError, StopIteration):
-        raise InputError(f"{path}: added_tokens: expected one of {' and '.join(names)}, found neither") from None
+        raise InputError(f"{path}: added_tokens: expected {' or '.join(names)}, found neither") from None
 
 
-def from_vocabulary(vocabulary: Vocabulary, vocab_size: int | None = None) -> Tokenizer:
+def _of_gguf(path: Path, vocab_size: int | None) -> Tokenizer:
+    file = read_gguf(path)
+    tokens = file.fields.get("tokenizer.ggml.tokens")
+    vocabulary = vocabulary_in(file, len(tokens) if isinstance(tokens, tuple) else 0)
+    if vocabulary is None:
+        raise InputError(f"{path}: {_kind_of(file.fields)}")
+    return from_vocabulary(vocabulary, vocab_size)
+
+
+def _kind_of(fields: Mapping[str, Any]) -> str:
+    """Why a GGUF file's metadata give no tokenizer."""
+    kind = fields.get("tokenizer.ggml.model", "none")
+    if kind in ("none", "no_vocab"):
+        return "carries no tokenizer"
+    return f"tokenizer.ggml.model: expected 'llama' or 'gpt2', found {label(kind)!r}"
+
+
+def from_vocabulary(vocabulary: Vocabulary | BpeVocabulary, vocab_size: int | None = None) -> Tokenizer:
     """The tokenizer of a vocabulary that has no file of its own."""
-    tokenizer = SentencePieceTokenizer(vocabulary.model_bytes(), vocabulary.where)
-    return _fitting(tokenizer, vocabulary.where, vocab_size)
+    where = vocabulary.where
+    if isinstance(vocabulary, BpeVocabulary):
+        tokenizer = JsonTokenizer(vocabulary.tokenizer_json(), where, vocabulary.bos_id, vocabulary.eos_id)
+    else:
+        tokenizer = SentencePieceTokenizer(vocabulary.model_bytes(), where, adds_bos=vocabulary.add_bos)
+    return _fitting(tokenizer, where, vocab_size)
 
 
 def tokenizer_for(source: Source, path: str | Path | None = None) -> Tokenizer:
     """The tokenizer of an opened checkpoint: ``path`` if given, or else what the checkpoint itself carries."""
     config, own = source.config, source.tokenizer
     if path is None and own is None:
-        raise InputError(f"{source.path}: carries no tokenizer: name one with --tokenizer FILE")
-    if path is None and isinstance(own, Vocabulary):
+        reason = _kind_of(source.metadata) if source.form == "gguf" else "carries no tokenizer"
+        raise InputError(f"{source.path}: {reason}: name one with --tokenizer FILE")
+    if path is None and isinstance(own, Vocabulary | BpeVocabulary):
         return from_vocabulary(own, config.vocab_size)
-    chosen = Path(str(own if path is None else path))
-    return load_tokenizer(chosen, config.vocab_size, bos_id=config.bos_id, eos_id=config.eos_ids[0])
+    ids = {"bos_id": config.bos_id, "eos_id": config.eos_ids[0]}
+    return load_tokenizer(str(own if path is None else path), config.vocab_size, **ids, links=source.links)
 
 
 def with_tokenizer(source: Source, path: Path | None) -> Source:

@@ -56,7 +56,9 @@ def test_chat_keeps_the_conversation(capsys: pytest.CaptureFixture[str], typed, 
 def test_a_banner_says_what_answers(capsys: pytest.CaptureFixture[str], typed) -> None:
     typed("/quit")
     talk("-c", "128", "--quant", "int8")
-    line = capsys.readouterr().err.splitlines()[-1]
+    err = capsys.readouterr().err
+    line, note = err.splitlines()[-2:]
+    assert "no chat template" in note
     for part in ("demo (hf, 2.3 M weights)", "weights in int8", "float32", "XLA on cpu", "context 128 tokens"):
         assert part in line
     typed("/quit")
@@ -65,7 +67,7 @@ def test_a_banner_says_what_answers(capsys: pytest.CaptureFixture[str], typed) -
 
 
 FILLING = ("tell me a story", "tell me another story please")
-SMALL = ("-n", "24", "-c", "80", "-q", "--when-full")
+SMALL = ("-n", "24", "-c", "80", "-q", "--chat-template", "llama-2", "--when-full")
 
 
 def test_chat_asks_what_to_drop_when_the_context_is_full(capsys, typed, monkeypatch) -> None:

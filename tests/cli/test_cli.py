@@ -145,8 +145,8 @@ def test_other_weights_still_tell_a_story(run, flags: list[str]) -> None:
         (["--top-k", "-2"], ["--top-k", "-2"]),
         (["--repetition-penalty", "0"], ["--repetition-penalty", "0"]),
         (["-n", "0"], ["--max-new-tokens", "0"]),
-        (["-c", "100000"], ["--max-seq-len", "100000", "512"]),
-        (["--model", "no/such/model"], ["no/such/model", "no such file"]),
+        (["-p", "a", "-c", "100000"], ["--max-seq-len", "100000", "512"]),
+        (["-p", "a", "--model", "no/such/model"], ["no/such/model", "no such file"]),
         (["--prompt-file", "no_such_file"], ["no_such_file"]),
         (["--file", "no_such_file"], ["no_such_file"]),
         (["-n", "many"], ["--max-new-tokens", "many"]),
@@ -161,8 +161,8 @@ def test_other_weights_still_tell_a_story(run, flags: list[str]) -> None:
         (["--prompt-format", "jsonl"], ["--prompt-format: expected --prompt-file with it"]),
         (["-p", "one", "two"], ["--prompt", "one of"]),
         (["-p", "word " * 600], ["511", "found"]),
-        (["--backend", "pallas"], ["--backend pallas", "Hopper", "cpu"]),
-        (["--tokenizer", "missing.model"], ["missing.model"]),
+        (["-p", "a", "--backend", "pallas"], ["--backend pallas", "Hopper", "cpu"]),
+        (["-p", "a", "--tokenizer", "missing.model"], ["missing.model"]),
     ],
 )
 def test_bad_input_is_refused_in_one_line(refused, flags: list[str], words: list[str]) -> None:
@@ -226,7 +226,7 @@ def test_threads_keep_the_process_to_so_many_cores(refused) -> None:
 @pytest.mark.parametrize(
     ("args", "stdin", "words"),
     [
-        (["jllama.generate", b"-p\xff"], b"", ["argument '-p\\xff'", "expected UTF-8 text, found byte 0xff"]),
+        (["jllama.generate", b"-p\xff"], b"", ["error: '-p\\xff': ", "expected UTF-8 text, found byte 0xff"]),
         (["jllama.generate", "-"], b"ab\xe9", ["standard input: byte 2: expected UTF-8 text, found 0xe9"]),
         (["jllama.generate"], b"\xff", ["standard input: byte 0: expected UTF-8 text, found 0xff"]),
         (["jllama.generate", "--prompt-file", "-"], b"a\nb\xff", ["standard input: byte 3"]),

@@ -113,7 +113,7 @@ def bound_on_cache_sizes(max_len: int) -> int:
 def compiled() -> Iterator[list[str]]:
     """The name of every program that XLA compiles while the test runs, the small ones outside jit included. The
     library's own pieces start with empty caches."""
-    for piece in (jit_prefill, jit_sample_first, jit_decode_chunk, decode._generate):
+    for piece in (jit_prefill, jit_sample_first, jit_decode_chunk, decode._jit_generate):
         piece.clear_cache()
     names: list[str] = []
 

@@ -55,8 +55,9 @@ def test_the_training_script_learns_a_text(
 COLOURS = ("red", "blue", "green", "grey", "brown", "small", "big", "old", "new", "kind")
 
 
-def test_the_python_in_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    text = (EXAMPLES.parent / "README.md").read_text()
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/library.md"])
+def test_the_python_on_a_page_runs(page: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (EXAMPLES.parent / page).read_text()
     blocks = text.split("```python\n")[1:]
     assert blocks
     for block in blocks:

@@ -10,6 +10,7 @@ import pytest
 import jllama
 from jllama import LM, InputError
 from jllama.text import lm as lm_module
+from jllama.text.templates import PlainChat
 
 PROMPTS = ["Once upon a time,", "Tom", "One day, a girl named Lily went to the"]
 
@@ -56,33 +57,36 @@ def test_stops_end_a_text_before_them() -> None:
 
 
 def test_a_conversation_is_metas_format_and_only_its_new_turns_are_fed() -> None:
+    lm = LM.load(jllama.DEMO, chat_template="llama-2")
     talk = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hello"}]
-    ids = demo().prompt_ids(talk)
-    assert demo().tokenizer.decode(ids) == "[INST] <<SYS>>\nbe kind\n<</SYS>>\n\nhello [/INST]"
-    first = demo().chat(talk, max_new_tokens=6)
+    ids = lm.prompt_ids(talk)
+    assert lm.tokenizer.decode(ids) == "[INST] <<SYS>>\nbe kind\n<</SYS>>\n\nhello [/INST]"
+    first = lm.chat(talk, max_new_tokens=6)
     assert first.prompt_ids == ids
-    assert "".join(demo().stream(talk, max_new_tokens=6)) == first.text
+    assert "".join(lm.stream(talk, max_new_tokens=6)) == first.text
     longer = [*talk, {"role": "assistant", "content": first.text.strip()}, {"role": "user", "content": "and then?"}]
-    second = demo().chat(longer, max_new_tokens=6)
-    assert 0 < demo().timings.prompt_tokens < len(second.prompt_ids) - len(ids) // 2
-    assert second.ids == LM(demo().params, demo().tokenizer, demo().max_len).chat(longer, max_new_tokens=6).ids
+    second = lm.chat(longer, max_new_tokens=6)
+    assert 0 < lm.timings.prompt_tokens < len(second.prompt_ids) - len(ids) // 2
+    assert second.ids == LM.load(jllama.DEMO, chat_template="llama-2").chat(longer, max_new_tokens=6).ids
 
 
-@pytest.mark.parametrize(
-    ("roles", "message"),
-    [
-        ("", "messages: expected a last one of the user, found none"),
-        ("s", "messages: expected a last one of the user, found none"),
-        ("ua", "messages: expected a last one of the user, found an answer"),
-        ("uu", "message 1: role: expected 'assistant', found 'user'"),
-        ("sau", "message 1: role: expected 'user', found 'assistant'"),
-        ("us", "message 1: role: expected 'assistant', found 'system'"),
-    ],
-)
-def test_a_conversation_out_of_order_is_refused(roles: str, message: str) -> None:
-    names = {"s": "system", "u": "user", "a": "assistant"}
-    with pytest.raises(InputError, match=f"^{message}$"):
-        demo().prompt_ids([{"role": names[r], "content": "x"} for r in roles])
+def test_an_answer_ends_where_the_other_speaker_would_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A base model's chat is plain text, whose next turn is not the model's to write."""
+    talk = [{"role": "user", "content": "Tell me of Tom."}]
+    assert demo().tokenizer.decode(demo().prompt_ids(talk)) == "User: Tell me of Tom.\nAssistant:"
+    free = demo().chat(talk, max_new_tokens=30)
+    word = free.text.split()[4]
+    monkeypatch.setattr(demo(), "chat_format", PlainChat(stop=(word,)))
+    for text in (demo().chat(talk, max_new_tokens=30).text, "".join(demo().stream(talk, max_new_tokens=30))):
+        assert text == free.text[: free.text.index(word)]
+    ids = demo().generate("User: Tell me of Tom.\nAssistant:", max_new_tokens=30)
+    assert ids.text == free.text  # what is no chat does not end so
+
+
+@pytest.mark.parametrize("messages", [[], [{"role": "nobody", "content": "x"}]])
+def test_messages_that_are_none_are_refused(messages: list[dict[str, str]]) -> None:
+    with pytest.raises(InputError, match=r"^messages: "):
+        demo().prompt_ids(messages)
 
 
 def test_scores_are_the_forwards_own_however_texts_are_batched(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -170,5 +170,12 @@ def test_a_tokenizer_json(tmp_path: Path) -> None:
     made.save(str(tmp_path / "tokenizer.json"))
     tokenizer = load_tokenizer(tmp_path / "tokenizer.json", 8)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.n_ids) == (0, 1, 7)
-    assert tokenizer.encode("once upon a time") == [0, 2, 3, 4, 5]
+    assert tokenizer.encode("once upon a time") == [2, 3, 4, 5]
     assert tokenizer.decode([0, 2, 3, 1]) == "once upon"
+    # Whether a text begins with bos, the file says, or the config beside it.
+    begin = [("<s>", 0)]
+    made.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=begin)
+    made.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path / "tokenizer.json", 8).encode("once upon a time") == [0, 2, 3, 4, 5]
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
+    assert load_tokenizer(tmp_path).encode("once upon a time") == [2, 3, 4, 5]

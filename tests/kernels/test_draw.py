@@ -14,7 +14,7 @@ from np_sampler import np_sampler
 from jllama.sampling import make_sampling, sample
 from pallas_kernels import Unsupported
 from pallas_kernels.draw import CASES, draw, draw_reference, log_probability, truncate
-from pallas_kernels.hopper.sampling.draw import Split, draw_rows, split_of
+from pallas_kernels.hopper.sampling.draw import RowSplit, draw_rows, split_row
 
 SETTINGS: dict[str, dict[str, Any]] = {  # of four rows
     "greedy": dict(temperature=(0.0, 0.0, 0.0, 0.0)),
@@ -107,9 +107,9 @@ def test_draw_lowers(case: str, settings: str) -> None:
 
 
 def test_which_vocabularies_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert split_of(32000) == Split(5, 50)
-    assert split_of(512) == Split(1, 4)
-    assert [split_of(vocab) for vocab in (96, 32001, 64 * 5 * 128 + 128, 128256)] == [None] * 4
+    assert split_row(32000) == RowSplit(5, 50)
+    assert split_row(512) == RowSplit(1, 4)
+    assert [split_row(vocab) for vocab in (96, 32001, 64 * 5 * 128 + 128, 128256)] == [None] * 4
     for backend in ("auto", "pallas"):
         choice = draw.choose(backend, jnp.zeros((1, 96)), jnp.zeros(1), temperature=jnp.ones(1))
         assert (choice.impl, choice.why[:27]) == ("xla", "a vocabulary of 96 cannot b")

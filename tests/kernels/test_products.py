@@ -26,7 +26,7 @@ from pallas_kernels.hopper.gemm.small_m import tiles_for as small_m_tiles_for
 from pallas_kernels.hopper.rms_norm import check_norm, norm_rows
 from pallas_kernels.matmul import CASES, check_product, product
 from pallas_kernels.rms_norm import CASES as NORM_CASES
-from pallas_kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_reference
+from pallas_kernels.rms_norm import rms_norm, rms_norm_reference
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -195,13 +195,9 @@ def test_large_m_interpreted_with_residual(tiles: LargeMTiles, sms: int) -> None
 
 @pytest.mark.parametrize(("rows", "dim"), [(5, 256), (2, 384)])
 def test_norm_interpreted(rows: int, dim: int) -> None:
-    x, delta, w = normal(0, rows, dim), normal(1, rows, dim), normal(2, dim)
+    x, w = normal(0, rows, dim), normal(2, dim)
     y = race_free(norm_rows(x, w, eps=1e-5, interpret=interpreter()))
     assert error(y, rms_norm_reference(x, w, eps=1e-5)) < 1e-3
-    total, y = norm_rows(x, w, delta=delta, eps=1e-5, interpret=interpreter())
-    expected = add_rms_norm.reference(x, w, delta=delta, eps=1e-5)
-    np.testing.assert_array_equal(total, expected[0])
-    assert error(race_free(y), expected[1]) < 1e-3
 
 
 @pytest.mark.parametrize("rows", [2, 65])
@@ -240,9 +236,8 @@ def test_tiles_that_fill_the_gpu_lower(fmt: str, rows: int) -> None:
 def test_norm_lowers(case: str, dtype: Any) -> None:
     rows, dim = NORM_CASES[case]["rows"], NORM_CASES[case]["dim"]
     x, w = jax.ShapeDtypeStruct((rows, dim), dtype), jax.ShapeDtypeStruct((dim,), dtype)
-    check_norm(x, w, delta=x)
+    check_norm(x, w)
     lower(lambda x, w: norm_rows(x, w, eps=1e-5), x, w)
-    lower(lambda x, w, d: norm_rows(x, w, delta=d, eps=1e-5), x, w, x)
 
 
 @pytest.mark.parametrize("rows", [1, 512])
@@ -316,23 +311,21 @@ def test_refused_pairs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dim", "dtype", "delta", "reason"),
+    ("dim", "dtype", "reason"),
     [
-        (4096, jnp.float32, None, "must be bfloat16 or float16"),
-        (4100, jnp.bfloat16, None, "4100 features: must be a multiple of 128"),
-        (4096, jnp.bfloat16, (2, 4096), "delta is bfloat16 .2, 4096. but"),
+        (4096, jnp.float32, "must be bfloat16 or float16"),
+        (4100, jnp.bfloat16, "4100 features: must be a multiple of 128"),
     ],
 )
-def test_refused_norms(dim: int, dtype: Any, delta: Any, reason: str) -> None:
+def test_refused_norms(dim: int, dtype: Any, reason: str) -> None:
     x, w = jax.ShapeDtypeStruct((1, dim), dtype), jax.ShapeDtypeStruct((dim,), dtype)
     with pytest.raises(Unsupported, match=reason):
-        check_norm(x, w, delta=delta and jax.ShapeDtypeStruct(delta, dtype))
+        check_norm(x, w)
 
 
 def test_few_rows_are_normed_by_xla_on_every_backend() -> None:
     few, many, w = jnp.ones((4, 128)), jnp.ones((512, 128)), jnp.ones(128)
-    for op, options in ((rms_norm, {}), (add_rms_norm, {"delta": few})):
-        assert op.choose("pallas", few, w, eps=1e-5, **options).why.startswith("fewer than")
+    assert rms_norm.choose("pallas", few, w, eps=1e-5).why.startswith("fewer than")
     with pytest.raises(Unsupported, match="rms_norm: "):
         rms_norm(many, w, eps=1e-5, backend="pallas")
 
@@ -344,12 +337,9 @@ def test_few_rows_are_normed_by_xla_on_every_backend() -> None:
 @pytest.mark.parametrize("rows", [256, 4096])
 @pytest.mark.parametrize("dim", [2048, 4096, 5120, 8192])
 def test_norm_on_gpu(dim: int, rows: int) -> None:
-    x, delta, w = normal(0, rows, dim), normal(1, rows, dim), normal(2, dim)
-    total, y = add_rms_norm(x, w, delta=delta, eps=1e-5, backend="pallas")
-    reference = rms_norm_reference(total.astype(jnp.float32), w.astype(jnp.float32), eps=1e-5)
-    np.testing.assert_array_equal(np.asarray(total, np.float32), np.asarray(x + delta, np.float32))
-    assert error(y, reference) < 3e-3
-    np.testing.assert_array_equal(rms_norm(total, w, eps=1e-5, backend="pallas"), y)
+    x, w = normal(0, rows, dim), normal(2, dim)
+    y = rms_norm(x, w, eps=1e-5, backend="pallas")
+    assert error(y, rms_norm_reference(x.astype(jnp.float32), w.astype(jnp.float32), eps=1e-5)) < 3e-3
 
 
 @pytest.mark.gpu

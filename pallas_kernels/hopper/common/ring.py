@@ -1,7 +1,7 @@
 """A ring of stages in shared memory: what its producer and its consumers do with the two barriers of every slot.
 
 ``full`` completes when a slot's copies have arrived, ``free`` when its readers are done. Stages are counted over the
-whole life of a block, so that the ring runs ahead from one piece of work to the next.
+whole life of a block, so that the ring runs ahead from one work tile into the next.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 
 def acquire(count: Any, depth: int, free: Any) -> Any:
-    """The slot of stage ``count``, once nobody reads what was in it."""
+    """The slot of stage ``count``, once its previous contents have been read."""
     slot = lax.rem(count, depth)
 
     @pl.when(count >= depth)
@@ -26,8 +26,8 @@ def acquire(count: Any, depth: int, free: Any) -> Any:
 
 
 def drain(count: Any, depth: int, free: Any) -> None:
-    """Wait for the last of ``count`` stages to be used: a barrier's every completion must be awaited before the block
-    ends."""
+    """Wait until the last of ``count`` stages have been read. Every completion of a barrier must be waited for before
+    the block ends."""
 
     def wait(i: Any, _: Any) -> None:
         plgpu.barrier_wait(free.at[lax.rem(i, depth)])
@@ -36,17 +36,17 @@ def drain(count: Any, depth: int, free: Any) -> None:
 
 
 def first_own_stage(me: Any, consumers: int, count: Any) -> Any:
-    """How many of the stages from ``count`` on precede the first of consumer ``me``: they take stages in turn."""
+    """How many stages from ``count`` on come before the first of consumer ``me``. Consumers take stages in turn."""
     return lax.rem(me + consumers - lax.rem(count, consumers), consumers)
 
 
 def fold_own_stages(me: Any, consumers: int, count: Any, stages: Any, depth: int, full: Any, free: Any,
               stage: Callable[[Any, Any, Any], Any], carry: Any, *, release: bool = True) -> Any:  # fmt: skip
     """Fold ``stage(number, slot, carry)`` over those of the next ``stages`` that are this consumer's. Without
-    ``release`` a stage says by itself that its slot is ``free``.
+    ``release``, ``stage`` itself must arrive at the ``free`` barrier of its slot.
 
-    A slot always belongs to the same consumer (``depth`` is a multiple of ``consumers``): a warpgroup keeps count of a
-    barrier's phases by waiting for each of them."""
+    A slot always belongs to the same consumer, so ``depth`` must be a multiple of ``consumers``: a warpgroup tracks the
+    phase of a barrier by waiting for every one."""
     first = first_own_stage(me, consumers, count)
 
     def body(j: Any, carry: Any) -> Any:
@@ -62,15 +62,14 @@ def fold_own_stages(me: Any, consumers: int, count: Any, stages: Any, depth: int
 
 
 def consumer_barrier(barrier: Any) -> None:
-    """All consumers of the block meet here."""
+    """Wait until all consumers of the block have come here."""
     plgpu.barrier_arrive(barrier)
     plgpu.barrier_wait(barrier)
 
 
 @dataclasses.dataclass(frozen=True)
 class TileRing:
-    """Tiles on their way from the warpgroup that loads to those that compute, numbered from ``first`` of all that come
-    through."""
+    """Tiles on their way from the producer to the consumers. Tile j is number ``first + j`` of all tiles."""
 
     smem: Any
     full: Any
@@ -79,19 +78,19 @@ class TileRing:
     first: Any = 0
 
     def from_here(self, first: Any) -> "TileRing":
-        """The same ring, whose tile 0 is now that with this number."""
+        """The same ring, with tile 0 at this number."""
         return dataclasses.replace(self, first=first)
 
     def slot(self, j: Any) -> Any:
-        """Where tile j lies."""
+        """The slot of tile j."""
         return lax.rem(self.first + j, self.stages)
 
     def tile(self, j: Any) -> Any:
-        """Tile j, once it is there."""
+        """Tile j in shared memory."""
         return self.smem.at[self.slot(j)]
 
     def fetch(self, j: Any, source: Any) -> None:
-        """Start to load tile j where it will not hurt a tile in use."""
+        """Start to load tile j as soon as its slot is free."""
         slot = acquire(self.first + j, self.stages, self.free)
         plgpu.copy_gmem_to_smem(source, self.smem.at[slot], self.full.at[slot])
 
@@ -100,9 +99,9 @@ class TileRing:
         plgpu.barrier_wait(self.full.at[self.slot(j)])
 
     def release(self, j: Any) -> None:
-        """Say that this warpgroup is done with tile j."""
+        """This warpgroup is done with tile j."""
         plgpu.barrier_arrive(self.free.at[self.slot(j)])
 
     def drain(self) -> None:
-        """Wait until the last tiles before ``first`` are released: whoever waits on a barrier sees all its phases."""
+        """Wait until the last tiles before ``first`` are released, see `drain`."""
         drain(self.first, self.stages, self.free)

@@ -1,5 +1,5 @@
-"""Which thread does what, where Pallas has no words for it: Mosaic's arithmetic on a thread's own numbers, and rows of
-numbers in any memory, one a thread.
+"""What single threads do, which Pallas cannot express: arithmetic on a thread's own integers, and rows of numbers in
+any memory, one a thread. The arithmetic emits MLIR and is for use inside `plgpu.inline_mgpu`.
 """
 
 from typing import Any, Protocol
@@ -22,14 +22,14 @@ SCALAR = plgpu.Layout.WG_SPLAT
 
 
 class Interpretable(Protocol):
-    """The plan of a kernel that knows whether the interpreter runs it."""
+    """A kernel's plan, which knows whether the interpreter runs the kernel."""
 
     @property
     def interpret(self) -> bool: ...
 
 
 def load_per_thread(plan: Interpretable, numbers: Any, begin: Any, count: int) -> jax.Array:
-    """``count`` of a row of numbers in any memory, one a thread; the last once more in threads that are left."""
+    """``count`` numbers from ``begin`` of a row in any memory, one a thread. Further threads repeat the last."""
     if plan.interpret:
         some = numbers[pl.ds(begin, count)]
         return jnp.concatenate([some, jnp.broadcast_to(some[-1:], (WARPGROUP_SIZE - count,))])
@@ -49,7 +49,9 @@ def load_per_thread(plan: Interpretable, numbers: Any, begin: Any, count: int) -
 
 
 def store_per_thread(plan: Interpretable, numbers: Any, begin: Any, values: jax.Array, count: int) -> None:
-    """The other way: the first ``count`` of ``values``. Nothing is written twice: the next phase waits for it."""
+    """Write the first ``count`` of ``values`` to a row from ``begin`` on, one a thread.
+
+    Each number is stored once only: in the persistent step the next phase waits for these stores."""
     if plan.interpret:
         numbers[pl.ds(begin, count)] = values[:count]
         return
@@ -64,69 +66,77 @@ def store_per_thread(plan: Interpretable, numbers: Any, begin: Any, values: jax.
 
 
 def aligned_store(value: Any, ref: Any, indices: list[Any]) -> None:
-    """A store of a vector where one of its size may lie; of what it does not know the compiler makes one an element."""
+    """Store a vector at an address aligned to its size. Without the promise the compiler stores single elements."""
     vector.store(value, ref, indices, alignment=value.type.shape[0] * bitwidth(value.type.element_type) // 8)
 
 
 def aligned_load(ref: Any, indices: list[Any], count: int) -> Any:
-    """The other way: ``count`` neighbours of a reference."""
+    """Load ``count`` neighbours from an address that is aligned to their size."""
     element = ir.MemRefType(ref.type).element_type
     return vector.load(ir.VectorType.get((count,), element), ref, indices, alignment=count * bitwidth(element) // 8)
 
 
 def prefetch_cache_line(ref: Any, byte: Any, wanted: Any) -> None:
-    """Have the line of memory with this byte of an array brought to the cache, where ``wanted``."""
+    """Prefetch the line with this byte of an array into the L2 cache, if ``wanted``."""
     i64 = ir.IntegerType.get_signless(64)
     address = arith.addi(llvm.ptrtoint(i64, memref_ptr(ref)), arith.extui(i64, byte))
     inline_ptx("prefetch.L2 [$0];", address, predicate=wanted)
 
 
 def thread_in_warpgroup() -> Any:
+    """Index of this thread in its warpgroup."""
     return rem(thread_idx(), 128)
 
 
 def volatile_thread_in_warpgroup() -> Any:
-    """The same, read again: else the compiler works out the addresses of all phases before the first layer, and has no
-    registers to keep them in."""
+    """`thread_in_warpgroup`, read anew. Otherwise the compiler computes the addresses of all phases before the first
+    layer, and spills them."""
     i32 = ir.IntegerType.get_signless(32)
     return rem(inline_ptx("mov.u32 $0, %tid.x;", result_types=i32, has_side_effects=True), 128)
 
 
 def opaque_constant(value: int) -> Any:
-    """A number that the assembler does not know: of a logical operation with two that it knows it makes one anew at
-    every use. A block's third index is zero, as these kernels have no more than two."""
+    """A constant that ptxas cannot see through. If a logical operation has two known constants, ptxas materialises one
+    of them at every use. The value is hidden by adding the third block index, which is 0: kernels have at most two."""
     i32 = ir.IntegerType.get_signless(32)
     return add(inline_ptx("mov.u32 $0, %ctaid.z;", result_types=i32), value)
 
 
 def as_i32(value: Any) -> Any:
+    """A Python integer as an i32 constant; an MLIR value as it is."""
     return c(value, ir.IntegerType.get_signless(32)) if isinstance(value, int) else value
 
 
 def add(a: Any, b: Any) -> Any:
+    """a + b."""
     return arith.addi(as_i32(a), as_i32(b))
 
 
 def sub(a: Any, b: Any) -> Any:
+    """a - b."""
     return arith.subi(as_i32(a), as_i32(b))
 
 
 def mul(a: Any, n: int) -> Any:
+    """a * n."""
     return arith.muli(a, as_i32(n))
 
 
 def div(a: Any, n: int) -> Any:
+    """a // n, unsigned."""
     return arith.divui(a, as_i32(n))
 
 
 def rem(a: Any, n: int) -> Any:
+    """a % n, unsigned."""
     return arith.remui(a, as_i32(n))
 
 
 def min_(a: Any, n: int) -> Any:
+    """min(a, n), unsigned."""
     return arith.minui(a, as_i32(n))
 
 
 def as_indices(*indices: Any) -> list[Any]:
-    """Numbers as indices of a reference."""
+    """Integers as indices of a memref."""
     return [arith.index_castui(ir.IndexType.get(), as_i32(i)) for i in indices]

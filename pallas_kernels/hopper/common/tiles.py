@@ -1,8 +1,7 @@
-"""What the product kernels share: weights as arguments, tiles of them in shared memory, and their scales.
+"""What the GEMM kernels share: weights as arguments, tiles of them in shared memory, and their scales.
 
-Both kernels make the weight wgmma's left operand, because it is the only one that may come from registers, and
-registers are where an integer weight becomes a float (`widen`): ``acc [out, rows] += w [out, in] ·
-x [rows, in]ᵀ``.
+All of them make the weight wgmma's left operand: ``acc [out, rows] += w [out, in] · x [rows, in]ᵀ``. Only the left
+operand may come from registers, and registers are where an integer weight becomes a float (`widen`).
 """
 
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ WGMMA_ROWS = 64  # wgmma takes 64 rows of its left operand at a time, no fewer
 
 @dataclass(frozen=True)
 class Format:
-    """How a weight is stored: the dtype of its elements, and the inputs that share a scale (None: one scale a row)."""
+    """How a weight is stored: the dtype of its elements, and how many inputs share a scale (None: one scale a row)."""
 
     dtype: jnp.dtype
     quantized: bool
@@ -47,14 +46,14 @@ def format_of(w: Weight) -> Format:
 
 
 def data_and_scale(w: Weight) -> tuple[jax.Array, jax.Array | None]:
-    """A weight's elements and scales (None for a float weight), each with a layer axis in front."""
+    """A weight's elements and its scales (None for a float weight), each with a layer axis in front."""
     data, scale = (w.data, w.scale) if isinstance(w, QuantizedTensor) else (w, None)
     stacked = [a if a is None or a.ndim == 3 else a[None] for a in (data, scale)]
     return stacked[0], stacked[1]
 
 
 def check_operands(x: jax.Array, w: Weight) -> None:
-    """Raise `Unsupported` unless a kernel has code for this pair of dtypes and shapes."""
+    """Raise `Unsupported` unless the GEMM kernels can multiply these dtypes and shapes."""
     fmt = format_of(w)
     if x.dtype not in ACTIVATION_DTYPES:
         raise Unsupported(f"activations must be bfloat16 or float16, found {x.dtype}")
@@ -72,8 +71,8 @@ def swizzled(shape: tuple[int, ...], dtype: Any, min_slice: int | None = None, r
 
 
 def transforms_of(columns: int, dtype: Any, min_slice: int | None = None, rows: int = 8) -> tuple[Any, ...]:
-    """Tiles swizzled over up to 128 bytes; ``min_slice`` is the shortest range of the last axis that will be sliced off
-    (default: all of it). wgmma wants tiles of 8 rows; TMA finds a tile only at a multiple of its ``rows``."""
+    """Tiles swizzled over up to 128 bytes. ``min_slice`` is the shortest slice of the last axis that will be taken
+    (default: all of it). wgmma needs tiles of 8 rows. TMA can address only multiples of a tile's ``rows``."""
     bits = jnp.iinfo(dtype).bits if jnp.issubdtype(dtype, jnp.integer) else 8 * jnp.dtype(dtype).itemsize
     swizzle = plgpu.find_swizzle((min_slice or columns) * bits)
     return plgpu.TilingTransform((rows, swizzle * 8 // bits)), plgpu.SwizzleTransform(swizzle)
@@ -88,13 +87,13 @@ def nbytes(shape: tuple[int, ...], bits: int) -> int:
 
 
 def pad_rows(x: jax.Array, axis: int) -> jax.Array:
-    """Zeros behind ``axis`` up to the 8 rows of a shared memory tile; a copy only for a length that needs them."""
+    """``x`` with zeros at the end of ``axis``, up to a multiple of 8: the rows of a shared memory tile."""
     missing = -x.shape[axis] % 8
     return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)]) if missing else x
 
 
 def pad_rows_unless_short(x: jax.Array, axis: int) -> jax.Array:
-    """`pad_rows`, unless there are fewer than one tile has: a copy of a whole tile fills the rest by itself."""
+    """`pad_rows`, unless there are fewer rows than one tile has: the TMA copy of a tile fills the rest with zeros."""
     return x if x.shape[axis] < 8 else pad_rows(x, axis)
 
 
@@ -104,6 +103,17 @@ def scale_column(scales: Any, row: Any, group: Any, rows: int) -> jax.Array:
     return plgpu.load(column, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False).astype(jnp.float32)
 
 
+def store(ref: Any, values: jax.Array) -> None:
+    """Write an array where bank conflicts and coalescing hardly matter.
+
+    From JAX 0.12 on ``ref[...] = values`` is an error unless the store has no conflicts; before, Mosaic chose the slower
+    store by itself."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, values, optimized=False)
+    else:
+        ref[...] = values
+
+
 def broadcast_rows(column: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """One value a row, for all columns."""
+    """``column`` [rows] as ``shape`` [rows, columns]."""
     return lax.broadcast_in_dim(column, shape, [0])

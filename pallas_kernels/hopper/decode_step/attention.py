@@ -20,6 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ..common.layouts import one_per_lane, one_per_thread, pair_per_thread
 from ..common.online_softmax import KeyValueTile, attend_tiles, empty_softmax
+from ..common.tiles import store
 from .block import Block
 from .memory import Ref
 from .plan import MAX_TOKENS
@@ -123,8 +124,8 @@ def _attend_item(b: Block, item: WorkItem) -> None:
     p_smem = b.scratch.softmax_weights
     softmax = attend_tiles(softmax, item.low - is_last, item.high, tile, q=s.q, scale=scale, p_smem=p_smem)
     pl.when(item.split == b.plan.key_splits - 1)(lambda: _write_cache(b, item))
-    b.attention_output[...] = softmax.output()
-    b.scratch.log_sums[...] = softmax.log_total()
+    store(b.attention_output, softmax.output())
+    store(b.scratch.log_sums, softmax.log_total())
     _store_output(b, item)
 
 
@@ -137,11 +138,11 @@ def _store_output(b: Block, item: WorkItem) -> None:
         def one_token(t: Any, _: Any, g: int = g, head: Any = head) -> None:
             token = item.row * shape.queries + t
             output = b.ops.load(b.attention_output.at[g * MAX_TOKENS + token], one_per_thread(D))
-            parts.at[item.split, token, pl.ds(head * D, D)][...] = output
+            store(parts.at[item.split, token, pl.ds(head * D, D)], output)
             # Once for every 8 columns, as the prologue that joins the splits reads them.
             log = jnp.full(D // 8, b.scratch.log_sums[g * MAX_TOKENS + token])
             log = plgpu.layout_cast(log, one_per_lane(D // 8))
-            logs.at[item.split, token, pl.ds(head * (D // 8), D // 8)][...] = log
+            store(logs.at[item.split, token, pl.ds(head * (D // 8), D // 8)], log)
 
         lax.fori_loop(0, shape.queries, one_token, None)
 
@@ -175,8 +176,8 @@ def _store_new_tile(b: Block, head: Any) -> None:
         tile = ring.at[b.plan.tiles.stages - 1]
         tile.at[pl.ds(0, MAX_TOKENS)][...] = value
         tile.at[pl.ds(MAX_TOKENS, missing)][...] = zeros
-    b.scratch.new_k[...] = k
-    b.scratch.new_v[...] = v
+    store(b.scratch.new_k, k)
+    store(b.scratch.new_v, v)
 
 
 def _write_cache(b: Block, item: WorkItem) -> None:
@@ -188,7 +189,7 @@ def _write_cache(b: Block, item: WorkItem) -> None:
         def _() -> None:
             for cache, new in ((item.k, b.scratch.new_k), (item.v, b.scratch.new_v)):
                 token = b.ops.load(new.at[item.row * shape.queries + t], one_per_thread(shape.head_dim))
-                cache.at[item.start + t][...] = token
+                store(cache.at[item.start + t], token)
 
     lax.fori_loop(0, shape.queries, one_token, None)
 

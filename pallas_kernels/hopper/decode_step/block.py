@@ -18,6 +18,7 @@ class TileOps:
     Mosaic's terms, `interpreted` has their meaning in jax.numpy."""
 
     load: Callable[..., jax.Array]
+    broadcast_to_unit: Callable[..., jax.Array]
     store_x: Callable[..., None]
     load_scales: Callable[..., jax.Array]
     combine_limbs: Callable[..., jax.Array]

@@ -71,6 +71,10 @@ def _load(ref: Ref, layout: Any, shape: tuple[int, ...] | None = None) -> jax.Ar
     return ref[...].reshape(shape)  # the interpreter reshapes arrays, but no references
 
 
+def _broadcast_to_unit(factors: jax.Array) -> jax.Array:
+    return lax.broadcast_in_dim(factors, (4, 32, 8), (0, 1))
+
+
 def _store_x(b: Block, phase: ProductPhase, unit: jax.Array, split: Any, step: Any, token: Any) -> None:
     p, memory, shape = b.product(phase), b.memory(phase), b.plan.shape
     column, steps = split * shape.columns + token * shape.limbs, UNIT_COLUMNS // p.step
@@ -121,5 +125,5 @@ def _load_int4(b: Block, slot: Any) -> Ref:
 
 
 INTERPRETED = TileOps(
-    _load, _store_x, _load_scales, _combine_limbs, _store_sums, _load_int4, int4_frees_slot=False
+    _load, _broadcast_to_unit, _store_x, _load_scales, _combine_limbs, _store_sums, _load_int4, int4_frees_slot=False
 )  # fmt: skip

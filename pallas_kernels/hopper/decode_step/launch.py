@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ..common.layouts import pair_per_lane
+from ..common.tiles import store
 from ..common.warp_specialize import warp_specialize
 from .block import Block, TileOps
 from .consumer import consume
@@ -52,7 +53,7 @@ def zero_padding(b: Block) -> None:
             continue
         zeros = plgpu.layout_cast(jnp.zeros((MAX_TOKENS, missing), buffer.dtype), pair_per_lane())
         for rows in [buffer] if len(buffer.shape) == 2 else [buffer.at[i] for i in range(b.plan.key_splits)]:
-            rows[:, pl.ds(begin, missing)] = zeros
+            store(rows.at[:, pl.ds(begin, missing)], zeros)
 
 
 def call(

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ..common.thread_ops import WARPGROUP_SIZE, load_per_thread, store_per_thread
-from ..common.tiles import WGMMA_ROWS
+from ..common.tiles import WGMMA_ROWS, store
 from .block import Block
 from .memory import Ref
 from .phase import ProductPhase, Prologue
@@ -172,7 +172,7 @@ def _float_tile(b: Block, phase: ProductPhase, stages: TileStages, count: Any) -
     if p.chunks > 1:
         before = plgpu.load(target, layout=plgpu.Layout.WGMMA_TRANSPOSED, optimized=False)
         total = jnp.where(lax.broadcast(stages.chunk, total.shape) > 0, total + before, total)
-    target[...] = total
+    store(target, total)
 
 
 def _own_split(b: Block, phase: ProductPhase, total: jax.Array, tile: Any) -> jax.Array:

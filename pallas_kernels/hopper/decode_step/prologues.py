@@ -14,6 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from ..common.layouts import EIGHT_PER_THREAD
+from ..common.tiles import store
 from .block import Block
 from .memory import Ref
 from .phase import ProductPhase, Prologue
@@ -34,7 +35,7 @@ def rms_norm(b: Block, phase: ProductPhase) -> Prologue:
     def make(fetched: Any) -> list[jax.Array]:
         whole, own, gains = fetched
         squares = functools.reduce(jnp.add, [jnp.square(a.astype(jnp.float32)) for a in whole])
-        b.scratch.squares.at[b.warpgroup][...] = squares.sum(axis=2).sum(axis=1)  # one per warp
+        store(b.scratch.squares.at[b.warpgroup], squares.sum(axis=2).sum(axis=1))  # one per warp
         warps = [b.scratch.squares[b.warpgroup, i] for i in range(4)]
         mean = ((warps[0] + warps[1]) + (warps[2] + warps[3])) * (1 / p.inner)
         scale = lax.rsqrt(mean + b.plan.shape.eps)
@@ -77,7 +78,7 @@ def join_key_splits(b: Block, phase: ProductPhase) -> Prologue:
         top = functools.reduce(jnp.maximum, log)  # finite: the last part is never empty
         weights = [jnp.exp2(one - top) for one in log]
         inverse = 1 / functools.reduce(jnp.add, weights)
-        shares = [lax.broadcast_in_dim(one * inverse, (4, 32, 8), (0, 1)) for one in weights]
+        shares = [b.ops.broadcast_to_unit(one * inverse) for one in weights]
         return as_x(b, functools.reduce(jnp.add, [v * share for v, share in zip(values, shares, strict=True)]))
 
     return Prologue(fetch, lambda fetched: [join(unit) for unit in fetched])

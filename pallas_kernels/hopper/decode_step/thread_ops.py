@@ -51,8 +51,30 @@ SUMS = plgpu.Layout.TILED(  # sums [64 * m, 4 * n] of tokens: a thread has those
 
 def load(ref: Ref, layout: Any, shape: tuple[int, ...] | None = None) -> jax.Array:
     """A small array from shared or global memory, where bank conflicts and coalescing hardly matter; reshaped to
-    ``shape`` if given."""
-    return plgpu.load(ref if shape is None else ref.reshape(shape), layout=layout, optimized=False)
+    ``shape`` if given.
+
+    `plgpu.load` casts what it loads to ``layout``: Mosaic must guess the layout of the load itself, and goes through
+    all equations of the kernel after each guess. Here there is nothing to guess."""
+    ref = ref if shape is None else ref.reshape(shape)
+    loaded = plgpu.ShapeDtypeStruct(ref.shape, ref.dtype, layout=layout)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=loaded)
+    def read(_: Any, ref: Any) -> Any:
+        return FragmentedArray.load_untiled(ref, layout=layout.to_mgpu(), optimized=False)
+
+    return read(ref)  # type: ignore[call-arg]
+
+
+def broadcast_to_unit(factors: jax.Array) -> jax.Array:
+    """[4, 32] -> [4, 32, 8], a factor for 8 neighbours of a unit, in a layout that Mosaic need not guess."""
+    shape = (4, 32, 8)
+    unit = plgpu.ShapeDtypeStruct(shape, factors.dtype, layout=EIGHT_PER_THREAD)
+
+    @plgpu.inline_mgpu(arg_types=(EIGHT_PER_THREAD.reduce(2),), return_type=unit)
+    def broadcast(_: Any, factors: Any) -> Any:
+        return factors.broadcast_in_dim(shape, (0, 1), EIGHT_PER_THREAD.to_mgpu())
+
+    return broadcast(factors)  # type: ignore[call-arg]
 
 
 def store_x(b: Block, phase: ProductPhase, unit: jax.Array, split: Any, step: Any, token: Any) -> None:
@@ -190,5 +212,5 @@ def first_row_of(thread: Any) -> Any:
 
 
 MOSAIC = TileOps(
-    load, store_x, load_scales, combine_limbs, store_sums, load_int4, int4_frees_slot=True
+    load, broadcast_to_unit, store_x, load_scales, combine_limbs, store_sums, load_int4, int4_frees_slot=True
 )  # fmt: skip

@@ -1,8 +1,10 @@
-"""Drawing as a kernel: a block has a row, all of it in registers, and halves what may be the smallest mass that stays.
+"""Sampling in one launch: a block holds one row of logits in registers and finds each cut-off by bisection.
 
-What XLA does in some thirty launches is one, in which a look at the row costs its arithmetic and one barrier. The
-numbers of a thread are neighbours, and so are threads: a token is found by the sums of warps, then of a warp's threads,
-then among a thread's own numbers.
+XLA needs about thirty launches for the same. Here a pass over the row costs its arithmetic and one barrier.
+Neighbouring numbers belong to one thread, and neighbouring threads to one warp. So a token is found by the sums of the
+warps, then by those of a warp's lanes, then among the numbers of one thread.
+
+A number's *mass* is its probability relative to the largest one: exp((logit - max) / temperature).
 """
 
 import functools
@@ -18,41 +20,45 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ...dispatch import Unsupported
+from ..common.thread_ops import WARPGROUP_SIZE
 
-WARPS, LANES = 4, 32  # of a warpgroup, of a warp
-THREADS = WARPS * LANES
+WARP_SIZE = 32
+WARPS = WARPGROUP_SIZE // WARP_SIZE  # of a warpgroup
 MAX_WARPGROUPS = 5  # leaves a thread 96 registers
 MAX_NUMBERS = 64  # of a thread
-LEAST = 1e-36  # of a mass that counts
-COLD = 3e38
+MIN_MASS = 1e-36  # smaller masses are never kept by a cut
+GREEDY_INVERSE_TEMPERATURE = 3e38  # only the largest logit keeps any mass
+
+Ref = Any  # Pallas has no public type for a reference
 
 
 @dataclass(frozen=True)
-class Split:
-    """Of a row: to so many warpgroups, so many numbers a thread."""
+class RowSplit:
+    """How a row of logits is divided: warpgroups of a block, and numbers of a thread."""
 
     warpgroups: int
     numbers: int
 
     @property
     def warps(self) -> int:
+        """Warps of a block."""
         return self.warpgroups * WARPS
 
     @property
     def layout(self) -> Any:
-        """[4, 32, numbers]: a thread's are read in pairs where they can be."""
+        """[4, 32, numbers] in registers, read from shared memory in pairs if there are an even number a thread."""
         pair = 2 - self.numbers % 2
         return plgpu.Layout.TILED(
-            plgpu.Tiling(((WARPS, LANES, pair),)), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1
+            plgpu.Tiling(((WARPS, WARP_SIZE, pair),)), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1
         )
 
 
-def split_of(vocab: int) -> Split | None:
-    """The fewest warpgroups that hold a row, if some do."""
+def split_row(vocab: int) -> RowSplit | None:
+    """The fewest warpgroups that hold a row in equal parts, or None."""
     for warpgroups in range(1, MAX_WARPGROUPS + 1):
-        numbers, left = divmod(vocab, warpgroups * THREADS)
+        numbers, left = divmod(vocab, warpgroups * WARPGROUP_SIZE)
         if not left and 0 < numbers <= MAX_NUMBERS:
-            return Split(warpgroups, numbers)
+            return RowSplit(warpgroups, numbers)
     return None
 
 
@@ -61,8 +67,8 @@ def skip_reason(logits: jax.Array, u: jax.Array | None, **_: Any) -> str | None:
     if u is None:
         return "greedy: the largest logit is one reduction"
     vocab = logits.shape[-1]
-    if split_of(vocab) is None:
-        return f"a vocabulary of {vocab} cannot be dealt to {MAX_WARPGROUPS} warpgroups, up to {MAX_NUMBERS} a thread"
+    if split_row(vocab) is None:
+        return f"a vocabulary of {vocab} cannot be divided among {MAX_WARPGROUPS} warpgroups of {MAX_NUMBERS} a thread"
     return None
 
 
@@ -83,7 +89,7 @@ def draw_rows(
     """A token of every row [B], and its log-probability [B]: see `draw_reference`."""
     given = {name: cut for name, cut in cuts.items() if cut is not None}
     rows, vocab = logits.shape
-    split = split_of(vocab)
+    split = split_row(vocab)
     assert split is not None
     numbers = split.warpgroups * split.numbers
     token, logprob = plgpu.kernel(
@@ -93,31 +99,47 @@ def draw_rows(
         grid_names=("row",),
         num_threads=split.warpgroups,
         thread_name="warpgroup",
-        scratch_types=dict(
-            numbers=plgpu.SMEM((numbers, THREADS), jnp.float32),
-            lane_sums=plgpu.SMEM((split.warps, LANES), jnp.float32),
-            sums=plgpu.SMEM((2, split.warpgroups, WARPS), jnp.float32),
-            loaded=plgpu.Barrier(num_barriers=split.warpgroups),
-            together=plgpu.Barrier(num_arrivals=split.warpgroups),
+        scratch_types=(
+            Scratch(
+                lane_sums=plgpu.SMEM((split.warps, WARP_SIZE), jnp.float32),
+                loaded=plgpu.Barrier(num_barriers=split.warpgroups),
+                numbers=plgpu.SMEM((numbers, WARPGROUP_SIZE), jnp.float32),
+                sums=plgpu.SMEM((2, split.warpgroups, WARPS), jnp.float32),
+                summed=plgpu.Barrier(num_arrivals=split.warpgroups),
+            ),
         ),
         interpret=interpret,
         kernel_name="draw_rows",
-    )(logits.reshape(rows, numbers, THREADS), u, temperature, *given.values())
+    )(logits.reshape(rows, numbers, WARPGROUP_SIZE), u, temperature, *given.values())
     return token, logprob
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Scratch:
+    """Shared memory and barriers of a block. Fields stand in the order in which shared memory is laid out."""
+
+    lane_sums: Ref  # [warps, WARP_SIZE]
+    loaded: Ref  # a barrier a warpgroup: its logits have arrived
+    numbers: Ref  # [numbers of all warpgroups, WARPGROUP_SIZE]: the logits, then the masses
+    sums: Ref  # [2, warpgroups, WARPS], see `Warps`
+    summed: Ref  # barrier of all warpgroups: `sums` are written
 
 
 @dataclass(frozen=True)
 class Warps:
-    """What the warps of a block put together, in one of two places by turns: who comes first to the next but one has
-    seen all others leave this one. ``time`` counts."""
+    """Reductions over all warps of a block, through shared memory.
 
-    split: Split
+    Two buffers alternate with ``time``, the count of reductions so far. One barrier a reduction is enough: a warpgroup
+    that reaches the next use of a buffer has passed the barrier between, so all others have read this one."""
+
+    split: RowSplit
     me: Any
     sums: Any
     barrier: Any
 
     def all_of(self, time: Any, numbers: jax.Array) -> list[jax.Array]:
-        """What each warp found [4], of all of them."""
+        """The ``numbers`` [4] of every warpgroup, one a warp, as a list over all warps."""
         turn = time % 2
         self.sums.at[turn, self.me][...] = numbers
         plgpu.barrier_arrive(self.barrier)
@@ -125,105 +147,101 @@ class Warps:
         return [self.sums[turn, i // WARPS, i % WARPS] for i in range(self.split.warps)]
 
     def total(self, time: Any, numbers: jax.Array) -> jax.Array:
-        """The sum of all [4, 32, n] of all warpgroups."""
+        """The sum over [4, 32, n] of all warpgroups."""
         return functools.reduce(operator.add, self.all_of(time, numbers.sum(axis=2).sum(axis=1)))
 
     def largest(self, time: Any, numbers: jax.Array) -> jax.Array:
+        """The maximum over [4, 32, n] of all warpgroups."""
         return functools.reduce(jnp.maximum, self.all_of(time, numbers.max(axis=2).max(axis=1)))
 
 
-def _body(
-    logits_ref: Any,
-    u_ref: Any,
-    temperature_ref: Any,
-    *refs: Any,
-    names: tuple[str, ...],
-    split: Split,
-    interpret: bool,
-    numbers: Any,
-    lane_sums: Any,
-    sums: Any,
-    loaded: Any,
-    together: Any,
-) -> None:
-    *cut_refs, token_ref, logprob_ref = refs
+def _body(logits_ref: Ref, u_ref: Ref, temperature_ref: Ref, *refs: Any, names: tuple[str, ...], split: RowSplit,
+          interpret: bool) -> None:  # fmt: skip
+    """One row. ``refs``: the cuts of these ``names``, the token, its log-probability, the scratch."""
+    *cut_refs, token_ref, logprob_ref, scratch = refs
     row, me = lax.axis_index("row"), lax.axis_index("warpgroup")
     cuts = {name: ref[row] for name, ref in zip(names, cut_refs, strict=True)}
-    warps = Warps(split, me, sums, together)
+    warps = Warps(split, me, scratch.sums, scratch.summed)
     lines = pl.ds(me * split.numbers, split.numbers)
-    mine = numbers.at[lines]
-    shape = (WARPS, LANES, split.numbers)
+    mine = scratch.numbers.at[lines]
+    shape = (WARPS, WARP_SIZE, split.numbers)
 
-    plgpu.copy_gmem_to_smem(logits_ref.at[row, lines], mine, loaded.at[me])
-    plgpu.barrier_wait(loaded.at[me])
-    if interpret:  # it reshapes arrays, but no references
+    plgpu.copy_gmem_to_smem(logits_ref.at[row, lines], mine, scratch.loaded.at[me])
+    plgpu.barrier_wait(scratch.loaded.at[me])
+    if interpret:  # the interpreter reshapes arrays, but not references
         logits = mine[...].reshape(shape)
     else:
         logits = plgpu.load(mine.reshape(shape), layout=split.layout, optimized=False)
 
     top = warps.largest(0, logits)
     log_total = jnp.log(warps.total(1, jnp.exp(logits - top)))
-    # A row without a temperature is so cold that its largest logit alone has any mass, and takes the first of those.
+    # At temperature 0 only the largest logit has any mass, and u = 0 takes the first of equal ones.
     temperature = temperature_ref[row]
     u = jnp.where(temperature > 0, u_ref[row], 0.0)
-    warmth = jnp.where(temperature > 0, 1 / jnp.maximum(temperature, 1e-6), COLD)
-    time, mass = _cut(warps, jnp.int32(2), jnp.exp((logits - top) * warmth), cuts)
+    inverse_temperature = jnp.where(temperature > 0, 1 / jnp.maximum(temperature, 1e-6), GREEDY_INVERSE_TEMPERATURE)
+    time, mass = _cut(warps, jnp.int32(2), jnp.exp((logits - top) * inverse_temperature), cuts)
 
     if interpret:
         mine[...] = mass.reshape(mine.shape)
     else:
         mine.reshape(shape)[...] = mass
     by_lane = mass.sum(axis=2)
-    lane_sums.at[pl.ds(me * WARPS, WARPS)][...] = by_lane
+    scratch.lane_sums.at[pl.ds(me * WARPS, WARPS)][...] = by_lane
     by_warp = warps.all_of(time, by_lane.sum(axis=1))
 
     warp, wanted = _passing(by_warp, u * functools.reduce(operator.add, by_warp))
-    lane, wanted = _passing([lane_sums[warp, i] for i in range(LANES)], wanted)
-    first = (warp * LANES + lane) * split.numbers
-    places = [first + i for i in range(split.numbers)]
-    number, _ = _passing([numbers[lax.div(i, THREADS), lax.rem(i, THREADS)] for i in places], wanted)
+    lane, wanted = _passing([scratch.lane_sums[warp, i] for i in range(WARP_SIZE)], wanted)
+    first = (warp * WARP_SIZE + lane) * split.numbers
+    indices = [first + i for i in range(split.numbers)]
+    own = [scratch.numbers[lax.div(i, WARPGROUP_SIZE), lax.rem(i, WARPGROUP_SIZE)] for i in indices]
+    number, _ = _passing(own, wanted)
     token = first + number
 
     @pl.when(me == 0)
     def _() -> None:
         token_ref[row] = token
-        logprob_ref[row] = logits_ref[row, lax.div(token, THREADS), lax.rem(token, THREADS)] - top - log_total
+        logprob_ref[row] = (
+            logits_ref[row, lax.div(token, WARPGROUP_SIZE), lax.rem(token, WARPGROUP_SIZE)] - top - log_total
+        )
 
 
 def _cut(warps: Warps, time: jax.Array, mass: jax.Array, cuts: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """``mass`` [4, 32, n], of which the largest is 1, with what the cuts exclude at 0."""
+    """``mass`` [4, 32, n], whose largest is 1, with 0 for what top-k, top-p and min-p exclude; and the new time."""
     if "top_k" in cuts:
         top_k = cuts["top_k"]
-        time, least = _least(warps, time, mass, None, top_k.astype(jnp.float32), jnp.float32(LEAST))
-        mass = jnp.where(mass < jnp.where(top_k > 0, least, 0.0), 0.0, mass)
+        time, threshold = _threshold(warps, time, mass, None, top_k.astype(jnp.float32), jnp.float32(MIN_MASS))
+        mass = jnp.where(mass < jnp.where(top_k > 0, threshold, 0.0), 0.0, mass)
     if "top_p" in cuts:
         top_p, total = cuts["top_p"], warps.total(time, mass)
-        # Were all that is cut below this, it would be half of what may be cut.
-        low = jnp.maximum((1 - top_p) * total / (2 * mass.size * warps.split.warpgroups), LEAST)
-        time, least = _least(warps, time + 1, mass, mass, top_p * total, low)
-        mass = jnp.where(mass < jnp.where(top_p < 1, least, 0.0), 0.0, mass)
+        # If every mass that is cut were this small, their sum would be half of what top-p allows to cut.
+        low = jnp.maximum((1 - top_p) * total / (2 * mass.size * warps.split.warpgroups), MIN_MASS)
+        time, threshold = _threshold(warps, time + 1, mass, mass, top_p * total, low)
+        mass = jnp.where(mass < jnp.where(top_p < 1, threshold, 0.0), 0.0, mass)
     if "min_p" in cuts:
         mass = jnp.where(mass < cuts["min_p"], 0.0, mass)
     return time, mass
 
 
-def _least(
+def _threshold(
     warps: Warps, time: jax.Array, mass: jax.Array, weight: jax.Array | None, wanted: jax.Array, low: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """A bound that cuts off all but the largest masses whose weights (None: 1) together reach ``wanted``: not below
-    ``low``, not above 1. Two bounds close in, by halves of what they differ in size, until one mass is between them."""
+    """A threshold that keeps just the largest masses whose weights (None: 1) add up to ``wanted``. It is at least
+    ``low`` and at most 1. Returns the new time, too.
+
+    Bisection on a logarithmic scale: two bounds close in until one mass is left between them."""
 
     def more(carry: tuple[jax.Array, ...]) -> jax.Array:
         _, low, high, _, between = carry
         middle = jnp.sqrt(low * high)
-        several = between >= 1.5 * (1 if weight is None else low)  # two are twice as much, but for rounding
+        several = between >= 1.5 * (1 if weight is None else low)  # two masses weigh twice as much, but for rounding
         return several & (middle > low) & (middle < high)
 
     def halve(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         time, low, high, above_high, between = carry
         middle = jnp.sqrt(low * high)
         stays = (mass >= middle).astype(jnp.float32)
-        above = warps.total(time, stays if weight is None else stays * weight)  # two instructions; with a choice, three
+        # Two instructions a number. A select would make it three.
+        above = warps.total(time, stays if weight is None else stays * weight)
         up = above >= wanted
         return (
             time + 1,
@@ -239,8 +257,8 @@ def _least(
 
 
 def _passing(numbers: list[jax.Array], wanted: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The place of the first at which the running sum passes ``wanted``, and what is then still wanted. Where rounding
-    has left too little, the last with any mass."""
+    """The index at which the running sum of ``numbers`` passes ``wanted``, and how much is still wanted there. If
+    rounding leaves the sum too small, it is the last index with any mass."""
     totals = list(itertools.accumulate(numbers, operator.add))
     place, before = jnp.int32(0), jnp.float32(0)
     for total in totals:

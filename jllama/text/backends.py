@@ -1,0 +1,131 @@
+"""The two libraries that tokenise: sentencepiece, and Hugging Face's tokenizers for byte-level BPE and the like."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from jllama.errors import InputError
+from jllama.text.control import ControlToken, ControlTokens, looks_like_control
+
+
+class _Tokenizer:
+    """What both have in common: the beginning of a text, and control tokens."""
+
+    n_ids: int
+    bos_id: int
+    eos_id: int
+    adds_bos: bool
+    control: ControlTokens
+
+    def encode(self, text: str, *, bos: bool = True, special: bool = False) -> list[int]:
+        ids = [self.bos_id] if bos and self.adds_bos else []
+        return ids + (self.encode_rendered(text) if special else self._ordinary(text, True))
+
+    def encode_rendered(self, text: str, letters: Mapping[int, str] | None = None) -> list[int]:
+        ids: list[int] = []
+        for n, piece in enumerate(self.control.split(text)):
+            if isinstance(piece, int):
+                ids.append(piece)
+            else:
+                ids += self._ordinary(piece.translate(letters or {}), n == 0)
+        return ids
+
+    def _ordinary(self, text: str, start: bool) -> list[int]:
+        """The ids of a text that names no control token, even where it seems to."""
+        ids = self._ids(text, start)
+        if self.control.ids.isdisjoint(ids) or not self.control.named_in(text):
+            return ids
+        pieces = self.control.broken(text)
+        return [i for n, piece in enumerate(pieces) for i in self._ids(piece, start and n == 0)]
+
+    def _ids(self, text: str, start: bool) -> list[int]:
+        raise NotImplementedError
+
+
+class SentencePieceTokenizer(_Tokenizer):
+    """A sentencepiece model, as Llama-2 has it; ``where`` names its origin for error messages."""
+
+    def __init__(self, model: bytes, where: str, *, adds_bos: bool = True) -> None:
+        from sentencepiece import SentencePieceProcessor  # only here: a caller with ids needs no tokenizer
+
+        try:
+            self._model = SentencePieceProcessor(model_proto=model)
+            self.n_ids = self._model.vocab_size()
+            pieces = self._model.id_to_piece(list(range(self.n_ids)))  # raises on text that is not UTF-8
+        except (RuntimeError, UnicodeDecodeError):
+            raise InputError(f"{where}: expected a sentencepiece model, found something else") from None
+        self.bos_id = self._model.bos_id()
+        self.eos_id = self._model.eos_id()
+        self.adds_bos = adds_bos and self.bos_id >= 0
+        self.control = ControlTokens(
+            ControlToken(piece, i)
+            for i, piece in enumerate(pieces)
+            if self._model.is_control(i) or looks_like_control(piece)
+        )
+
+    def _ids(self, text: str, start: bool) -> list[int]:
+        return self._model.encode(text)
+
+    def decode(self, ids: list[int]) -> str:
+        # Models pad their vocabulary: an id past the tokenizer's has no text.
+        return self._model.decode([i for i in ids if 0 <= i < self.n_ids and i not in self.control.ids])
+
+
+class JsonTokenizer(_Tokenizer):
+    """A ``tokenizer.json``, as Llama 3 and others have it. Which ids begin and end a text, the model's config says;
+    whether one begins it, ``adds_bos``, or else the file itself."""
+
+    def __init__(self, text: bytes, where: str, bos_id: int, eos_id: int, *, adds_bos: bool | None = None) -> None:
+        try:
+            from tokenizers import Tokenizer as Backend
+        except ImportError:
+            raise InputError(f"{where}: needs the tokenizers package (pip install 'jllama[convert]')") from None
+        try:
+            values = json.loads(text)
+            self.control = ControlTokens(_control_tokens(values["added_tokens"] or []))
+            # With this, the library takes a name for its token only where a template wrote it: see `encode`.
+            self._model = Backend.from_str(json.dumps(values, ensure_ascii=False))
+            self._model.encode_special_tokens = True
+            self._first_only = _prefix_at_start_only(values.get("pre_tokenizer"))
+            begin = self._model.encode("", add_special_tokens=True).ids
+        except BaseException as error:
+            # The library raises the bare class, and panics in Rust are not even exceptions to Python.
+            wrong = (ValueError, RecursionError, KeyError, TypeError, AttributeError)
+            if not isinstance(error, wrong) and type(error).__name__ not in ("Exception", "PanicException"):
+                raise
+            raise InputError(f"{where}: expected a tokenizer of the tokenizers library, found something else") from None
+        self.n_ids = self._model.get_vocab_size(with_added_tokens=True)
+        self.bos_id, self.eos_id = bos_id, eos_id
+        self.adds_bos = begin[:1] == [bos_id] if adds_bos is None else adds_bos
+        self._mark = len(self._model.encode(_MARK, add_special_tokens=False).ids)
+
+    def _ids(self, text: str, start: bool) -> list[int]:
+        if start or not self._first_only:
+            return self._model.encode(text, add_special_tokens=False).ids
+        # The file puts a space before the text's first word only: behind the mark, this is not the first.
+        return self._model.encode(_MARK + text, add_special_tokens=False).ids[self._mark :]
+
+    def decode(self, ids: list[int]) -> str:
+        return self._model.decode([i for i in ids if 0 <= i < self.n_ids], skip_special_tokens=True)
+
+
+_MARK = "\x01"  # no word's letter: no merge crosses it
+
+
+def _control_tokens(added: list[dict[str, Any]]) -> list[ControlToken]:
+    """The control tokens among a file's added tokens, which are marked as such there."""
+    tokens = []
+    for token in added:
+        token["special"] = bool(token["special"]) or looks_like_control(token["content"])
+        if token["special"]:
+            tokens.append(ControlToken(token["content"], token["id"], bool(token["lstrip"]), bool(token["rstrip"])))
+    return tokens
+
+
+def _prefix_at_start_only(pre_tokenizer: Any) -> bool:
+    """Whether words begin with a space mark, and the first word of a whole text gets one."""
+    if not isinstance(pre_tokenizer, dict):
+        return False
+    if pre_tokenizer.get("type") == "Sequence":
+        return any(_prefix_at_start_only(part) for part in pre_tokenizer.get("pretokenizers", []))
+    return pre_tokenizer.get("type") == "Metaspace" and pre_tokenizer.get("prepend_scheme") == "first"
