@@ -109,7 +109,7 @@ def store(ref: Any, values: jax.Array) -> None:
     From JAX 0.12 on ``ref[...] = values`` is an error unless the store has no conflicts; before, Mosaic chose the
     slower store by itself."""
     if hasattr(plgpu, "store"):
-        plgpu.store(ref, values, optimized=False)
+        plgpu.store(ref, values, optimized=False)  # type: ignore[attr-defined]
     else:
         ref[...] = values
 
