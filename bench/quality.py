@@ -91,7 +91,6 @@ def variants() -> Iterator[tuple[str, str]]:
 
 def prepared(params: "Params", dtype: str, impl: str) -> "Params":
     """The float model with its matrices in the format, rounded as ``impl`` does it."""
-    from jllama.params import QUANT_BITS
     from pallas_kernels import group_size
     from pallas_kernels.quantized import CLIP_RATIOS, quantize
 
@@ -101,7 +100,7 @@ def prepared(params: "Params", dtype: str, impl: str) -> "Params":
 
     def rounded(w: Any) -> Any:
         size = None if group is None else group_size(w.shape[-1], group)
-        return quantize(w, bits=QUANT_BITS[quant], group=size, ratios=(1.0,) if impl == "absmax" else CLIP_RATIOS)
+        return quantize(w, quant, group=size, ratios=(1.0,) if impl == "absmax" else CLIP_RATIOS)
 
     names = ("wqkv", "wo", "w_gate_up", "w_down")
     layers = tuple(

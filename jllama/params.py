@@ -17,9 +17,7 @@ from jax.typing import DTypeLike
 
 from jllama.config import LlamaConfig, Quant
 from jllama.errors import InputError
-from jllama.kernels import LayerView, QuantizedTensor, Weight, group_size, materialize, quantize
-
-QUANT_BITS = {"int8": 8, "int4": 4}
+from jllama.kernels import LayerView, QuantizedTensor, Weight, WeightFormat, group_size, materialize, quantize
 
 
 @struct.dataclass
@@ -116,19 +114,19 @@ def quantizer(quant: Quant, group: int | None = None) -> Callable[[jax.Array], W
     """What turns a float weight into the asked form: ``none``, ``int8`` (per channel) or ``int4`` (groups of 128)."""
     if quant == "none":
         return lambda w: w
-    bits = QUANT_BITS[quant]
-    wanted = group if group is not None else {8: None, 4: 128}[bits]
+    fmt = WeightFormat(quant)
+    wanted = group if group is not None else {WeightFormat.INT8: None, WeightFormat.INT4: 128}[fmt]
 
     def apply(w: jax.Array) -> QuantizedTensor:
         size = None if wanted is None else group_size(w.shape[-1], wanted)
-        return _quantize(w, bits, size)
+        return _quantize(w, fmt, size)
 
     return apply
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _quantize(w: jax.Array, bits: int, group: int | None) -> QuantizedTensor:
-    return quantize(w, bits=bits, group=group)
+def _quantize(w: jax.Array, fmt: WeightFormat, group: int | None) -> QuantizedTensor:
+    return quantize(w, fmt, group=group)
 
 
 def layer_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:

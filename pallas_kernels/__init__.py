@@ -6,6 +6,7 @@ from .decode_step import StepWeights, decode_step
 from .dispatch import BACKENDS, Choice, Kernel, Op, Recorded, Unsupported, record, recorded, require_kernels
 from .draw import draw, log_probability
 from .ffn import ffn
+from .formats import WeightFormat
 from .layer_view import LayerView, materialize
 from .matmul import Weight, matmul
 from .paged_attention import PAGE, paged_attention, write_pages
@@ -33,6 +34,7 @@ __all__ = [
     "StepWeights",
     "Unsupported",
     "Weight",
+    "WeightFormat",
     "attention",
     "decode_attention",
     "decode_step",

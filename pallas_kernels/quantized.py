@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .formats import WeightFormat
+
 GROUPS = (128, 64, 32)
 # How much of a group's largest value the largest integer stands for.
 CLIP_RATIOS = tuple(1 - step / 40 for step in range(16))
@@ -38,8 +40,14 @@ class QuantizedTensor:
         return self.data.size
 
     @property
+    def format(self) -> WeightFormat:
+        """Of the elements."""
+        return WeightFormat(self.data.dtype.name)
+
+    @property
     def bits(self) -> int:
-        return jnp.iinfo(self.data.dtype).bits
+        """Of one element."""
+        return self.format.bits
 
     @property
     def group(self) -> int:
@@ -62,16 +70,24 @@ def group_size(in_features: int, wanted: int) -> int:
 
 
 def quantize(
-    w: jax.Array, *, bits: int, group: int | None = None, ratios: tuple[float, ...] = CLIP_RATIOS
+    w: jax.Array,
+    fmt: WeightFormat | str,
+    *,
+    group: int | None = None,
+    ratios: tuple[float, ...] = CLIP_RATIOS,
 ) -> QuantizedTensor:
-    """Round a weight ``[..., out, in]`` to ``bits`` with one scale per ``group`` inputs (None: per output channel).
+    """Round a weight ``[..., out, in]`` to a quantised format, such as ``"int8"``, with one scale per ``group`` inputs
+    (None: per output channel).
 
     Of the scales that make the largest value of a group the largest integer, or clip it by some per cent, the one with
     the smallest squared error is taken: for few bits a finer step for the many is worth the error of the few.
     ``ratios`` are what the clipping leaves; ``(1.0,)`` is bare absmax.
     """
     group = group or w.shape[-1]
-    limit = 2 ** (bits - 1) - 1
+    fmt = WeightFormat(fmt)
+    if not fmt.quantized:
+        raise ValueError(f"quantize: expected a quantised format, found {fmt.value}")
+    limit = 2 ** (fmt.bits - 1) - 1
     dtype = jnp.float32 if group == w.shape[-1] else jnp.float16
     blocks = w.astype(jnp.float32).reshape(*w.shape[:-1], -1, group)
     peak = jnp.max(jnp.abs(blocks), axis=-1) / limit
@@ -86,7 +102,7 @@ def quantize(
     whole = _stored(peak, dtype)
     (scale, _), _ = lax.scan(better, (whole, jnp.full_like(whole, jnp.inf)), jnp.asarray(ratios, jnp.float32))
     data = _rounded(blocks, scale, limit).astype(jnp.int8).reshape(w.shape)
-    return QuantizedTensor(data if bits == 8 else data.astype(jnp.int4), scale.astype(dtype))
+    return QuantizedTensor(data.astype(fmt.dtype), scale.astype(dtype))
 
 
 def _stored(scale: jax.Array, dtype: jnp.dtype | type) -> jax.Array:

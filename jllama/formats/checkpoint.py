@@ -23,8 +23,8 @@ from jllama.formats.layout import FUSED, expected_shapes
 from jllama.formats.native import directory
 from jllama.formats.native import save as write
 from jllama.formats.source import Integers, Quantization, Source, Tensor
-from jllama.kernels import QuantizedTensor, Weight, group_size, materialize
-from jllama.params import QUANT_BITS, Layer, Params, put, quantizer
+from jllama.kernels import QuantizedTensor, Weight, WeightFormat, group_size, materialize
+from jllama.params import Layer, Params, put, quantizer
 from jllama.step import runs_whole
 from jllama.stream import PREFILL_PIECE
 
@@ -86,8 +86,7 @@ def stored(source: Source) -> tuple[Quant, int | None]:
     """How the layers' weights are stored, in the words of `load`."""
     if source.quant is None:
         return "none", None
-    bits = source.quant.bits
-    return next(name for name in QUANTS if QUANT_BITS.get(name) == bits), source.quant.group
+    return ("int8" if source.quant.bits == 8 else "int4"), source.quant.group
 
 
 def _alike(source: Source) -> bool:
@@ -181,7 +180,7 @@ def model_bytes(config: LlamaConfig, dtype: str, quant: Quant, group: int | None
         if quant == "none" or len(shape) == 1 or name == "embed":
             total += size * itemsize
         else:
-            bits = QUANT_BITS[quant]
+            bits = WeightFormat(quant).bits
             per_scale = shape[-1] if bits == 8 and group is None else group_size(shape[-1], group or 128)
             total += size * bits // 8 + size // per_scale * (4 if per_scale == shape[-1] else 2)
     return total

@@ -25,7 +25,7 @@ def squared_error(w: np.ndarray, scale: np.ndarray, limit: int) -> np.ndarray:
 @pytest.mark.parametrize(("bits", "group"), [(8, None), (8, 32), (4, None), (4, 32), (4, 128)])
 def test_no_scale_of_the_grid_is_better(bits: int, group: int | None) -> None:
     w = np.random.RandomState(0).standard_t(4, (64, 256)).astype(np.float32)
-    q = quantize(jnp.asarray(w), bits=bits, group=group)
+    q = quantize(jnp.asarray(w), f"int{bits}", group=group)
     limit = 2 ** (bits - 1) - 1
     scale = np.asarray(q.scale)
     chosen = squared_error(w, scale, limit)
@@ -41,7 +41,7 @@ def test_no_scale_of_the_grid_is_better(bits: int, group: int | None) -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 def test_weights_too_small_or_too_large_for_a_scale_stay_finite(bits: int) -> None:
     w = jnp.asarray([[1e-30] * 64, [0.0] * 64, [1e30] * 64, [1.0] * 64])
-    q = quantize(w, bits=bits, group=32)
+    q = quantize(w, f"int{bits}", group=32)
     assert bool(jnp.isfinite(dequantize(q)).all())
     assert bool((q.scale > 0).all())
     np.testing.assert_array_equal(dequantize(q)[:2], np.zeros((2, 64)))

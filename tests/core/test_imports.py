@@ -12,7 +12,14 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 ROOT = Path(__file__).parents[2]
-KERNEL_BASE = ("arch", "dispatch", "layer_view", "quantized", "step_weights")  # of the op layer, what a kernel may use
+KERNEL_BASE = (
+    "arch",
+    "dispatch",
+    "formats",
+    "layer_view",
+    "quantized",
+    "step_weights",
+)  # of the op layer, what a kernel may use
 OURS = ("pallas_kernels", "jllama", "convert", "bench", "tests", "examples")
 SOURCES = sorted(path for folder in OURS for path in (ROOT / folder).rglob("*.py"))
 

@@ -16,9 +16,10 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 from jllama.cache import init_cache
+from jllama.config import LlamaConfig
 from jllama.decode import generate
 from jllama.model import forward
-from jllama.params import Params, stack
+from jllama.params import Params, init, stack
 from jllama.sampling import make_sampling
 from jllama.step import whole_step
 from jllama.stream import Session
@@ -102,8 +103,8 @@ def example(name: str) -> tuple[Op, tuple[Any, ...], dict[str, Any]]:
     return {
         "rms_norm": (OPS["rms_norm"], (x, normal(32)), eps),
         "matmul": (OPS["matmul"], (x, normal(16, 32)), dict(residual=normal(2, 2, 16))),
-        "matmul-int8": (OPS["matmul"], (x, quantize(normal(16, 32), bits=8)), dict(out_dtype=jnp.float32)),
-        "matmul-int4": (OPS["matmul"], (x, quantize(normal(16, 32), bits=4, group=32)), {}),
+        "matmul-int8": (OPS["matmul"], (x, quantize(normal(16, 32), "int8")), dict(out_dtype=jnp.float32)),
+        "matmul-int4": (OPS["matmul"], (x, quantize(normal(16, 32), "int4", group=32)), {}),
         "qkv": (OPS["qkv"], (x, normal(64, 32), *cache, jnp.cos(cos), jnp.sin(cos)), {}),
         "attention": (OPS["attention"], (normal(2, 2, 4, 8), *cache), {}),
         "ffn": (OPS["ffn"], (x, normal(32), normal(96, 32), normal(32, 48)), eps),
@@ -298,3 +299,49 @@ def test_a_session_tells_what_ran_whether_it_was_traced_or_not() -> None:
     assert found[0]["decode"].keys() == set(OPS) - {"attention"}
     assert found[0]["decode"]["draw"].why.startswith("greedy")
     assert found[2]["decode"]["draw"].why.startswith("a vocabulary of 96")
+
+
+# On a GPU
+
+REAL = LlamaConfig(dim=512, n_layers=2, n_heads=8, n_kv_heads=2, hidden_dim=1024, vocab_size=1024)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stacked", [False, True])
+def test_transforms_of_a_model_on_gpu(stacked: bool) -> None:
+    params = init(REAL, jax.random.key(0), dtype=jnp.bfloat16, stacked=stacked)
+    tokens = jnp.asarray(np.random.RandomState(0).randint(3, 1024, (2, 96)))
+
+    def loss(params: Params, tokens: jax.Array, backend: str) -> jax.Array:
+        cache = init_cache(REAL, 2, 128, jnp.bfloat16, stacked=stacked)
+        _, cache = forward(params, tokens, cache, backend=backend)
+        logits, _ = forward(params, tokens[:, :1], cache, last_only=True, backend=backend)
+        return jax.nn.logsumexp(logits, axis=-1).mean()
+
+    found, wanted = (
+        [
+            jax.jit(jax.grad(functools.partial(loss, backend=backend)))(params, tokens),
+            jax.jit(jax.vmap(functools.partial(loss, backend=backend), (None, 0)))(params, jnp.stack([tokens] * 2)),
+        ]
+        for backend in ("pallas", "xla")
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(*(np.float32(x) for x in (a, b)), atol=1e-3), found, wanted)
+    with record() as choices:
+        jax.jit(lambda p, t: loss(p, t, "pallas"))(params, tokens)
+    assert choices["decode_step"].impl == ("pallas" if stacked else "ops")
+
+
+@pytest.mark.gpu
+def test_arrays_on_the_cpu_of_a_gpu_machine() -> None:
+    cpu = jax.devices("cpu")[0]
+    params = jax.device_put(init(REAL, jax.random.key(0), dtype=jnp.bfloat16), cpu)
+    tokens = jax.device_put(jnp.ones((1, 16), jnp.int32), cpu)
+    run = jax.jit(forward, static_argnames="backend")
+    for logits in (run(params, tokens)[0], forward(params, tokens)[0]):
+        assert logits.devices() == {cpu}
+        np.testing.assert_allclose(logits, run(params, tokens, backend="xla")[0], atol=1e-2)
+    with pytest.raises(Unsupported, match="lowered for 'cpu'"):
+        run(params, tokens, backend="pallas")
+    session = Session(params, 32)
+    assert len([t for tokens in session.run([[5, 6, 7]], 4) for t in tokens.ids[0]]) == 4
+    assert session.backends["decode"]["matmul"].impl == "xla"

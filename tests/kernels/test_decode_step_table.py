@@ -17,6 +17,7 @@ from pallas_kernels import StepWeights
 from pallas_kernels.attention import attention_reference
 from pallas_kernels.decode_step import CASES, decode_step_reference
 from pallas_kernels.ffn import ffn_reference
+from pallas_kernels.formats import WeightFormat
 from pallas_kernels.hopper.common.tiles import Format
 from pallas_kernels.hopper.decode_step.block import Block
 from pallas_kernels.hopper.decode_step.memory import StepBuffers, buffer_shapes
@@ -33,7 +34,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "kernels.md"
 
 
 def plan_of(case: str, blocks: int, **tiles: int) -> StepPlan:
-    sizes: dict[str, Any] = dict(batch=1, queries=1, max_len=1024, fmt=Format(jnp.dtype(jnp.bfloat16), False, None))
+    sizes: dict[str, Any] = dict(batch=1, queries=1, max_len=1024, fmt=Format(WeightFormat.BFLOAT16))
     return plan_step(StepShape(**CASES[case], **sizes, eps=EPS), StepTiles(**tiles), blocks, LAYER_PHASES, HEAD)
 
 

@@ -92,7 +92,7 @@ def test_matmul(rows: tuple[int, ...], dtype: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("bits", "group"), [(8, None), (8, 64), (4, None), (4, 32), (4, 128)])
 def test_matmul_with_integers_is_the_product_with_what_they_stand_for(bits: int, group: int | None, dtype: str) -> None:
-    x, w = random((3, 256), dtype), quantize(random((40, 256), seed=1), bits=bits, group=group)
+    x, w = random((3, 256), dtype), quantize(random((40, 256), seed=1), f"int{bits}", group=group)
     meant = f64(w.data) * np.repeat(f64(w.scale), w.group, axis=-1)
     assert_close(matmul(x, w, backend="xla"), f64(x) @ meant.T, dtype, 256)
 
@@ -112,7 +112,7 @@ def test_matmul_rounds_once_to_the_dtype_asked_for() -> None:
 @pytest.mark.parametrize(("bits", "group"), [(8, None), (8, 32), (4, None), (4, 64)])
 def test_quantize_rounds_to_the_nearest_step_and_keeps_zero(bits: int, group: int | None) -> None:
     w = random((16, 128)).at[3].set(0.0)
-    q = quantize(w, bits=bits, group=group)
+    q = quantize(w, f"int{bits}", group=group)
     limit = 2 ** (bits - 1) - 1
     step = np.repeat(f64(q.scale), q.group, axis=-1)
     assert (q.shape, q.bits, q.group) == (w.shape, bits, group or 128)

@@ -30,7 +30,12 @@ from pallas_kernels.rms_norm import rms_norm, rms_norm_reference
 
 pytestmark = pytest.mark.timeout(120)
 
-FORMATS = {"bf16": {}, "int8": dict(bits=8), "int8-g32": dict(bits=8, group=32), "int4-g128": dict(bits=4, group=128)}
+FORMATS = {
+    "bf16": {},
+    "int8": dict(fmt="int8"),
+    "int8-g32": dict(fmt="int8", group=32),
+    "int4-g128": dict(fmt="int4", group=128),
+}
 Array = jax.Array
 
 

@@ -12,8 +12,8 @@ from pallas_kernels import QuantizedTensor, dequantize, quantize
 from pallas_kernels.decode_step import StepWeights, decode_step_reference
 
 EPS = 1e-5
-ON_GPU = {"bf16": {}, "int8": dict(bits=8), "int4-g128": dict(bits=4, group=128)}
-REFUSED = {"int8-g64": dict(bits=8, group=64)}  # has not run on a GPU
+ON_GPU = {"bf16": {}, "int8": dict(fmt="int8"), "int4-g128": dict(fmt="int4", group=128)}
+REFUSED = {"int8-g64": dict(fmt="int8", group=64)}  # has not run on a GPU
 FORMATS = ON_GPU | REFUSED
 SMALL = dict(dim=128, hidden=256, heads=2, kv_heads=1, head_dim=64, vocab=128, layers=1)
 

@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ...dispatch import Unsupported
+from ...formats import WeightFormat
 from ...quantized import QuantizedTensor
 
 Weight = jax.Array | QuantizedTensor
@@ -23,15 +24,22 @@ WGMMA_ROWS = 64  # wgmma takes 64 rows of its left operand at a time, no fewer
 
 @dataclass(frozen=True)
 class Format:
-    """How a weight is stored: the dtype of its elements, and how many inputs share a scale (None: one scale a row)."""
+    """How a weight is stored: the format of its elements, and the inputs that share a scale (None: one scale a row)."""
 
-    dtype: jnp.dtype
-    quantized: bool
-    group: int | None
+    elements: WeightFormat
+    group: int | None = None
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.elements.dtype
+
+    @property
+    def quantized(self) -> bool:
+        return self.elements.quantized
 
     @property
     def bits(self) -> int:
-        return jnp.iinfo(self.dtype).bits if self.quantized else 8 * self.dtype.itemsize
+        return self.elements.bits
 
     @property
     def grouped(self) -> bool:
@@ -41,8 +49,8 @@ class Format:
 def format_of(w: Weight) -> Format:
     """The format of a weight."""
     if not isinstance(w, QuantizedTensor):
-        return Format(jnp.dtype(w.dtype), False, None)
-    return Format(jnp.dtype(w.data.dtype), True, None if w.scale.shape[-1] == 1 else w.group)
+        return Format(WeightFormat(w.dtype.name))
+    return Format(w.format, None if w.scale.shape[-1] == 1 else w.group)
 
 
 def data_and_scale(w: Weight) -> tuple[jax.Array, jax.Array | None]:
@@ -106,12 +114,13 @@ def scale_column(scales: Any, row: Any, group: Any, rows: int) -> jax.Array:
 def store(ref: Any, values: jax.Array) -> None:
     """Write an array where bank conflicts and coalescing hardly matter.
 
-    From JAX 0.12 on ``ref[...] = values`` is an error unless the store has no conflicts; before, Mosaic chose the
+    From JAX 0.12 on ``ref[...] = values`` is an error unless the store has no conflicts. Before, Mosaic chose the
     slower store by itself."""
-    if hasattr(plgpu, "store"):
-        plgpu.store(ref, values, optimized=False)  # type: ignore[attr-defined]
-    else:
+    explicit_store = getattr(plgpu, "store", None)
+    if explicit_store is None:
         ref[...] = values
+    else:
+        explicit_store(ref, values, optimized=False)
 
 
 def broadcast_rows(column: jax.Array, shape: tuple[int, ...]) -> jax.Array:

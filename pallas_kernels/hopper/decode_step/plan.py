@@ -96,8 +96,7 @@ class StepShape:
 
 @dataclass(frozen=True)
 class TileCopy:
-    """One copy of a stage: rows of a wgmma tile that are neighbours in memory, ``rows`` from ``row`` of the N tile, in
-    ``half`` and ``k_split``."""
+    """One copy of a stage: rows that are neighbours in memory, from ``row`` of an N tile in a half and K split."""
 
     tile_row: int  # first row within the wgmma tile
     half: int
@@ -108,9 +107,8 @@ class TileCopy:
 
 @dataclass(frozen=True)
 class ProductPlan:
-    """How one product is tiled. A block has an N tile of each of ``halves`` (2 where gate and up are multiplied side by
-    side), over each of ``k_splits`` ranges of the inputs. All of them are stacked and walked in wgmma tiles of 64 rows:
-    wgmma takes no fewer, and multiplies the missing rows of a tile all the same."""
+    """How one product is tiled. A block has an N tile of each of ``halves`` (2 for gate and up), over each of
+    ``k_splits`` ranges of the inputs. All are stacked and walked in wgmma tiles of 64 rows."""
 
     inner: int
     outer: int  # of each half
@@ -165,9 +163,8 @@ class ProductPlan:
 
     def copies(self, tile: int) -> Iterator[TileCopy]:
         """What a wgmma tile is made of."""
-        start = tile * WGMMA_ROWS
+        at = start = tile * WGMMA_ROWS
         end = min(start + WGMMA_ROWS, self.stacked_rows)
-        at = start
         while at < end:
             part, row = divmod(at, self.n_tile)
             rows = min(self.n_tile - row, end - at)
@@ -270,7 +267,7 @@ def plan_product(inner: int, outer: int, halves: int, tiles: StepTiles, blocks: 
 
 
 def shared_bytes(plan: StepPlan) -> int:
-    """Bytes of shared memory beside the ring of weights: x and sums, or what attention needs; scales of all slots."""
+    """Bytes of shared memory beside the ring: x and sums, or what attention needs; scales of all slots."""
     shape, tiles = plan.shape, plan.tiles
     x = nbytes((shape.columns, tiles.chunk), 8 if shape.fmt.quantized else 16)
     sums = max(nbytes(sums_shape(p, plan), 32) for p in plan.products.values())
