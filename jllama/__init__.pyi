@@ -17,6 +17,8 @@ from jllama.engine.rollout import rollout as rollout
 from jllama.errors import InputError as InputError
 from jllama.formats.checkpoint import load as load
 from jllama.formats.checkpoint import save as save
+from jllama.formats.lora import load_lora as load_lora
+from jllama.formats.lora import merge_lora as merge_lora
 from jllama.kernels import Choice as Choice
 from jllama.kernels import QuantizedTensor as QuantizedTensor
 from jllama.kernels import Unsupported as Unsupported

@@ -179,27 +179,34 @@ def _short(value: Any) -> str:
 
 
 def from_hf(values: dict[str, Any], where: str = "config.json") -> LlamaConfig:
-    """Read the ``config.json`` of a Hugging Face checkpoint with ``model_type: llama``."""
+    """Read the ``config.json`` of a Hugging Face checkpoint with ``model_type: llama``, or ``mistral`` where that is
+    the same architecture."""
     fields = Fields(where, values)
-    if values.get("model_type") != "llama":
-        raise InputError(f"{where}: model_type: expected 'llama', found {_short(values.get('model_type'))}")
-    for name in ("attention_bias", "mlp_bias"):
+    kind = values.get("model_type")
+    if kind not in ("llama", "mistral"):
+        raise InputError(f"{where}: model_type: expected 'llama' or 'mistral', found {_short(kind)}")
+    for name in ("attention_bias", "mlp_bias", "bias"):
         if fields.flag(name, False):
             raise InputError(f"{where}: {name}: expected false (biases are not supported), found true")
     if (activation := values.get("hidden_act", "silu")) not in ("silu", "swish"):
         raise InputError(f"{where}: hidden_act: expected 'silu', found {_short(activation)}")
+    if (part := values.get("partial_rotary_factor")) not in (None, 1):
+        raise InputError(f"{where}: partial_rotary_factor: expected 1, found {_short(part)}")
     n_heads = fields.integer("num_attention_heads", high=4096)
     vocab_size = fields.integer("vocab_size")
+    max_seq_len = fields.integer("max_position_embeddings", 131072 if kind == "mistral" else 2048)
+    if kind == "mistral":
+        _check_window(values, max_seq_len, where)
     rope = _rope_parameters(values, where)
     try:
         return LlamaConfig(
             dim=fields.integer("hidden_size", high=1 << 20),
             n_layers=fields.integer("num_hidden_layers", high=4096),
             n_heads=n_heads,
-            n_kv_heads=fields.integer("num_key_value_heads", n_heads, high=4096),
+            n_kv_heads=fields.integer("num_key_value_heads", 8 if kind == "mistral" else n_heads, high=4096),
             hidden_dim=fields.integer("intermediate_size"),
             vocab_size=vocab_size,
-            max_seq_len=fields.integer("max_position_embeddings", 2048),
+            max_seq_len=max_seq_len,
             head_dim=fields.integer("head_dim", 0, low=0, high=1 << 16),
             norm_eps=fields.number("rms_norm_eps", 1e-6, high=1.0),
             rope_theta=Fields(where, rope).number("rope_theta", 10000.0),
@@ -210,6 +217,16 @@ def from_hf(values: dict[str, Any], where: str = "config.json") -> LlamaConfig:
         )
     except InputError as error:
         raise (error if str(error).startswith(where) else InputError(f"{where}: {error}")) from None
+
+
+def _check_window(values: dict[str, Any], max_seq_len: int, where: str) -> None:
+    """Attention of a Mistral that sees a window only is not Llama's, unless all of the context is in the window."""
+    window = values.get("sliding_window", 4096)  # transformers' default
+    if window is not None and (not isinstance(window, int) or window < max_seq_len):
+        raise InputError(
+            f"{where}: sliding_window: expected null or at least max_position_embeddings {max_seq_len}, "
+            f"found {_short(window)} (a smaller max_position_embeddings keeps a model within its window)"
+        )
 
 
 def _rope_parameters(values: dict[str, Any], where: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@
     python -m jllama.evaluation run --model jllama --model_args pretrained=path/to/model --tasks arc_easy
 """
 
+import functools
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -123,6 +124,7 @@ def open_evaluator(path: str, *, slots: int = 16, max_len: int | None = None, **
     return Evaluator(Engine(lm.params, slots=slots, max_len=lm.max_len, backend=lm.backend), lm.tokenizer)
 
 
+@functools.cache
 def lm_eval_model() -> type:
     """Register the model ``jllama`` with lm-eval, and give its class."""
     from lm_eval.api.model import LM

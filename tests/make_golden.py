@@ -47,6 +47,7 @@ CASES: dict[str, dict[str, Any]] = {
     "rope-llama3": dict(num_key_value_heads=2, rope_theta=500000.0, rope_scaling=_LLAMA3, head_dim=16),
     "rope-theta": dict(num_key_value_heads=2, rope_theta=100.0, rms_norm_eps=1e-6),
     "head-dim": dict(num_key_value_heads=2, head_dim=12, tie_word_embeddings=True),
+    "mistral": dict(model_type="mistral", num_key_value_heads=2, head_dim=12, sliding_window=128),
 }
 
 
@@ -100,11 +101,11 @@ def prompts(case: str) -> np.ndarray:
 
 
 def hf_model(case: str, directory: Path) -> Any:
-    """The case as a float32 LlamaForCausalLM, loaded from a checkpoint that is written to ``directory``."""
+    """The case as transformers' float32 model of it, loaded from a checkpoint that is written to ``directory``."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    model = LlamaForCausalLM(LlamaConfig(**config(case)))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config(case)))
     state = {name: torch.from_numpy(array) for name, array in weights(case).items()}
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected, unexpected
@@ -114,11 +115,11 @@ def hf_model(case: str, directory: Path) -> Any:
 
 
 def read_hf(directory: Path) -> Any:
-    """A checkpoint directory as a float32 LlamaForCausalLM."""
+    """A checkpoint directory as transformers' float32 model of it."""
     import torch
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    return LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
 
 
 def run_hf(model: Any, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

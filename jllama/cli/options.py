@@ -78,6 +78,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="checkpoint: a path, smollm2, or a repository (default: the demo)",
     )
     group.add_argument("--follow-links", action="store_true", help="links may lead out of the checkpoint's directory")
+    help_lora = "merge this PEFT adapter, times WEIGHT (default: 1); may be repeated"
+    group.add_argument("--lora", action="append", default=[], metavar="DIR[=WEIGHT]", help=help_lora)
     group.add_argument("--tokenizer", metavar="FILE", help="tokenizer (default: the checkpoint's own)")
     group.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of activations and cache")
     group.add_argument("--quant", choices=("none", "int8", "int4"), default="none", help="quantise the weights at load")

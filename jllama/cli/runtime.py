@@ -15,6 +15,7 @@ from jllama.config import Backend
 from jllama.device import bandwidth, default_device
 from jllama.errors import InputError
 from jllama.formats import open_source
+from jllama.formats.lora import lora_spec, with_lora
 from jllama.formats.source import Source
 from jllama.kernels import Unsupported, require_kernels
 from jllama.params import Params, weight_bytes
@@ -38,6 +39,8 @@ def open_model(args: argparse.Namespace, *, batch: int = 1, quiet: bool = False)
     if args.backend == "pallas":
         require_kernels()  # before anything is loaded
     source = open_source(args.model, links=args.follow_links)
+    if args.lora:
+        source = with_lora(source, [lora_spec(text) for text in args.lora])
     context = source.config.max_seq_len
     if args.max_seq_len is not None and not 2 <= args.max_seq_len <= context:
         raise InputError(f"--max-seq-len: expected 2 to {context} (the model's context), found {args.max_seq_len}")

@@ -45,7 +45,7 @@ class _State:
 def rollout(
     params: Params,
     prompts: jax.Array,  # [B, T]
-    lengths: jax.Array,  # [B]
+    lengths: jax.Array | None = None,  # [B]: how many tokens of a prompt are real; default: all
     sampling: Sampling | None = None,
     *,
     slots: int,
@@ -64,6 +64,7 @@ def rollout(
         raise InputError(f"rollout: expected max_new_tokens, slots and n of 1 at least: {max_new_tokens}, {slots}, {n}")
     B, requests = prompts.shape[0], prompts.shape[0] * n
     slots, config = min(slots, requests), params.config
+    lengths = jnp.full(B, prompts.shape[1]) if lengths is None else lengths
     sampling = make_sampling(requests) if sampling is None else sampling
     if sampling.key.shape != (requests,):
         raise InputError(

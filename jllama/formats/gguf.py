@@ -10,6 +10,7 @@ import numpy as np
 
 from jllama.config import Fields, LlamaConfig, RopeScaling
 from jllama.errors import InputError
+from jllama.formats.files import label
 from jllama.formats.gguf_file import GgufFile, GgufTensor, read_gguf
 from jllama.formats.gguf_vocabulary import vocabulary_in
 from jllama.formats.layout import expected_shapes
@@ -78,6 +79,8 @@ def _config(file: GgufFile) -> LlamaConfig:
         raise InputError(f"{where}: split.count: expected a whole file, found {str(file.fields['split.count'])[:60]!r}")
     if fields.integer("llama.expert_count", 0, low=0):
         raise InputError(f"{where}: llama.expert_count: expected 0 (experts are not supported), found more")
+    if bias := next((name for name in file.tensors if name.startswith("blk.") and name.endswith(".bias")), None):
+        raise InputError(f"{where}: {label(bias)}: expected no biases (they are not supported), found one")
     embed = file.tensors.get("token_embd.weight")
     if embed is None:
         raise InputError(f"{where}: token_embd.weight: missing")
@@ -102,9 +105,17 @@ def _config(file: GgufFile) -> LlamaConfig:
         rope_theta=_short_float(theta),
         tie_embeddings="output.weight" not in file.tensors,
         bos_id=fields.ids("tokenizer.ggml.bos_token_id", (1,), vocab_size)[0],
-        eos_ids=fields.ids("tokenizer.ggml.eos_token_id", (2,), vocab_size),
+        eos_ids=_ends(fields, vocab_size),
     )
     return config.replace(rope_scaling=_scaling(file, fields, config))
+
+
+def _ends(fields: Fields, vocab_size: int) -> tuple[int, ...]:
+    """What ends a text, and what ends a turn."""
+    ends = fields.ids("tokenizer.ggml.eos_token_id", (2,), vocab_size)
+    for name in ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"):
+        ends += fields.ids(name, ends, vocab_size)
+    return tuple(dict.fromkeys(ends))
 
 
 def _short_float(value: float) -> float:

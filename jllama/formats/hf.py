@@ -13,9 +13,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from jllama.config import from_hf, read_json
+from jllama.config import Fields, LlamaConfig, from_hf, read_json
 from jllama.errors import InputError
-from jllama.formats.files import first_of, inside
+from jllama.formats.files import first_of, inside, label
 from jllama.formats.layout import hf_names
 from jllama.formats.pth import PthFile
 from jllama.formats.safetensors_file import SafetensorsFile
@@ -29,6 +29,7 @@ EXTRAS = (
     "chat_template.jinja",
     "generation_config.json",
 )
+BIASES = "_proj.bias"
 MAX_SHARDS = 4096
 
 
@@ -57,9 +58,11 @@ def open_hf(path: Path, *, links: bool = False) -> Source:
     file = functools.partial(inside, path, links=links)
     where = file("config.json", path)
     values = read_json(where)
-    config = from_hf(values, str(where))
+    config = _with_ends(from_hf(values, str(where)), first_of(path, ("generation_config.json",), links=links))
     quant = _quantization(values.get("quantization_config"), str(where))
     files = _files(path, file)
+    if bias := next((name for name in files if name.endswith(BIASES)), None):
+        raise InputError(f"{files[bias].path}: {label(bias)}: expected no biases (they are not supported), found one")
     tensors = {}
     for ours, theirs in hf_names(config).items():
         if theirs in files:
@@ -69,6 +72,14 @@ def open_hf(path: Path, *, links: bool = False) -> Source:
     added = (path / "added_tokens.json").exists()
     tokenizer = first_of(path, ("tokenizer.json", *TOKENIZERS) if added else TOKENIZERS, links=links)
     return Source(path, "native" if quant else "hf", config, tensors, tokenizer, extras, links=links)
+
+
+def _with_ends(config: LlamaConfig, file: Path | None) -> LlamaConfig:
+    """The config with the ends of texts that ``generation_config.json`` adds: a chat model's turns end there."""
+    if file is None:
+        return config
+    ends = Fields(str(file), read_json(file)).ids("eos_token_id", config.eos_ids, config.vocab_size)
+    return config.replace(eos_ids=tuple(dict.fromkeys([*config.eos_ids, *ends])))
 
 
 def _files(path: Path, file: Callable[[str, Path], Path]) -> dict[str, TensorFile]:

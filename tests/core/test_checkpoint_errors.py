@@ -106,10 +106,11 @@ BAD_FIELDS = [
     (dict(rms_norm_eps=float("nan")), "rms_norm_eps: expected a number"),
     (dict(rope_theta="big"), "rope_theta: expected a number"),
     (dict(rope_scaling=[1]), "rope_scaling: expected an object"),
-    (
-        dict(rope_scaling={"rope_type": "yarn", "factor": 2}),
-        "expected type 'default', 'linear' or 'llama3', found 'yarn'",
+    *(
+        (dict(rope_scaling={key: kind, "factor": 2}), f"expected type 'default', 'linear' or 'llama3', found '{kind}'")
+        for key, kind in (("rope_type", "yarn"), ("type", "dynamic"), ("rope_type", "longrope"))
     ),
+    (dict(partial_rotary_factor=0.5), "partial_rotary_factor: expected 1, found 0.5"),
     (dict(rope_scaling={"rope_type": "linear"}), "rope_scaling: factor: missing"),
     (dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "low_freq_factor: missing"),
     (dict(tie_word_embeddings="no"), "tie_word_embeddings: expected true or false"),
@@ -118,8 +119,17 @@ BAD_FIELDS = [
     (dict(attention_bias=True), "attention_bias: expected false"),
     (dict(mlp_bias=True), "mlp_bias: expected false"),
     (dict(hidden_act="gelu"), "hidden_act: expected 'silu', found 'gelu'"),
-    (dict(model_type="mistral"), "model_type: expected 'llama', found 'mistral'"),
-    (dict(model_type=...), "model_type: expected 'llama', found None"),
+    (dict(model_type="mixtral"), "model_type: expected 'llama' or 'mistral', found 'mixtral'"),
+    (dict(model_type=...), "model_type: expected 'llama' or 'mistral', found None"),
+    (
+        dict(model_type="mistral", sliding_window=100),
+        "sliding_window: expected null or at least max_position_embeddings 128, found 100",
+    ),
+    (
+        dict(model_type="mistral", max_position_embeddings=8192),  # the default window is 4096
+        "sliding_window: expected null or at least max_position_embeddings 8192, found 4096",
+    ),
+    (dict(bias=True), "bias: expected false"),
     (dict(quantization_config={"quant_method": "gptq"}), "expected quant_method 'jllama'"),
     (dict(quantization_config={"quant_method": "jllama", "bits": 3}), "bits: expected 4 or 8, found '3'"),
 ]
@@ -132,6 +142,28 @@ def test_a_config_field_that_is_wrong(changes: dict[str, Any], message: str, tmp
     with pytest.raises(InputError) as error:
         load(tmp_path)
     one_line(error, f"{tmp_path / 'config.json'}: ", message)
+
+
+@pytest.mark.parametrize("window", [None, 128, 4096])
+def test_a_mistral_whose_window_holds_its_context_is_a_llama(model: Path, window: int | None) -> None:
+    configure(model, model_type="mistral", sliding_window=window)
+    assert load(model).config == CONFIG
+
+
+def test_a_bias_in_the_weights_is_refused_whatever_the_config_says(model: Path) -> None:
+    name = "model.layers.1.self_attn.q_proj.bias"
+    edit(model, lambda arrays: arrays.update({name: np.zeros(64, np.float32)}))
+    with pytest.raises(InputError) as error:
+        load(model)
+    one_line(error, "model.safetensors", name, "expected no biases")
+
+
+def test_the_ends_of_turns_are_in_the_generation_config(model: Path) -> None:
+    (model / "generation_config.json").write_text('{"eos_token_id": [7, 2]}')
+    assert load(model).config.eos_ids == (2, 7)
+    (model / "generation_config.json").write_text('{"eos_token_id": 80}')
+    with pytest.raises(InputError, match=r"generation_config\.json: eos_token_id: expected token ids below 80"):
+        load(model)
 
 
 def test_a_config_that_disagrees_with_the_weights(model: Path) -> None:

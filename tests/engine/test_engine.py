@@ -10,7 +10,7 @@ import pytest
 import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference_engine import alone, assert_same
+from reference_engine import alone, assert_same, scores
 
 from jllama import Engine, Request, SamplingSettings
 from jllama.decode import generate
@@ -18,7 +18,6 @@ from jllama.engine import steps
 from jllama.engine.device import PIECE, STEPS
 from jllama.engine.request import Handle
 from jllama.errors import InputError
-from jllama.model import forward
 from jllama.sampling import make_sampling
 from jllama.stream import pad
 
@@ -174,11 +173,9 @@ def test_score_gives_the_log_probabilities_of_a_forward_and_shares_contexts() ->
     ends = [tiny.prompt(n, seed=2) for n in (1, 3, 70)]
     out = e.score([context] * 3 + [[4]], [*ends, [9, 9]])
     for prompt, end, scored in zip([context] * 3 + [[4]], [*ends, [9, 9]], out, strict=True):
-        tokens = jnp.asarray([prompt + end])
-        logits = forward(tiny.model(), tokens)[0][0, len(prompt) - 1 : -1]
-        wanted = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.asarray(end)[:, None], axis=-1)[:, 0]
+        wanted, likeliest = scores(tiny.model(), prompt, end)
         np.testing.assert_allclose(scored.logprobs, wanted, atol=1e-4)
-        assert scored.greedy == (logits.argmax(-1) == jnp.asarray(end)).tolist()
+        assert scored.greedy == (likeliest == end).tolist()
         assert scored.ids == end
     assert e.statistics.prefix_hits >= 2 * 64
     greedy = e.generate([context], max_new_tokens=4, stop_ids=())[0].ids

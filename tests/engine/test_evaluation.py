@@ -1,13 +1,15 @@
 """What a harness asks of a model, answered by hand from a forward."""
 
-import jax
-import jax.numpy as jnp
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
+from reference_engine import scores
 
 import jllama
 from jllama.errors import InputError
-from jllama.evaluation import Evaluator, open_evaluator, rolling_windows
+from jllama.evaluation import Evaluator, lm_eval_model, open_evaluator, rolling_windows
 
 
 @pytest.fixture(scope="module")
@@ -16,10 +18,8 @@ def evaluator() -> Evaluator:
 
 
 def by_hand(e: Evaluator, context: list[int], tokens: list[int]) -> tuple[float, bool]:
-    logits, _ = jllama.forward(e.engine.params, jnp.asarray([context + tokens]))
-    logits = logits[0, len(context) - 1 : -1]
-    logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.asarray(tokens)[:, None], axis=-1)
-    return float(logprobs.sum()), bool((logits.argmax(-1) == jnp.asarray(tokens)).all())
+    logprobs, likeliest = scores(e.engine.params, context, tokens)
+    return float(logprobs.sum()), bool((likeliest == tokens).all())
 
 
 def test_loglikelihood_is_that_of_the_text_tokenised_whole(evaluator: Evaluator) -> None:
@@ -52,7 +52,7 @@ def test_a_context_too_long_loses_its_beginning(evaluator: Evaluator) -> None:
 
 
 def test_rolling_counts_every_token_once(evaluator: Evaluator) -> None:
-    text = "One day, a little girl went to the park. She saw a big dog and was happy. " * 12
+    text = "One day, a little girl went to the park. She saw a big dog and was happy. " * 14
     ids = evaluator.tokenizer.encode(text, bos=False)
     assert len(ids) > 2 * 128
     found = evaluator.loglikelihood_rolling([text, "The cat", ""])
@@ -93,10 +93,9 @@ def test_a_continuation_of_nothing_is_one_line(evaluator: Evaluator) -> None:
 
 @pytest.mark.peers
 def test_lm_eval_asks_the_same() -> None:
+    pytest.importorskip("lm_eval", reason="needs the extra eval")
     from lm_eval.api.instance import Instance
     from lm_eval.api.registry import get_model
-
-    from jllama.evaluation import lm_eval_model
 
     made = lm_eval_model()
     assert get_model("jllama") is made
@@ -112,3 +111,51 @@ def test_lm_eval_asks_the_same() -> None:
     text = model.generate_until(asked("generate_until", "Once upon a time", {"until": ["."], "max_gen_toks": 40}))[0]
     assert text
     assert "." not in text
+
+
+TASKS = {
+    "choose": """output_type: multiple_choice
+doc_to_text: "{{context}}"
+doc_to_choice: ["time", "dog", "house"]
+doc_to_target: 0
+metric_list: [{metric: acc}]
+""",
+    "roll": """output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list: [{metric: word_perplexity}]
+""",
+    "write": """output_type: generate_until
+doc_to_text: "{{context}}"
+doc_to_target: "{{answer}}"
+generation_kwargs: {until: ["."], max_gen_toks: 30}
+metric_list: [{metric: exact_match}]
+""",
+}
+
+
+@pytest.mark.peers
+def test_lm_eval_runs_tasks_from_local_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("lm_eval", reason="needs the extra eval")
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    model = lm_eval_model()(pretrained=str(jllama.DEMO), batch_size=4, max_length=128, dtype="float32")
+    texts = ["Once upon a time there was a cat", "The dog ran home and was happy"]
+    docs = [{"context": "Once upon a", "text": text, "answer": "no such text"} for text in texts]
+    (tmp_path / "docs.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
+    data = (
+        f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path / 'docs.jsonl'}}}}}\ntest_split: test\n"
+    )
+    for name, task in TASKS.items():
+        (tmp_path / f"{name}.yaml").write_text(f"task: {name}\n{data}{task}")
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    found = simple_evaluate(model, tasks=list(TASKS), task_manager=manager, bootstrap_iters=0)["results"]
+    assert found["choose"]["acc,none"] == 1
+    assert found["write"]["exact_match,none"] == 0
+    own = open_evaluator(str(jllama.DEMO), slots=4, max_len=128, dtype="float32")
+    total = sum(own.loglikelihood_rolling(texts))
+    words = sum(len(text.split()) for text in texts)
+    np.testing.assert_allclose(found["roll"]["word_perplexity,none"], np.exp(-total / words), rtol=1e-4)

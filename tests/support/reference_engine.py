@@ -1,6 +1,5 @@
 """The reference engine: one request after another, no cache, every token from a forward over all that precedes it."""
 
-import functools
 from dataclasses import dataclass
 
 import jax
@@ -51,7 +50,20 @@ def alone(params: Params, request: Request) -> Alone:
     return out
 
 
-@functools.partial(jax.jit)
+def scores(params: Params, context: list[int], tokens: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """The log-probability of every one of ``tokens`` after all that precedes it, and the likeliest in its place."""
+    padded = np.zeros((1, LONGEST), np.int32)
+    padded[0, : len(context) + len(tokens)] = context + tokens
+    logprobs = np.asarray(_logprobs(params, padded))[len(context) - 1 : len(context) + len(tokens) - 1]
+    return logprobs[np.arange(len(tokens)), tokens], logprobs.argmax(-1)
+
+
+@jax.jit
+def _logprobs(params, tokens):
+    return jax.nn.log_softmax(forward(params, tokens)[0][0])
+
+
+@jax.jit
 def _step(params, tokens, length, sampling: Sampling, step, history: History, stop_ids):
     logits, _ = forward(params, tokens, lengths=length[None], last_only=True)
     token, logprob = sample(logits, sampling, step, history=history, stop_ids=stop_ids)
