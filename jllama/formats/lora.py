@@ -72,7 +72,8 @@ def load_lora(path: str | Path, config: LlamaConfig) -> LoraAdapter:
             raise InputError(f"{file.path}: {ours}: expected lora_A and lora_B, found one of them")
     if not sides:
         raise InputError(f"{file.path}: expected LoRA weights, found none")
-    return LoraAdapter({ours: (found["A"], found["B"] * np.float32(scale)) for ours, found in sorted(sides.items())})
+    scaled = {ours: (found["A"], np.float32(scale) * found["B"]) for ours, found in sorted(sides.items())}
+    return LoraAdapter(jax.tree.map(jnp.asarray, scaled))
 
 
 def _options(path: Path) -> tuple[float, int]:

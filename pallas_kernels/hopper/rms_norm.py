@@ -59,6 +59,7 @@ def _body(x_ref: Any, weight_ref: Any, normed_ref: Any, *, eps: float) -> None:
     def load(ref: Any) -> jax.Array:
         return plgpu.load(ref, layout=layout, optimized=False)
 
-    x, gain = load(x_ref.at[row]).astype(jnp.float32), load(weight_ref).astype(jnp.float32)
+    x, gain = load(x_ref.at[row]), load(weight_ref).astype(jnp.float32)  # both loads before the first use
+    x = x.astype(jnp.float32)
     inv_rms = lax.rsqrt(jnp.sum(x * x) / dim + eps)
     normed_ref[row] = (x * inv_rms * gain).astype(normed_ref.dtype)

@@ -120,7 +120,7 @@ def abstract(fmt: str, batch: int, queries: int, max_len: int, **size: int) -> t
         if not form:
             return array(shape, jnp.bfloat16)
         scale = (*shape[:-1], shape[-1] // form.get("group", shape[-1]))
-        data = array(shape, jnp.int8 if form["bits"] == 8 else jnp.int4)
+        data = array(shape, form["fmt"])
         return QuantizedTensor(data, array(scale, jnp.float16 if "group" in form else jnp.float32))  # type: ignore[arg-type]
 
     norms = [array(shape, jnp.bfloat16) for shape in ((L, dim), (L, dim), (dim,))]

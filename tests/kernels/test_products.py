@@ -52,9 +52,9 @@ def abstract(fmt: str, *shape: int) -> Any:
     """A weight of a real shape, without its gigabytes."""
     if not FORMATS[fmt]:
         return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-    bits, group = FORMATS[fmt]["bits"], FORMATS[fmt].get("group", shape[-1])
+    group = FORMATS[fmt].get("group", shape[-1])
     return QuantizedTensor(
-        jax.ShapeDtypeStruct(shape, jnp.int8 if bits == 8 else jnp.int4),  # type: ignore[arg-type]
+        jax.ShapeDtypeStruct(shape, FORMATS[fmt]["fmt"]),  # type: ignore[arg-type]
         jax.ShapeDtypeStruct(
             (*shape[:-1], shape[-1] // group), jnp.float16 if "group" in FORMATS[fmt] else jnp.float32
         ),  # type: ignore[arg-type]
