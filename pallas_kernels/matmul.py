@@ -52,7 +52,7 @@ def affine(
     *,
     residual: jax.Array | None = None,
 ) -> jax.Array:
-    """`matmul_reference` by ``product``, with a bias [out] or None, which is added before the float32 sum is rounded."""
+    """`matmul_reference` by ``product``, with a bias [out] or None; it is added before the float32 sum is rounded."""
     if bias is None:
         return product(x, w, residual=residual)
     y = (product(x, w, out_dtype=jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)

@@ -12,7 +12,8 @@ from jllama.formats.source import DTYPES, Integers, Source, Tensor
 
 
 def half_split(config: LlamaConfig, name: str) -> np.ndarray | None:
-    """For wq, wk and their biases, where each row of the half-split rotary order lies in the interleaved one; None for the rest.
+    """For wq, wk and their biases, where each row of the half-split rotary order lies in the interleaved one; None for
+    the rest.
 
     Meta, llama2.c and GGUF rotate neighbouring pairs of a head, (0, 1), (2, 3) ...; Hugging Face and this library
     rotate row j with row j + head_dim / 2. The same weights, other rows.
