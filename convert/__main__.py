@@ -49,7 +49,6 @@ def convert(args: argparse.Namespace) -> int:
     from jllama.formats import open_source
     from jllama.formats.native import save
     from jllama.formats.replaceable import check_place
-    from jllama.formats.vocabulary import vocabulary_of
     from jllama.text.tokenizer import with_tokenizer
 
     to = args.to or {".gguf": "gguf", ".bin": "llama2c"}.get(args.destination.suffix, "native")
@@ -65,12 +64,22 @@ def convert(args: argparse.Namespace) -> int:
     with watched(export.nbytes, PROGRAM, quiet=args.quiet) as watch:
         save(export, args.destination, reads=[args.source], force=args.force, watch=watch)
     if not args.quiet:
-        # A llama2.c file has no tokenizer. Only directories can hold a tokenizer that is not a sentencepiece one.
-        own = source.tokenizer if to in ("native", "hf") else vocabulary_of(source.tokenizer)
-        alone = to == "llama2c" and args.destination.is_file()
-        tokenizer = "with its tokenizer" if own and not alone else "without a tokenizer"
+        own, why = _carried(source, to, args.destination)
+        tokenizer = "with its tokenizer" if own else f"without a tokenizer{'' if why is None else f' ({why})'}"
         print(f"{args.destination}: {to}, {export.nbytes / 1e6:.1f} MB, {tokenizer}")
     return 0
+
+
+def _carried(source: "Source", to: str, destination: Path) -> tuple[object, str | None]:
+    """The tokenizer that goes into a form, if any; and why one that is there does not."""
+    from convert.to_gguf import carried
+    from jllama.formats.vocabulary import vocabulary_of
+
+    if to == "gguf":
+        return carried(source)
+    if to == "llama2c":  # a directory holds sentencepiece's, a file none
+        return (None if destination.is_file() else vocabulary_of(source.tokenizer)), None
+    return source.tokenizer, None
 
 
 def plan(source: "Source", to: str, args: argparse.Namespace) -> "Export":

@@ -56,6 +56,8 @@ def _check(source: Source) -> None:
         "rope_theta": (config.rope_theta, 10000.0),
         "rope_scaling": (config.rope_scaling, None),
         "norm_eps": (config.norm_eps, 1e-5),
+        "attention_bias": (config.attention_bias, False),
+        "mlp_bias": (config.mlp_bias, False),
         "head_dim": (config.head_dim * config.n_heads, config.dim),
     }
     for name, (found, expected) in fixed.items():

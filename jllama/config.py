@@ -48,6 +48,8 @@ class LlamaConfig:
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     tie_embeddings: bool = False
+    attention_bias: bool = False  # of q, k, v and o
+    mlp_bias: bool = False  # of gate, up and down
     bos_id: int = 1
     eos_ids: tuple[int, ...] = (2,)
 
@@ -68,6 +70,10 @@ class LlamaConfig:
         """Number of parameters of the model."""
         attention = self.dim * self.head_dim * (2 * self.n_heads + 2 * self.n_kv_heads)
         layer = attention + 3 * self.dim * self.hidden_dim + 2 * self.dim
+        if self.attention_bias:
+            layer += self.head_dim * (self.n_heads + 2 * self.n_kv_heads) + self.dim
+        if self.mlp_bias:
+            layer += 2 * self.hidden_dim + self.dim
         return self.n_layers * layer + self.dim + self.vocab_size * self.dim * (1 if self.tie_embeddings else 2)
 
     def replace(self, **changes: Any) -> "LlamaConfig":
@@ -189,9 +195,8 @@ def from_hf(values: dict[str, Any], where: str = "config.json") -> LlamaConfig:
     kind = values.get("model_type")
     if kind not in ("llama", "mistral"):
         raise InputError(f"{where}: model_type: expected 'llama' or 'mistral', found {_short(kind)}")
-    for name in ("attention_bias", "mlp_bias", "bias"):
-        if fields.flag(name, False):
-            raise InputError(f"{where}: {name}: expected false (biases are not supported), found true")
+    if fields.flag("bias", False):
+        raise InputError(f"{where}: bias: expected false (attention_bias and mlp_bias are known), found true")
     if (activation := values.get("hidden_act", "silu")) not in ("silu", "swish"):
         raise InputError(f"{where}: hidden_act: expected 'silu', found {_short(activation)}")
     if (part := values.get("partial_rotary_factor")) not in (None, 1):
@@ -216,6 +221,8 @@ def from_hf(values: dict[str, Any], where: str = "config.json") -> LlamaConfig:
             rope_theta=Fields(where, rope).number("rope_theta", 10000.0),
             rope_scaling=_rope_scaling(rope, where),
             tie_embeddings=fields.flag("tie_word_embeddings", False),
+            attention_bias=fields.flag("attention_bias", False),
+            mlp_bias=fields.flag("mlp_bias", False),
             bos_id=fields.ids("bos_token_id", (1,), vocab_size)[0],
             eos_ids=fields.ids("eos_token_id", (2,), vocab_size),
         )
@@ -282,8 +289,8 @@ def to_hf(config: LlamaConfig, dtype: str) -> dict[str, Any]:
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
         "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
+        "attention_bias": config.attention_bias,
+        "mlp_bias": config.mlp_bias,
         "tie_word_embeddings": config.tie_embeddings,
         "bos_token_id": config.bos_id,
         "eos_token_id": config.eos_ids[0] if len(config.eos_ids) == 1 else list(config.eos_ids),

@@ -11,10 +11,10 @@ from jllama.cache import KVCache
 from jllama.config import Backend, LlamaConfig
 from jllama.kernels import (
     DECODE_QUERIES,
-    LayerView,
-    Weight,
+    affine,
     attention,
     ffn,
+    ffn_reference,
     matmul,
     qkv,
     qkv_reference,
@@ -96,14 +96,7 @@ def blocks(
     for i in range(params.config.n_layers):
         layer = params.layer(i)
         x, cache = attend(x, layer, i, cache, start, (cos, sin), params.config, backend)
-        x = ffn(
-            x,
-            layer.ffn_norm,
-            layer.w_gate_up,
-            layer.w_down,
-            eps=params.config.norm_eps,
-            backend=backend,
-        )
+        x = feed_forward(x, layer, params.config.norm_eps, backend)
 
     if last_only:  # select before the head, which is the largest matmul
         x = last_token(x, lengths)
@@ -124,14 +117,15 @@ def attend(
     """The attention half of a block, including its norm and its residual."""
     B, T, _ = x.shape
     h = rms_norm(x, layer.attn_norm, eps=config.norm_eps, backend=backend)
-    q, new, cache = project(h, layer.wqkv, index, cache, start, rotation, config, backend)
+    q, new, cache = project(h, layer, index, cache, start, rotation, config, backend)
     out = attention(q, *new, start, backend=backend) if cache is None else cache.attend(index, q, backend=backend)
-    return matmul(out.reshape(B, T, -1), layer.wo, residual=x, backend=backend), cache
+    product = functools.partial(matmul, backend=backend)
+    return affine(product, out.reshape(B, T, -1), layer.wo, layer.bo, residual=x), cache
 
 
 def project(
     h: jax.Array,  # [B, T, dim]
-    wqkv: Weight | LayerView,
+    layer: Layer,
     index: int,
     cache: Cache | None,
     start: jax.Array,
@@ -141,14 +135,26 @@ def project(
 ) -> tuple[jax.Array, tuple[jax.Array, ...], Cache | None]:
     """Project to queries, keys and values, and apply rotary. With a cache, the new keys and values are written to it;
     without one, they are returned as [B, kv_heads, T, head_dim]."""
+    product = functools.partial(matmul, backend=backend)
     if isinstance(cache, KVCache):
-        *arrays, layer = cache.arrays(index)
-        op_by_op = functools.partial(qkv_reference, product=functools.partial(matmul, backend=backend))
-        q, k, v = qkv.try_kernel(op_by_op, h, wqkv, *arrays, start, *rotation, layer=layer, backend=backend)
+        *arrays, place = cache.arrays(index)
+        by_ops = functools.partial(qkv_reference, product=product)
+        arguments = h, layer.wqkv, *arrays, start, *rotation
+        q, k, v = qkv.try_kernel(by_ops, *arguments, bias=layer.bqkv, layer=place, backend=backend)
         return q, (), cache.with_arrays(index, k, v)
 
-    q, k, v = split_heads(matmul(h, wqkv, backend=backend), config.n_heads // config.n_kv_heads, config.head_dim)
+    y = affine(product, h, layer.wqkv, layer.bqkv)
+    q, k, v = split_heads(y, config.n_heads // config.n_kv_heads, config.head_dim)
     q, k = rotate(q, *rotation), rotate(k, *rotation)
     if cache is None:
         return q, (k.swapaxes(1, 2), v.swapaxes(1, 2)), None
     return q, (), cache.write(index, k, v)
+
+
+def feed_forward(x: jax.Array, layer: Layer, eps: float, backend: str) -> jax.Array:
+    """The other half of a block: x [B, T, dim] -> the same. With biases, which no kernel of it adds, op by op."""
+    arguments = x, layer.ffn_norm, layer.w_gate_up, layer.w_down
+    if layer.b_gate_up is None:
+        return ffn(*arguments, eps=eps, backend=backend)
+    by_ops = functools.partial(ffn_reference, product=functools.partial(matmul, backend=backend))
+    return ffn.try_kernel(by_ops, *arguments, biases=(layer.b_gate_up, layer.b_down), eps=eps, backend=backend)

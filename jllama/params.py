@@ -30,6 +30,10 @@ class Layer:
     ffn_norm: jax.Array  # [dim]
     w_gate_up: Weight  # [2 * hidden_dim, dim]
     w_down: Weight  # [dim, hidden_dim]
+    bqkv: jax.Array | None = None  # [(n_heads + 2 * n_kv_heads) * head_dim]; this and bo: with attention_bias
+    bo: jax.Array | None = None  # [dim]
+    b_gate_up: jax.Array | None = None  # [2 * hidden_dim]; this and b_down: with mlp_bias
+    b_down: jax.Array | None = None  # [dim]
 
 
 @struct.dataclass
@@ -137,9 +141,9 @@ def _quantize(w: jax.Array, fmt: WeightFormat, group: int | None) -> QuantizedTe
 
 
 def layer_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of every field of a `Layer`."""
+    """The shape of every field that a `Layer` of such a model has."""
     q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    return {
+    shapes = {
         "attn_norm": (config.dim,),
         "wqkv": (q + 2 * kv, config.dim),
         "wo": (config.dim, q),
@@ -147,6 +151,9 @@ def layer_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
         "w_gate_up": (2 * config.hidden_dim, config.dim),
         "w_down": (config.dim, config.hidden_dim),
     }
+    attention = {"bqkv": (q + 2 * kv,), "bo": (config.dim,)} if config.attention_bias else {}
+    mlp = {"b_gate_up": (2 * config.hidden_dim,), "b_down": (config.dim,)} if config.mlp_bias else {}
+    return shapes | attention | mlp
 
 
 def init(
@@ -168,8 +175,8 @@ def init(
     def one_layer(key: jax.Array) -> Layer:
         fields: dict[str, Any] = {}
         for i, (name, shape) in enumerate(layer_shapes(config).items()):
-            if name.endswith("norm"):
-                fields[name] = jnp.ones(shape, dtype)
+            if len(shape) == 1:  # norms change nothing at first, and neither do biases
+                fields[name] = jnp.full(shape, name.endswith("norm"), dtype)
             else:
                 # Projections that add to the residual stream are scaled down. Otherwise its variance would grow with
                 # every layer.

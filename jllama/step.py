@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import jax
@@ -11,13 +11,15 @@ import jax.numpy as jnp
 from jllama.cache import KVCache, init_cache
 from jllama.config import LlamaConfig, Quant
 from jllama.errors import InputError
-from jllama.kernels import Kernel, Op, StepWeights, Unsupported, decode_step, require_kernels
+from jllama.kernels import NO_BIAS, Kernel, Op, StepWeights, Unsupported, decode_step, require_kernels
 from jllama.params import Params, init, stack
 
 
 def step_weights(params: Params) -> StepWeights:
-    """The weights of stacked ``params`` as the kernel takes them. Nothing is copied."""
-    return StepWeights(**vars(params.layers), norm=params.norm, head=params.head)
+    """Stacked weights as the kernel takes them. Nothing is copied."""
+    names = [field.name for field in fields(StepWeights) if hasattr(params.layers, field.name)]
+    layers = {name: getattr(params.layers, name) for name in names}
+    return StepWeights(**layers, norm=params.norm, head=params.head)
 
 
 def _over_params(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -59,6 +61,8 @@ def _check(
         return step_weights(stack(params)), jnp.stack(cache.k), jnp.stack(cache.v)
 
     assert kernel.check is not None
+    if params.config.attention_bias or params.config.mlp_bias:
+        raise Unsupported(NO_BIAS)
     try:
         weights, k, v = jax.eval_shape(stacked, params, cache)
         kernel.check(x, weights, k, v, cache.lengths, cos, sin, eps=params.config.norm_eps)

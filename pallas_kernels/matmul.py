@@ -4,6 +4,7 @@ The only function that knows how a weight is stored. Accumulation is in float32 
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -43,6 +44,21 @@ def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
     return lax.dot_general(x, w, contract_last, precision=precision, preferred_element_type=jnp.float32)
 
 
+def affine(
+    product: Callable[..., jax.Array],
+    x: jax.Array,
+    w: Any,
+    bias: jax.Array | None,
+    *,
+    residual: jax.Array | None = None,
+) -> jax.Array:
+    """`matmul_reference` by ``product``, with a bias [out] or None; it is added before the float32 sum is rounded."""
+    if bias is None:
+        return product(x, w, residual=residual)
+    y = (product(x, w, out_dtype=jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+    return y if residual is None else residual + y
+
+
 def check_product(x: jax.Array, w: Weight | LayerView, *, swiglu: bool = False, **_: Any) -> None:
     """Raise `Unsupported` where `product` cannot run."""
     w = w.stacked if isinstance(w, LayerView) else w
@@ -65,6 +81,8 @@ def product(x: jax.Array, w: Weight | LayerView, *, residual: jax.Array | None =
 
 
 matmul = Op("matmul", matmul_reference, {"hopper": Kernel(product, check_product)})
+
+NO_BIAS = "the model has biases, which the kernel does not add"
 
 CASES = {
     "7b-qkv": dict(out=12288, inner=4096),

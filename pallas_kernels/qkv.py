@@ -15,7 +15,7 @@ from .hopper.gemm.large_m_plan import LargeMTiles
 from .hopper.gemm.large_m_qkv import large_m_qkv
 from .hopper.gemm.small_m import SMALL_M_MAX
 from .layer_view import LayerView
-from .matmul import matmul_reference
+from .matmul import NO_BIAS, affine, matmul_reference
 
 Result = tuple[jax.Array, jax.Array, jax.Array]
 
@@ -29,16 +29,18 @@ def qkv_reference(
     cos: jax.Array,
     sin: jax.Array,
     *,
+    bias: jax.Array | None = None,
     layer: jax.Array | int | None = None,
     product: Callable[..., jax.Array] = matmul_reference,
 ) -> Result:
     """x [B, T, dim], w [(heads + 2 * kv_heads) * D, dim], k and v [B, kv_heads, S, D] of a cache (with ``layer``:
     [layers, ...]), start [B], cos and sin [B, T, D / 2] of the tokens' positions -> q [B, T, heads, D], and the cache
-    with the new keys and values at ``start`` and behind; what has no room is dropped. ``product`` multiplies.
+    with the new keys and values at ``start`` and behind; what has no room is dropped. ``bias``, where there
+    is one, is [(heads + 2 * kv_heads) * D]. ``product`` multiplies.
 
     Slots of the cache behind the new ones are free: the kernel may write there, too."""
     kv_heads, _, D = k.shape[-3:]
-    q, k_new, v_new = split_heads(product(x, w), w.shape[0] // D // kv_heads - 2, D)
+    q, k_new, v_new = split_heads(affine(product, x, w, bias), w.shape[0] // D // kv_heads - 2, D)
     k, v = write(k, rotate(k_new, cos, sin), start, layer), write(v, v_new, start, layer)
     return rotate(q, cos, sin), k, v
 
@@ -83,9 +85,12 @@ def check_qkv(
     cos: jax.Array,
     sin: jax.Array,
     *,
+    bias: jax.Array | None = None,
     layer: jax.Array | int | None = None,
 ) -> None:
     """Raise `Unsupported` where `qkv_kernel` cannot run."""
+    if bias is not None:
+        raise Unsupported(NO_BIAS)
     w = w.stacked if isinstance(w, LayerView) else w
     (B, T, inner), (cached, kv_heads, _, D) = x.shape, k.shape[-4:]
     rows, chunk = math.prod(x.shape[:2]), LargeMTiles.chunk
@@ -115,6 +120,7 @@ def qkv_kernel(
     cos: jax.Array,
     sin: jax.Array,
     *,
+    bias: None = None,
     layer: jax.Array | int | None = None,
     **options: Any,
 ) -> Result:

@@ -19,7 +19,7 @@ from jllama.config import LlamaConfig, Quant
 from jllama.device import default_device, free_bytes
 from jllama.errors import InputError
 from jllama.formats import open_source
-from jllama.formats.layout import FUSED, expected_shapes
+from jllama.formats.layout import FUSED, expected_shapes, fused
 from jllama.formats.native import directory
 from jllama.formats.native import save as write
 from jllama.formats.source import Integers, Quantization, Source, Tensor
@@ -118,24 +118,27 @@ def _assemble(
     stacked: bool,
 ) -> Params:
     config = source.config
-    fields = [(i, name) for i in range(config.n_layers) for name in FUSED]
+    parts_of = fused(config)
+    fields = [(i, name) for i in range(config.n_layers) for name in parts_of]
     keys = ["embed", "norm"] + ([] if config.tie_embeddings else ["lm_head"])
     names = keys + [f"layers.{i}.{name}" for i, name in fields]
     loaded: dict[str, Any] = {}
     for name in progress(names, len(names)):
         prefix, _, field = name.rpartition(".")
-        parts = [f"{prefix}.{part}" for part in FUSED[field]] if prefix else [name]
-        # Norms and the embedding stay floats. Norms are vectors, and the embedding is a lookup table.
-        plain = name == "embed" or field.endswith("norm")
+        parts = [f"{prefix}.{part}" for part in parts_of[field]] if prefix else [name]
+        # Vectors stay floats, and so does the embedding, which is a lookup table.
+        plain = name == "embed" or len(source.tensors[parts[0]].shape) == 1
         weight = _to_device(source, parts, dtype, None if plain else to_weight)
         if prefix and stacked:
             loaded[field] = put(loaded.get(field), weight, int(prefix.removeprefix("layers.")), config.n_layers)
         else:
             loaded[name] = weight
     if stacked:
-        layers = Layer(**{name: loaded[name] for name in FUSED})
+        layers = Layer(**{name: loaded[name] for name in parts_of})
     else:
-        layers = tuple(Layer(**{name: loaded[f"layers.{i}.{name}"] for name in FUSED}) for i in range(config.n_layers))
+        layers = tuple(
+            Layer(**{name: loaded[f"layers.{i}.{name}"] for name in parts_of}) for i in range(config.n_layers)
+        )
     return Params(loaded["embed"], layers, loaded["norm"], loaded.get("lm_head"), config)
 
 
@@ -245,7 +248,7 @@ def _unfused(params: Params) -> Iterator[tuple[str, Tensor]]:
     shapes = expected_shapes(params.config)
     for i in range(params.config.n_layers):
         layer = materialize(params.layer(i))
-        for field, parts in FUSED.items():
+        for field, parts in fused(params.config).items():
             at = 0
             for name in (f"layers.{i}.{part}" for part in parts):
                 rows = shapes[name][0]

@@ -14,7 +14,7 @@ from jllama.errors import InputError
 from jllama.formats.files import label
 from jllama.formats.gguf_file import GgufFile, GgufTensor, read_gguf
 from jllama.formats.gguf_vocabulary import vocabulary_in
-from jllama.formats.layout import expected_shapes
+from jllama.formats.layout import BIASES, bias_flag, expected_shapes, file_name
 from jllama.formats.source import Integers, Quantization, Source, Tensor, config_at
 from jllama.formats.transform import from_interleaved
 
@@ -53,7 +53,7 @@ def names_of(config: LlamaConfig) -> dict[str, str]:
     for name in expected_shapes(config):
         prefix, _, field = name.rpartition(".")
         block = f"blk.{prefix.removeprefix('layers.')}."
-        names[name] = f"{block}{LAYER[field]}.weight" if prefix else f"{MODEL[name]}.weight"
+        names[name] = f"{block}{file_name(field, LAYER)}" if prefix else f"{MODEL[name]}.weight"
     return names
 
 
@@ -62,9 +62,13 @@ def open_gguf(path: Path, *, links: bool = False) -> Source:
     that is loaded later."""
     file = read_gguf(path)
     config = _config(file)
+    names = names_of(config)
+    known = set(names.values())
+    if bias := next((n for n in file.tensors if n.startswith("blk.") and n.endswith(".bias") and n not in known), None):
+        raise InputError(f"{path}: {label(bias)}: expected biases of projections only, found another")
     tensors = {
         ours: from_interleaved(_tensor(file, theirs), config, ours)
-        for ours, theirs in names_of(config).items()
+        for ours, theirs in names.items()
         if theirs in file.tensors
     }
     vocabulary = vocabulary_in(file, config.vocab_size)
@@ -81,8 +85,6 @@ def _config(file: GgufFile) -> LlamaConfig:
         raise InputError(f"{where}: split.count: expected a whole file, found {str(file.fields['split.count'])[:60]!r}")
     if fields.integer("llama.expert_count", 0, low=0):
         raise InputError(f"{where}: llama.expert_count: expected 0 (experts are not supported), found more")
-    if bias := next((name for name in file.tensors if name.startswith("blk.") and name.endswith(".bias")), None):
-        raise InputError(f"{where}: {label(bias)}: expected no biases (they are not supported), found one")
     embed = file.tensors.get("token_embd.weight")
     if embed is None:
         raise InputError(f"{where}: token_embd.weight: missing")
@@ -106,10 +108,17 @@ def _config(file: GgufFile) -> LlamaConfig:
         norm_eps=_short_float(fields.number("llama.attention.layer_norm_rms_epsilon", 1e-5, high=1.0)),
         rope_theta=_short_float(theta),
         tie_embeddings="output.weight" not in file.tensors,
+        **_bias_flags(file),
         bos_id=fields.ids("tokenizer.ggml.bos_token_id", (1,), vocab_size)[0],
         eos_ids=_ends(fields, vocab_size),
     )
     return config.replace(rope_scaling=_scaling(file, fields, config))
+
+
+def _bias_flags(file: GgufFile) -> dict[str, bool]:
+    """No field says which biases there are: those of the first layer do."""
+    found = {bias_flag(ours) for ours in BIASES if f"blk.0.{file_name(ours, LAYER)}" in file.tensors}
+    return {flag: True for flag in found if flag is not None}
 
 
 def _ends(fields: Fields, vocab_size: int) -> tuple[int, ...]:

@@ -30,7 +30,7 @@ EXTRAS = (
     "chat_template.jinja",
     "generation_config.json",
 )
-BIASES = "_proj.bias"
+BIAS = "_proj.bias"
 MAX_SHARDS = 4096
 
 
@@ -62,10 +62,13 @@ def open_hf(path: Path, *, links: bool = False) -> Source:
     config = _with_eos_ids(from_hf(values, str(where)), first_of(path, ("generation_config.json",), links=links))
     quant = _quantization(values.get("quantization_config"), str(where))
     files = _files(path, file)
-    if bias := next((name for name in files if name.endswith(BIASES)), None):
-        raise InputError(f"{files[bias].path}: {label(bias)}: expected no biases (they are not supported), found one")
+    names = hf_names(config)
+    known = set(names.values())
+    if bias := next((name for name in files if name.endswith(BIAS) and name not in known), None):
+        flags = f"attention_bias {config.attention_bias} and mlp_bias {config.mlp_bias}".lower()
+        raise InputError(f"{files[bias].path}: {label(bias)}: expected no such bias ({flags} in {where}), found one")
     tensors = {}
-    for ours, theirs in hf_names(config).items():
+    for ours, theirs in names.items():
         if theirs in files:
             tensors[ours] = _tensor(files, theirs, quant)
     extras = tuple(file(name, path) for name in EXTRAS if (path / name).is_file())

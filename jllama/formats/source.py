@@ -15,7 +15,7 @@ import numpy as np
 from jllama.config import LlamaConfig
 from jllama.errors import InputError
 from jllama.formats.bpe import BpeVocabulary
-from jllama.formats.layout import expected_shapes
+from jllama.formats.layout import bias_flag, expected_shapes
 from jllama.formats.vocabulary import Vocabulary
 
 DTYPES: dict[str, np.dtype] = {
@@ -105,7 +105,9 @@ def checked(source: Source) -> Source:
     for name, shape in expected_shapes(source.config).items():
         tensor = source.tensors.get(name)
         if tensor is None:
-            raise InputError(f"{source.path}: tensor {name}: missing ({source.config.n_layers} layers expected)")
+            flag = bias_flag(name)
+            why = f"{source.config.n_layers} layers expected" if flag is None else f"{flag} is true"
+            raise InputError(f"{source.path}: tensor {name}: missing ({why})")
         if tensor.shape != shape:
             raise InputError(f"{tensor.where}: shape: expected {list(shape)}, found {list(tensor.shape)}")
     return source

@@ -8,17 +8,19 @@ from typing import Any
 import numpy as np
 
 from jllama.config import LlamaConfig
+from jllama.formats.layout import BIASES
 from jllama.formats.source import DTYPES, Integers, Source, Tensor
 
 
 def half_split(config: LlamaConfig, name: str) -> np.ndarray | None:
-    """For wq and wk: the index in the interleaved rotary order of each row of the half-split order. None for other
-    tensors.
+    """For wq, wk and their biases, where each row of the half-split rotary order lies in the interleaved one; None for
+    the rest.
 
     Meta, llama2.c and GGUF rotate adjacent rows of a head as pairs: (0, 1), (2, 3) and so on. Hugging Face and this
     library rotate row j with row j + head_dim / 2. The weights are the same with their rows permuted.
     """
-    heads = {"wq": config.n_heads, "wk": config.n_kv_heads}.get(name.rpartition(".")[2])
+    field = name.rpartition(".")[2]
+    heads = {"wq": config.n_heads, "wk": config.n_kv_heads}.get(BIASES.get(field, field))
     if heads is None:
         return None
     rows = np.arange(heads * config.head_dim).reshape(heads, config.head_dim // 2, 2)

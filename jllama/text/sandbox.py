@@ -228,7 +228,7 @@ def _environment(meter: _Meter) -> Any:
     class Generation(Extension):
         """``{% generation %}`` marks answers for training. Only its body is rendered."""
 
-        tags: ClassVar = {"generation"}
+        tags: ClassVar = {"generation"}  # pyright: ignore[reportIncompatibleVariableOverride]
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
