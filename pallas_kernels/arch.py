@@ -45,7 +45,7 @@ class Arch:
 # The numbers of an H200. Interpreted kernels on a CPU are planned for it, too.
 HOPPER = Arch("hopper", "NVIDIA H200", "9.0", 132, 227 * 1024, frozenset(("wgmma", "tma", "clusters")))
 _FAMILIES = {HOPPER.compute_capability: HOPPER}
-_CAPABILITIES = {"H100": "9.0", "H200": "9.0", "H800": "9.0", "H20": "9.0", "GH200": "9.0"}  # by a word of the device's name
+_CAPABILITIES = {"H100": "9.0", "H200": "9.0", "H800": "9.0", "H20": "9.0", "GH200": "9.0"}  # by a word of its name
 ELSEWHERE = Arch("other", "any device without kernels")  # the target while the reference is traced beside a kernel
 
 

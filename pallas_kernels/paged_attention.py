@@ -53,7 +53,8 @@ def write_pages(
     # Index every axis but the last, in order. Otherwise XLA on a GPU transposes, and so copies, all pages.
     places = pages.at[layer, page[:, :, None], jnp.arange(kv_heads), (position % size)[:, :, None]]
     written = places.set(new.astype(pages.dtype), mode="drop", unique_indices=True)
-    return jax.lax.optimization_barrier(written)  # keeps XLA's CPU backend from fusing the write into the read that follows
+    # The barrier keeps XLA's CPU backend from fusing the write into the read that follows.
+    return jax.lax.optimization_barrier(written)
 
 
 # Kernels go here: one for up to `DECODE_QUERIES` queries a row, and one for more.

@@ -70,5 +70,5 @@ def test_the_way_to_a_gpu_and_back_is_not_timed(queued: bool, monkeypatch: pytes
     assert sizes == ([1, 30] if queued else [])
     if queued:
         monkeypatch.setattr(measure.Queue, "SIZES", (1,))
-        with pytest.raises(NotSupported, match="not timed: the host hands over"):
+        with pytest.raises(NotSupported, match="not timed: the host dispatches"):
             chain.samples(1, 2)
