@@ -297,7 +297,7 @@ def main() -> None:
             except Unsupported as reason:
                 print(f"{name}: refused: {reason}", flush=True)
                 continue
-            except (ValueError, NotImplementedError) as fault:  # Mosaic's warnings about layouts and operations
+            except (ValueError, NotImplementedError) as fault:  # Mosaic's errors about layouts and operations
                 print(f"{name}: failed: {str(fault).splitlines()[0]}", flush=True)
                 continue
             print(f"{name}: {time.process_time() - began:.2f} s of CPU", file=sys.stderr)

@@ -68,7 +68,7 @@ def test_phases_interpreted(name: str) -> None:
 
 
 @pytest.mark.parametrize("size", [1.0, 1e-30, 1e30, 0.0])
-def test_digits_are_x(size: float) -> None:
+def test_limbs_add_up_to_x(size: float) -> None:
     """Two limbs hold every bit of a bfloat16 that is not far below the largest of its block."""
     x = jax.random.normal(jax.random.key(0), (8, 256), jnp.float32).astype(jnp.bfloat16) * jnp.bfloat16(size)
     (first, second), scale = split_into_limbs(x)
@@ -79,10 +79,10 @@ def test_digits_are_x(size: float) -> None:
     assert np.linalg.norm(back - exact) <= 1e-4 * np.linalg.norm(exact)
 
 
-def test_digits_of_what_is_no_number_are_worth_none() -> None:
+def test_limbs_of_nan_and_infinity_are_not_finite() -> None:
     x = jnp.ones((2, 256), jnp.bfloat16).at[0, 3].set(jnp.nan).at[1, 5].set(jnp.inf)
-    digits, scale = split_into_limbs(x)
-    assert not jnp.isfinite(sum(d.astype(jnp.float32) for d in digits) * scale[:, None]).any()
+    limbs, scale = split_into_limbs(x)
+    assert not jnp.isfinite(sum(d.astype(jnp.float32) for d in limbs) * scale[:, None]).any()
 
 
 # The reference

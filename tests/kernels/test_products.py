@@ -114,8 +114,8 @@ def test_small_m_interpreted(fmt: str, rows: int, out: int, tiles: SmallMTiles, 
 def test_three_limbs_are_a_row(size: float) -> None:
     """Inputs that are a hundredth of the row's largest keep every bit."""
     x = (normal(0, 4, 4096) * jnp.bfloat16(size)).at[:, 5].mul(100)
-    digits, scale = split_into_limbs(x, 3)
-    back = sum(np.asarray(d, np.float64) * 256 ** (2 - i) for i, d in enumerate(digits)) / 2**21
+    limbs, scale = split_into_limbs(x, 3)
+    back = sum(np.asarray(d, np.float64) * 256 ** (2 - i) for i, d in enumerate(limbs)) / 2**21
     small = np.delete(back * np.asarray(scale, np.float64)[:, None] - np.asarray(x, np.float64), 5, axis=1)
     assert np.abs(small).max() <= 2.0**-21 * np.abs(np.asarray(x, np.float64)).max()
     assert np.linalg.norm(small) <= 5e-5 * np.linalg.norm(np.delete(np.asarray(x, np.float64), 5, axis=1))
