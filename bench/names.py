@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable, Sequence
 from bench.record import Record
 
 NEWEST = ("device", "model", "dtype")  # what a run is the newest of
-WORKLOAD = ("case", "metric", "batch", "seq")  # whatever the number of new tokens: a rate hardly depends on it
+WORKLOAD = ("case", "metric", "batch", "seq")  # without the number of new tokens, on which a rate hardly depends
 CHECKED = ("decode", "prefill")  # workloads that peers have, too
 NONE = "*nothing recorded yet*"
 OURS = ("xla", "pallas", "auto")

@@ -78,7 +78,7 @@ def _where(records: Sequence[Record]) -> str:
             parts.append(f"ceilings: {', '.join(rates)}")
             parts.append(f"{c['matrix'] / 1e12:,.2f} TFLOP/s")
             if "launch" in c:  # imported ceilings have no latencies
-                parts.append(f"a launch {c['launch'] * 1e6:,.1f} us, behind another {c['kernel'] * 1e6:,.1f} us")
+                parts.append(f"a launch {c['launch'] * 1e6:,.1f} us, one kernel of many {c['kernel'] * 1e6:,.1f} us")
         if is_cpu(r) and r.get("load_average"):
             parts.append(f"load average {r['load_average'][0]:.1f} at its start")
         parts += [r["note"]] if "note" in r else []

@@ -145,13 +145,13 @@ def test_a_line_that_ends_with_a_backslash_goes_on(module, tmp_path: Path) -> No
 
 
 class Terminal:
-    """``jllama chat`` in a terminal of its own, whose state is in ``home``."""
+    """``jllama chat`` in its own terminal. Its state is in ``home``."""
 
     def __init__(self, home: Path, *flags: str) -> None:
         ours, theirs = pty.openpty()
         environment = os.environ | {"XDG_STATE_HOME": str(home), "TERM": "xterm"}
         chat = [sys.executable, "-m", "jllama.cli.chat", "-q", "-n", "2", "--no-compilation-cache", *flags]
-        # The terminal must be the program's own, or Ctrl-C in it would interrupt nobody.
+        # The terminal must be the program's own, otherwise Ctrl-C would not interrupt it.
         own = "import os, sys; os.login_tty(0); os.execv(sys.argv[1], sys.argv[1:])"
         command = [sys.executable, "-c", own, *chat]
         self.process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)

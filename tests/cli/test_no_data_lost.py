@@ -189,7 +189,7 @@ def a_pipe(path: Path) -> None:
     os.mkfifo(path)
 
 
-# What stands at DST, what is to be written there, and what the error says was found.
+# What is at DST, what should be written there, and what the error says was found.
 TAKEN: list[tuple[Callable[[Path], None], str, str]] = [
     (a_file, "native", "found a file"),
     (a_gguf, "native", "found a file"),

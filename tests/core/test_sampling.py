@@ -287,7 +287,7 @@ def test_a_key_of_jax_takes_the_seeds_place() -> None:
     one, four = make_sampling(1, key=key, temperature=1.0), make_sampling(4, key=key, temperature=1.0)
     data = jax.random.key_data(four.key)
     assert len(np.unique(np.asarray(data), axis=0)) == 4
-    np.testing.assert_array_equal(jax.random.key_data(one.key), data[:1])  # whatever the neighbours
+    np.testing.assert_array_equal(jax.random.key_data(one.key), data[:1])  # independent of the other rows
     for same in (jax.random.PRNGKey(3), key):
         inside = jax.jit(lambda k: make_sampling(4, key=k, temperature=1.0))(same)
         np.testing.assert_array_equal(jax.random.key_data(inside.key), data)
