@@ -1,8 +1,8 @@
 """``python -m bench.against OTHER``: this tree and another one measured in turns, in one run on one device.
 
-One worker process a tree and format of the weights loads random weights of a preset, compiles, and waits. Then all
-workers measure in turns, so that a device that becomes warmer or slower does so for both. ``--pause`` waits for a line
-on standard input before the first turn: other work on the machine can end in the meantime.
+There is one worker process per tree and weight format. It loads random weights of a preset, compiles, and waits. Then
+all workers measure in turns, so that a device that becomes warmer or slower affects both trees alike. With ``--pause``
+the command waits for a line on standard input before the first turn, so that other work on the machine can end first.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from typing import Any
 from bench.record import RESULTS, Record, append, package_versions, start_run
 
 PROMPT, NEW_TOKENS = 128, 129
-# Run in each tree: it uses only names that both have.
+# This program runs in each tree. It uses only names that both trees have.
 WORKER = """
 import json, statistics, sys, time
 import jax, jax.numpy as jnp, numpy as np
@@ -72,7 +72,7 @@ class Worker:
     process: subprocess.Popen[str]
 
     def answer(self) -> dict[str, Any]:
-        """Its next line."""
+        """The worker's next line, decoded."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
@@ -80,7 +80,7 @@ class Worker:
         return json.loads(line)
 
     def measure(self) -> dict[str, float]:
-        """One turn."""
+        """Run one turn of measurements."""
         assert self.process.stdin is not None
         self.process.stdin.write("\n")
         self.process.stdin.flush()
@@ -88,7 +88,7 @@ class Worker:
 
 
 def start(tree: Path, quant: str, job: dict[str, Any]) -> Worker:
-    """A worker, whose first answer comes when it has compiled everything."""
+    """Start a worker. Its first line comes when it has compiled everything."""
     environment = {**os.environ, "PYTHONPATH": str(tree), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     command = [sys.executable, "-c", WORKER, json.dumps(job | {"quant": quant})]
     process = subprocess.Popen(
@@ -104,8 +104,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--commit", required=True, metavar="NAME", help="the commit that OTHER holds, for the records")
     p.add_argument("--preset", default="7b", help="the shape of the model (default: 7b)")
     p.add_argument("--quant", default="none,int8,int4", help="formats of the weights (default: none,int8,int4)")
-    p.add_argument("--batch", default="1,8", help="rows to decode (default: 1,8)")
-    p.add_argument("--prefill", default="512,2048", help="lengths of prompts to feed (default: 512,2048)")
+    p.add_argument("--batch", default="1,8", help="batch sizes of decode (default: 1,8)")
+    p.add_argument("--prefill", default="512,2048", help="prompt lengths of prefill (default: 512,2048)")
     p.add_argument("--backend", default="pallas", help="default: pallas")
     p.add_argument("--turns", type=int, default=3, help="turns of every worker (default: 3)")
     p.add_argument("--pause", action="store_true", help="measure after a line comes on standard input")
@@ -152,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def record_fields(preset: str, worker: Worker, name: str, values: list[float], commit: str) -> Record:
-    """What is particular to one figure."""
+    """The record fields of one figure."""
     kind, *_, size = name.split()
     return {
         "suite": "compare",
@@ -172,7 +172,7 @@ def record_fields(preset: str, worker: Worker, name: str, values: list[float], c
 
 
 def compared(workers: list[Worker], samples: list[dict[str, list[float]]]) -> Iterator[str]:
-    """A line a figure: this tree, the other, and the ratio of the medians."""
+    """One line per figure: this tree, the other, and the ratio of the medians."""
     for i in range(0, len(workers), 2):
         for name, values in samples[i].items():
             ours, theirs = statistics.median(values), statistics.median(samples[i + 1][name])

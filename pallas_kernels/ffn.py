@@ -64,8 +64,8 @@ def ffn_kernel(
     eps: float,
     **options: Any,
 ) -> jax.Array:
-    """`ffn_reference` in two products: SwiGLU ends the first, the residual the second, and neither the gate nor the up
-    projection is ever whole in memory. The norm is XLA's: it is one pass over ``x``, a hundredth of the work."""
+    """`ffn_reference` in two products. SwiGLU is the first one's epilogue, the residual add the second one's. The gate
+    and up projections are never written to memory. XLA computes the norm: one pass over ``x``, 1 % of the work."""
     h = rms_norm_reference(x, norm, eps=eps)
     return product(product(h, w_gate_up, swiglu=True, **options), w_down, residual=x, **options)
 

@@ -1,6 +1,6 @@
 """Products with a weight in checkpoint order: ``x [..., in]`` with ``w [out, in]`` gives ``[..., out]``.
 
-The only function that knows how a weight is stored. Accumulation is in float32 whatever the inputs.
+`matmul` is the only op that knows how a weight is stored. Accumulation is always in float32.
 """
 
 import math
@@ -29,7 +29,7 @@ def matmul_reference(
 
 def _product(x: jax.Array, w: Weight) -> jax.Array:
     if isinstance(w, QuantizedTensor):
-        if w.scale.shape[-1] == 1:  # one scale a row: it commutes with the sum, so the integers go in as they are
+        if w.scale.shape[-1] == 1:  # one scale a row commutes with the sum, so it is applied after the product
             y = _dot(x, w.data.astype(x.dtype))
             return y * jnp.broadcast_to(w.scale[:, 0], y.shape)
         w = dequantize(w, x.dtype)
@@ -70,7 +70,8 @@ def check_product(x: jax.Array, w: Weight | LayerView, *, swiglu: bool = False, 
 
 
 def product(x: jax.Array, w: Weight | LayerView, *, residual: jax.Array | None = None, **options: Any) -> jax.Array:
-    """`matmul_reference` by the kernel that fits the number of rows; ``options`` are those of that kernel."""
+    """`matmul_reference` by the small-M or large-M GEMM, depending on the number of rows. ``options`` are that
+    kernel's."""
     w, layer = (w.stacked, w.index) if isinstance(w, LayerView) else (w, None)
     lead = x.shape[:-1]
     x = x.reshape(-1, x.shape[-1])

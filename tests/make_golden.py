@@ -37,7 +37,7 @@ _LLAMA3 = dict(
     rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
 )
 
-# The config.json of every case. The later ones add to grouped heads, so that features meet.
+# The config.json of every case. The later ones add a feature to grouped heads, so that features are combined.
 CASES: dict[str, dict[str, Any]] = {
     "mha": {},
     "gqa": dict(num_key_value_heads=2),
@@ -111,7 +111,7 @@ def prompts(case: str) -> np.ndarray:
 
 
 def hf_model(case: str, directory: Path) -> Any:
-    """The case as transformers' float32 model of it, loaded from a checkpoint that is written to ``directory``."""
+    """The case as a float32 model of transformers, loaded from a checkpoint that is written to ``directory``."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -125,7 +125,7 @@ def hf_model(case: str, directory: Path) -> Any:
 
 
 def read_hf(directory: Path) -> Any:
-    """A checkpoint directory as transformers' float32 model of it."""
+    """A checkpoint directory as a float32 model of transformers."""
     import torch
     from transformers import AutoModelForCausalLM
 

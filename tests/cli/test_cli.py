@@ -257,7 +257,7 @@ def test_a_terminal_that_cannot_show_a_letter_is_no_error() -> None:
 
 
 def complete(*words: str) -> list[str]:
-    """What bash offers for the last of some words."""
+    """What bash completes for the last of some words."""
     script = f"""source <({sys.executable} -m jllama --completion bash)
         COMP_WORDS=({" ".join(map(repr, words))}); COMP_CWORD={len(words) - 1}; _jllama; echo "${{COMPREPLY[@]}}" """
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)

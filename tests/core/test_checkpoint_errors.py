@@ -1,4 +1,4 @@
-"""Checkpoints that are wrong: each gives one line that names the file and says what was found and expected."""
+"""Invalid checkpoints: each gives one line that names the file, what was found and what was expected."""
 
 import json
 from collections.abc import Callable

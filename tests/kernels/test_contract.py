@@ -1,4 +1,4 @@
-"""What every op promises whatever runs it: derivatives, batches, platforms, and what it says that it chose."""
+"""What every op promises on every implementation: derivatives, batches, platforms, and the reported choice."""
 
 import dataclasses
 import functools
@@ -48,7 +48,7 @@ def require_stacked(params: Params) -> None:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that has a GPU, too, and whose arrays are on the CPU."""
+    """A process that has a GPU, but whose arrays are on the CPU."""
     monkeypatch.setattr(arch, "_gpu", lambda: GPU)
 
 
@@ -56,7 +56,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def example(name: str) -> tuple[Op, tuple[Any, ...], dict[str, Any]]:
-    """Arguments of an op, of which the first is a float array."""
+    """Arguments of an op. The first is a float array."""
     keys = iter(jax.random.split(jax.random.key(0), 32))
 
     def normal(*shape: int) -> jax.Array:
@@ -84,7 +84,7 @@ def same(found: Any, expected: Any) -> None:
 
 
 def total(tree: Any) -> jax.Array:
-    """A number that every float of the results is part of, each in its way."""
+    """A number that depends on every float of the results, each with its own weight."""
     floats = [a for a in jax.tree.leaves(tree) if jnp.issubdtype(a.dtype, jnp.floating)]
     return sum((jnp.sum(jnp.sin(a.astype(jnp.float32))) for a in floats), jnp.float32(0))
 
@@ -126,7 +126,7 @@ def test_transforms_of_an_op_with_a_kernel_are_the_references(name: str) -> None
 
 
 def test_the_fake_kernel_has_no_rules_of_its_own() -> None:
-    """Else the tests here would show nothing."""
+    """Without the rules a kernel has no derivative, so the tests above test the rules."""
     f = opaque(lambda x: 2 * x)
     assert f(jnp.float32(1)) == 2
     with pytest.raises(NotImplementedError, match="opaque"):
@@ -136,7 +136,7 @@ def test_the_fake_kernel_has_no_rules_of_its_own() -> None:
 
 
 def test_transforms_through_a_real_kernel() -> None:
-    """Interpreted: what Pallas gives a kernel in place of a derivative does not come through."""
+    """With interpreted kernels, Pallas's own rule for derivatives is not used."""
     real = rms_norm.kernels["hopper"]
     kernel = Kernel(functools.partial(real.run, interpret=plgpu.InterpretGPUParams()), real.check)
     op = dataclasses.replace(rms_norm, kernels={"hopper": kernel}, skip_reason=None)
@@ -194,9 +194,9 @@ def double() -> Op:
 
 
 def test_one_trace_runs_on_every_platform(gpu: None) -> None:
-    """Under jit a trace does not know where its arguments are: what is lowered for a CPU is the reference."""
+    """Under jit a trace does not know where its arguments are. Lowering for a CPU takes the reference."""
     x, op = jnp.ones(2), double()
-    assert op(x)[0] == 2  # outside jit, it is known
+    assert op(x)[0] == 2  # outside jit the device is known
     traced = jax.jit(op).trace(x)
     cpu, cuda = (traced.lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "cuda"))
     assert ("5.000000e-01" in cpu, "5.000000e-01" in cuda) == (False, True)
@@ -229,7 +229,7 @@ def test_smaller_ops_take_the_place_of_a_kernel_on_another_platform(gpu: None) -
     with pytest.raises(Unsupported, match="double: needs an NVIDIA Hopper GPU"):
         run(x, "pallas")
     text = run.trace(x, "pallas").lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("stablehlo.add") == 1  # the kernel's, and nothing of the other way
+    assert text.count("stablehlo.add") == 1  # the kernel's equations, and none of the reference's
 
 
 def test_a_model_on_the_cpu_of_a_machine_with_a_gpu(gpu: None) -> None:

@@ -1,4 +1,4 @@
-"""Kernels for machines without a GPU: opaque to jax, as a launch is."""
+"""Fake kernels for machines without a GPU. They are opaque to jax, like a launch."""
 
 import dataclasses
 import types
@@ -19,7 +19,7 @@ GPU = types.SimpleNamespace(
 
 
 def opaque(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` as a kernel is to jax: a primitive without a derivative or a batch rule."""
+    """``function`` as jax sees a kernel: a primitive without a derivative or a batch rule."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         leaves, tree = jax.tree.flatten((args, kwargs))
@@ -46,5 +46,5 @@ def opaque(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def faked(op: Op) -> Op:
-    """The op with a kernel that takes anything and is its reference in disguise."""
+    """The op with a fake kernel that accepts all arguments and computes the reference."""
     return dataclasses.replace(op, kernels={"hopper": Kernel(opaque(op._reference))}, skip_reason=None)

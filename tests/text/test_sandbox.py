@@ -1,4 +1,4 @@
-"""Templates of strangers are programs: what they may do, and what stops them."""
+"""Untrusted chat templates are programs: what they may do, and the limits that stop them."""
 
 from typing import Any
 
