@@ -1,4 +1,4 @@
-"""GGUF version 3 written: floats only, with config and sentencepiece vocabulary in the metadata."""
+"""Writes GGUF version 3. Tensors are floats; the config and a sentencepiece vocabulary are in the metadata."""
 
 import struct
 from pathlib import Path
@@ -17,13 +17,13 @@ from jllama.formats.transform import as_dtype, as_floats, to_interleaved
 from jllama.formats.vocabulary import Vocabulary, padded, vocabulary_of
 
 ALIGN = 32
-_KINDS = {"float32": 0, "float16": 1, "bfloat16": 30}  # also llama.cpp's file types, but for bfloat16
-_FILE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 32}
+_KINDS = {"float32": 0, "float16": 1, "bfloat16": 30}  # ggml's tensor types
+_FILE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 32}  # llama.cpp's file types
 _LAYOUTS = {"u32": (4, "<I"), "i32": (5, "<i"), "f32": (6, "<f"), "bool": (7, "<?")}
 
 
 def gguf(source: Source) -> Export:
-    """A GGUF file of the source's floats. Norms are float32, as llama.cpp wants them."""
+    """An export of the source's floats to a GGUF file. Norms are float32, as llama.cpp requires."""
     source = as_floats(source)
     names = names_of(source.config)
     tensors = {
@@ -39,7 +39,7 @@ def gguf(source: Source) -> Export:
             file.put(0, head)
             for name, tensor in tensors.items():
                 file.put_floats(places[name], tensor)
-            if size % ALIGN:  # readers map whole units
+            if size % ALIGN:  # the end is padded, because readers map whole alignment units
                 file.put(size, bytes(-size % ALIGN))
 
     return Export(size, write, GGUF)
@@ -112,7 +112,7 @@ def _fields(source: Source) -> list[bytes]:
     vocabulary = vocabulary_of(source.tokenizer)
     if vocabulary is not None:
         return fields + _vocabulary_fields(padded(vocabulary, config.vocab_size))
-    # Ids that the tokenizer, wherever it is, will need.
+    # The ids are stored for use with a separate tokenizer.
     ids = (("bos", config.bos_id), ("eos", config.eos_ids[0]))
     fields.append(_field("tokenizer.ggml.model", "text", "none"))  # without this, llama.cpp refuses the file
     return fields + [_field(f"tokenizer.ggml.{name}_token_id", "u32", value) for name, value in ids]

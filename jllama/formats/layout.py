@@ -1,8 +1,8 @@
-"""The names and shapes of a Llama's tensors: one table, read in both directions."""
+"""The names and shapes of the tensors of a Llama."""
 
 from jllama.config import LlamaConfig
 
-# Our name of a layer's tensor, and Hugging Face's.
+# Our name of a layer's tensor -> Hugging Face's name.
 LAYER = {
     "attn_norm": "input_layernorm",
     "wq": "self_attn.q_proj",
@@ -16,7 +16,7 @@ LAYER = {
 }
 MODEL = {"embed": "model.embed_tokens", "norm": "model.norm", "lm_head": "lm_head"}
 
-# What `jllama.params.Layer` holds as one weight: rows of the first, then of the second, then of the third.
+# Field of `jllama.params.Layer` -> the tensors that are concatenated along their rows in it, in this order.
 FUSED = {
     "attn_norm": ("attn_norm",),
     "wqkv": ("wq", "wk", "wv"),
@@ -28,7 +28,7 @@ FUSED = {
 
 
 def hf_names(config: LlamaConfig) -> dict[str, str]:
-    """Our name of every tensor -> Hugging Face's."""
+    """Our name of every tensor -> Hugging Face's name."""
     names = {ours: f"{theirs}.weight" for ours, theirs in MODEL.items()}
     if config.tie_embeddings:
         del names["lm_head"]
@@ -37,8 +37,8 @@ def hf_names(config: LlamaConfig) -> dict[str, str]:
     return names
 
 
-def layer_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor of a layer, unfused."""
+def unfused_layer_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Our name of every tensor of a layer, before fusion -> its shape."""
     q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     return {
         "attn_norm": (config.dim,),
@@ -60,5 +60,5 @@ def expected_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     if not config.tie_embeddings:
         shapes["lm_head"] = vocabulary
     for i in range(config.n_layers):
-        shapes |= {f"layers.{i}.{name}": shape for name, shape in layer_shapes(config).items()}
+        shapes |= {f"layers.{i}.{name}": shape for name, shape in unfused_layer_shapes(config).items()}
     return shapes

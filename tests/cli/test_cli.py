@@ -193,7 +193,7 @@ def test_the_version_is_told(command: list[str], capsys: pytest.CaptureFixture[s
         ("--temprature", "did you mean --temperature?"),
         ("--max-new-token", "did you mean --max-new-tokens?"),  # the beginning of a flag is none
         ("--propmt=x", "--propmt: no such flag; did you mean --prompt?"),
-        ("--n-ctx", "here it is --max-seq-len"),
+        ("--n-ctx", "use --max-seq-len instead"),
         ("--quux-zzz", "--help lists them"),
     ],
 )

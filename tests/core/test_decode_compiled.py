@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from fake_kernels import GPU, faked
 from jax import lax
 
 from jllama import decode, stream
@@ -30,6 +31,7 @@ from jllama.decode import (
 from jllama.params import Params
 from jllama.sampling import make_sampling
 from jllama.stream import CHUNK, MIN_BUCKET, MIN_CACHE, PREFILL_PIECE, Session
+from pallas_kernels import OPS
 
 # A cache of 128 MiB, against which weights and activations are nothing. It is compiled for, never allocated.
 LONG = tiny.CONFIG.replace(n_heads=4, n_kv_heads=4, head_dim=32, max_seq_len=65536)
@@ -58,6 +60,18 @@ def assert_in_place(compiled: Any) -> None:
 def test_the_decode_loop_makes_no_copy_of_the_cache() -> None:
     params = tiny.model(config=LONG)
     assert_in_place(jit_decode_chunk.lower(params, long_state(), steps=4, backend="xla").compile())
+
+
+def test_the_choice_of_a_platform_makes_no_copy_of_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where jit does not know for which device it traces, the cache goes through both ways of every op."""
+    monkeypatch.setattr("pallas_kernels.arch._gpu", lambda: GPU)
+    for name in ("model.qkv", "model.matmul", "cache.decode_attention", "model.ffn"):
+        monkeypatch.setattr(f"jllama.{name}", faked(OPS[name.partition(".")[2]]))
+    lowered = jax.jit(decode_chunk, static_argnames="steps", donate_argnames="state").lower(
+        tiny.model(config=LONG), long_state(), steps=4
+    )
+    assert "stablehlo.case" in lowered.as_text()
+    assert_in_place(lowered.compile())
 
 
 def test_the_first_draw_makes_no_copy_of_the_cache() -> None:

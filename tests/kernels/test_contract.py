@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -11,9 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from fake_kernels import GPU, faked, opaque
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.extend.core import Primitive
-from jax.interpreters import mlir
 
 from jllama.cache import init_cache
 from jllama.config import LlamaConfig
@@ -26,49 +25,15 @@ from jllama.stream import Session
 from pallas_kernels import OPS, Choice, Kernel, Op, Unsupported, arch, quantize, record, rms_norm
 from pallas_kernels.arch import HOPPER, arch_of, pinned
 
-GPU = types.SimpleNamespace(
-    id=0, platform="gpu", device_kind="NVIDIA H100 80GB HBM3", compute_capability="9.0", core_count=114
-)
 KERNEL = Choice("pallas", "kernel runs here")
-
-
-def opaque(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` as a kernel is to jax: a primitive without a derivative or a batch rule."""
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        leaves, tree = jax.tree.flatten((args, kwargs))
-        where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, (jax.Array, np.ndarray))]
-
-        def of_arrays(*arrays: Any) -> Any:
-            filled = list(leaves)
-            for i, array in zip(where, arrays, strict=True):
-                filled[i] = array
-            args, kwargs = jax.tree.unflatten(tree, filled)
-            return function(*args, **kwargs)
-
-        arrays = [leaves[i] for i in where]
-        out, out_tree = jax.tree.flatten(jax.eval_shape(of_arrays, *arrays))
-        flat = lambda *arrays: jax.tree.leaves(of_arrays(*arrays))  # noqa: E731
-        primitive = Primitive("opaque")
-        primitive.multiple_results = True
-        primitive.def_impl(flat)
-        primitive.def_abstract_eval(lambda *_: [jax.core.ShapedArray(a.shape, a.dtype) for a in out])  # type: ignore
-        mlir.register_lowering(primitive, mlir.lower_fun(flat, multiple_results=True))
-        return jax.tree.unflatten(out_tree, primitive.bind(*arrays))
-
-    return call
-
-
-def faked(op: Op) -> Op:
-    """The op with a kernel that takes anything and is its reference in disguise."""
-    return dataclasses.replace(op, kernels={"hopper": Kernel(opaque(op._reference))}, skip_reason=None)
 
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A device for which every op of a model has a kernel."""
-    for name in ("matmul", "qkv", "attention", "decode_attention", "ffn", "rms_norm"):
-        monkeypatch.setattr(f"jllama.model.{name}", faked(OPS[name]))
+    model = ("matmul", "qkv", "attention", "ffn", "rms_norm")
+    for name in (*(f"model.{op}" for op in model), "cache.attention", "cache.decode_attention"):
+        monkeypatch.setattr(f"jllama.{name}", faked(OPS[name.partition(".")[2]]))
     whole = faked(whole_step)
     needs_stacked = Kernel(whole.kernels["hopper"].run, lambda x, params, *_, **__: require_stacked(params))
     monkeypatch.setattr("jllama.model.whole_step", dataclasses.replace(whole, kernels={"hopper": needs_stacked}))
@@ -295,8 +260,8 @@ def test_a_session_tells_what_ran_whether_it_was_traced_or_not() -> None:
         found.append(session.backends)
     assert found[0] == found[1]
     assert found[0].keys() == {"prefill", "decode"}
-    assert found[0]["prefill"].keys() == set(OPS) - {"decode_step", "decode_attention"}
-    assert found[0]["decode"].keys() == set(OPS) - {"attention"}
+    assert found[0]["prefill"].keys() == set(OPS) - {"decode_step", "decode_attention", "paged_attention"}
+    assert found[0]["decode"].keys() == set(OPS) - {"attention", "paged_attention"}
     assert found[0]["decode"]["draw"].why.startswith("greedy")
     assert found[2]["decode"]["draw"].why.startswith("a vocabulary of 96")
 
