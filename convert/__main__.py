@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jllama.cli.options import Parser
 from jllama.errors import InputError, reported
 
 if TYPE_CHECKING:
@@ -17,9 +18,9 @@ FORMS = ("native", "hf", "llama2c", "gguf")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command's flags."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=PROGRAM,
         description="Convert a checkpoint. SRC may be a Hugging Face, Meta, llama2.c, GGUF or native checkpoint.",
     )

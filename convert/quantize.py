@@ -5,7 +5,6 @@ same as that of ``--quant`` at load. As there, the embedding and the norms stay 
 is tied to the embedding.
 """
 
-import argparse
 import contextlib
 import ctypes
 import dataclasses
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jllama.cli.options import Parser
 from jllama.errors import InputError, reported
 
 if TYPE_CHECKING:
@@ -125,9 +125,9 @@ def _rounder(quant: "Quant", group: int | None) -> Callable:
     return rounded
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command's flags."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="jllama quantize",
         description="Quantise a checkpoint of any format to a native one with int8 or int4 weights.",
     )

@@ -33,15 +33,23 @@ class Parser(argparse.ArgumentParser):
         given = sys.argv[1:] if args is None else list(args)
         for text in given:
             self._check_text(text)
+        for text in given[: given.index("--") if "--" in given else None]:
+            flag = text.partition("=")[0]
+            # Checked before argparse does, which would report a misspelt required flag as missing.
+            if flag.startswith("--") and " " not in text and flag not in self._option_string_actions:
+                self._no_such_flag(flag)
         values, unknown = self.parse_known_args(given, namespace)
         if unknown:
-            flag = next((text for text in unknown if text.startswith("-")), unknown[0]).partition("=")[0]
-            self.error(f"{flag}: no such flag; {self._advice(flag)}")
+            flag = next((text for text in unknown if text.startswith("-")), unknown[0])
+            self._no_such_flag(flag.partition("=")[0])
         return values
 
     def error(self, message: str) -> NoReturn:
         """Print one line on stderr and exit with code 2."""
         self.exit(2, f"{self.prog}: error: {' '.join(message.removeprefix('argument ').split())}\n")
+
+    def _no_such_flag(self, flag: str) -> NoReturn:
+        self.error(f"{flag}: no such flag; {self._advice(flag)}")
 
     def _advice(self, flag: str) -> str:
         if flag in FOREIGN:
