@@ -89,7 +89,7 @@ TABLE = (
     Entry("int4", math.inf, math.inf, by_limbs),
     Entry("int8-groups", 2**22, 64, by_blocks),
     Entry("int8-groups", math.inf, 512, by_blocks),
-    Entry("int4-groups", 2**22, 0, by_blocks),
+    Entry("int4-groups", 2**22, 0, by_blocks),  # never: unpacking takes longer than the whole product
     Entry("int4-groups", math.inf, 512, by_blocks),
     Entry("bfloat16", math.inf, 1, by_two_rows),
 )
