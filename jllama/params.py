@@ -120,6 +120,16 @@ def weight_bytes(params: Params, *, per_token: bool = False) -> int:
     return total - params.embed.nbytes if per_token and params.lm_head is not None else total
 
 
+def unpacked(params: Params) -> Params:
+    """The same model with 4-bit integers as int8, which a CPU multiplies without unpacking them for every token."""
+
+    def one(w: Any) -> Any:
+        packed = isinstance(w, QuantizedTensor) and w.format is WeightFormat.INT4
+        return replace(w, data=w.data.astype(jnp.int8)) if packed else w
+
+    return jax.tree.map(one, params, is_leaf=_is_weight)
+
+
 def quantizer(quant: Quant, group: int | None = None) -> Callable[[jax.Array], Weight]:
     """A function that converts a float weight to the given format: ``none``, ``int8`` (by default one scale per output
     channel) or ``int4`` (by default one scale per 128 inputs)."""

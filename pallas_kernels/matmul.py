@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from . import cpu
 from .dispatch import Kernel, Op
 from .hopper.common.tiles import Weight
 from .hopper.gemm.large_m import check_large_m, large_m_gemm
@@ -23,11 +24,12 @@ def matmul_reference(
     x: jax.Array, w: Weight, *, residual: jax.Array | None = None, out_dtype: jnp.dtype | type | None = None
 ) -> jax.Array:
     """x [..., in] · w [out, in] (+ residual [..., out]) -> [..., out] in ``out_dtype`` (default: x's)."""
-    y = _product(x, w).astype(out_dtype or x.dtype)
+    y = cpu.product(float_product, x, w).astype(out_dtype or x.dtype)
     return y if residual is None else residual + y
 
 
-def _product(x: jax.Array, w: Weight) -> jax.Array:
+def float_product(x: jax.Array, w: Weight) -> jax.Array:
+    """The specification: x [..., in] · w [out, in] -> float32 [..., out], the weight as floats of x's dtype."""
     if isinstance(w, QuantizedTensor):
         if w.scale.shape[-1] == 1:  # one scale a row commutes with the sum, so it is applied after the product
             y = _dot(x, w.data.astype(x.dtype))

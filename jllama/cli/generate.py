@@ -117,7 +117,7 @@ class Task:
 
 def run(args: argparse.Namespace, prompts: list[str], options: dict[str, Any]) -> None:
     """Load the model, generate, and print the completions."""
-    from jllama.cli.runtime import figures, open_model
+    from jllama.cli.runtime import figures, open_model, quicker
     from jllama.decode import check_prompts
     from jllama.stream import Timings
     from jllama.text.complete import Completion
@@ -141,7 +141,7 @@ def run(args: argparse.Namespace, prompts: list[str], options: dict[str, Any]) -
         done = [as_json(args, task) for task in tasks]
         print(json.dumps({"completions": done, **describe(args, model, total)}))
     if not args.quiet:
-        print(figures(lm.params, total), file=sys.stderr)
+        print(figures(lm.params, total) + quicker(lm.params), file=sys.stderr)
 
 
 class Printer:

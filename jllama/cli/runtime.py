@@ -12,12 +12,12 @@ import jax
 from jllama.cli.progress import loading_bar
 from jllama.compilation import enable_cache, start_clock
 from jllama.config import Backend
-from jllama.device import bandwidth, default_device
+from jllama.device import bandwidth, default_device, quicker_format
 from jllama.errors import InputError
 from jllama.formats import open_source
 from jllama.formats.lora import lora_spec, with_lora
 from jllama.formats.source import Source
-from jllama.kernels import Unsupported, require_kernels
+from jllama.kernels import QuantizedTensor, Unsupported, require_kernels
 from jllama.params import Params, weight_bytes
 from jllama.stream import Timings
 from jllama.text.lm import LM
@@ -106,6 +106,14 @@ def figures(params: Params, timings: Timings) -> str:
         f"{timings.new_tokens} tokens, {timings.decode_rate:.1f} tokens/s, "
         f"{rate / 1e9:.1f} GB/s of weights{percent}; prefill {timings.prompt_tokens} tokens in {timings.prefill:.3f} s"
     )
+
+
+def quicker(params: Params) -> str:
+    """What to add to the figures where other weights would have been quicker on this device; else nothing."""
+    weight = params.layer(0).wqkv
+    stored = weight.data if isinstance(weight, QuantizedTensor) else weight
+    found = quicker_format(default_device(), stored.dtype.name)
+    return f"; --quant {found} would have been quicker here than {stored.dtype.name}" if found else ""
 
 
 def as_input_error(run: Callable[[], None]) -> None:

@@ -18,7 +18,7 @@ from jllama.formats import open_source
 from jllama.formats.checkpoint import load
 from jllama.formats.source import Source
 from jllama.kernels import Choice
-from jllama.params import Params, weight_bytes
+from jllama.params import Params, unpacked, weight_bytes
 from jllama.sampling import make_sampling
 from jllama.scoring import token_logprobs
 from jllama.stream import CHUNK, Session, Timings, bucket
@@ -113,6 +113,8 @@ class LM:
             stacked=False if backend == "xla" else None,  # stacked layers are slow without kernels
             progress=progress,
         )
+        if default_device().platform == "cpu":
+            params = unpacked(params)
         return cls(params, loaded_tokenizer, max_len, backend, chat_format)
 
     @overload
