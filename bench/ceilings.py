@@ -1,6 +1,6 @@
-"""What the device reaches, measured in the run's own process: `bench.roofline` says what that allows.
+"""Measures the device's ceilings, in the same process as the run. `bench.roofline` computes floors from them.
 
-Every figure is the best of several tries: a ceiling is what the device can do, not what it mostly does.
+Every figure is the best of several tries, because a ceiling is the most that the device can do.
 """
 
 import functools
@@ -14,14 +14,14 @@ import jax.numpy as jnp
 from bench.measure import time_calls
 from bench.roofline import Ceilings
 
-LARGE = {"cpu": 256 << 20, "gpu": 4 << 30}  # bytes: past every cache
-SIDES = {"cpu": {2048: 1}, "gpu": {4096: 16, 8192: 4}}  # of square products, and how many of them in a row
-PASSES = 4  # over `LARGE`, in one launch: what the launch itself takes is then under a percent
+LARGE = {"cpu": 256 << 20, "gpu": 4 << 30}  # bytes, more than every cache holds
+SIDES = {"cpu": {2048: 1}, "gpu": {4096: 16, 8192: 4}}  # side of the square products -> how many are chained
+PASSES = 4  # over `LARGE` in one launch, so that the launch itself takes less than 1 %
 
 
 def measure_ceilings(dtype: str, working_set: int = 0) -> dict[str, float]:
-    """Measure on jax's default device. ``working_set``: weights that are smaller than the last cache are read from
-    it, so on a CPU their reading is measured at their size."""
+    """Measure jax's default device. ``working_set`` is the bytes of the weights. Weights smaller than a CPU's last
+    cache are read from it, so their read rate is measured at their size."""
     size = "cpu" if jax.devices()[0].platform == "cpu" else "gpu"
     kind = jnp.dtype({"f32": "float32", "bf16": "bfloat16", "f16": "float16"}[dtype])
     read = _read_rate(LARGE[size] * (2 if size == "cpu" else 1), kind)
@@ -42,9 +42,9 @@ def _best(call: Callable[[], Any], repeat: int) -> float:
 
 
 def _matrix_rate(side: int, chain: int, kind: Any) -> float:
-    """Flop/s of square products, each fed with the one before it."""
+    """Flop/s of square products. Each takes the previous result as input."""
     a = jax.random.normal(jax.random.key(42), (side, side), jnp.float32)
-    b = a * side**-0.5  # so that the products keep their size
+    b = a * side**-0.5  # so that the values keep their magnitude
 
     @jax.jit
     def products(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -75,7 +75,7 @@ def _read_rate(size: int, kind: Any) -> float:
 
     def product(x, w):
         def once(_, x):
-            # All of the product is needed: were it a part, the compiler would read a part of the weight.
+            # Use the whole product. If only a part were used, the compiler would read a part of the weight.
             return x + 1e-6 * jnp.max(jax.lax.dot_general(x, w, contract)).astype(kind)
 
         return jax.lax.fori_loop(0, loops, once, x)
@@ -101,7 +101,7 @@ def _stream_rate(size: int) -> float:
 
 
 def _latencies() -> dict[str, float]:
-    """Seconds of a tiny operation: alone, dispatched and waited for, and among many in one compiled call."""
+    """Seconds of a tiny operation: dispatched alone and waited for, and as one of many in a compiled call."""
     tiny = jnp.ones(8, jnp.float32)
     step = jax.jit(lambda x: x * 1.5)
     many = jax.jit(lambda x: jax.lax.fori_loop(0, 512, lambda _, x: jnp.sort(x * 1.5), x))

@@ -19,11 +19,11 @@ from bench.roofline import best_of, cache_bytes, weight_bytes
 from bench.rows import records_of
 from bench.workloads import DRAWN, Workload, grid, prompts
 
-SPARE = 1.5  # of the weights: what an implementation holds beside them and the cache
+HEADROOM = 1.5  # times the weights: memory of an implementation, without its cache
 
 
 class Comparison:
-    """Everything that its implementations share. Ceilings are measured while nothing of it is loaded yet."""
+    """What the implementations share: reference, workloads, ceilings. Ceilings are measured before any model loads."""
 
     def __init__(self, settings: argparse.Namespace, preset: str | None, dtype: str | None) -> None:
         self.settings = settings
@@ -42,9 +42,9 @@ class Comparison:
         self.records: list[Record] = []
         say(f"{self.name} {self.dtype} on {self.run.device}: run {self.run.run}, {len(self.loads)} workloads")
 
-    def begin(self, who: Sequence[Entry]) -> None:
-        """Take ``who`` in, and load the weights that check their tokens; of weights that every process draws for
-        itself, its own are checked against."""
+    def add_entries(self, who: Sequence[Entry]) -> None:
+        """Add the implementations, and load the reference's weights, which check their tokens. Where every process
+        makes the weights itself, each implementation's own weights check its tokens."""
         self.entries = [entry.fresh() for entry in who]
         if not self.drawn:
             self.reference.open(self.job)
@@ -57,17 +57,17 @@ class Comparison:
 
     @property
     def default_order(self) -> str:
-        """In turns where implementations can be open side by side."""
+        """In turns on a CPU, where all implementations can be open at once."""
         return "turns" if self.platform == "cpu" else "one-by-one"
 
     @property
     def memory(self) -> float:
-        """Bytes of the device; a CPU's are not counted."""
+        """Bytes of the device's memory; infinite on a CPU."""
         return self.reference.hello["memory"] or math.inf
 
     @property
     def parts(self) -> list[tuple["Comparison", Entry]]:
-        """Its implementations, each beside it."""
+        """This comparison paired with each of its implementations."""
         return [(self, entry) for entry in self.entries]
 
     def _plan(self, shape: dict[str, Any]) -> None:
@@ -88,7 +88,7 @@ class Comparison:
             "platform": self.platform,
             "batch": max(w.batch for w in self.loads),
             "max_len": max(w.context for w in self.loads) + 128,
-            # By batch, what a cache must hold.
+            # Cache length in tokens, by batch.
             "rooms": {str(w.batch): max(o.context + 128 for o in self.loads if o.batch == w.batch) for w in self.loads},
             "context": shape["max_seq_len"],
             "vocab_size": shape["vocab_size"],
@@ -99,37 +99,37 @@ class Comparison:
         return self.reference.ceilings(self.dtype, self.weights)
 
     def loads_of(self, entry: Entry) -> list[Workload]:
-        """What an implementation is given: peers are asked for greedy tokens only, which can be checked."""
+        """The workloads of an implementation. Peers get greedy ones only, because their tokens can be checked."""
         return [w for w in self.loads if entry.ours or not w.sampled]
 
     def measure_ceilings_again(self) -> None:
-        """The machine may have been busy: the best of before and after is nearer to its ceiling."""
+        """Measure again after the run and keep the better figures, because the machine may have been busy before."""
         self.run = dataclasses.replace(self.run, ceilings=best_of(self.run.ceilings, self._ceilings()))
 
     @property
     def reference_bytes(self) -> float:
-        """What the reference holds on the device."""
-        return 0.0 if self.drawn else SPARE * weight_bytes(self.dims, self.dtype)
+        """Bytes that the reference holds on the device."""
+        return 0.0 if self.drawn else HEADROOM * weight_bytes(self.dims, self.dtype)
 
     def needs(self, entry: Entry) -> float:
-        """About how many bytes of the device an implementation holds."""
+        """An estimate of the device memory that an implementation needs, in bytes."""
         if entry.why is not None:
             return 0.0
         cache = max(cache_bytes(self.dims, self.dtype, w.batch, w.context) for w in self.loads)
-        return SPARE * weight_bytes(self.dims, self.dtype) + cache
+        return HEADROOM * weight_bytes(self.dims, self.dtype) + cache
 
     def open(self, entry: Entry) -> None:
-        """Start an implementation, where it is there."""
+        """Start an implementation, if it is installed."""
         if entry.why is None:
             entry.guard(None, self._open)
 
     def warm_up(self, entry: Entry, load: Workload) -> None:
-        """Run a workload cold, warm, and check its tokens, unless that was done."""
+        """Run a workload cold and warm, and check its tokens, unless that was done before."""
         if entry.why is None and load not in entry.outcomes:
             entry.guard(load, functools.partial(self._warm_up, load=load))
 
     def measure(self, group: list[Entry]) -> None:
-        """Time the workloads of open implementations, in turns; close all."""
+        """Time the workloads of open implementations, in turns, then close all of them."""
         for entry in group:
             entry.clock = Budget(self.settings.share, "a peer's share")
         for load in self.loads:
@@ -145,7 +145,7 @@ class Comparison:
             entry.close()
 
     def record(self, group: list[Entry]) -> None:
-        """Append what was measured, at once: a run that is ended keeps what it has."""
+        """Append what was measured to the records at once, so that an interrupted run loses nothing."""
         order = self.settings.order or self.default_order
         made = [r for e in group for r in records_of(self.run, e, self.name, self.dtype, self.loads_of(e), self.dims)]
         made = [r | {"order": order} for r in made]
@@ -158,10 +158,12 @@ class Comparison:
         say(f"  {entry.impl} {self.dtype}: opening")
         limit_s = self.settings.time_limit
         entry.worker = Worker(entry.peer, entry.python)
-        entry.worker.ask("available", limit_s)  # imports nothing heavy: what follows is the peer's own start
+        entry.worker.ask(
+            "available", limit_s
+        )  # imports nothing heavy, so that the next request times the peer's own start
         entry.opened = entry.worker.ask("open", max(limit_s, 300), job=self.job | {"backend": entry.backend})
         if self.drawn:
-            entry.opened.pop("load_s")  # drawing is not loading
+            entry.opened.pop("load_s")  # it is the time to make random weights, not to load them
 
     def _generate(self, entry: Entry, load: Workload) -> dict[str, Any]:
         assert entry.worker is not None
@@ -174,12 +176,12 @@ class Comparison:
         entry.outcomes[load]["runs"].append(self._generate(entry, load) | {"idle": idle})
 
     def _warm_up(self, entry: Entry, load: Workload) -> None:
-        """The cold run, which compiles; a second, for what compiles late; and the check of the tokens."""
+        """A cold run, which compiles, a second run for what compiles late, and the check of the tokens."""
         checked_here = self.drawn and bool(entry.outcomes)
         outcome = entry.outcomes[load] = {"runs": []}
         outcome["cold"] = self._generate(entry, load)
         warm = outcome["warm"] = self._generate(entry, load)
-        if checked_here:  # the check of an earlier workload, in the same process, held more
+        if checked_here:  # an earlier check in the same process raised the peak
             del warm["peak_bytes"]
         check = outcome["check"] = UNCHECKED if load.sampled else self._check(entry, load, warm["ids"])
         if entry.ours and entry.worker is not None:
@@ -197,7 +199,7 @@ class Comparison:
             return verify(self.reference.score, self.dtype, self.inputs[load], ids)
         try:
             return verify(entry.score, self.dtype, self.inputs[load], ids)
-        except PeerFailed as error:  # beside weights that fill the device there may be no room for it
+        except PeerFailed as error:  # weights that fill the device may leave no memory for the check
             say(f"  {entry.impl}: {error}")
             return UNCHECKED
 

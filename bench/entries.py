@@ -1,4 +1,4 @@
-"""Who takes part: our backends and the peers that are there."""
+"""The implementations of a comparison: our backends and the installed peers."""
 
 import argparse
 import sys
@@ -12,14 +12,14 @@ from bench.workloads import Workload
 
 @dataclass
 class Entry:
-    """One implementation in a comparison: who, in which Python, and what became of it, workload by workload."""
+    """One implementation in a comparison: its peer, its Python, and its outcome for every workload."""
 
     impl: str
     peer: str
     backend: str
     python: str | None
-    why: str | None = None  # why there is nothing to show
-    failed: bool = False  # and that is a failure, not a limit
+    why: str | None = None  # why there is no result
+    failed: bool = False  # whether that is a failure, not a limitation
     worker: Worker | None = None
     opened: dict[str, Any] = field(default_factory=dict)
     outcomes: dict[Workload, dict[str, Any]] = field(default_factory=dict)
@@ -27,15 +27,15 @@ class Entry:
 
     @property
     def ours(self) -> bool:
-        """Whether its failure is our failure."""
+        """Whether this is one of our own backends."""
         return self.peer == "ours"
 
     def fresh(self) -> "Entry":
-        """The same, before anything was done with it."""
+        """A copy that has not run yet."""
         return replace(self, worker=None, opened={}, outcomes={}, clock=Budget())
 
     def guard(self, load: Workload | None, do: Any) -> None:
-        """Do something with it; what goes wrong becomes what its row says, and the rest goes on."""
+        """Call ``do`` with this entry. A failure is noted in the workload's outcome, and the run goes on."""
         try:
             do(self)
         except (PeerFailed, OSError) as error:
@@ -48,7 +48,7 @@ class Entry:
                 self.why, self.failed = str(error), not unsupported
 
     def score(self, prompt: list[int], ids: list[int]) -> list[float]:
-        """Of one of ours: see `bench.reference.Score`, with its own weights as the reference."""
+        """`bench.reference.Score` of one of our backends, with its own weights as the reference."""
         assert self.worker is not None
         return self.worker.ask("score", 300, args={"prompt": prompt, "ids": ids})["gaps"]
 
@@ -59,12 +59,12 @@ class Entry:
 
 
 def say(text: str) -> None:
-    """Progress goes to stderr; stdout is for the table."""
+    """Print progress to stderr; stdout is for the table."""
     print(text, file=sys.stderr, flush=True)
 
 
 def entries(settings: argparse.Namespace, platform: str) -> list[Entry]:
-    """Our backends first, then the peers in the order in which they are asked for."""
+    """Our backends first, then the requested peers in their order."""
     backends = settings.backends or (["xla"] if platform == "cpu" else ["xla", "pallas"])
     found = [Entry(b, "ours", b, sys.executable) for b in backends]
     for name in settings.peers:
@@ -74,7 +74,7 @@ def entries(settings: argparse.Namespace, platform: str) -> list[Entry]:
 
 
 def list_peers(settings: argparse.Namespace) -> int:
-    """Print every peer and where it was found, or why not."""
+    """Print every peer and whether it was found, or why not."""
     for kind in ("model", "ops"):
         for name in peers.discover(kind):
             python, why = find_python(name, settings.peer_python)

@@ -1,4 +1,4 @@
-"""The results at one glance: a row an implementation, a column a workload."""
+"""The summary table: one row per implementation, one column per workload."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -7,12 +7,12 @@ from typing import Any
 from bench.names import CHECKED, commit_of, cores, is_cpu, is_ours, markdown, name_of, newest, short, versions_of
 from bench.record import Record
 
-Column = tuple[Any, ...]  # what a record must have to stand in it
+Column = tuple[Any, ...]  # the fields that decide a record's column
 COLUMN = ("device", "model", "case", "batch", "seq", "context")
 
 
 def glance(records: Sequence[Record], keep: Callable[[Record], bool]) -> str:
-    """Tokens/s of what is newest of every device, model and dtype, with the share of the floor in brackets."""
+    """Tokens/s of the newest runs of every device, model and dtype, with the percent of the floor in brackets."""
     chosen = [r for r in records if r["suite"] == "compare" and r["case"] in CHECKED and keep(r)]
     chosen = [r for group in newest(chosen) for r in group]
     columns = _columns(chosen)
@@ -37,7 +37,8 @@ def _column(r: Record) -> Column:
 
 
 def _columns(records: Sequence[Record]) -> list[Column]:
-    """The model with the most workloads first, then larger ones; decoding before prefill, one row before many."""
+    """The order of columns: the model with the most workloads, then larger models; decode before prefill; small batches
+    before large ones."""
     workloads = Counter(model for _, model, *_ in {_column(r) for r in records})
 
     def order(r: Record) -> tuple[Any, ...]:
@@ -59,7 +60,7 @@ def _columns(records: Sequence[Record]) -> list[Column]:
 
 
 def _rank(row: tuple[str, str], columns: Sequence[Column], cells: dict[Any, Record]) -> tuple[Any, ...]:
-    """The fastest first, by the first column that the row stands in."""
+    """The order of rows: the fastest first, by the first column in which a row has a figure."""
     for number, column in enumerate(columns):
         if found := cells.get((row, column)):
             return number, -found["value"]
@@ -67,7 +68,7 @@ def _rank(row: tuple[str, str], columns: Sequence[Column], cells: dict[Any, Reco
 
 
 def _heads(columns: Sequence[Column], records: Sequence[Record]) -> list[str]:
-    """A column's name says what not all columns share."""
+    """The name of a column. It leaves out what all columns have in common."""
     named: list[dict[str, Any]] = [dict(zip(COLUMN, c, strict=True)) for c in columns]
     several = {k for k in COLUMN if len({n[k] for n in named}) > 1}
     heads = []
@@ -93,7 +94,7 @@ def _cell(r: Record | None, best: dict[Column, float]) -> str:
 
 
 def _foot(records: Sequence[Record]) -> str:
-    """Where, with what, in which runs and at which commits."""
+    """The devices, versions, runs and commits of the records."""
     if not records:
         return ""
     parts = [", ".join(sorted({r["device"].split(", ")[0] for r in records}))]

@@ -1,4 +1,4 @@
-"""What every kernel lowers to, a line each, so that two trees (or two versions of JAX) can be compared.
+"""Prints what every kernel lowers to, one line per kernel, to compare two trees or two versions of JAX.
 
     python -m bench.lowered_modules > before.txt
     python -m bench.lowered_modules --only decode_step/7b --text texts/
@@ -10,9 +10,9 @@ Needs no GPU: the kernels are lowered for an H200 that is not there. A line has
 * ``layouts``: a hash of the module once layouts are inferred,
 * ``code``: a hash of the module that goes to the compiler, and ``lines``, its length. Equal hashes: equal GPU code.
 
-Names of functions and locations in the source are left out; the module that goes to the compiler is first simplified
-(MLIR's canonicalize and cse), so that an operation that does nothing makes no difference. Times go to stderr: they
-depend on the machine, the columns do not.
+Names of functions and locations in the source are left out. The module that goes to the compiler is first simplified
+(MLIR's canonicalize and cse), so that an operation without effect makes no difference. Times go to stderr, because they
+depend on the machine; the columns do not.
 """
 
 import argparse
@@ -44,10 +44,10 @@ FORMATS: dict[str, tuple[int, int | None] | None] = {"bf16": None, "int8": (8, N
 
 @dataclass
 class Lowered:
-    """One kernel, and what it took to lower it.
+    """One lowered kernel, and the work that lowering took.
 
-    The solver tries layouts and, after each try, goes through all equations that are left, again and again until none
-    of them changes. ``equations`` counts every visit of one."""
+    The solver tries layouts. After each try it goes through the remaining equations repeatedly, until none changes.
+    ``equations`` counts every visit of an equation."""
 
     ops: int = 0
     equations: int = 0
@@ -73,13 +73,13 @@ class Case:
     options: dict[str, Any]
 
     def lower(self, *, hashes: bool = True) -> list[Lowered]:
-        """Lower it, or raise `Unsupported`: a kernel each time that Mosaic is asked for one. Without ``hashes``, which
-        take as long as the rest, only the work is counted."""
+        """Lower the call, or raise `Unsupported`. Returns one entry per kernel that Mosaic lowers. Without ``hashes``,
+        which take as long as the rest, only the work is counted."""
         kernel = OPS[self.op].kernels["hopper"]
         with jax.sharding.use_abstract_mesh(H200):
             if kernel.check is not None:
                 kernel.check(*self.args, **self.options)
-            # Options may have arrays (`draw` does): those that have are arguments.
+            # Options that hold arrays (those of `draw` do) become arguments.
             arrays = {k: v for k, v in self.options.items() if isinstance(v, jax.ShapeDtypeStruct)}
             fixed = {k: v for k, v in self.options.items() if k not in arrays}
             call = jax.jit(lambda args, arrays: kernel.run(*args, **arrays, **fixed))
@@ -90,7 +90,8 @@ class Case:
 
 @contextlib.contextmanager
 def watched(hashes: bool = True) -> Iterator[list[Lowered]]:
-    """The kernels that are lowered inside the ``with`` block. These are functions of JAX's that no version promises."""
+    """Collect the kernels that are lowered inside the ``with`` block. This replaces private functions of JAX, which may
+    change with any version."""
     kernels: list[Lowered] = []
     lower, infer = core.lower_mgpu_module, layout_inference.infer_layout
     reduce, once = constraints.reduce, constraints._reduce_system_once
@@ -131,7 +132,7 @@ def watched(hashes: bool = True) -> Iterator[list[Lowered]]:
 
 
 def simplified(module: Any) -> ir.Operation:
-    """A copy without what does nothing."""
+    """A copy without operations that have no effect."""
     code = io.BytesIO()
     module.operation.write_bytecode(code)
     copy = ir.Module.parse(code.getvalue(), context=module.context).operation
@@ -140,14 +141,14 @@ def simplified(module: Any) -> ir.Operation:
 
 
 def normal_text(operation: ir.Operation) -> str:
-    """What is in a module, as text, without the names of functions: they are numbered as they come."""
+    """A module as text. Functions are numbered in order, instead of named."""
     names: dict[str, str] = {}
     _, inside = str(operation).split("\n", 1)  # the first line has the kernel's name and when it was lowered
     return re.sub(r"@[\w$.-]+", lambda found: names.setdefault(found[0], f"@{len(names)}"), inside)
 
 
 def count_ops(operation: ir.Operation) -> int:
-    """Operations with layouts to infer: what `plgpu.inline_mgpu` wrote counts as one."""
+    """The number of operations whose layouts are inferred. A `plgpu.inline_mgpu` counts as one."""
     if operation.name == "mosaic_gpu.custom_primitive":
         return 1
     inner = (op for region in operation.regions for block in region for op in block)
@@ -218,7 +219,7 @@ def qkv_cases() -> Iterator[Case]:
 
 
 def places(batch: int, tokens: int, head_dim: int) -> tuple[Any, ...]:
-    """Where new tokens begin, and the cosines and sines of their positions."""
+    """The position of the first new token, and the cosines and sines of all new positions."""
     angles = array(batch, tokens, head_dim // 2, dtype=jnp.float32)
     return array(batch, dtype=jnp.int32), angles, angles
 
@@ -280,8 +281,10 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="cases whose name begins so, like matmul or decode_step/7b/int8")
-    parser.add_argument("--text", type=Path, help="a folder for the modules that go to the compiler")
+    parser.add_argument(
+        "--only", default="", help="only cases whose name starts with this, for example matmul or decode_step/7b/int8"
+    )
+    parser.add_argument("--text", type=Path, help="write the modules that go to the compiler into this folder")
     args = parser.parse_args()
     for op, cases in CASES.items():
         for case in cases():
@@ -294,7 +297,7 @@ def main() -> None:
             except Unsupported as reason:
                 print(f"{name}: refused: {reason}", flush=True)
                 continue
-            except (ValueError, NotImplementedError) as fault:  # what Mosaic says of layouts and operations
+            except (ValueError, NotImplementedError) as fault:  # Mosaic's errors about layouts and operations
                 print(f"{name}: failed: {str(fault).splitlines()[0]}", flush=True)
                 continue
             print(f"{name}: {time.process_time() - began:.2f} s of CPU", file=sys.stderr)

@@ -1,11 +1,14 @@
-"""Timing that is right on devices that run asynchronously, and the statistics of what was timed.
+"""Timing on devices that run asynchronously, and statistics of the samples.
 
-An iteration is some compiled calls that are under way together, and its figure their time divided by the operations
-inside. These are chained within a call, each fed with the one before it, so that no compiler removes or reorders
-work: straight, not in a loop, whose every turn costs a GPU microseconds. On a GPU an iteration's time is what twice as
-many calls take longer, so that the way to the device and back is no part of it, as it is none where events time a CUDA
-graph; and calls so short that the host may hand them over more slowly than the device runs them are lined up behind
-other work first (`Queue`). Inputs rotate through more bytes than the last cache holds, and are random, never zeros.
+* An iteration dispatches several compiled calls before it waits. Its figure is their time divided by the number of
+  operations in them.
+* The operations of a call are chained: each takes the previous output as input, so the compiler can neither remove nor
+  reorder them. The chain is unrolled, because each turn of a loop costs a GPU microseconds.
+* On a GPU, n and 2n calls are timed and the difference is reported, so launch latency cancels. (CUDA events around a
+  CUDA graph, which time PyTorch, do not include it either.)
+* The host may dispatch very short calls more slowly than the device runs them. Such calls are queued behind other work
+  (`Queue`).
+* Inputs rotate through more bytes than the last cache holds. They are random, never zeros.
 """
 
 import statistics
@@ -19,15 +22,15 @@ import numpy as np
 
 from bench.peers import NotSupported
 
-ITERATION_S = 10e-3  # how long an iteration should take: what the host adds at its end is under a percent of it
+ITERATION_S = 10e-3  # aim for the time of an iteration, so that the host's part at its end is under 1 %
 MAX_CHAIN = 96  # operations in one compiled call
-MAX_CALLS = 8  # calls of an iteration, under way at once
+MAX_CALLS = 8  # calls of an iteration, all dispatched before it waits
 MAX_SETS = 12  # input sets to rotate through
 
 
 @dataclass(frozen=True)
 class Stats:
-    """What issue and tables want to know about samples (seconds, or whatever they are in)."""
+    """Statistics of samples, in the samples' unit."""
 
     n: int
     mean: float
@@ -57,7 +60,8 @@ def stats_dict(samples: Sequence[float]) -> dict[str, float]:
 
 
 def spread(samples: Sequence[float]) -> float:
-    """Half the distance between the quartiles over the median: how far two medians may differ by chance."""
+    """Half the distance between the quartiles, divided by the median: an estimate of how far two medians may differ
+    by chance."""
     if len(samples) < 2:
         return 0.0
     low, _, high = statistics.quantiles(samples, n=4, method="inclusive")
@@ -66,8 +70,8 @@ def spread(samples: Sequence[float]) -> float:
 
 
 def wait_quiet(seconds: float, wanted: float = 0.9) -> float | None:
-    """Wait until the CPUs are idle, or ``seconds`` have passed: on a shared machine, a run that begins while others
-    compute measures them. Returns the idle share seen last; None where it was not asked for or cannot be read."""
+    """Wait until the CPUs are idle, at most ``seconds``, because other load on a shared machine would be measured, too.
+    Returns the idle fraction seen last; None where ``seconds`` is 0 or it cannot be read."""
     until, idle = time.monotonic() + seconds, None
     while seconds and (before := _cpu_times()) is not None and time.monotonic() < until:
         time.sleep(0.4)
@@ -80,7 +84,7 @@ def wait_quiet(seconds: float, wanted: float = 0.9) -> float | None:
 
 
 def _cpu_times() -> tuple[int, int] | None:
-    """Ticks of all CPUs: idle, and altogether."""
+    """Ticks of all CPUs: idle ones, and the total."""
     try:
         first = Path("/proc/stat").read_text().split("\n", 1)[0].split()
     except OSError:
@@ -90,13 +94,13 @@ def _cpu_times() -> tuple[int, int] | None:
 
 
 def sets_needed(bytes_each: int, cache_bytes: int, limit_bytes: int) -> int:
-    """How many input sets go past twice the last cache, within the memory that may be used."""
+    """How many input sets it takes to exceed twice the last cache, within a limit of memory."""
     wanted = 1 + 2 * cache_bytes // max(bytes_each, 1)
     return max(1, min(wanted, MAX_SETS, max(1, limit_bytes // max(bytes_each, 1))))
 
 
 def time_calls(call: Callable[[], Any], block: Callable[[Any], Any], *, warmup: int, iterations: int) -> list[float]:
-    """Seconds of each of ``iterations`` calls, every one finished before the clock is read."""
+    """Seconds of each of ``iterations`` calls. Each call is finished before the clock is read."""
     for _ in range(warmup):
         block(call())
     samples = []
@@ -109,18 +113,18 @@ def time_calls(call: Callable[[], Any], block: Callable[[Any], Any], *, warmup: 
 
 @dataclass(frozen=True)
 class Chain:
-    """What an iteration runs: ``calls`` compiled calls under way together, each a chain of ``length`` operations."""
+    """What an iteration runs: ``calls`` compiled calls, each a chain of ``length`` operations."""
 
     call: Callable[[], Any]
     sets: int
     length: int
     calls: int
     gpu: bool
-    queued: bool  # behind other work
+    queued: bool  # behind other work, see `Queue`
 
     @property
     def how(self) -> dict[str, Any]:
-        """For the record."""
+        """How the samples are taken, for the record."""
         timed = {"difference": self.gpu, "queued": self.queued}
         return {"sets": self.sets, "ops_per_call": self.length, "calls": self.calls, **timed}
 
@@ -147,10 +151,10 @@ def _seconds(calls: Callable[[], Any]) -> float:
 
 
 class Queue:
-    """Keeps a GPU busy while the host lines up what is to be timed behind that."""
+    """Keeps a GPU busy while the host dispatches the calls to be timed, so that they run back to back."""
 
-    TURNS = 8  # and twice an iteration's calls: jax lets the host run 32 ahead
-    SIZES = (1 << 28, 1 << 29, 1 << 30)  # float32 numbers; a turn over the first takes half a millisecond
+    TURNS = 8  # with twice an iteration's calls it stays below the 32 computations that jax lets the host run ahead
+    SIZES = (1 << 28, 1 << 29, 1 << 30)  # float32 elements; one pass over the smallest takes half a millisecond
 
     def __init__(self) -> None:
         import jax
@@ -163,13 +167,13 @@ class Queue:
 
     def _next_size(self) -> None:
         if not self._sizes:
-            raise NotSupported("not timed: the host hands over so short operations more slowly than they run")
-        self._work: Any = None  # before the next: the device need not hold both
+            raise NotSupported("not timed: the host dispatches these operations more slowly than they run")
+        self._work: Any = None  # free the old array first, so that the device need not hold both
         self._work = self._turn(self._make(self._sizes.pop(0)))
 
     def seconds(self, calls: Callable[[], Any]) -> float:
-        """From the end of the work before ``calls`` to the end of theirs, as the host hears of them, late by up
-        to 0.4 ms. Where the device was done too soon, once more with more of it."""
+        """Seconds from the end of the work in front to the end of ``calls``. The host sees each end up to 0.4 ms late.
+        If the device finished the work in front too early, this repeats with more work."""
         import jax
 
         while True:
@@ -187,7 +191,7 @@ class Queue:
 
 
 def rough_s(once: Callable[..., Any], inputs: tuple[Any, ...]) -> float:
-    """Seconds of one call, about: what a chain's length is chosen by."""
+    """The rough time of one call in seconds, by which a chain's length is chosen."""
     import jax
 
     return min(time_calls(lambda: once(*inputs), jax.block_until_ready, warmup=2, iterations=10))
@@ -196,8 +200,8 @@ def rough_s(once: Callable[..., Any], inputs: tuple[Any, ...]) -> float:
 def chain_jax_op(
     op: Callable[..., Any], sets: Sequence[tuple[Any, ...]], advance: Callable[[Any, Any], Any], rough: float
 ) -> Chain:
-    """Compile a chain of ``op(x, *rest)``, which takes about ``rough`` seconds. ``sets`` are inputs (x first) to rotate
-    through; ``advance(x, out)`` makes the next x of an operation's output."""
+    """Compile a chain of ``op(x, *rest)``, where one op takes about ``rough`` seconds. The chain rotates through the
+    input ``sets`` (x first). ``advance(x, out)`` makes the next x from an output."""
     import jax
 
     length = max(1, min(MAX_CHAIN, round(ITERATION_S / rough)))
@@ -205,7 +209,7 @@ def chain_jax_op(
     def chained(sets):
         x = sets[0][0]
         for i in range(length):
-            # The barrier ties the weights to this step: what is made of them alone is not shared between steps.
+            # The barrier ties the weights to this step, so the compiler cannot share work on them between steps.
             x, *rest = jax.lax.optimization_barrier((x, *sets[i % len(sets)][1:]))
             x = advance(x, op(x, *rest))
         return x
@@ -224,7 +228,7 @@ def time_jax_op(
     warmup: int = 10,
     iterations: int = 50,
 ) -> tuple[list[float], dict[str, Any]]:
-    """Seconds of one ``op(x, *rest)``, for every iteration, and how they were taken: see `chain_jax_op`."""
+    """Seconds of one ``op(x, *rest)`` for every iteration, and how they were measured: see `chain_jax_op`."""
     import jax
 
     chain = chain_jax_op(op, sets, advance, rough_s(jax.jit(op), sets[0]))

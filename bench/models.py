@@ -1,4 +1,4 @@
-"""Which model is run: a checkpoint, the embedded one, or random weights of a preset's shape."""
+"""The model of a run: a checkpoint, the embedded model, or random weights of a preset's shape."""
 
 import argparse
 import os
@@ -8,17 +8,17 @@ from bench.record import ROOT
 from bench.reference import Reference
 from bench.workloads import DRAWN
 
-PREPARE_S = 600  # writing a large model's random weights
+PREPARE_S = 600  # limit for writing a large model's random weights
 
 
 def cache_folder(given: str | None) -> Path:
-    """Where random weights are kept, and what the reference has compiled."""
+    """The folder for random weights and for what the reference compiles."""
     user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return (Path(given) if given else user / "jllama" / "bench").resolve()
 
 
 def model(settings: argparse.Namespace, reference: Reference, preset: str | None, dtype: str) -> tuple[str, str]:
-    """The name and the place of the model, its random weights written where they are not there yet."""
+    """The model's name and path. Random weights are written first if they are missing."""
     if settings.model:
         return Path(settings.model).resolve().name, str(Path(settings.model).resolve())
     demo = ROOT / "jllama" / "demo"

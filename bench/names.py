@@ -1,11 +1,11 @@
-"""How tables call things, and what they are made of."""
+"""Names of things in tables, and the choice of the records that tables show."""
 
 from collections.abc import Collection, Iterable, Sequence
 
 from bench.record import Record
 
 NEWEST = ("device", "model", "dtype")  # what a run is the newest of
-WORKLOAD = ("case", "metric", "batch", "seq")  # whatever the number of new tokens: a rate hardly depends on it
+WORKLOAD = ("case", "metric", "batch", "seq")  # without the number of new tokens, on which a rate hardly depends
 CHECKED = ("decode", "prefill")  # workloads that peers have, too
 NONE = "*nothing recorded yet*"
 OURS = ("xla", "pallas", "auto")
@@ -27,7 +27,7 @@ NAMES = {
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], right: Collection[int] = ()) -> str:
-    """A table; figures, and the columns ``right``, stand to the right."""
+    """A Markdown table. Columns of figures, and those in ``right``, are aligned to the right."""
     rows = list(rows)
     if not rows:
         return NONE
@@ -44,7 +44,8 @@ def _is_figure(cell: str) -> bool:
 
 
 def latest(records: Sequence[Record], keys: Sequence[str]) -> list[list[Record]]:
-    """Records in groups of equal ``keys``, of each group only its newest run: what stands together ran together."""
+    """Group records by ``keys``, and keep only the newest run of each group. So a group's records were measured side by
+    side."""
     groups: dict[tuple[object, ...], list[Record]] = {}
     for record in records:
         groups.setdefault(tuple(record[k] for k in keys), []).append(record)
@@ -53,10 +54,9 @@ def latest(records: Sequence[Record], keys: Sequence[str]) -> list[list[Record]]
 
 
 def newest(records: Sequence[Record]) -> list[list[Record]]:
-    """Records with a figure in groups of one device, model and dtype: of each workload its last run, whose
-    implementations ran together, so that a run of a few workloads leaves the figures of the others where they are. What
-    a run measured twice, in a second command on the same machine, stands with the second figure.
-    Runs with a ``note``, rehearsals, stand only where there is no other."""
+    """Group records that have a figure by device, model and dtype. Each workload's records come from its newest run, so
+    a run of a few workloads does not hide the others. If a run measured a workload twice (in two commands on one
+    machine), the second figure counts. Runs with a ``note`` are rehearsals; they count only where there is no other."""
 
     def owner(record: Record) -> tuple[object, ...]:
         return tuple(record[k] for k in NEWEST)
@@ -72,7 +72,7 @@ def newest(records: Sequence[Record]) -> list[list[Record]]:
 
 
 def versions_of(records: Iterable[Record], *libraries: str) -> list[str]:
-    """Those of ``libraries`` that the records ran with, each with its version, or versions."""
+    """The versions of ``libraries`` in the records, without those that the records do not name."""
     found: dict[str, set[str]] = {}
     for record in records:
         for library in libraries:
@@ -82,36 +82,36 @@ def versions_of(records: Iterable[Record], *libraries: str) -> list[str]:
 
 
 def is_cpu(record: Record) -> bool:
-    """Devices of jax's CPU platform carry the number of cores in their name."""
+    """Whether a record's device is a CPU. Names of CPUs contain the number of cores."""
     return " core" in record["device"]
 
 
 def cores(device: str) -> str:
-    """How many cores a CPU's name says."""
+    """The number of cores, from a CPU's name."""
     count = device.split(", ")[-1]
     return "1 core" if count == "1 cores" else count
 
 
 def is_ours(impl: str) -> bool:
-    """One of our backends."""
+    """Whether an implementation is one of our backends."""
     return impl in OURS
 
 
 def name_of(impl: str) -> str:
-    """What a reader calls it."""
+    """The name of an implementation in tables."""
     return NAMES.get(impl, impl)
 
 
 def plain_name(impl: str) -> str:
-    """The same without Markdown, as short as a chart needs it."""
+    """The name of an implementation in charts: shorter, without Markdown."""
     return name_of(impl).replace("**", "").replace("`", "").partition(" (")[0]
 
 
 def short(value: float) -> str:
-    """As many digits as anybody compares."""
+    """A figure with one decimal below 100, and none above."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
 def commit_of(record: Record) -> str:
-    """The commit, and whether code had changed since."""
+    """A record's commit, and whether the code had uncommitted changes."""
     return f"`{record['commit'][:10]}`" + (" + changes" if record["dirty"] else "")

@@ -1,7 +1,7 @@
-"""Operations at the sizes of real models, as plain dictionaries: every peer makes the same inputs of them.
+"""Operations at the sizes of real models, as plain dictionaries, from which every peer makes the same inputs.
 
-A case has ``op``, ``name``, ``dtype``, ``seed`` and its sizes; `arrays` makes its inputs with numpy alone, so that a
-peer in another interpreter computes on the same numbers.
+A case has ``op``, ``name``, ``dtype``, ``seed`` and its sizes. `arrays` makes its inputs with numpy alone, so a peer in
+another interpreter gets the same numbers.
 """
 
 import os
@@ -20,7 +20,7 @@ TOLERANCE = {"f32": 2e-5, "f16": 4e-3, "bf16": 2e-2, "int8": 3e-2, "int4": 1.5e-
 def cases(
     op: str, model: str, sizes: Mapping[str, Any], dtype: str, batches: Sequence[int], seqs: Sequence[int]
 ) -> list[Case]:
-    """The cases of one operation. ``sizes``: what a model's configuration says, see `bench.ops.model_sizes`."""
+    """The cases of one operation. ``sizes``: a model's sizes, see `bench.ops_runner.model_sizes`."""
     heads = {k: sizes[k] for k in ("heads", "kv_heads", "head_dim")}
     base = {"op": op, "model": model, "dtype": dtype, "seed": 42}
     if op == "matmul":
@@ -42,7 +42,7 @@ def cases(
 
 
 def shapes(case: Case) -> dict[str, tuple[int, ...]]:
-    """The inputs, the one that changes from operation to operation first. Weights are [out, in]."""
+    """The shapes of the inputs. A chain of operations changes the first input. Weights are [out, in]."""
     b, t, s = case["batch"], case["seq"], case["context"]
     if case["op"] == "matmul":
         return {"x": (t, case["inner"]), "w": (case["out"], case["inner"])}
@@ -58,17 +58,18 @@ def shapes(case: Case) -> dict[str, tuple[int, ...]]:
 
 
 def arrays(case: Case, *, variant: int = 0) -> dict[str, np.ndarray]:
-    """Random float32 inputs; ``variant`` makes another set of the same kind."""
+    """Random float32 inputs; each ``variant`` is another set."""
     seed, folder = case["seed"] + 1000 * variant, case.get("folder")
     return {name: _array(name, shape, seed, folder) for name, shape in shapes(case).items()}
 
 
 def _array(name: str, shape: tuple[int, ...], seed: int, folder: str | None) -> np.ndarray:
-    """From ``folder``, where it is drawn once for all cases and processes: a weight takes seconds to draw."""
+    """Random values from a file in ``folder``. They are made once for all cases and processes, because a weight takes
+    seconds to make."""
     path = folder and f"{folder}/{name}-{'-'.join(map(str, shape))}-{seed}.npy"
     if not path:
         return _drawn(name, shape, seed)
-    if not os.path.exists(path):  # whole or not there: others may be about to read it, or to write the same
+    if not os.path.exists(path):  # replaced as a whole, because other processes may read or write the same file
         part = f"{path}.{os.getpid()}.npy"
         np.save(part, _drawn(name, shape, seed))
         os.replace(part, path)
@@ -83,18 +84,18 @@ def _drawn(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     if name.startswith("w"):
         made *= shape[-1] ** -0.5
     elif name == "v":
-        # Values with a mean of their own: attention's output has the size of its input, and can be its next query.
+        # Values get a mean other than 0, so that attention's output is as large as its input and can be its next query.
         made += draw.standard_normal((*shape[:-2], 1, shape[-1]), np.float32)
     return made
 
 
 def nbytes(case: Case) -> int:
-    """Bytes of one set of inputs."""
+    """The bytes of one set of inputs."""
     return round(sum(np.prod(s) * _itemsize(case, n) for n, s in shapes(case).items()))
 
 
 def work(case: Case) -> Work:
-    """The fewest bytes (every input read once, the output written once) and the operations."""
+    """The fewest bytes (every input read once, the output written once) and the floating-point operations."""
     b, t, s = case["batch"], case["seq"], case["context"]
     out = {"matmul": (t, case.get("out", 0))}.get(case["op"], shapes(case)["x"])
     moved = nbytes(case) + np.prod(out) * _itemsize(case, "x")
@@ -110,7 +111,7 @@ def work(case: Case) -> Work:
 
 
 def unfused_bytes(case: Case) -> int:
-    """What the plain form holds between its steps: attention's float32 scores, a feed-forward's gate and up."""
+    """Bytes of the intermediates without fusion: attention's float32 scores, a feed-forward's gate and up."""
     total = 0
     if "heads" in case:
         total += 4 * case["batch"] * case["heads"] * case["seq"] * case["context"]
@@ -127,7 +128,7 @@ def _itemsize(case: Case, name: str) -> float:
 
 
 def relative_error(out: np.ndarray, expected: np.ndarray) -> float:
-    """The norm of the difference over the norm of what is expected; infinite where anything is not finite."""
+    """The norm of the difference, divided by the norm of ``expected``; infinite where a value is not finite."""
     out, expected = out.astype(np.float64), expected.astype(np.float64)
     if out.shape != expected.shape or not np.isfinite(out).all():
         return float("inf")

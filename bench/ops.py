@@ -1,6 +1,6 @@
-"""``python -m bench.ops``: single operations at the sizes of real models, ours beside other libraries' on one device.
+"""``python -m bench.ops``: single operations at the sizes of real models, ours and other libraries' on one device.
 
-Every implementation computes on the same inputs and is held against a float32 reference before it is timed.
+Every implementation gets the same inputs, and its result is compared with a float32 reference before it is timed.
 """
 
 import argparse
@@ -17,21 +17,27 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser("python -m bench.ops", description=(__doc__ or "").split("\n")[0])
     p.add_argument(
-        "--op", default="all", help=f"any of {','.join(OPS)}, or all (default); ffn:512/2048 has its own --seq"
+        "--op", default="all", help=f"any of {','.join(OPS)}, or all (default); ffn:512/2048 overrides --seq for ffn"
     )
     p.add_argument("--model", default="7b", help="presets whose sizes to use: 7b,13b,70b,... (default: 7b)")
-    p.add_argument("--seq", default=None, help="rows or keys (default: 512,1024,2048,4096; on a CPU 128,256)")
-    p.add_argument("--batch", default="1", help="default: 1")
+    p.add_argument(
+        "--seq",
+        default=None,
+        help="numbers of rows, or of keys for attention (default: 512,1024,2048,4096; on a CPU 128,256)",
+    )
+    p.add_argument("--batch", default="1", help="batch sizes (default: 1)")
     p.add_argument("--dtype", default=None, help=f"any of {','.join(DTYPES)} (default: f32 on a CPU, else bf16)")
-    p.add_argument("--backends", default="xla,pallas", help="of ours (default: xla,pallas)")
-    p.add_argument("--peers", default="all", help="names, all or none (default: all)")
+    p.add_argument("--backends", default="xla,pallas", help="our backends (default: xla,pallas)")
+    p.add_argument("--peers", default="all", help="peers: names, all or none (default: all)")
     p.add_argument(
         "--peer-python", action="append", default=[], metavar="PEER=PATH", help="run a peer in another Python"
     )
-    p.add_argument("--warmup", type=int, default=10, help="iterations before any is measured (default: 10)")
+    p.add_argument("--warmup", type=int, default=10, help="warm-up iterations (default: 10)")
     p.add_argument("--iterations", type=int, default=50, help="measured iterations (default: 50)")
-    p.add_argument("--time-limit", type=float, default=90, help="seconds for one case of one peer (default: 90)")
-    p.add_argument("--budget", type=float, default=None, metavar="S", help="skip what is left after so many seconds")
+    p.add_argument(
+        "--time-limit", type=float, default=90, help="time limit in seconds for one case of one peer (default: 90)"
+    )
+    p.add_argument("--budget", type=float, default=None, metavar="S", help="skip the rest after S seconds")
     p.add_argument(
         "--results",
         default=None,
@@ -60,13 +66,13 @@ def main(argv: list[str] | None = None) -> None:
                 raise InputError(f"{flag}: expected at least {low}, found {value}")
         if args.results:
             args.results = Path(args.results)
-        from bench import ops_runner  # after the arguments: nothing heavy for --help
+        from bench import ops_runner  # imported late, so that --help imports nothing heavy
 
         sys.exit(ops_runner.run(args))
 
 
 def sized(text: str) -> list[tuple[str, list[int]]]:
-    """Operations, each with its own rows or keys where they are given: ``ffn,matmul:1/2048``."""
+    """Parse operations, each with its own numbers of rows or keys where they are given: ``ffn,matmul:1/2048``."""
     parts = [part.strip().partition(":") for part in text.split(",")]
     names("--op", ",".join(op for op, _, _ in parts), OPS)
     return [(op, integers("--op", sizes.replace("/", ",")) if colon else []) for op, colon, sizes in parts]

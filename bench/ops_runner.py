@@ -1,4 +1,4 @@
-"""What `bench.ops` does once its arguments are read."""
+"""Runs `bench.ops` once its arguments are parsed."""
 
 import argparse
 import importlib
@@ -21,12 +21,12 @@ from bench.roofline import floor_s, of_dict
 from bench.rows import align
 from bench.served import Served, implementations
 
-STRETCHES = (False, True, False, True)  # of a case: whether an implementation has the device for itself in it
+ROUNDS = (False, True, False, True)  # of a case: whether an implementation has the device for itself
 
 
 def run(settings: argparse.Namespace) -> int:
-    """Every operation in every dtype, each by all implementations before the next: what is compared is measured within
-    seconds, and what a budget cuts off is whole cases. 1 where one of our own backends failed."""
+    """Run every operation in every dtype. All implementations run a case before the next case begins, so compared
+    figures are measured within seconds, and a budget cuts off whole cases. Returns 1 if one of our backends failed."""
     settings.clock = Budget(settings.budget)
     records: list[Record] = []
     with (
@@ -68,13 +68,13 @@ def run(settings: argparse.Namespace) -> int:
 def side_by_side(
     settings: argparse.Namespace, reference: Worker, served: list[Served], case: Case, path: Path
 ) -> list[dict[str, Any]]:
-    """What a case gave with each implementation. All prepare at the same time, the reference among them, since
-    compiling takes most of it; they are timed one after the other."""
+    """The result of a case for each implementation. All of them and the reference prepare at the same time, because
+    compiling takes most of the time. They are timed one after the other."""
     for implementation in served:
         implementation.begin(settings, case, path)
     with ThreadPoolExecutor(len(served) + 1) as pool:
         expected = pool.submit(_expect, settings, reference, case, path)
-        for number, alone in enumerate(STRETCHES):
+        for number, alone in enumerate(ROUNDS):
             list((map if alone else pool.map)(Served.go_on, served))
             if number == 0 and (why := expected.result()) is not None:
                 for implementation in served:
@@ -84,7 +84,7 @@ def side_by_side(
 
 
 def model_sizes(model: str) -> dict[str, Any]:
-    """What `opcases.cases` needs: the kernels' own CASES where they name the model, else its preset."""
+    """The sizes for `opcases.cases`: from the ops' CASES where they name the model, else from its preset."""
     from jllama.config import preset
 
     config = preset(model)
@@ -106,7 +106,7 @@ def model_sizes(model: str) -> dict[str, Any]:
 
 
 def _expect(settings: argparse.Namespace, reference: Worker, case: Case, path: Path) -> str | None:
-    """Have the reference's result written; why there is none."""
+    """Have the reference write its result to ``path``. Returns why there is none, else None."""
     try:
         settings.clock.check()
         reference.ask("expect", settings.time_limit, args={"case": case, "path": str(path)})
@@ -114,7 +114,7 @@ def _expect(settings: argparse.Namespace, reference: Worker, case: Case, path: P
         return str(error)
     except PeerFailed as error:
         say(f"reference of {case['name']} at {case['context']}: {error}")
-        return "the reference does not fit"
+        return "the reference failed"
     return None
 
 
@@ -140,7 +140,7 @@ def _record(run: Run, impl: str, case: Case, reply: dict[str, Any], versions: di
 
 
 def compared(records: list[Record]) -> list[Record]:
-    """The records with their speed-up over the XLA reference and over PyTorch on the same case."""
+    """The records, with the speed-up over the XLA reference and over PyTorch on the same case."""
 
     def of(record: Record, impl: str) -> float | None:
         same = ("case", "model", "dtype", "batch", "seq", "context")
@@ -151,7 +151,7 @@ def compared(records: list[Record]) -> list[Record]:
 
 
 def table(records: list[Record]) -> str:
-    """One line a case and implementation: time, rate, limit, speed-ups, memory, error."""
+    """One line per case and implementation: time, rates, percent of the floor, speed-ups, memory, error."""
     head = ("case", "model", "dtype", "batch", "rows", "keys", "impl", "ms", "± %", "p95", "p99", "TFLOP/s", "TB/s")
     lines: list[tuple[str, ...]] = [
         (*head, "% of floor", "vs xla", "vs torch", "peak MB", "less memory", "error (limit)")

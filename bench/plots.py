@@ -1,6 +1,6 @@
-"""Charts from records: tokens/s by implementation, speed-up against length, the roofline. PNG.
+"""Charts from records, as PNG: tokens/s by implementation, speed-up by length, the roofline.
 
-Every chart names the device and the versions, and draws the ceiling of the same run.
+Every chart names the device and the versions, and shows the ceiling of the same run.
 """
 
 import functools
@@ -21,14 +21,14 @@ MARKERS = "os^Dvp*hX<>"
 
 
 def unavailable() -> str | None:
-    """Why there can be no charts."""
+    """Why no charts can be drawn, else None."""
     from importlib.util import find_spec
 
     return None if find_spec("matplotlib") else "matplotlib is not installed (pip install jllama[bench])"
 
 
 def figure(width: float, height: float, columns: int = 1) -> tuple[Any, list[Any]]:
-    """A figure that needs no display and leaves no state behind, and its panels in a row."""
+    """A figure with a row of panels. It needs no display and leaves no global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -38,7 +38,7 @@ def figure(width: float, height: float, columns: int = 1) -> tuple[Any, list[Any
 
 
 def save(fig: Any, folder: Path, name: str) -> Path:
-    """Write a PNG that names no program version, so that equal charts are equal files."""
+    """Write a PNG without the version of matplotlib, so that equal charts are equal files."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{re.sub(r'[^a-z0-9.]+', '-', name.lower()).strip('-')}.png"
     fig.savefig(path, dpi=110, metadata={"Software": None})
@@ -46,7 +46,7 @@ def save(fig: Any, folder: Path, name: str) -> Path:
 
 
 def label(records: Sequence[Record]) -> str:
-    """Device, versions, commits and runs of what a chart shows."""
+    """The device, versions, commits and runs of a chart's records."""
     shown = versions_of(records, "jax", "torch", "transformers", "tokamax")
     ran = sorted({(r["run"], r["commit"][:10]) for r in records})
     runs = "\n".join(f"run {run}, commit {commit}" for run, commit in ran)
@@ -54,13 +54,13 @@ def label(records: Sequence[Record]) -> str:
 
 
 def colour(impl: str, impls: Sequence[str]) -> str:
-    """The same in every chart for those that are known, one each for others."""
+    """The colour of an implementation: fixed for those in `COLOURS`, one of `OTHERS` for the rest."""
     rest = [i for i in impls if i not in COLOURS]
     return COLOURS[impl] if impl in COLOURS else OTHERS[rest.index(impl) % len(OTHERS)]
 
 
 def draw(records: Sequence[Record], folder: Path) -> Iterator[Path]:
-    """Every chart, of the newest runs."""
+    """Draw every chart, from the newest runs."""
     measured = [r for r in records if r["value"] is not None and r.get("ceilings") and "work" in r]
     whole = [r for r in measured if r["suite"] == "compare" and r["case"] in CHECKED]
     single = [r for r in measured if r["suite"] == "ops" and r["metric"] == "ms"]
@@ -75,7 +75,7 @@ def draw(records: Sequence[Record], folder: Path) -> Iterator[Path]:
 
 
 def compare_plots(records: Sequence[Record], folder: Path) -> Iterator[Path]:
-    """Bars of tokens/s for every workload group, and the decode steps on the roofline."""
+    """Bars of tokens/s for every workload, and the roofline of all runs."""
     good = [r for r in records if r["value"] is not None and r["case"] in CHECKED]
     for case in CHECKED:
         chosen = [r for r in good if r["case"] == case]
@@ -87,7 +87,7 @@ def compare_plots(records: Sequence[Record], folder: Path) -> Iterator[Path]:
 
 
 def ops_plots(records: Sequence[Record], folder: Path, steps: Sequence[Record] = ()) -> Iterator[Path]:
-    """Speed-up over XLA against length for every operation; all of them, and whole ``steps``, on the roofline."""
+    """The speed-up over XLA by length for every operation, and the roofline of all operations and whole ``steps``."""
     good = [r for r in records if r["value"] is not None]
     for dtype in sorted({r["dtype"] for r in good}):
         mine = [r for r in good if r["dtype"] == dtype]
@@ -101,12 +101,12 @@ def ops_plots(records: Sequence[Record], folder: Path, steps: Sequence[Record] =
 
 
 def short_device(record: Record) -> str:
-    """A device's name for a file's."""
+    """A short name of the device, for file names."""
     return f"cpu-{cores(record['device'])}" if is_cpu(record) else record["device"].replace("NVIDIA ", "")
 
 
 def bars(records: Sequence[Record], case: str) -> Any:
-    """A panel for every batch and length, the fastest on top; the dashed line is what the run's ceilings allow."""
+    """One panel per batch and length, with the fastest on top. The dashed line is what the run's ceilings allow."""
     groups = sorted({(r["batch"], r["seq"], r["context"]) for r in records}, key=lambda g: (g[2] > 1024, g))
     impls = list(dict.fromkeys(r["impl"] for r in records))
     fig, axes = figure(2.2 + 3.6 * len(groups), 1.6 + 0.36 * len(impls), columns=len(groups))
@@ -134,7 +134,7 @@ def bars(records: Sequence[Record], case: str) -> Any:
 
 
 def speedups(records: Sequence[Record], case: str) -> Any:
-    """Times as fast as XLA, by length."""
+    """The speed-up over XLA, by length."""
     impls = list(dict.fromkeys(r["impl"] for r in records))
     models = sorted({(r["model"], r["batch"]) for r in records})
     fig, (ax,) = figure(7, 4.4)
@@ -160,12 +160,12 @@ def speedups(records: Sequence[Record], case: str) -> Any:
 
 
 def _kind(record: Record) -> str:
-    """What shares a marker: all products do."""
+    """The kind of operation, which decides the marker. All products are one kind."""
     return "matmul" if record["case"].startswith("matmul") else record["case"]
 
 
 def roofline(records: Sequence[Record]) -> Any:
-    """Everything that was measured, by what it does a byte and what it reached, under the ceilings of its run."""
+    """All records by flops per byte and TFLOP/s, under the ceilings of their runs."""
     ceilings = of_dict(functools.reduce(best_of, (r["ceilings"] for r in records)))
     bandwidth, matrix = ceilings.bandwidth, ceilings.matrix
     fig, (ax,) = figure(8.4, 5)
@@ -186,7 +186,7 @@ def roofline(records: Sequence[Record]) -> Any:
     ax.set_yscale("log")
     ax.set_ylim(top=matrix / 1e12 * 2.5)
     ax.xaxis.set_minor_formatter("")
-    ax.set_xlabel("flops a byte (each input read once, the output written once)")
+    ax.set_xlabel("flops per byte (each input read once, the output written once)")
     ax.set_ylabel("TFLOP/s")
     ax.grid(alpha=0.3, which="both")
     for impl in impls:

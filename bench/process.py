@@ -1,4 +1,4 @@
-"""The parent's side of a peer: start its process, ask with a time limit, survive whatever it does."""
+"""The parent's side of a peer: start its process, send requests with a time limit, and survive its failures."""
 
 import contextlib
 import json
@@ -18,16 +18,16 @@ from bench.record import CHECKOUT, ROOT
 
 
 class PeerFailed(Exception):
-    """The peer's row says this: it crashed, hung, ran out of memory or raised."""
+    """The peer crashed, hung, ran out of memory or raised. The message appears in its row."""
 
 
 class PeerUnsupported(PeerFailed):
-    """The peer cannot do this at all; nothing went wrong."""
+    """The peer does not support the request. This is no failure."""
 
 
 class Budget:
-    """The seconds that a run, or a part of it, may take. `check` raises once they are spent: what is left is skipped,
-    by name."""
+    """The seconds that a run, or a part of it, may take. `check` raises once they are spent, so the rest is skipped and
+    its rows say so."""
 
     def __init__(self, seconds: float | None = None, whose: str = "the budget") -> None:
         self.seconds, self.whose = seconds, whose
@@ -35,7 +35,7 @@ class Budget:
 
     @contextlib.contextmanager
     def part(self, share: float) -> Iterator[None]:
-        """Inside the ``with``, only a share of the time that is left may be spent."""
+        """Inside the ``with`` block, limit the time to this share of the remaining time."""
         whole, now = self._until, time.monotonic()
         self._until = now + share * (whole - now)
         try:
@@ -50,7 +50,7 @@ class Budget:
 
 
 class Worker:
-    """A running peer. After a crash or a hang it is gone; ask again and it says so."""
+    """A running peer. After a crash or a hang its process is gone, and every further request raises `PeerFailed`."""
 
     def __init__(self, peer: str, python: str = sys.executable) -> None:
         self.peer, self.python = peer, python
@@ -59,7 +59,7 @@ class Worker:
         self._dead: str | None = None
         self.spawned = time.perf_counter()
         self._process = subprocess.Popen(
-            # Installed, our packages lie among others: these are another interpreter's business only if it has them.
+            # Without a checkout the working folder is site-packages; -P keeps it off another interpreter's path.
             [python, *([] if CHECKOUT else ["-P"]), "-m", "bench.peers._worker", peer],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -102,7 +102,7 @@ class Worker:
         return json.loads(line)
 
     def _bury(self) -> None:
-        """The process is gone: say how, with the last thing it said."""
+        """The process has ended: raise `PeerFailed` with its exit code or signal, and its last line of stderr."""
         code = self._process.wait()
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
         self._stderr.seek(0)
@@ -113,11 +113,11 @@ class Worker:
 
     @property
     def dead(self) -> str | None:
-        """Why it is gone, where it is."""
+        """Why the process has ended; None while it runs."""
         return self._dead
 
     def close(self) -> None:
-        """End the process and what it started."""
+        """End the process and its children."""
         self._dead = self._dead or "closed"
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:
@@ -136,7 +136,7 @@ class Worker:
 
 
 def find_python(peer: str, given: dict[str, str], limit_s: float = 60) -> tuple[str | None, str | None]:
-    """The interpreter that has the peer, else why not: one that was given, this one, or that of ``.venv-peers``.
+    """The interpreter that has the peer, or why none has: the one in ``given``, this one, or that of ``.venv-peers``.
 
     ``given`` maps a peer's name, or the part before its first underscore, to a path.
     """
@@ -158,7 +158,7 @@ def find_python(peer: str, given: dict[str, str], limit_s: float = 60) -> tuple[
 
 def _environment() -> dict[str, str]:
     quiet = {
-        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # several processes share the device, and one may need all of it
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # several processes share the device, so none may reserve its memory
         "XLA_PYTHON_CLIENT_MEM_FRACTION": ".95",
         "TF_CPP_MIN_LOG_LEVEL": "2",
         "HF_HUB_OFFLINE": "1",

@@ -1,9 +1,9 @@
-"""What quantisation costs in perplexity: measured on real text, recorded, and written into docs/formats.md.
+"""The cost of quantisation in perplexity: measures it on real text, records it, and writes a table for docs/formats.md.
 
     python -m bench.quality --model DIR --name stories260K --text FILE [--text FILE ...]   # measure and record
     python -m bench.quality --write-docs                                                   # the table, from the records
 
-Beside our scales, which minimise the squared error, stand those of bare absmax: the same integers of the same size.
+Our scales, which minimise the squared error, are compared with absmax scales of the same format and size.
 """
 
 import argparse
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 DOCS = ROOT / "docs" / "formats.md"
 BEGIN, END = "<!-- quality: written by python -m bench.quality --write-docs -->", "<!-- end of quality -->"
 CASE = "perplexity"
-# Our name of a format, and how `load` is asked for it.
+# The name of a format -> the arguments of `load` for it.
 FORMATS: dict[str, tuple[str, int | None]] = {
     "f32": ("none", None),
     "int8": ("int8", None),
@@ -32,10 +32,10 @@ FORMATS: dict[str, tuple[str, int | None]] = {
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's flags."""
+    """The command line."""
     parser = argparse.ArgumentParser(prog="bench.quality", description="Measure what quantisation costs in perplexity.")
     parser.add_argument("--model", type=Path, metavar="PATH", help="a checkpoint with its tokenizer")
-    parser.add_argument("--name", metavar="NAME", help="what the records call it (default: the path's last part)")
+    parser.add_argument("--name", metavar="NAME", help="its name in the records (default: the path's last part)")
     parser.add_argument("--text", type=Path, action="append", default=[], metavar="FILE", help="may be repeated")
     parser.add_argument("--windows", type=int, metavar="N", help="stop after this many windows of 512 tokens")
     parser.add_argument("--write-docs", action="store_true", help="write the table from the records")
@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; the exit code."""
+    """Run the command line. Returns the exit code."""
     args = parser().parse_args(argv)
     with reported("bench.quality"):
         if args.write_docs and not CHECKOUT:
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """A record for every text, format and way to choose scales."""
+    """One record per text, format and way to choose scales."""
     from jllama.cli.perplexity import cut, read_text
     from jllama.cli.perplexity import measure as perplexity
     from jllama.formats import open_source
@@ -84,13 +84,13 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def variants() -> Iterator[tuple[str, str]]:
-    """Every format with our scales, and the quantised ones with those of absmax."""
+    """Every format with our scales, and the quantised ones also with absmax scales."""
     yield from ((dtype, "jllama") for dtype in FORMATS)
     yield from ((dtype, "absmax") for dtype in FORMATS if dtype != "f32")
 
 
 def prepared(params: "Params", dtype: str, impl: str) -> "Params":
-    """The float model with its matrices in the format, rounded as ``impl`` does it."""
+    """The float model with its matrices in the format, quantised with the scales of ``impl``."""
     from pallas_kernels import group_size
     from pallas_kernels.quantized import CLIP_RATIOS, quantize
 
@@ -112,7 +112,7 @@ def prepared(params: "Params", dtype: str, impl: str) -> "Params":
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """The latest figures of every model and text, each beside its float32 perplexity."""
+    """The latest figures of every model and text, beside the perplexity in float32."""
     latest = {(r["model"], r["text"], r["dtype"], r["impl"]): r for r in records}
     lines = [
         "| model | text | tokens | weights | scales | perplexity | to float32 |",
@@ -132,7 +132,7 @@ def _order(key: tuple[str, str, str, str]) -> tuple[str, str, int, bool]:
 
 
 def write_docs(path: Path = DOCS, folder: Path = RESULTS) -> None:
-    """Put the table between its two marks."""
+    """Replace the table between its two marks."""
     records = [
         r for r in read(folder) if r["case"] == CASE and r["metric"] == "ppl" and r["dtype"] in FORMATS and "text" in r
     ]

@@ -1,4 +1,4 @@
-"""Records: one JSON object a line, appended and never changed, so that any figure leads to a run and a commit."""
+"""Records: one JSON object a line, only appended. Every figure names its run and its commit."""
 
 import dataclasses
 import datetime
@@ -15,12 +15,12 @@ from typing import Any
 
 import jllama
 
-ROOT = Path(__file__).parents[1]  # what holds our packages: a checkout, or a site-packages folder
+ROOT = Path(__file__).parents[1]  # the folder of our packages: a checkout, or site-packages
 CHECKOUT = (ROOT / "pyproject.toml").is_file()
-# Where records go. An installed package writes none beside itself, but into the folder that it is run in.
+# Where records go. Without a checkout that is the current folder, never site-packages.
 RESULTS = ROOT / "bench" / "results" if CHECKOUT else Path("bench-results")
 
-# What every record has. More keys are welcome.
+# The keys that every record has. More keys are welcome.
 KEYS: dict[str, type | tuple[type, ...]] = {
     "suite": str,
     "case": str,
@@ -31,7 +31,7 @@ KEYS: dict[str, type | tuple[type, ...]] = {
     "seq": int,
     "context": int,
     "metric": str,
-    "value": (int, float, type(None)),  # the median; None where the row says why there is none
+    "value": (int, float, type(None)),  # the median; None where ``why`` says why there is none
     "samples": list,
     "floor": (int, float, type(None)),
     "device": str,
@@ -50,7 +50,7 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """What all records of one side-by-side run share."""
+    """The fields that all records of one side-by-side run share."""
 
     run: str
     when: str
@@ -64,18 +64,18 @@ class Run:
     cpu_cores: int
 
     def record(self, **fields: Any) -> Record:
-        """A record of this run; raises ValueError where a key is missing or of the wrong type."""
+        """A record of this run. Raises ValueError if a key is missing or of the wrong type."""
         record = {**fields, **dataclasses.asdict(self)}
         check(record)
         return record
 
 
 def start_run(device: str, versions: Mapping[str, str], ceilings: Mapping[str, float]) -> Run:
-    """Read the commit, the clocks and the machine's load, and give the run its id."""
+    """Start a run: read the commit, the clocks and the machine's load, and choose an id."""
     now = datetime.datetime.now(datetime.UTC)
     commit, dirty = _commit()
     return Run(
-        # Several commands on one machine, one after the other, may call themselves one run.
+        # Several commands on one machine, one after the other, may use one run id.
         run=os.environ.get("JLLAMA_RUN") or f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}",
         when=now.isoformat(timespec="seconds"),
         commit=commit,
@@ -90,7 +90,7 @@ def start_run(device: str, versions: Mapping[str, str], ceilings: Mapping[str, f
 
 
 def check(record: Mapping[str, Any]) -> None:
-    """Raise ValueError unless ``record`` has every key of `KEYS`, each of its type."""
+    """Raise ValueError unless ``record`` has every key of `KEYS` with a value of the right type."""
     for key, kind in KEYS.items():
         if key not in record:
             raise ValueError(f"record: {key}: missing")
@@ -104,7 +104,7 @@ def check(record: Mapping[str, Any]) -> None:
 
 
 def append(path: Path, records: Iterable[Record]) -> None:
-    """Add records at the end of ``path``."""
+    """Append records to the file ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
         for record in records:
@@ -125,7 +125,7 @@ def read(folder: Path) -> Iterator[Record]:
 
 
 def package_versions(names: Iterable[str]) -> dict[str, str]:
-    """The installed versions of packages, without importing them; those that are missing are left out."""
+    """The installed versions of packages, without importing them. Missing packages are left out."""
     found = {}
     for name in names:
         try:
@@ -136,9 +136,9 @@ def package_versions(names: Iterable[str]) -> dict[str, str]:
 
 
 def _commit() -> tuple[str, bool]:
-    """The checked-out commit, and whether code differs from it (results and docs do not count: a run writes them).
-    An installed package names its version instead."""
-    # A copy of the tree without its history says where it is from through the environment.
+    """The checked-out commit, and whether the code differs from it. Results and docs do not count, because a run writes
+    them. Without a checkout it is the package's version."""
+    # A copy of the tree without its history gets the commit from the environment.
     if "JLLAMA_COMMIT" in os.environ:
         name = os.environ["JLLAMA_COMMIT"]
         return name.removesuffix("+"), name.endswith("+")
@@ -161,7 +161,7 @@ def _git(*args: str) -> str:
 
 
 def _clocks() -> dict[str, float]:
-    """MHz at the start of the run: of the GPU where nvidia-smi answers, else of the CPU."""
+    """Clocks in MHz at the start of the run: of the GPU if nvidia-smi works, else of the CPU."""
     names = ("clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit")
     query = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader,nounits", "--id=0"]
     try:

@@ -1,4 +1,4 @@
-"""What became slower between two commits, beyond what chance explains."""
+"""Finds figures that became slower between two commits, beyond the noise."""
 
 from collections.abc import Sequence
 
@@ -8,14 +8,15 @@ from bench.record import HIGHER_IS_BETTER, Record
 LIMIT = 0.03
 KEY = ("suite", "case", "impl", "model", "dtype", "batch", "seq", "context", "metric", "device")
 OURS = ("xla", "pallas", "auto")
-SINGLE_NOISE = 0.25  # of figures that are taken once: a load, a compilation
+SINGLE_NOISE = 0.25  # noise of figures that are measured once, such as loading or compilation
 
 
 def against(records: Sequence[Record], commit: str) -> tuple[list[str], bool]:
-    """A line for every figure of ours that both sides have and that moved; and whether any is a regression.
+    """Compare our newest figures with those of ``commit`` (a prefix is enough). Returns one line per figure that
+    changed, and whether any is a regression.
 
-    The newest record of each figure is held against the newest of ``commit`` (a prefix will do). A regression is worse
-    by more than 3 % plus the spread of both: half the distance between quartiles over the median, each.
+    A regression is worse by more than 3 % plus the spread of both sides. The spread is half the distance between the
+    quartiles, divided by the median.
     """
     mine = [r for r in records if r["impl"] in OURS and r["value"] is not None]
     old = {_key(r): r for r in sorted(mine, key=_when) if r["commit"].startswith(commit)}
@@ -39,8 +40,8 @@ def against(records: Sequence[Record], commit: str) -> tuple[list[str], bool]:
 
 
 def slower(old: Record, new: Record) -> float:
-    """By what share the new figure is worse than the old; below zero: better. Throughput is turned into time, so
-    that half the speed is twice the time whichever is recorded."""
+    """By what fraction the new figure is worse than the old; below zero: better. Throughput is turned into time first,
+    so that half the throughput counts as twice the time."""
     ratio = new["value"] / old["value"]
     return (1 / ratio if new["metric"] in HIGHER_IS_BETTER else ratio) - 1
 

@@ -1,7 +1,7 @@
-"""``python -m bench.report``: tables and charts from the records, put between markers; regressions between commits.
+"""``python -m bench.report``: tables and charts from the records, and regressions between commits.
 
-A file says ``<!-- bench:NAME -->`` and ``<!-- /bench -->``; what stands between the two is replaced by the table of
-that name. No number is typed by hand.
+A file has the markers ``<!-- bench:NAME -->`` and ``<!-- /bench -->``. The text between them is replaced by the table
+of that name. No number is typed by hand.
 """
 
 import argparse
@@ -25,9 +25,11 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("python -m bench.report", description=(__doc__ or "").split("\n")[0])
     p.add_argument("files", nargs="*", help=f"Markdown files with markers (default: {' '.join(FILES)})")
     p.add_argument("--results", default=str(RESULTS), metavar="DIR", help="where the records are")
-    p.add_argument("--against", metavar="COMMIT", help="flag what is over 3%% slower than at COMMIT, beyond the noise")
-    p.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a file is out of date")
-    p.add_argument("--list", action="store_true", help="print the names of the tables, and leave")
+    p.add_argument(
+        "--against", metavar="COMMIT", help="list what is more than 3%% slower than at COMMIT, beyond the noise"
+    )
+    p.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a file is out of date")
+    p.add_argument("--list", action="store_true", help="print the names of the tables, and exit")
     return p
 
 
@@ -76,7 +78,7 @@ def _files(given: Sequence[str]) -> list[Path]:
 
 
 def _update(path: Path, records: Sequence[Record], *, write: bool) -> bool:
-    """Whether ``path`` differs from what the records say; it is made to agree where ``write``."""
+    """Whether the tables in ``path`` are out of date. With ``write``, update them."""
     text = path.read_text()
     new = fill(text, records, str(path))
     if new != text and write:
@@ -85,7 +87,7 @@ def _update(path: Path, records: Sequence[Record], *, write: bool) -> bool:
 
 
 def fill(text: str, records: Sequence[Record], where: str = "text") -> str:
-    """``text`` with what stands between markers replaced by tables."""
+    """``text`` with new tables between the markers."""
     from bench.tables import TABLES
 
     def table(match: re.Match[str]) -> str:

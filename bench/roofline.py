@@ -1,4 +1,4 @@
-"""What the ceilings that `bench.ceilings` measured allow: arithmetic on bytes and flops."""
+"""Floors: the least time that bytes and flops take at the ceilings that `bench.ceilings` measured."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,10 +9,10 @@ BYTES = {"f32": 4.0, "bf16": 2.0, "f16": 2.0, "int8": 1.0, "int4": 0.5}
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the device reached: bytes/s of several ways to use its memory, flop/s, seconds."""
+    """The device's ceilings: memory rates in bytes/s, flop/s, and latencies in seconds."""
 
     copy: float  # bytes/s, counting reads and writes
-    read: float  # bytes/s of the widest product with one row: reads without writes
+    read: float  # bytes/s of a product with one row, which only reads
     matrix: float  # flop/s of the faster of some square products in the run's dtype
     launch: float  # s, one tiny operation, dispatched and waited for
     kernel: float  # s, one tiny operation among many in one compiled call
@@ -20,20 +20,20 @@ class Ceilings:
 
     @property
     def bandwidth(self) -> float:
-        """The fastest that the memory was seen to be."""
+        """The highest memory rate that was measured."""
         return max(self.copy, self.read, self.stream)
 
 
 @dataclass(frozen=True)
 class Work:
-    """The fewest bytes and operations that something takes."""
+    """The fewest bytes and floating-point operations that an operation or a step needs."""
 
     bytes: float
     flops: float
 
     @property
     def intensity(self) -> float:
-        """Flops a byte."""
+        """Flops per byte."""
         return self.flops / self.bytes
 
 
@@ -48,13 +48,13 @@ def of_dict(values: Mapping[str, float]) -> Ceilings:
 
 
 def best_of(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:
-    """The better of two measurements of each ceiling: rates are high, latencies low."""
+    """The better of two measurements of each ceiling: the higher rate, the lower latency."""
     better = {name: min if name in ("launch", "kernel") else max for name in {**a, **b}}
     return {name: pick(m[name] for m in (a, b) if name in m) for name, pick in better.items()}
 
 
 def weight_bytes(dims: Mapping[str, int], dtype: str) -> float:
-    """Bytes of the weights that one decode step reads; ``dims`` as `dims` makes them."""
+    """Bytes of the weights that one decode step reads. ``dims`` comes from `dims`."""
     per_weight = BYTES[dtype.split("-")[0]]
     if dtype.startswith("int4"):
         per_weight += 2 / 128  # a float16 scale for every 128
@@ -67,7 +67,7 @@ def cache_bytes(dims: Mapping[str, int], dtype: str, batch: int, context: float)
 
 
 def dims(config: Any) -> dict[str, int]:
-    """What the floors need of a `LlamaConfig`, as plain numbers."""
+    """The sizes of a `LlamaConfig` that floors need, as plain numbers."""
     layer = config.dim * config.head_dim * (2 * config.n_heads + 2 * config.n_kv_heads)
     layer += 3 * config.dim * config.hidden_dim
     return {
@@ -78,12 +78,13 @@ def dims(config: Any) -> dict[str, int]:
 
 
 def decode_work(dims: Mapping[str, int], dtype: str, batch: int, context: float) -> Work:
-    """One step for ``batch`` rows that hold ``context`` tokens each."""
+    """The work of one decode step for ``batch`` rows that hold ``context`` tokens each."""
     flops = batch * (2 * dims["matrix_params"] + 4 * dims["attention_width"] * context)
     return Work(weight_bytes(dims, dtype) + cache_bytes(dims, dtype, batch, context), flops)
 
 
 def prefill_work(dims: Mapping[str, int], dtype: str, batch: int, seq: int) -> Work:
-    """A prompt of ``seq`` tokens a row: half of the square of scores is seen. Only the last token needs the head."""
+    """The work of a prefill of ``seq`` tokens a row. Attention is causal, so half of the scores count. Only the last
+    token needs the head."""
     flops = batch * seq * (2 * dims["matrix_params"] + 2 * dims["attention_width"] * seq)
     return Work(weight_bytes(dims, dtype) + cache_bytes(dims, dtype, batch, seq), flops)

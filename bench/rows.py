@@ -1,4 +1,4 @@
-"""From what was measured to records, and from records to a table for the terminal."""
+"""Makes records from measurements, and the terminal's table from records."""
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +13,7 @@ from bench.workloads import SAMPLING, Workload
 def records_of(
     run: Run, entry: Any, model: str, dtype: str, loads: Sequence[Workload], dims: Mapping[str, int]
 ) -> list[Record]:
-    """All records of one implementation: a figure or a reason for every workload, and what opening it cost."""
+    """All records of one implementation: a figure or a reason for every workload, and the time to open it."""
     stored = {"int4": "int4-g128"}.get(dtype, dtype)
     versions = {**run.versions, **entry.opened.get("versions", {})}
     out = []
@@ -38,7 +38,7 @@ def records_of(
             "backend_per_op": outcome.get("choices", {}),
         }
         if any(r.get("idle") is not None for r in outcome["runs"]):
-            more["idle_before"] = [r["idle"] for r in outcome["runs"]]  # of all CPUs, just before each run
+            more["idle_before"] = [r["idle"] for r in outcome["runs"]]  # idle fraction of all CPUs before each run
         made = _figures(load, outcome, floor, first=load is loads[0], entry=entry)
         for case, metric, samples, limit in made:
             stats = stats_dict(samples)
@@ -49,7 +49,7 @@ def records_of(
 
 
 def work_of(load: Workload, dtype: str, dims: Mapping[str, int]) -> dict[str, float]:
-    """Bytes and flops of a decode step or a prefill, and the tokens that it makes or takes."""
+    """Bytes and flops of a decode step or a prefill, and the tokens that it produces or consumes."""
     if load.case == "prefill":
         work, tokens = prefill_work(dims, dtype, load.batch, load.prompt_len), load.batch * load.prompt_len
     else:
@@ -74,7 +74,7 @@ def _figures(
         steps = [r["steps"] or len(r["ids"][0]) - 1 for r in runs]
         speeds = [load.batch * n / r["decode_s"] for n, r in zip(steps, runs, strict=True)]
     yield load.case, "tokens_per_s", speeds, floor
-    if load.sampled:  # all else is the greedy workload's
+    if load.sampled:  # the greedy workload has the other figures
         return
     yield "ttft-warm", "s", ttft, None
     if "peak_bytes" in outcome["warm"]:
@@ -87,7 +87,8 @@ def _figures(
 
 
 def table(records: Sequence[Record]) -> str:
-    """What was measured, one line a workload and implementation, with what limits it and what went wrong."""
+    """The terminal's table: one line per workload and implementation, with the percent of the floor, or why there is no
+    figure."""
     head = ("case", "model", "dtype", "batch", "prompt", "impl", "tokens/s", "± %", "% of floor", "ttft s", "peak MB")
     lines: list[tuple[str, ...]] = [head]
     for r in records:
@@ -108,7 +109,7 @@ def table(records: Sequence[Record]) -> str:
 
 
 def align(lines: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as what stands in them; the last of a short line may be as long as it likes."""
+    """Align columns to their widest cell. The last cell of a line with fewer cells may be longer."""
     full = [line for line in lines if len(line) == len(lines[0])]
     widths = [max(len(line[i]) for line in full) for i in range(len(lines[0]))]
     rows = []

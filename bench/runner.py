@@ -1,4 +1,4 @@
-"""What `bench.compare` does once its arguments are read: in which order things are run, and what is shown of them."""
+"""Runs `bench.compare` once its arguments are parsed: the order of the runs, and the output."""
 
 import argparse
 from collections.abc import Iterator, Sequence
@@ -13,19 +13,19 @@ from bench.process import Budget
 from bench.record import Record
 from bench.rows import table
 
-WARMING = 0.6  # of the time that is left, where all warm up together: so that there is time to measure
+WARMING = 0.6  # part of the remaining time that warming up may take where all warm up together
 
 Part = tuple[Comparison, Entry]
 
 
 def run(settings: argparse.Namespace) -> int:
-    """Every model in every dtype; 1 where one of our own backends failed."""
+    """Run every model in every dtype. Returns 1 if one of our own backends failed."""
     settings.clock = Budget(settings.budget)
     records: list[Record] = []
     with ExitStack() as still_open:
         if settings.order == "warm-together":
             comparisons = [still_open.enter_context(c) for c in _comparisons(settings)]
-            together(comparisons, settings.clock)
+            warm_together(comparisons, settings.clock)
             records += [r for c in comparisons for r in c.records]
         else:
             for comparison in _comparisons(settings):
@@ -37,18 +37,18 @@ def run(settings: argparse.Namespace) -> int:
 
 
 def _comparisons(settings: argparse.Namespace) -> Iterator[Comparison]:
-    """Each when it is asked for, ready to begin."""
+    """One comparison per model and dtype, made when it is needed."""
     who: list[Entry] = []
     for preset in settings.preset.split(",") if settings.preset else [None]:
         for dtype in settings.dtype or [None]:
             made = Comparison(settings, preset, dtype)
             who = who or entries(settings, made.platform)
-            made.begin(who)
+            made.add_entries(who)
             yield made
 
 
 def one_by_one(comparison: Comparison, *, turns: bool) -> None:
-    """One implementation after the other; or in turns, run by run, so that what else the machine does hits all."""
+    """Run one implementation after the other, or in turns, run by run, so that other load affects all alike."""
     for group in [comparison.entries] if turns else [[e] for e in comparison.entries]:
         for entry in group:
             comparison.open(entry)
@@ -58,9 +58,9 @@ def one_by_one(comparison: Comparison, *, turns: bool) -> None:
         comparison.record(group)
 
 
-def together(comparisons: Sequence[Comparison], clock: Budget) -> None:
-    """Open, and run cold and warm, as many implementations at the same time as the device holds, for compiling takes
-    most of a session; then time them one by one. What is measured once, cold, is measured beside the others'."""
+def warm_together(comparisons: Sequence[Comparison], clock: Budget) -> None:
+    """Open and warm up as many implementations at the same time as fit on the device, because compiling takes most of a
+    session. Then time them one by one. Cold figures are therefore measured while others run."""
     parts = [part for c in zip(*(c.parts for c in comparisons), strict=True) for part in c]
     held = sum(c.reference_bytes for c in comparisons)
     all_waves = list(waves(parts, min(c.memory for c in comparisons) - held))
@@ -73,7 +73,7 @@ def together(comparisons: Sequence[Comparison], clock: Budget) -> None:
 
 
 def waves(parts: Sequence[Part], room: float) -> Iterator[list[Part]]:
-    """Cut ``parts`` into runs of those that fit into ``room`` bytes together; one that never does comes alone."""
+    """Split ``parts`` into groups that fit into ``room`` bytes at once. One that does not fit gets its own group."""
     wave: list[Part] = []
     left = room
     for comparison, entry in parts:

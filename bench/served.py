@@ -1,4 +1,4 @@
-"""An implementation of operations: a process that takes cases, stretch by stretch."""
+"""An implementation of operations: a process that runs cases, round by round (see `bench.peers.Rounds`)."""
 
 import argparse
 import statistics
@@ -14,30 +14,30 @@ from bench.process import PeerFailed, PeerUnsupported, Worker, find_python
 
 @dataclass
 class Served:
-    """Its process is started with the first case, and again where it has died."""
+    """One implementation. Its process starts with the first case, and again after it has died."""
 
     impl: str
     name: str
     python: str | None
-    why: str | None  # there is none
+    why: str | None  # why there is no interpreter that has it
     job: dict[str, Any]
     versions: dict[str, str] = field(default_factory=dict)
     worker: Worker | None = None
-    reply: dict[str, Any] = field(default_factory=dict)  # what the case gave: samples, or why there are none
+    reply: dict[str, Any] = field(default_factory=dict)  # the case's result: samples, or why there are none
 
     def begin(self, settings: argparse.Namespace, case: Case, expected: Path) -> None:
-        """Take up a case."""
+        """Set the case to run next."""
         self._settings, self._case = settings, case
         self._args = dict(case=case, expected=str(expected), warmup=settings.warmup, iterations=settings.iterations)
         self._do = "begin"
         self.reply = {"why": self.why, "failed": False} if self.python is None else {}
 
     def go_on(self) -> None:
-        """The next stretch of the case, unless it has come to its end."""
+        """Run the case's next round, unless the case is done."""
         if self.reply:
             return
         try:
-            self.reply = self._stretch() or {}
+            self.reply = self._next_round() or {}
         except PeerFailed as error:
             self.reply = {"why": str(error), "failed": not isinstance(error, PeerUnsupported)}
         if self.reply:
@@ -46,7 +46,7 @@ class Served:
             say(f"{self.impl}: {case['name']} batch {case['batch']} at {case['context']}: {figure}")
 
     def give_up(self, why: str) -> None:
-        """The case cannot be checked."""
+        """End the case with a reason: its result cannot be checked."""
         self.reply = self.reply or {"why": why, "failed": False}
 
     def close(self) -> None:
@@ -54,7 +54,7 @@ class Served:
         if self.worker is not None:
             self.worker.close()
 
-    def _stretch(self) -> dict[str, Any] | None:
+    def _next_round(self) -> dict[str, Any] | None:
         do, self._do = self._do, "go on"
         if do == "begin":
             self._settings.clock.check()
@@ -72,7 +72,7 @@ class Served:
 
 
 def implementations(settings: argparse.Namespace, platform: str) -> list[Served]:
-    """Our backends, then the peers that are asked for."""
+    """Our backends, then the requested peers."""
     wanted = [(b, "op_ours", b) for b in settings.backends]
     wanted += [(peers.load(name).name, name, "") for name in settings.peers]
     served = []

@@ -1,8 +1,8 @@
-"""How fast a Hopper GPU's memory can be read: a kernel that does nothing else.
+"""A kernel that only reads, to measure the read rate of a Hopper GPU's memory.
 
-XLA's copy writes half of what it moves, and its product with one row does more than to read: neither is as fast as a
-kernel whose every multiprocessor keeps a ring of TMA copies full. Every word that arrives is added to a sum, so that
-the result tells whether all of them did.
+XLA's copy also writes, and its product with one row also computes. Both are slower than a kernel in which every
+multiprocessor keeps a ring of TMA copies full. The kernel adds every word to a sum, so that a test can check that it
+read all of them.
 """
 
 import functools
@@ -17,14 +17,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.arch import planned
 from pallas_kernels.hopper.common.ring import acquire, drain, fold_own_stages
 
-STAGE = (32, 128)  # words of 4 bytes: 16 KB, that lie one behind the other in memory
+STAGE = (32, 128)  # words of 4 bytes: 16 KB, contiguous in memory
 DEPTH = 12  # stages in flight: 192 KB of the 227 that a block may have
 
 
 @functools.partial(jax.jit, static_argnames=("blocks", "interpret", "passes"))
 def stream(words: jax.Array, *, passes: int = 1, blocks: int | None = None, interpret: Any = False) -> jax.Array:
-    """Fetch int32 words [stages, *STAGE] ``passes`` times -> [blocks, *STAGE], the sums of what each block fetched:
-    stages block, block + blocks, ..."""
+    """Read int32 words [stages, *STAGE] ``passes`` times -> [blocks, *STAGE]: the sums of the stages that each block
+    read, which are block, block + blocks, ..."""
     blocks = blocks or planned().sms
     return plgpu.kernel(
         functools.partial(_body, passes=passes, blocks=blocks),
@@ -64,7 +64,7 @@ def _body(words_ref: Any, sums_ref: Any, *, passes: int, blocks: int, ring: Any,
 
         def add(_: Any, slot: Any, sums: Any) -> Any:
             sums = sums + plgpu.load(ring.at[slot], layout=layout)
-            plgpu.commit_smem()  # read before the next copy writes it: TMA is another proxy
+            plgpu.commit_smem()  # a proxy fence: this read must end before TMA overwrites the stage
             return sums
 
         zero = plgpu.layout_cast(jnp.zeros(STAGE, words_ref.dtype), layout)

@@ -20,9 +20,9 @@ from bench.record import HIGHER_IS_BETTER, RESULTS, Record
 
 GROUP = ("device", "model", "dtype", "context", "batch", "seq")
 
-# What other projects publish about themselves: source, hardware, model, figure, unit; and the case, model and rows of
-# ours that answers it. No hardware of theirs is ours: the device of every figure is named.
-LENGTHS = range(512, 4096 + 1)  # of those figures that are given for lengths
+# Figures that other projects publish: source, hardware, model, figure; and the case, model and metric of our figure to
+# compare. Their hardware is not ours, so the table names the device of every figure.
+LENGTHS = range(512, 4096 + 1)  # lengths that the published figures of operations cover
 PUBLISHED: tuple[tuple[str, str, str, str, tuple[str, str, str]], ...] = (
     ("llama2.c, one CPU core", "one CPU core", "7B", "0.27 tokens/s", ("decode", "7b", "tokens_per_s")),
     ("llama2.c with CUDA", "not named", "7B", "4.19 tokens/s", ("decode", "7b", "tokens_per_s")),
@@ -40,7 +40,7 @@ PUBLISHED: tuple[tuple[str, str, str, str, tuple[str, str, str]], ...] = (
 
 
 def _speeds(records: Sequence[Record], case: str, keep: Callable[[Record], bool]) -> str:
-    """Tokens/s: a row an implementation, in the groups that ran side by side."""
+    """Tokens/s: one row per implementation, grouped by what ran side by side."""
     chosen = [r for r in records if r["suite"] == "compare" and r["case"] == case and keep(r)]
     chosen = [r for r in chosen if r["metric"] == "tokens_per_s" and r["value"] is not None]
     head = ("on", "model", "dtype", "batch", "prompt", "implementation", "tokens/s", "range", "% of floor")
@@ -63,12 +63,12 @@ def _speeds(records: Sequence[Record], case: str, keep: Callable[[Record], bool]
 
 
 def _share(r: Record) -> str:
-    """How much of its floor a rate reaches, in percent; nothing where no ceiling was measured."""
+    """How much of its floor a rate reaches, in percent; empty where no ceiling was measured."""
     return "" if not r["floor"] else f"{100 * r['value'] / r['floor']:.0f}"
 
 
 def _where(records: Sequence[Record]) -> str:
-    """Under a table: devices, versions, ceilings and load of each run in it."""
+    """The lines under a table: device, versions, ceilings and load of each run."""
     lines = []
     for group in latest(records, (*NEWEST, "run")):
         r = group[0]
@@ -77,8 +77,8 @@ def _where(records: Sequence[Record]) -> str:
             rates = (f"{name} {c[name] / 1e9:,.0f} GB/s" for name in ("copy", "read", "stream") if name in c)
             parts.append(f"ceilings: {', '.join(rates)}")
             parts.append(f"{c['matrix'] / 1e12:,.2f} TFLOP/s")
-            if "launch" in c:  # rates taken from elsewhere have none
-                parts.append(f"a launch {c['launch'] * 1e6:,.1f} us, behind another {c['kernel'] * 1e6:,.1f} us")
+            if "launch" in c:  # imported ceilings have no latencies
+                parts.append(f"a launch {c['launch'] * 1e6:,.1f} us, one kernel of many {c['kernel'] * 1e6:,.1f} us")
         if is_cpu(r) and r.get("load_average"):
             parts.append(f"load average {r['load_average'][0]:.1f} at its start")
         parts += [r["note"]] if "note" in r else []
@@ -87,7 +87,7 @@ def _where(records: Sequence[Record]) -> str:
 
 
 def _startup(records: Sequence[Record]) -> str:
-    """Load, first token and memory."""
+    """Load time, compile time, time to first token, and memory."""
     wanted = {
         "load": "load s",
         "compile": "compile s",
@@ -114,7 +114,7 @@ def _seconds_or_mb(r: Record) -> str:
 
 
 def _ops(records: Sequence[Record], *cases: str) -> str:
-    """An operation: a row a size and implementation, the fastest of those that ran together first."""
+    """Operations: one row per size and implementation, the fastest of each run first."""
     chosen = [r for r in records if r["suite"] == "ops" and r["case"].startswith(cases) and r["value"] is not None]
     head = ("device", "case", "dtype", "batch", "rows", "keys", "implementation", "ms", "p95", "TFLOP/s", "TB/s")
     rows = []
@@ -123,7 +123,7 @@ def _ops(records: Sequence[Record], *cases: str) -> str:
     for group in sorted(latest(chosen, keys), key=lambda g: [g[0][k] for k in keys]):
         for r in sorted(group, key=lambda r: -r["value"] if r["metric"] in HIGHER_IS_BETTER else r["value"]):
             more = [f"{r['kv_heads']} key heads"] if "kv_heads" in r else []
-            more += [f"{r['timing']} timing"] if "timing" in r else []  # how, where there are several ways
+            more += [f"{r['timing']} timing"] if "timing" in r else []  # the way of timing, if recorded
             case = ", ".join([f"{r['model']} {r['case']}", *more])
             sizes = tuple(str(r[k]) for k in ("batch", "seq", "context"))
             ups = tuple(f"{r['speedup'][b]:.2f}" if b in r.get("speedup", {}) else "" for b in ("xla", "torch"))
@@ -134,7 +134,7 @@ def _ops(records: Sequence[Record], *cases: str) -> str:
 
 
 def _rates(r: Record) -> tuple[str, ...]:
-    """Milliseconds, p95, TFLOP/s, TB/s and percent of the floor; a record of a rate has only that, and its floor."""
+    """Milliseconds, p95, TFLOP/s, TB/s and percent of the floor. A record of a rate has only the rate and the floor."""
     percent = "" if not r["floor"] else f"{100 * r['floor'] / r['value']:.0f}"
     if r["metric"] == "ms":
         work, p95 = r.get("work"), r.get("stats", {}).get("p95")
@@ -146,7 +146,7 @@ def _rates(r: Record) -> tuple[str, ...]:
 
 
 def _published(records: Sequence[Record]) -> str:
-    """What others publish, beside the best of ours, each with its hardware."""
+    """The figures that others publish, beside our best one, each with its hardware."""
     rows = []
     for source, hardware, size, figure, (case, model, metric) in PUBLISHED:
         ours = [
@@ -162,7 +162,7 @@ def _best(ours: Sequence[Record], metric: str) -> tuple[str, str, str]:
         ours = [r for r in ours if r["impl"] == "pallas" and "torch" in r.get("speedup", {}) and r["seq"] in LENGTHS]
         if not ours:
             return "not measured yet", "", ""
-        # Of one device, the last; of each length its last run.
+        # The device of the newest record, and the newest run of each length.
         device = max(ours, key=lambda r: r["when"])["device"]
         ours = [r for g in latest(ours, ("context", "dtype")) for r in g if r["device"] == device]
         low, high = (f"{pick(r['speedup']['torch'] for r in ours):.2f}" for pick in (min, max))
@@ -178,7 +178,7 @@ def _best(ours: Sequence[Record], metric: str) -> tuple[str, str, str]:
 
 
 def _charts(*patterns: str) -> str:
-    """The charts that `bench.report` has drawn, by name; `report` knows the way to their folder."""
+    """Links to the charts that match ``patterns``. `bench.report` makes their paths relative to the page."""
     found = [p for pattern in patterns for p in sorted((RESULTS / "plots").glob(f"{pattern}.png"))]
     return "\n".join(f"![{p.stem.replace('-', ' ')}](plots/{p.name})" for p in found)
 

@@ -1,19 +1,19 @@
-"""What is run: shapes of batches and prompts, and the prompts themselves."""
+"""Workloads: batch sizes, prompt lengths, and the prompts themselves."""
 
 import random
 from dataclasses import dataclass
 
 SEED = 42
-DRAWN = "random:"  # before a preset's name: weights that each process draws on its device, nowhere written
+DRAWN = "random:"  # prefix of a preset's name: each process makes the weights on its device, and none writes them
 TEXT = "Once upon a time,"
-SAMPLING = {"temperature": 0.8, "top_p": 0.9}  # of a workload that draws its tokens
-VERIFIED = 32  # new tokens of a row that are checked
+SAMPLING = {"temperature": 0.8, "top_p": 0.9}  # settings of sampled workloads
+VERIFIED = 32  # how many new tokens of a row are checked
 
 
 @dataclass(frozen=True)
 class Workload:
-    """``case`` is ``decode``, ``prefill``, which makes one token, or ``sampled``: a decode that draws, and so is not
-    checked; the others are greedy."""
+    """``case`` is ``decode``, ``prefill`` (one new token) or ``sampled``. The first two are greedy and checked; a
+    sampled decode is not checked."""
 
     case: str
     batch: int
@@ -22,17 +22,17 @@ class Workload:
 
     @property
     def context(self) -> int:
-        """Tokens a row holds at the end."""
+        """Tokens that a row holds at the end."""
         return self.prompt_len + self.new_tokens
 
     @property
     def sampled(self) -> bool:
-        """Whether tokens are drawn, as `SAMPLING` says."""
+        """Whether tokens are sampled, with `SAMPLING`."""
         return self.case == "sampled"
 
     @property
     def mean_context(self) -> float:
-        """Tokens a row holds in the middle of decoding."""
+        """Tokens that a row holds in the middle of decoding."""
         return self.prompt_len + self.new_tokens / 2
 
 
@@ -45,9 +45,8 @@ def grid(
     *,
     sampled: bool = False,
 ) -> list[Workload]:
-    """Every decode workload, with the prefills behind the first, then decodes that end at one of ``contexts``, then
-    those that draw: what matters most comes first, for runs that do not get to their end. Prefills and contexts are of
-    one row."""
+    """All workloads: the first decode, the prefills, the other decodes, decodes that end at ``contexts``, and sampled
+    ones. The most important come first, because a run may be cut off. Prefills and ``contexts`` have one row."""
     decodes = [Workload("decode", b, p, new_tokens) for p in prompt_lens for b in batches]
     decodes += [Workload("decode", 1, c - new_tokens, new_tokens) for c in contexts]
     draws = [Workload("sampled", b, prompt_lens[0], new_tokens) for b in batches if sampled]
@@ -55,8 +54,8 @@ def grid(
 
 
 def prompts(workload: Workload, vocab_size: int, bos_id: int, text: list[int] | None) -> list[list[int]]:
-    """One prompt a row, all of the same length. With ``text``, the ids of a prompt, it is repeated to that length;
-    without, the ids are random, and no control token is among them."""
+    """One prompt per row, all of the same length. ``text`` is the ids of a prompt, which is repeated to that length.
+    Without it the ids are random, without control tokens."""
     rows = []
     for row in range(workload.batch):
         if text:

@@ -1,1 +1,1 @@
-"""``python -m convert``: writes checkpoints in other formats, compares and quantises them."""
+"""``python -m convert``: convert, compare and quantise checkpoints."""

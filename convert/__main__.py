@@ -1,4 +1,4 @@
-"""``python -m convert SRC DST``: a checkpoint from any form that is known to another."""
+"""``python -m convert SRC DST``: convert a checkpoint from any supported format to another."""
 
 import argparse
 import dataclasses
@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jllama.cli.options import Parser
 from jllama.errors import InputError, reported
 
 if TYPE_CHECKING:
@@ -17,39 +18,38 @@ FORMS = ("native", "hf", "llama2c", "gguf")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command's flags."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=PROGRAM,
-        description="Convert a checkpoint: Hugging Face, Meta, llama2.c, GGUF and native ones are recognised.",
+        description="Convert a checkpoint. SRC may be a Hugging Face, Meta, llama2.c, GGUF or native checkpoint.",
     )
     parser.add_argument("source", type=Path, metavar="SRC", help="checkpoint: a directory, .gguf or llama2.c's .bin")
-    parser.add_argument("destination", type=Path, metavar="DST", help="what to write (with --check: to compare with)")
-    parser.add_argument("--to", choices=FORMS, help="default: gguf and llama2c by DST's suffix, native otherwise")
-    parser.add_argument("--dtype", choices=DTYPES, help="of unquantised weights (default: as they are)")
+    parser.add_argument("destination", type=Path, metavar="DST", help="path to write (with --check: to compare with)")
+    parser.add_argument("--to", choices=FORMS, help="output format (default: by DST's suffix, else native)")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of unquantised weights (default: unchanged)")
     parser.add_argument("--quant", choices=("none", "int8", "int4"), default="none", help="quantise the weights")
-    parser.add_argument("--group", type=int, metavar="N", help="with --quant: how many inputs share a scale")
-    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="where SRC has none, or another is wanted")
-    parser.add_argument("--force", action="store_true", help="replace DST if it is there")
-    parser.add_argument("--check", action="store_true", help="write nothing: compare SRC and DST")
-    parser.add_argument("-q", "--quiet", action="store_true", help="nothing but errors and warnings")
+    parser.add_argument("--group", type=int, metavar="N", help="with --quant: number of inputs that share a scale")
+    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="tokenizer (default: SRC's own)")
+    parser.add_argument("--force", action="store_true", help="replace DST if it exists")
+    parser.add_argument("--check", action="store_true", help="compare SRC and DST, and write nothing")
+    parser.add_argument("-q", "--quiet", action="store_true", help="print only errors and warnings")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; the exit code."""
+    """Run the command. Returns the exit code."""
     args = parser().parse_args(argv)
     with reported(PROGRAM):
         return check(args) if args.check else convert(args)
 
 
 def convert(args: argparse.Namespace) -> int:
-    """Write DST."""
+    """Convert SRC to DST. Returns the exit code."""
     from convert.progress import watched
     from jllama.formats import open_source
     from jllama.formats.native import save
     from jllama.formats.replaceable import check_place
-    from jllama.formats.vocabulary import vocabulary_of
     from jllama.text.tokenizer import with_tokenizer
 
     to = args.to or {".gguf": "gguf", ".bin": "llama2c"}.get(args.destination.suffix, "native")
@@ -65,16 +65,26 @@ def convert(args: argparse.Namespace) -> int:
     with watched(export.nbytes, PROGRAM, quiet=args.quiet) as watch:
         save(export, args.destination, reads=[args.source], force=args.force, watch=watch)
     if not args.quiet:
-        # A llama2.c file holds none; of other kinds than sentencepiece's only directories can.
-        own = source.tokenizer if to in ("native", "hf") else vocabulary_of(source.tokenizer)
-        alone = to == "llama2c" and args.destination.is_file()
-        tokenizer = "with its tokenizer" if own and not alone else "without a tokenizer"
+        own, why = _carried(source, to, args.destination)
+        tokenizer = "with its tokenizer" if own else f"without a tokenizer{'' if why is None else f' ({why})'}"
         print(f"{args.destination}: {to}, {export.nbytes / 1e6:.1f} MB, {tokenizer}")
     return 0
 
 
+def _carried(source: "Source", to: str, destination: Path) -> tuple[object, str | None]:
+    """The tokenizer that goes into a form, if any; and why one that is there does not."""
+    from convert.to_gguf import carried
+    from jllama.formats.vocabulary import vocabulary_of
+
+    if to == "gguf":
+        return carried(source)
+    if to == "llama2c":  # a directory holds sentencepiece's, a file none
+        return (None if destination.is_file() else vocabulary_of(source.tokenizer)), None
+    return source.tokenizer, None
+
+
 def plan(source: "Source", to: str, args: argparse.Namespace) -> "Export":
-    """What is to be written, checked to be possible."""
+    """The export for the flags, or an `InputError` if the format cannot represent it."""
     from convert.to_gguf import gguf
     from convert.to_llama2c import llama2c
     from jllama.formats.native import directory, hf_directory
@@ -100,7 +110,7 @@ def plan(source: "Source", to: str, args: argparse.Namespace) -> "Export":
 
 
 def check(args: argparse.Namespace) -> int:
-    """Compare SRC and DST; 1 if they differ by more than their forms explain."""
+    """Compare SRC and DST. Returns 1 if they differ by more than the rounding of their formats."""
     import numpy as np
 
     from convert.check import compare_logits, compare_tensors, tolerance

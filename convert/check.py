@@ -1,4 +1,4 @@
-"""Two checkpoints held against each other: tensor by tensor, then by what they make of a prompt."""
+"""Compares two checkpoints: their tensors, and their logits for a prompt."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,16 +15,17 @@ PROMPT = "Once upon a time, there was a little"
 
 @dataclass(frozen=True)
 class Difference:
-    """How far a tensor is from another: ``same`` says that every value is the same."""
+    """The difference between two tensors."""
 
     name: str
-    same: bool
-    relative: float  # root mean squared difference, relative to the first one's values
+    same: bool  # every value is the same
+    relative: float  # root mean squared difference, relative to the values of the first tensor
     largest: float
 
 
 def tolerance(a: Source, b: Source) -> float:
-    """The relative difference that the two forms explain: nothing for the same, rounding for a narrower one."""
+    """The relative difference to expect: 0 for the same float dtype, 1e-6 for the same quantised formats, and otherwise
+    the rounding error of the less precise format."""
     bits = min((t.quant.bits for s in (a, b) for t in s.tensors.values() if t.quant), default=0)
     if bits:
         same = all(a.tensors[name].quant == b.tensors[name].quant for name in a.tensors)
@@ -34,13 +35,14 @@ def tolerance(a: Source, b: Source) -> float:
 
 
 def compare_tensors(a: Source, b: Source) -> Iterator[Difference]:
-    """The differences of all tensors, one after another."""
+    """Yield the differences of all tensors."""
     for name in expected_shapes(_common(a, b)):
         yield _compare(name, a.tensors[name], b.tensors[name])
 
 
 def _common(a: Source, b: Source) -> Any:
-    """The config, once both are known to have the same; context and special ids are not always stored."""
+    """The common config, or an `InputError` if they differ. The context and special ids are not compared, because not
+    all formats store them."""
     names = ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "vocab_size", "head_dim", "tie_embeddings")
     for name in (*names, "rope_theta", "rope_scaling", "norm_eps"):
         one, other = getattr(a.config, name), getattr(b.config, name)
@@ -57,7 +59,7 @@ def _compare(name: str, a: Tensor, b: Tensor) -> Difference:
             continue
         same = False
         one, other = (x.floats() if isinstance(x, Integers) else x.astype(np.float32) for x in (one, other))
-        with np.errstate(all="ignore"):  # NaN and infinities give a NaN, which is no agreement
+        with np.errstate(all="ignore"):  # NaN and infinities result in NaN, which counts as a difference
             difference = np.abs(one - other)
             squared += float(np.sum(difference**2, dtype=np.float64))
             signal += float(np.sum(one**2, dtype=np.float64))
@@ -73,22 +75,22 @@ def _identical(one: Any, other: Any) -> bool:
         return alike and _identical(one.data, other.data) and _identical(one.scale, other.scale)
     if isinstance(one, Integers) or isinstance(other, Integers) or one.dtype != other.dtype:
         return False
-    kind = np.dtype(f"u{one.dtype.itemsize}")  # bits, so that NaN equals itself
+    kind = np.dtype(f"u{one.dtype.itemsize}")  # bits are compared, so that NaN equals itself
     return np.array_equal(np.ascontiguousarray(one).view(kind), np.ascontiguousarray(other).view(kind))
 
 
 @dataclass(frozen=True)
 class LogitsDifference:
-    """How far the logits of a prompt are apart, and for how many of its tokens the likeliest next one agrees."""
+    """The difference between two models' logits for a prompt."""
 
     tokens: int
     largest: float
-    spread: float  # standard deviation of the first one's logits: the scale to read `largest` on
-    agreeing: int
+    spread: float  # standard deviation of the first model's logits, to compare `largest` with
+    agreeing: int  # number of positions where both models have the same most likely token
 
 
 def compare_logits(a: Source, b: Source) -> LogitsDifference:
-    """Run both models, one after the other, on the same prompt."""
+    """Run both models on the same prompt, one after the other."""
     ids = prompt_ids(a)
     one, other = _logits(a, ids), _logits(b, ids)
     agreeing = int((one.argmax(-1) == other.argmax(-1)).sum())
@@ -96,7 +98,7 @@ def compare_logits(a: Source, b: Source) -> LogitsDifference:
 
 
 def prompt_ids(source: Source) -> list[int]:
-    """A sentence, or without a tokenizer some ids."""
+    """The ids of a sentence, or arbitrary ids if the checkpoint has no tokenizer."""
     from jllama.text.tokenizer import tokenizer_for
 
     if source.tokenizer is not None:
@@ -105,7 +107,7 @@ def prompt_ids(source: Source) -> list[int]:
 
 
 def _logits(source: Source, ids: list[int]) -> np.ndarray:
-    # Imported here: whoever converts need not wait for jax.
+    # Imported here, because conversions do not need jax.
     import jax.numpy as jnp
 
     from jllama.formats.checkpoint import load

@@ -1,4 +1,4 @@
-"""A progress bar for bytes, and the warnings that come after it."""
+"""A progress bar for written bytes, and warnings about tensors that are not finite."""
 
 import contextlib
 import sys
@@ -9,10 +9,10 @@ from jllama.formats.output import Watch
 
 @contextlib.contextmanager
 def watched(total: int, program: str, *, quiet: bool = False) -> Iterator[Watch]:
-    """A `Watch` that shows a bar on a terminal, and at the end says which tensors hold what is not finite."""
-    from tqdm import tqdm  # only here: --help need not wait for it
+    """Yield a `Watch` that shows a bar on a terminal. At the end, print a warning for tensors that are not finite."""
+    from tqdm import tqdm  # imported here, so that --help is fast
 
-    # disable=None: only where somebody looks
+    # disable=None shows the bar only on a terminal
     with tqdm(total=total, unit="B", unit_scale=True, disable=True if quiet else None, file=sys.stderr) as bar:
         watch = Watch(progress=bar.update)
         yield watch

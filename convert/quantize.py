@@ -1,11 +1,10 @@
-"""``python -m convert.quantize SRC DST``: a checkpoint of any form to a native one with int8 or int4 weights.
+"""``python -m convert.quantize SRC DST``: quantise a checkpoint of any format to a native one (int8 or int4 weights).
 
-Tensor by tensor, in blocks of rows: neither the source nor the result is ever in memory as a whole. The numbers are
-those that ``--quant`` makes at load. Embedding and norms stay floats, as there; the head is quantised unless it is
-the embedding.
+Tensors are processed in blocks of rows, so neither the source nor the result is in memory as a whole. The result is the
+same as that of ``--quant`` at load. As there, the embedding and the norms stay floats. The head is quantised unless it
+is tied to the embedding.
 """
 
-import argparse
 import contextlib
 import ctypes
 import dataclasses
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jllama.cli.options import Parser
 from jllama.errors import InputError, reported
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ _BLOCK_BYTES = 64 << 20
 
 @dataclass
 class TensorError:
-    """How far a quantised tensor is from what it was, summed up block by block."""
+    """The quantisation error of a tensor, summed over its blocks."""
 
     name: str
     group: int
@@ -39,14 +39,14 @@ class TensorError:
 
     @property
     def relative(self) -> float:
-        """Root of the mean squared error, relative to that of the weights."""
+        """Root mean squared error, relative to the root mean square of the weights."""
         return math.sqrt(self.squared / self.signal) if self.signal else 0.0
 
 
 def quantised(
     source: "Source", quant: "Quant", group: int | None = None, errors: dict[str, TensorError] | None = None
 ) -> "Source":
-    """The same checkpoint with its matrices rounded as they are read; ``errors`` is filled along the way."""
+    """The checkpoint with its matrices quantised when they are read. Their errors are then added to ``errors``."""
     if source.quant is not None:
         raise InputError(f"{source.path}: expected float weights, found {source.quant.bits} bits already")
     group = DEFAULT_GROUP[quant] if group is None else group
@@ -74,14 +74,14 @@ def _quantised(
     rounded = _rounder(quant, group)
 
     def rows(begin: int, end: int) -> Integers:
-        # Asked for in one block or in many, a row gives the same numbers: it is never rounded with another one.
-        blocks = [_one(*cut) for cut in _cuts(begin, end, width)]
-        _give_back()
+        # Each row is quantised independently, so the result does not depend on the blocks.
+        blocks = [quantised_block(*block) for block in _row_blocks(begin, end, width)]
+        _trim_heap()
         if len(blocks) == 1:
             return blocks[0]
         return Integers(np.concatenate([b.data for b in blocks]), np.concatenate([b.scale for b in blocks]))
 
-    def _one(begin: int, end: int) -> Integers:
+    def quantised_block(begin: int, end: int) -> Integers:
         data, scale, (squared, signal, largest) = rounded(jnp.asarray(tensor.floats(begin, end)))
         error.squared += float(squared)
         error.signal += float(signal)
@@ -92,20 +92,20 @@ def _quantised(
     return Tensor(tensor.shape, dtype, tensor.where, rows, Quantization(BITS[quant], None if size == width else size))
 
 
-def _give_back() -> None:
-    """Return freed memory to the system. glibc keeps blocks of some megabytes for later, and XLA's threads each have
-    their own heap: over a large model that adds up to gigabytes that nobody uses."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library keeps less, or cannot be asked
+def _trim_heap() -> None:
+    """Return freed memory to the system. glibc keeps freed blocks of a few megabytes, and each thread of XLA has its
+    own heap. For a large model, this adds up to gigabytes of unused memory."""
+    with contextlib.suppress(OSError, AttributeError):  # other C libraries have no malloc_trim
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _cuts(begin: int, end: int, width: int) -> list[tuple[int, int]]:
+def _row_blocks(begin: int, end: int, width: int) -> list[tuple[int, int]]:
     step = max(1, _BLOCK_BYTES // (4 * width))
     return [(at, min(at + step, end)) for at in range(begin, end, step)]
 
 
 def _rounder(quant: "Quant", group: int | None) -> Callable:
-    """What rounds a block, and measures the error where the block is: on the device."""
+    """A function that quantises a block and measures its error on the device."""
     import jax
     import jax.numpy as jnp
 
@@ -125,25 +125,25 @@ def _rounder(quant: "Quant", group: int | None) -> Callable:
     return rounded
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command's flags."""
-    parser = argparse.ArgumentParser(
-        prog="jllama quantize", description="Write a checkpoint of any form as a native one with int8 or int4 weights."
+    parser = Parser(
+        prog="jllama quantize",
+        description="Quantise a checkpoint of any format to a native one with int8 or int4 weights.",
     )
     parser.add_argument("source", type=Path, metavar="SRC", help="checkpoint to read")
     parser.add_argument("destination", type=Path, metavar="DST", help="directory to write")
-    parser.add_argument("--format", choices=tuple(BITS), default="int8", help="default: int8")
-    parser.add_argument(
-        "--group", type=int, choices=(128, 64, 32), help="inputs that share a scale (default: int8 a row, int4 128)"
-    )
+    parser.add_argument("--format", choices=tuple(BITS), default="int8", help="weight format (default: int8)")
+    help_group = "number of inputs that share a scale (default: the whole row for int8, 128 for int4)"
+    parser.add_argument("--group", type=int, choices=(128, 64, 32), help=help_group)
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="tokenizer (default: the checkpoint's own)")
-    parser.add_argument("--force", action="store_true", help="replace DST if it is there")
-    parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar and no report")
+    parser.add_argument("--force", action="store_true", help="replace DST if it exists")
+    parser.add_argument("-q", "--quiet", action="store_true", help="print no progress bar and no report")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; the exit code."""
+    """Run the command. Returns the exit code."""
     args = parser().parse_args(argv)
     with reported("jllama quantize"):
         from convert.progress import watched
@@ -166,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def report(errors: dict[str, TensorError]) -> list[str]:
-    """The error of every tensor, and of all together, as lines of a table."""
+    """The lines of a table with the error of every tensor and of all tensors together."""
     width = max(map(len, errors), default=6)
     lines = [f"{'tensor':<{width}}  group  relative error  largest error"]
     lines += [f"{e.name:<{width}}  {e.group:5}  {e.relative:14.6f}  {e.largest:13.3g}" for e in errors.values()]

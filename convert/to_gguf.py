@@ -1,4 +1,4 @@
-"""GGUF version 3 written: floats only, with config and sentencepiece vocabulary in the metadata."""
+"""GGUF version 3 written: floats only, with config, tokenizer and chat template in the metadata."""
 
 import struct
 from pathlib import Path
@@ -6,24 +6,28 @@ from typing import Any
 
 import numpy as np
 
+from jllama.config import LlamaConfig
 from jllama.errors import InputError
+from jllama.formats.bpe import BpeVocabulary
 from jllama.formats.gguf import ROPE_FACTORS, names_of, rope_factors
 from jllama.formats.gguf_file import MAGIC
 from jllama.formats.native import Export
 from jllama.formats.output import OutputFile, Watch
 from jllama.formats.replaceable import GGUF, GGUF_WRITER
 from jllama.formats.source import DTYPES, Source, Tensor
+from jllama.formats.tokenizer_json import from_tokenizer_json
 from jllama.formats.transform import as_dtype, as_floats, to_interleaved
 from jllama.formats.vocabulary import Vocabulary, padded, vocabulary_of
+from jllama.text.templates import template_of
 
 ALIGN = 32
-_KINDS = {"float32": 0, "float16": 1, "bfloat16": 30}  # also llama.cpp's file types, but for bfloat16
-_FILE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 32}
+_KINDS = {"float32": 0, "float16": 1, "bfloat16": 30}  # ggml's tensor types
+_FILE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 32}  # llama.cpp's file types
 _LAYOUTS = {"u32": (4, "<I"), "i32": (5, "<i"), "f32": (6, "<f"), "bool": (7, "<?")}
 
 
 def gguf(source: Source) -> Export:
-    """A GGUF file of the source's floats. Norms are float32, as llama.cpp wants them."""
+    """An export of the source's floats to a GGUF file. Norms are float32, as llama.cpp requires."""
     source = as_floats(source)
     names = names_of(source.config)
     tensors = {
@@ -39,7 +43,7 @@ def gguf(source: Source) -> Export:
             file.put(0, head)
             for name, tensor in tensors.items():
                 file.put_floats(places[name], tensor)
-            if size % ALIGN:  # readers map whole units
+            if size % ALIGN:  # the end is padded, because readers map whole alignment units
                 file.put(size, bytes(-size % ALIGN))
 
     return Export(size, write, GGUF)
@@ -109,13 +113,58 @@ def _fields(source: Source) -> list[bytes]:
     if config.rope_scaling is not None and config.rope_scaling.kind == "linear":
         fields.append(_field("llama.rope.scaling.type", "text", "linear"))
         fields.append(_field("llama.rope.scaling.factor", "f32", config.rope_scaling.factor))
-    vocabulary = vocabulary_of(source.tokenizer)
+    vocabulary, _ = carried(source)
     if vocabulary is not None:
-        return fields + _vocabulary_fields(padded(vocabulary, config.vocab_size))
+        return fields + _tokenizer_fields(vocabulary, config) + _template_fields(source)
     # Ids that the tokenizer, wherever it is, will need.
     ids = (("bos", config.bos_id), ("eos", config.eos_ids[0]))
     fields.append(_field("tokenizer.ggml.model", "text", "none"))  # without this, llama.cpp refuses the file
     return fields + [_field(f"tokenizer.ggml.{name}_token_id", "u32", value) for name, value in ids]
+
+
+def carried(source: Source) -> tuple[Vocabulary | BpeVocabulary | None, str | None]:
+    """The tokenizer that such a file carries; or None, and why a tokenizer that is there cannot be written."""
+    own = source.tokenizer
+    if isinstance(own, BpeVocabulary):
+        return own, None
+    if isinstance(own, Path) and own.suffix == ".json":
+        try:
+            return from_tokenizer_json(own, source.config, links=source.links), None
+        except InputError as reason:
+            return None, str(reason)
+    return vocabulary_of(own), None
+
+
+def _tokenizer_fields(vocabulary: Vocabulary | BpeVocabulary, config: LlamaConfig) -> list[bytes]:
+    if isinstance(vocabulary, BpeVocabulary):
+        return _bpe_fields(vocabulary, config)
+    return _vocabulary_fields(padded(vocabulary, config.vocab_size))
+
+
+def _bpe_fields(vocabulary: BpeVocabulary, config: LlamaConfig) -> list[bytes]:
+    fields = [
+        _field("tokenizer.ggml.model", "text", "gpt2"),
+        _field("tokenizer.ggml.pre", "text", vocabulary.pre),
+        _array("tokenizer.ggml.tokens", "text", vocabulary.tokens),
+        _array("tokenizer.ggml.token_type", "i32", vocabulary.types),
+        _array("tokenizer.ggml.merges", "text", vocabulary.merges),
+        _field("tokenizer.ggml.bos_token_id", "u32", vocabulary.bos_id),
+        _field("tokenizer.ggml.eos_token_id", "u32", vocabulary.eos_id),
+    ]
+    # Llama 3.1's ends: of a text, of a message and of a turn. Of two, the second is a turn's.
+    ends = [i for i in config.eos_ids if i != vocabulary.eos_id]
+    for name, end in zip(("eot", "eom"), reversed(ends), strict=False):
+        fields.append(_field(f"tokenizer.ggml.{name}_token_id", "u32", end))
+    if vocabulary.add_bos is not None:
+        fields.append(_field("tokenizer.ggml.add_bos_token", "bool", vocabulary.add_bos))
+    return fields
+
+
+def _template_fields(source: Source) -> list[bytes]:
+    """The source's chat template, unless another tokenizer than its own took the place of the one it is for."""
+    own = not isinstance(source.tokenizer, Path) or source.tokenizer.parent == source.path
+    found = template_of(source) if own else None
+    return [] if found is None else [_field("tokenizer.chat_template", "text", found[0])]
 
 
 def _vocabulary_fields(vocabulary: Vocabulary) -> list[bytes]:

@@ -1,4 +1,4 @@
-"""llama2.c's formats written: version 0 (float32) and version 2 (int8), as its own export.py writes them."""
+"""Writes llama2.c's formats version 0 (float32) and version 2 (int8), as llama2.c's export.py does."""
 
 import math
 import struct
@@ -23,10 +23,10 @@ DEFAULT_GROUP = 64
 
 
 def llama2c(source: Source, *, int8: bool = False, group: int | None = None, directory: bool = False) -> Export:
-    """A ``.bin``, or with ``directory`` a directory of ``model.bin`` and ``tokenizer.bin``.
+    """An export to a ``.bin`` file, or with ``directory`` to a directory with ``model.bin`` and ``tokenizer.bin``.
 
-    ``int8`` makes version 2: integers of the source with scales for groups as that format has them are kept, all
-    other weights are rounded as llama2.c's export.py does it, with one scale per ``group`` values.
+    ``int8`` selects version 2, with one scale per ``group`` values. int8 weights of the source are kept if their groups
+    can be represented. All other weights are rounded as by llama2.c's export.py.
     """
     _check(source)
     header = Header(2, source.config, _group(source, group)) if int8 else Header(0, source.config)
@@ -50,12 +50,14 @@ def llama2c(source: Source, *, int8: bool = False, group: int | None = None, dir
 
 
 def _check(source: Source) -> None:
-    """What that format has no field for must have the value that its programs assume."""
+    """Raise `InputError` if a setting that the format cannot store differs from the value that llama2.c assumes."""
     config = source.config
     fixed: dict[str, tuple[Any, Any]] = {
         "rope_theta": (config.rope_theta, 10000.0),
         "rope_scaling": (config.rope_scaling, None),
         "norm_eps": (config.norm_eps, 1e-5),
+        "attention_bias": (config.attention_bias, False),
+        "mlp_bias": (config.mlp_bias, False),
         "head_dim": (config.head_dim * config.n_heads, config.dim),
     }
     for name, (found, expected) in fixed.items():
@@ -68,7 +70,7 @@ def _group(source: Source, wanted: int | None) -> int:
     if wanted is None and quant is not None and quant.bits == 8 and quant.group is not None:
         wanted = quant.group
     group = wanted or DEFAULT_GROUP
-    # runq works through whole groups of every row, so that one must divide all widths.
+    # llama2.c's runq processes whole groups of every row, so the group size must divide all widths.
     while any(shape[-1] % group for shape in expected_shapes(config).values()):
         group //= 2
     return group
@@ -110,27 +112,28 @@ def _put(file: OutputFile, place: Place, source: Source, rotary: Iterator[np.nda
 
 
 def _integers(tensor: Tensor, begin: int, end: int, group: int) -> Integers:
-    """Rows with one float32 scale per group: the tensor's own, where that is possible, or rounded anew."""
+    """Rows as integers with one float32 scale per group. The tensor's own integers are used if possible; otherwise the
+    floats are rounded again."""
     if tensor.quant is not None and tensor.quant.bits == 8:
         rows = tensor.rows(begin, end)
         own = rows.data.shape[1] // rows.scale.shape[1]
-        if own % group == 0:  # a scale of a longer group is repeated
+        if own % group == 0:  # the scale of a longer group is repeated
             return Integers(rows.data, np.repeat(rows.scale.astype(np.float32), own // group, axis=1))
     floats = tensor.floats(begin, end).astype(np.float32)
     return round_to_int8(floats, group)
 
 
 def round_to_int8(rows: np.ndarray, group: int) -> Integers:
-    """export.py's rounding: the largest value of a group becomes 127."""
+    """The rounding of llama2.c's export.py: the value with the largest magnitude in a group becomes ±127."""
     blocks = rows.reshape(rows.shape[0], -1, group)
     scale = np.abs(blocks).max(axis=-1) / np.float32(127)
-    with np.errstate(all="ignore"):  # a NaN, which is counted as such by its scale
+    with np.errstate(all="ignore"):  # NaN weights make the scale NaN; writers count it
         data = np.round(blocks / np.where(scale == 0, np.float32(1), scale)[..., None])
         return Integers(data.astype(np.int8).reshape(rows.shape), scale)
 
 
 def _rotary_tables(config: LlamaConfig) -> Iterator[np.ndarray]:
-    """The cosines and sines that version 0 carries and its readers skip."""
+    """The cosines and sines that version 0 contains and readers skip."""
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     frequencies = (1.0 / np.float32(config.rope_theta) ** exponents).astype(np.float32)
     angles = np.outer(np.arange(config.max_seq_len, dtype=np.float32), frequencies)

@@ -1,4 +1,4 @@
-"""``python -m jllama``: the same as the console script."""
+"""``python -m jllama``, which does the same as the console script."""
 
 import sys
 

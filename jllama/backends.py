@@ -1,4 +1,4 @@
-"""What runs where: the implementation that every op gets, and why."""
+"""`backends`: which implementation every op gets, and why."""
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +20,13 @@ def backends(
     sampling: Sampling | None = None,
     backend: Backend = "auto",
 ) -> dict[str, dict[str, Choice]]:
-    """The choice for every op of a prefill of ``prompt`` tokens and of a decode step, each with the draw of a token by
-    ``sampling`` (default: greedy): traced for the device that holds the weights, not run. What a run has chosen is in
-    `Session.backends`, at no cost.
+    """The implementation of every op in a prefill of ``prompt`` tokens and in a decode step. Both include the draw of a
+    token with ``sampling`` (default: greedy).
 
-    Raises `pallas_kernels.Unsupported` where ``backend="pallas"`` cannot be had.
+    The programs are traced for the device that holds the weights, but not run. The choices of a real run are in
+    `Session.backends`, without a second trace.
+
+    Raises `pallas_kernels.Unsupported` if ``backend="pallas"`` is given and an op has no kernel for it.
     """
     sampling = make_sampling(batch) if sampling is None else sampling
     cache = jax.eval_shape(lambda: init_cache(params.config, batch, max_len, params.dtype, stacked=params.stacked))

@@ -1,4 +1,4 @@
-"""The key/value cache: keys and values of every layer, a length for every row."""
+"""The key/value cache: the keys and values of every layer, and the length of every row."""
 
 import functools
 from dataclasses import replace
@@ -11,15 +11,15 @@ from jax.typing import DTypeLike
 from jllama.config import LlamaConfig
 from jllama.kernels import DECODE_QUERIES, LayerView, attention, decode_attention, write
 
-Layers = tuple[jax.Array, ...] | jax.Array  # one array a layer, or all on a leading axis
+Layers = tuple[jax.Array, ...] | jax.Array  # one array per layer, or one stacked array with a leading layer axis
 
 
 @struct.dataclass
 class KVCache:
-    """Keys and values seen so far. Slots at or past a row's length are free: their content is never read.
+    """Keys and values of the tokens so far. Slots at or past the length of a row are free; attention ignores them.
 
-    Like the weights, a tuple of arrays for XLA, which copies every slice of a stacked one before a product, or one
-    array with a leading axis for kernels that index it themselves."""
+    The layers have two forms, as in `Params`. A tuple of arrays is for XLA, which copies every slice of a stacked array
+    before a matmul. One array with a leading layer axis is for kernels that index the layer themselves."""
 
     k: Layers  # of every layer, [B, kv_heads, S, head_dim], after rotary
     v: Layers  # of every layer, [B, kv_heads, S, head_dim]
@@ -27,40 +27,42 @@ class KVCache:
 
     @property
     def stacked(self) -> bool:
-        """Whether the layers are on a leading axis."""
+        """Whether the layers are stacked on a leading axis."""
         return not isinstance(self.k, tuple)
 
     @property
     def max_len(self) -> int:
-        """How many positions every row can hold."""
+        """The number of positions that every row has room for."""
         return self.k[0].shape[-2] if isinstance(self.k, tuple) else self.k.shape[-2]
 
     def layer(self, index: int) -> tuple[jax.Array, jax.Array] | tuple[LayerView, LayerView]:
-        """Keys and values of a layer as ops take them; nothing is copied."""
+        """The keys and values of a layer as ops take them. Nothing is copied."""
         if isinstance(self.k, tuple):
             return self.k[index], self.v[index]
         return LayerView(self.k, index), LayerView(self.v, index)  # pyright: ignore[reportArgumentType]
 
     def arrays(self, index: int) -> tuple[jax.Array, jax.Array, int | None]:
-        """The arrays that hold a layer's keys and values, and its number where they hold those of all."""
+        """The arrays that hold the keys and values of a layer. The third value is the layer's index in them if they are
+        stacked, else None."""
         if isinstance(self.k, tuple):
             return self.k[index], self.v[index], None
         return self.k, self.v, index  # pyright: ignore[reportReturnType]
 
     def with_arrays(self, index: int, k: jax.Array, v: jax.Array) -> "KVCache":
-        """With others in the place of `arrays`."""
+        """The cache with ``k`` and ``v`` in place of what `arrays` returns."""
         if self.stacked:
             return replace(self, k=k, v=v)
         return replace(self, k=_replaced(self.k, index, k), v=_replaced(self.v, index, v))
 
     def attend(self, index: int, q: jax.Array, *, backend: str = "auto") -> jax.Array:
-        """Attention of the queries [B, T, heads, D] that stand behind each row's length over a layer's keys and
-        values."""
+        """Attention of queries [B, T, heads, D] over the keys and values of a layer. The first query of a row is at the
+        position of the row's length."""
         op = decode_attention if q.shape[1] <= DECODE_QUERIES else attention
         return op(q, *self.layer(index), self.lengths, backend=backend)
 
     def write(self, index: int, k: jax.Array, v: jax.Array) -> "KVCache":
-        """Put k and v [B, T, kv_heads, head_dim] behind each row's length, which stays; what has no room is dropped."""
+        """Write k and v [B, T, kv_heads, head_dim] at the end of each row. The lengths are not advanced. Positions past
+        the end of the cache are dropped."""
         *old, layer = self.arrays(index)
         return self.with_arrays(
             index, *(write(a, new, self.lengths, layer) for a, new in zip(old, (k, v), strict=True))
@@ -72,12 +74,12 @@ def _replaced(arrays: Layers, index: int, new: jax.Array) -> Layers:
 
 
 def init_cache(config: LlamaConfig, batch: int, max_len: int, dtype: DTypeLike, *, stacked: bool = False) -> KVCache:
-    """An empty cache with room for ``max_len`` positions a row, or a few more; ``stacked`` as the params are."""
+    """An empty cache with room for at least ``max_len`` positions per row. ``stacked`` must be as in the params."""
     shape = (batch, config.n_kv_heads, _whole_tiles(max_len), config.head_dim)
     return _empty(config.n_layers, shape, jnp.dtype(dtype), stacked)
 
 
-# One program for all layers: their arrays made one by one take longer than a short prompt.
+# One program allocates all layers. One allocation per layer would take longer than the prefill of a short prompt.
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _empty(n_layers: int, shape: tuple[int, ...], dtype: jnp.dtype, stacked: bool) -> KVCache:
     def arrays() -> Layers:
@@ -89,22 +91,22 @@ def _empty(n_layers: int, shape: tuple[int, ...], dtype: jnp.dtype, stacked: boo
 
 
 def _whole_tiles(max_len: int) -> int:
-    # The GPU's copy engine takes tiles of 8 rows: kernels would have to pad, and so copy, a cache of another size.
+    # The GPU's copy engine works on tiles of 8 rows. Kernels would have to pad, and so copy, a cache of another size.
     return -(-max_len // 8) * 8
 
 
 def grow(cache: KVCache, max_len: int) -> KVCache:
-    """The same content with room for ``max_len`` positions."""
+    """The cache with the same content and room for ``max_len`` positions."""
     room = _whole_tiles(max_len) - cache.max_len
 
-    def wider(a: jax.Array) -> jax.Array:
+    def padded(a: jax.Array) -> jax.Array:
         return jnp.pad(a, [(0, 0)] * (a.ndim - 2) + [(0, room), (0, 0)])
 
-    return replace(cache, k=jax.tree.map(wider, cache.k), v=jax.tree.map(wider, cache.v))
+    return replace(cache, k=jax.tree.map(padded, cache.k), v=jax.tree.map(padded, cache.v))
 
 
 def cache_bytes(config: LlamaConfig, batch: int, max_len: int, dtype: DTypeLike) -> int:
-    """What `init_cache` would take on the device."""
+    """Bytes that the cache of `init_cache` takes on the device."""
     return (
         2
         * config.n_layers

@@ -1,4 +1,4 @@
-"""Compilation kept out of sight: a cache on disk, and a clock that tells compiling from running."""
+"""The cache of compiled programs on disk, and a clock that separates compile time from run time."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,8 @@ _listening = False
 
 
 def enable_cache(directory: str | Path | None = None) -> Path:
-    """Keep compiled programs in ``directory`` (default: the user's cache folder), for every later process."""
+    """Keep compiled programs in ``directory`` (default: the user's cache folder), so that later processes reuse
+    them."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jllama" / "xla"
     path = Path(directory) if directory else default
     jax.config.update("jax_compilation_cache_dir", str(path))
@@ -19,7 +20,7 @@ def enable_cache(directory: str | Path | None = None) -> Path:
 
 
 def start_clock() -> None:
-    """Begin to count the seconds that this process spends tracing and compiling."""
+    """Start to count the seconds that this process spends on tracing and compiling."""
     global _listening
     if not _listening:
         jax.monitoring.register_event_duration_secs_listener(_count)
@@ -27,7 +28,7 @@ def start_clock() -> None:
 
 
 def compile_seconds() -> float:
-    """Seconds spent so far; 0 unless `start_clock` was called."""
+    """Seconds of tracing and compiling since `start_clock`; 0 if it was not called."""
     return _seconds
 
 

@@ -1,5 +1,8 @@
-"""`LlamaConfig`: the architecture and nothing else. Frozen and hashable, so it is static under jit. Beside it, the
-choices that many functions take as strings."""
+"""`LlamaConfig`, the architecture of a model, and how it is read from and written to ``config.json``.
+
+It is frozen and hashable, so it is static under jit. `Backend` and `Quant` are the string choices that many functions
+take.
+"""
 
 import dataclasses
 import json
@@ -12,14 +15,15 @@ from typing import Any, Literal
 from jllama.errors import InputError
 
 Backend = Literal["auto", "xla", "pallas"]  # which implementation an op gets; see pallas_kernels/dispatch.py
-Quant = Literal["none", "int8", "int4"]  # how `load` and `init` hold the weights of products
+Quant = Literal["none", "int8", "int4"]  # the weight format that `load` and `init` use for matrices
 
 _MAX_JSON_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched: ``kind`` is ``"linear"`` or ``"llama3"``; the last three are llama3's."""
+    """Scaling of the rotary frequencies. ``kind`` is ``"linear"`` or ``"llama3"``; only llama3 uses the last three
+    fields."""
 
     kind: str
     factor: float
@@ -30,7 +34,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """The shape of a Llama, with the names of the paper."""
+    """The architecture of a Llama model. Field names follow the paper."""
 
     dim: int
     n_layers: int
@@ -44,6 +48,8 @@ class LlamaConfig:
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     tie_embeddings: bool = False
+    attention_bias: bool = False  # of q, k, v and o
+    mlp_bias: bool = False  # of gate, up and down
     bos_id: int = 1
     eos_ids: tuple[int, ...] = (2,)
 
@@ -61,9 +67,13 @@ class LlamaConfig:
 
     @property
     def n_params(self) -> int:
-        """How many weights a model of this shape has."""
+        """Number of parameters of the model."""
         attention = self.dim * self.head_dim * (2 * self.n_heads + 2 * self.n_kv_heads)
         layer = attention + 3 * self.dim * self.hidden_dim + 2 * self.dim
+        if self.attention_bias:
+            layer += self.head_dim * (self.n_heads + 2 * self.n_kv_heads) + self.dim
+        if self.mlp_bias:
+            layer += 2 * self.hidden_dim + self.dim
         return self.n_layers * layer + self.dim + self.vocab_size * self.dim * (1 if self.tie_embeddings else 2)
 
     def replace(self, **changes: Any) -> "LlamaConfig":
@@ -99,17 +109,17 @@ PRESETS: dict[str, LlamaConfig] = {
 
 
 def preset(name: str) -> LlamaConfig:
-    """The configuration of that name."""
+    """The preset configuration with this name."""
     if name not in PRESETS:
         raise InputError(f"preset: expected one of {', '.join(PRESETS)}, found {name!r}")
     return PRESETS[name]
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of bounded size."""
+    """Read a JSON object from a file of bounded size."""
     try:
         status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for without end
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe could block forever
             raise InputError(f"{path}: expected a file, found something else")
         if status.st_size > _MAX_JSON_BYTES:
             raise InputError(f"{path}: expected at most {_MAX_JSON_BYTES} bytes of JSON, found {status.st_size}")
@@ -126,7 +136,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class Fields:
-    """Reads fields of a dictionary that a stranger wrote: checks type and range, and names file and field."""
+    """Reads fields of an untrusted dictionary. Types and ranges are checked; errors name the file and the field."""
 
     def __init__(self, where: str, values: dict[str, Any]) -> None:
         self.where, self.values = where, values
@@ -179,15 +189,14 @@ def _short(value: Any) -> str:
 
 
 def from_hf(values: dict[str, Any], where: str = "config.json") -> LlamaConfig:
-    """Read the ``config.json`` of a Hugging Face checkpoint with ``model_type: llama``, or ``mistral`` where that is
-    the same architecture."""
+    """Read the ``config.json`` of a Hugging Face checkpoint. ``model_type`` must be ``llama``, or ``mistral`` if the
+    model does not use its sliding window."""
     fields = Fields(where, values)
     kind = values.get("model_type")
     if kind not in ("llama", "mistral"):
         raise InputError(f"{where}: model_type: expected 'llama' or 'mistral', found {_short(kind)}")
-    for name in ("attention_bias", "mlp_bias", "bias"):
-        if fields.flag(name, False):
-            raise InputError(f"{where}: {name}: expected false (biases are not supported), found true")
+    if fields.flag("bias", False):
+        raise InputError(f"{where}: bias: expected false (attention_bias and mlp_bias are known), found true")
     if (activation := values.get("hidden_act", "silu")) not in ("silu", "swish"):
         raise InputError(f"{where}: hidden_act: expected 'silu', found {_short(activation)}")
     if (part := values.get("partial_rotary_factor")) not in (None, 1):
@@ -212,6 +221,8 @@ def from_hf(values: dict[str, Any], where: str = "config.json") -> LlamaConfig:
             rope_theta=Fields(where, rope).number("rope_theta", 10000.0),
             rope_scaling=_rope_scaling(rope, where),
             tie_embeddings=fields.flag("tie_word_embeddings", False),
+            attention_bias=fields.flag("attention_bias", False),
+            mlp_bias=fields.flag("mlp_bias", False),
             bos_id=fields.ids("bos_token_id", (1,), vocab_size)[0],
             eos_ids=fields.ids("eos_token_id", (2,), vocab_size),
         )
@@ -220,7 +231,7 @@ def from_hf(values: dict[str, Any], where: str = "config.json") -> LlamaConfig:
 
 
 def _check_window(values: dict[str, Any], max_seq_len: int, where: str) -> None:
-    """Attention of a Mistral that sees a window only is not Llama's, unless all of the context is in the window."""
+    """Refuse a sliding window that is shorter than the context. Such attention is not that of a Llama."""
     window = values.get("sliding_window", 4096)  # transformers' default
     if window is not None and (not isinstance(window, int) or window < max_seq_len):
         raise InputError(
@@ -230,7 +241,8 @@ def _check_window(values: dict[str, Any], max_seq_len: int, where: str) -> None:
 
 
 def _rope_parameters(values: dict[str, Any], where: str) -> dict[str, Any]:
-    """``rope_parameters`` (transformers 5), or ``rope_theta`` beside ``rope_scaling`` (before), as one dictionary."""
+    """The rotary settings as one dictionary: ``rope_parameters`` in transformers 5, ``rope_theta`` and ``rope_scaling``
+    in earlier versions."""
     rope = {"rope_theta": values.get("rope_theta")}
     for name in ("rope_scaling", "rope_parameters"):
         part = values.get(name) or {}
@@ -262,7 +274,7 @@ def _rope_scaling(rope: dict[str, Any], where: str) -> RopeScaling | None:
 
 
 def to_hf(config: LlamaConfig, dtype: str) -> dict[str, Any]:
-    """The ``config.json`` that transformers and this library read."""
+    """The ``config.json`` of a model, for transformers and for this library."""
     values: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -277,8 +289,8 @@ def to_hf(config: LlamaConfig, dtype: str) -> dict[str, Any]:
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
         "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
+        "attention_bias": config.attention_bias,
+        "mlp_bias": config.mlp_bias,
         "tie_word_embeddings": config.tie_embeddings,
         "bos_token_id": config.bos_id,
         "eos_token_id": config.eos_ids[0] if len(config.eos_ids) == 1 else list(config.eos_ids),

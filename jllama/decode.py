@@ -1,7 +1,7 @@
-"""Decoding as pure functions: `prefill`, then `decode_step` again and again over one donated `DecodeState`.
+"""Decoding as pure functions: one `prefill`, then repeated `decode_step` on one donated `DecodeState`.
 
-`generate` composes them for use inside other programs (jit, vmap, grad of what surrounds it); `jllama.stream` calls
-the compiled pieces chunk by chunk for whoever wants text as it comes.
+`generate` composes them for use inside other programs (under jit or vmap, or with grad around it). `jllama.stream`
+calls the compiled pieces chunk by chunk, for callers that want text while it is generated.
 """
 
 from collections.abc import Sequence
@@ -23,29 +23,29 @@ from jllama.model import forward
 from jllama.params import Params
 from jllama.sampling import Sampling, make_sampling, sample
 
-NO_TOKEN = -1  # what a finished row emits
+NO_TOKEN = -1  # the output of a finished row
 
 
 @struct.dataclass
 class DecodeState:
-    """Everything that one step needs and changes. Donated, so that the cache is updated in place."""
+    """The state that a decode step reads and updates. It is donated, so that the cache is updated in place."""
 
     cache: KVCache
-    token: jax.Array  # [B] int32: drawn, not in the cache yet
-    done: jax.Array  # [B] bool
-    drawn: jax.Array  # [B] int32: how many tokens the row has drawn
-    limit: jax.Array  # [B] int32: how many it may draw
-    stop_ids: jax.Array  # [B, n] int32: tokens that end the row; unused places hold NO_TOKEN
-    seen: jax.Array | None  # [B, V] bool, only where a repetition penalty needs it
+    token: jax.Array  # [B] int32: the last token of the row, which is not in the cache yet
+    done: jax.Array  # [B] bool: whether the row is finished
+    drawn: jax.Array  # [B] int32: number of tokens that the row has drawn
+    limit: jax.Array  # [B] int32: number of tokens that the row may draw
+    stop_ids: jax.Array  # [B, n] int32: tokens that end the row; unused entries are NO_TOKEN
+    seen: jax.Array | None  # [B, V] bool: tokens so far; None without a repetition penalty
     sampling: Sampling
 
 
 @struct.dataclass
-class Drawn:
-    """What a step gives out: tokens (NO_TOKEN from finished rows) and their log-probabilities."""
+class StepOutput:
+    """The output of one or several steps: tokens and their log-probabilities."""
 
-    tokens: jax.Array  # [..., B] int32
-    logprobs: jax.Array  # [..., B] float32; NaN says that the model's logits were
+    tokens: jax.Array  # [..., B] int32; NO_TOKEN for finished rows
+    logprobs: jax.Array  # [..., B] float32; NaN if the logits of the model were NaN
 
 
 def prefill(
@@ -57,10 +57,14 @@ def prefill(
     *,
     backend: Backend = "auto",
 ) -> tuple[jax.Array, KVCache]:
-    """Feed one piece [B, T] of every row's prompt; ``lengths`` [B] says how much of it is real, 0 for a row that has
-    none left. Returns the logits [B, V] of each row's last token so far (``logits`` is carried from piece to piece)."""
-    new, grown = forward(params, tokens, cache, lengths=lengths, last_only=True, backend=backend)
-    return jnp.where(lengths[:, None] > 0, new, logits), grown
+    """Run the model on one piece [B, T] of every row's prompt. ``lengths`` [B] is the number of real tokens in each
+    row; it is 0 for a row whose prompt is already finished.
+
+    Returns the cache and the logits [B, V] of each row's last token so far. ``logits`` are those of the piece before,
+    which finished rows keep.
+    """
+    new, cache = forward(params, tokens, cache, lengths=lengths, last_only=True, backend=backend)
+    return jnp.where(lengths[:, None] > 0, new, logits), cache
 
 
 def sample_first(
@@ -72,8 +76,8 @@ def sample_first(
     seen: jax.Array | None,
     *,
     backend: Backend = "auto",
-) -> tuple[DecodeState, Drawn]:
-    """Draw the first token of every row from the prompt's logits."""
+) -> tuple[DecodeState, StepOutput]:
+    """Draw the first token of every row from the logits of the prompt."""
     B = logits.shape[0]
     state = DecodeState(
         cache=cache,
@@ -88,9 +92,9 @@ def sample_first(
     return _draw(state, logits, backend)
 
 
-def decode_step(params: Params, state: DecodeState, *, backend: Backend = "auto") -> tuple[DecodeState, Drawn]:
-    """One token for every row that is not done. One that is gets its key and value behind its length, too, where they
-    are never seen."""
+def decode_step(params: Params, state: DecodeState, *, backend: Backend = "auto") -> tuple[DecodeState, StepOutput]:
+    """Draw one token for every row that is not done. Rows that are done also compute a key and a value, but these are
+    written past the length of the row, where attention ignores them."""
     alive = (~state.done).astype(jnp.int32)
     logits, cache = forward(
         params,
@@ -103,48 +107,49 @@ def decode_step(params: Params, state: DecodeState, *, backend: Backend = "auto"
     return _draw(replace(state, cache=cache), logits, backend)
 
 
-def _draw(state: DecodeState, logits: jax.Array, backend: Backend) -> tuple[DecodeState, Drawn]:
+def _draw(state: DecodeState, logits: jax.Array, backend: Backend) -> tuple[DecodeState, StepOutput]:
     token, logprob = sample(logits, state.sampling, state.drawn, state.seen, backend=backend)
-    emitted = Drawn(jnp.where(state.done, NO_TOKEN, token), jnp.where(state.done, 0.0, logprob))
+    output = StepOutput(jnp.where(state.done, NO_TOKEN, token), jnp.where(state.done, 0.0, logprob))
     drawn = state.drawn + ~state.done
     stopped = jnp.any(token[:, None] == state.stop_ids, axis=-1) | (drawn >= state.limit)
     seen = state.seen
     if seen is not None:
         seen = seen.at[jnp.arange(token.shape[0]), token].set(True)
-    return replace(state, token=token, done=state.done | stopped, drawn=drawn, seen=seen), emitted
+    return replace(state, token=token, done=state.done | stopped, drawn=drawn, seen=seen), output
 
 
 def decode_chunk(
     params: Params, state: DecodeState, *, steps: int, backend: Backend = "auto"
-) -> tuple[DecodeState, Drawn]:
-    """``steps`` tokens for every row, as one `lax.scan`; the arrays of `Drawn` are [steps, B]."""
+) -> tuple[DecodeState, StepOutput]:
+    """Run ``steps`` decode steps as one `lax.scan`. The arrays of the `StepOutput` are [steps, B]."""
 
-    def step(state: DecodeState, _: None) -> tuple[DecodeState, Drawn]:
+    def step(state: DecodeState, _: None) -> tuple[DecodeState, StepOutput]:
         return decode_step(params, state, backend=backend)
 
-    if jax.sharding.get_abstract_mesh().manual_axes:  # under shard_map a carry has the type that comes back
+    if jax.sharding.get_abstract_mesh().manual_axes:  # under shard_map, a carry must have the type of the result
         state = jax.tree.map(vary_with, state, jax.eval_shape(step, state, None)[0])
     return lax.scan(step, state, length=steps)
 
 
 def tokens_seen(tokens: jax.Array, lengths: jax.Array, vocab_size: int) -> jax.Array:
-    """[B, V] bool: which tokens occur among the real ones of ``tokens`` [B, T]."""
+    """[B, V] bool: which ids occur in each row of ``tokens`` [B, T]. Only the first ``lengths`` [B] tokens count."""
     B, T = tokens.shape
     real = jnp.arange(T)[None] < lengths[:, None]
-    places = jnp.where(real, tokens, vocab_size)  # padding falls outside, and is dropped
-    return jnp.zeros((B, vocab_size), bool).at[jnp.arange(B)[:, None], places].set(True, mode="drop")
+    columns = jnp.where(real, tokens, vocab_size)  # padding goes out of bounds and is dropped
+    return jnp.zeros((B, vocab_size), bool).at[jnp.arange(B)[:, None], columns].set(True, mode="drop")
 
 
 def stop_table(batch: int, stop_ids: Sequence[int]) -> np.ndarray:
-    """[B, n] int32, the same for all rows, with n rounded up so that the number of stops does not change the shape."""
-    places = max(4, -(-len(stop_ids) // 4) * 4)
-    row = list(stop_ids) + [NO_TOKEN] * (places - len(stop_ids))
+    """[B, n] int32: the same stop tokens for every row. n is rounded up to a multiple of 4, so that few shapes are
+    compiled."""
+    width = max(4, -(-len(stop_ids) // 4) * 4)
+    row = list(stop_ids) + [NO_TOKEN] * (width - len(stop_ids))
     return np.tile(np.asarray(row, np.int32), (batch, 1))
 
 
 @struct.dataclass
 class Generated:
-    """Completions: ``tokens[b, : lengths[b]]`` are row b's, a stop token included; NO_TOKEN fills the rest."""
+    """Completions. ``tokens[b, : lengths[b]]`` are those of row b, including a stop token. The rest is NO_TOKEN."""
 
     tokens: jax.Array  # [B, N] int32
     logprobs: jax.Array  # [B, N] float32
@@ -161,16 +166,20 @@ def generate(
     stop_ids: Sequence[int] | jax.Array | np.ndarray | None = None,
     backend: Backend = "auto",
 ) -> Generated:
-    """Continue every row of ``tokens`` [B, T] by up to ``max_new_tokens``. Pure: call it under jit, vmap or scan.
+    """Continue every row of ``tokens`` [B, T] by up to ``max_new_tokens`` tokens. The function is pure: it can be
+    called under jit, vmap or scan.
 
-    ``lengths`` [B] says how many tokens of a row are real, the rest being padding on the right; ``sampling`` (see
+    ``lengths`` [B] is the number of real tokens in each row (default: T); the rest is right padding. ``sampling`` (see
     `make_sampling`) defaults to greedy. ``stop_ids`` are the tokens that end a row: a sequence or an array [n] for all
-    rows, or [B, n] for each; by default the config's end-of-sequence tokens (``()`` ignores them).
+    rows, or an array [B, n] with a set for each row. The default is the config's end-of-sequence tokens. ``()`` means
+    that nothing ends a row.
 
-    It is compiled once for each shape of ``tokens``, ``max_new_tokens`` and ``backend``, also where the caller uses no
-    jit. ``jax.jit(jllama.generate, static_argnames=("max_new_tokens", "backend"))`` takes ``stop_ids`` as an array;
-    with ``"stop_ids"`` among the static names, as a tuple. Prompts are checked where their values are known, that is
-    outside jit: each needs 1 to ``max_seq_len - max_new_tokens`` tokens of the vocabulary.
+    The function is compiled once for each shape of ``tokens``, ``max_new_tokens`` and ``backend``, even if the caller
+    uses no jit. ``jax.jit(jllama.generate, static_argnames=("max_new_tokens", "backend"))`` takes ``stop_ids`` as an
+    array. With ``"stop_ids"`` in ``static_argnames`` it takes them as a tuple.
+
+    Outside jit the prompts are checked: each must have 1 to ``max_seq_len - max_new_tokens`` tokens, all of them in the
+    vocabulary.
     """
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens: expected at least 1, found {max_new_tokens}")
@@ -221,22 +230,22 @@ def _stops(batch: int, stop_ids: Sequence[int] | jax.Array | np.ndarray) -> jax.
 
 
 def check_prompts(prompts: Sequence[Sequence[int] | np.ndarray], longest: int, why: str, config: LlamaConfig) -> None:
-    """Raise `InputError` unless every prompt has 1 to ``longest`` tokens, all of the vocabulary. ``why`` says in the
-    message where the number comes from."""
+    """Raise `InputError` unless every prompt has 1 to ``longest`` tokens, all of them in the vocabulary. ``why`` is the
+    reason for ``longest`` in the message."""
     for i, prompt in enumerate(prompts):
         if not 0 < len(prompt) <= longest:
             raise InputError(f"prompt {i}: expected 1 to {longest} tokens ({why}), found {len(prompt)}")
         ids = np.asarray(prompt)
-        strange = ids[(ids < 0) | (ids >= config.vocab_size)]
-        if strange.size:
+        invalid = ids[(ids < 0) | (ids >= config.vocab_size)]
+        if invalid.size:
             expected = f"token ids from 0 to {config.vocab_size - 1}"
-            raise InputError(f"prompt {i}: expected {expected}, found {strange[0]}")
+            raise InputError(f"prompt {i}: expected {expected}, found {invalid[0]}")
 
 
 def _check_rows(
     tokens: jax.Array | np.ndarray, lengths: jax.Array | np.ndarray, max_new_tokens: int, config: LlamaConfig
 ) -> None:
-    """`check_prompts` on the rows of `generate`, as far as their values are known."""
+    """Run `check_prompts` on the rows of `generate`. Values that are traced are not checked."""
     (B, T), longest = tokens.shape, config.max_seq_len - max_new_tokens
     if longest < 1:
         expected = f"1 to {config.max_seq_len - 1} (one less than the context)"
@@ -246,18 +255,19 @@ def _check_rows(
     counts = np.asarray(lengths)
     if (wrong := np.flatnonzero((counts < 0) | (counts > T))).size:
         raise InputError(f"lengths: row {wrong[0]}: expected 1 to {T}, found {counts[wrong[0]]}")
-    rows = np.asarray(tokens) if _known(tokens) else np.zeros((B, T), np.int32)  # ids that pass
+    rows = np.asarray(tokens) if _known(tokens) else np.zeros((B, T), np.int32)  # valid ids
     why = f"the context of {config.max_seq_len} less max_new_tokens"
     check_prompts([row[:n] for row, n in zip(rows, counts, strict=True)], longest, why, config)
 
 
 def _known(x: jax.Array | np.ndarray) -> bool:
-    """Whether this process can look at the values: they are not traced, nor on another process's devices."""
+    """Whether this process can read the values: they are not traced, and not on devices of another process."""
     return not isinstance(x, Tracer) and getattr(x, "is_fully_addressable", True)
 
 
-# The compiled pieces. What a caller hands over as cache, state or tokens seen is donated: it is gone after the call.
-# Each takes ``arch``, the device to compile for, and also returns what its trace chose for every op: see `recorded`.
+# The compiled functions. The arguments cache, state and seen are donated: the caller cannot use them afterwards.
+# Each function also takes ``arch``, the device to compile for, and also returns the choices of its trace for every op
+# (see `recorded`).
 jit_prefill = jax.jit(recorded(prefill), static_argnames=("backend", "arch"), donate_argnames="cache")
 jit_sample_first = jax.jit(
     recorded(sample_first), static_argnames=("backend", "arch"), donate_argnames=("cache", "seen")

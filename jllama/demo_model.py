@@ -1,4 +1,4 @@
-"""Where the model that comes with the package lies."""
+"""The path of the demo model that the package contains."""
 
 from pathlib import Path
 

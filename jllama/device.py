@@ -1,4 +1,4 @@
-"""What the device offers: free memory, and the bandwidth that its data sheet promises."""
+"""Free memory and nominal memory bandwidth of the device."""
 
 import os
 from pathlib import Path
@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 
-Device = Any  # a jax.Device; jax exports that name as a variable, which type checkers refuse
+Device = Any  # a jax.Device; jax exports that name as a variable, which type checkers reject as a type
 
-# Bytes a second by the vendors' data sheets, for the percentage in the line of figures.
+# Bytes per second from the vendors' data sheets, for the percentage in the line of figures.
 _BANDWIDTH = {
     "NVIDIA H200": 4.8e12,
     "NVIDIA H100 80GB HBM3": 3.35e12,
@@ -35,17 +35,17 @@ def quicker_format(device: Device, found: str) -> str | None:
 
 
 def default_device() -> Device:
-    """The device that arrays go to."""
+    """The device on which arrays are placed by default."""
     return jax.devices()[0]
 
 
 def bandwidth(device: Device) -> float | None:
-    """Bytes a second of the device's memory, where known."""
+    """Memory bandwidth of the device in bytes per second; None if it is not known."""
     return _BANDWIDTH.get(device.device_kind)
 
 
 def free_bytes(device: Device) -> int | None:
-    """Memory that can still be used on the device; None where it cannot be known."""
+    """Free memory of the device in bytes; None if it cannot be found out."""
     if device.platform != "cpu":
         stats = device.memory_stats() or {}
         return stats["bytes_limit"] - stats["bytes_in_use"] if "bytes_limit" in stats else None

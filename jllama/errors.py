@@ -13,20 +13,20 @@ class InputError(ValueError):
 
 @contextlib.contextmanager
 def reported(program: str) -> Iterator[None]:
-    """Run a command line's body: an `InputError` becomes one line on stderr and exit code 2."""
+    """Run the body of a command. An `InputError` becomes one line on stderr and exit code 2."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a letter shows another
+        sys.stdout.reconfigure(errors="replace")  # print '?' for characters that the terminal cannot encode
     try:
         yield
     except InputError as error:
-        sys.exit(_say(f"{program}: error: {error}", 2))
+        sys.exit(_report(f"{program}: error: {error}", 2))
     except KeyboardInterrupt:
-        sys.exit(_say(f"{program}: interrupted", 130))
-    except BrokenPipeError:  # the reader of our pipe has gone (`| head`): stop without a word
+        sys.exit(_report(f"{program}: interrupted", 130))
+    except BrokenPipeError:  # the reader of the pipe has exited (`| head`): stop silently
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
 
 
-def _say(line: str, code: int) -> int:
+def _report(line: str, code: int) -> int:
     print(" ".join(line.split()), file=sys.stderr)
     return code

@@ -1,6 +1,6 @@
-"""``python -m jllama.generate``; the command itself is `jllama.cli.generate`.
+"""Entry point of ``python -m jllama.generate``. The command itself is in `jllama.cli.generate`.
 
-As an attribute of the package, ``jllama.generate`` is the library's function, also where this module was imported.
+The attribute ``jllama.generate`` is the function of the library, even after this module was imported.
 """
 
 import sys

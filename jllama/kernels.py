@@ -1,8 +1,8 @@
-"""The one door to `pallas_kernels`: the folder beside this package, whatever else on the path has its name.
+"""The only module of jllama that imports `pallas_kernels`. It re-exports the public names of that package.
 
-A script's own ``pallas_kernels.py`` comes first on the path and would be imported in its place. Where that is so, the
-folder is loaded under a private name, and the script keeps its module. For this its files import one
-another relatively.
+A file ``pallas_kernels.py`` beside a user's script comes first on the path and hides the package. In that case the
+package is loaded under a private name, and the script keeps its own module. This works because the package uses
+relative imports only.
 """
 
 import importlib

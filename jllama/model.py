@@ -1,4 +1,4 @@
-"""The forward pass, in one sitting. Pure: the same arguments give the same logits, and nothing else happens."""
+"""The forward pass of the whole model, as pure functions."""
 
 import functools
 from dataclasses import replace
@@ -11,10 +11,10 @@ from jllama.cache import KVCache
 from jllama.config import Backend, LlamaConfig
 from jllama.kernels import (
     DECODE_QUERIES,
-    LayerView,
-    Weight,
+    affine,
     attention,
     ffn,
+    ffn_reference,
     matmul,
     qkv,
     qkv_reference,
@@ -59,22 +59,23 @@ def forward(
     last_only: bool = False,
     backend: Backend = "auto",
 ) -> tuple[jax.Array, Cache | None]:
-    """Logits of ``tokens`` [B, T], which continue whatever each row of ``cache`` holds.
+    """Run the model on ``tokens`` [B, T]. Each row continues after the tokens that its row of ``cache`` holds.
 
-    ``lengths`` [B] says how many of a row's tokens are real (default: all; the rest is padding on the right).
-    Returns float32 logits, [B, T, vocab_size], or [B, vocab_size] of each row's last real token with ``last_only``,
-    and the cache with the new keys and values (None where none was given).
+    ``lengths`` [B] is the number of real tokens in each row (default: T). The rest of the row is right padding.
+    Returns float32 logits and the cache with the new keys and values. The logits are [B, T, vocab_size]; with
+    ``last_only`` they are [B, vocab_size], for the last real token of each row. The returned cache is None if no cache
+    was given.
     """
     B, T = tokens.shape
     start = jnp.zeros(B, jnp.int32) if cache is None else cache.lengths
     lengths = jnp.full(B, T, jnp.int32) if lengths is None else lengths
     positions = start[:, None] + jnp.arange(T)[None]  # [B, T]
-    by_ops = functools.partial(blocks, backend=backend)
+    op_by_op = functools.partial(blocks, backend=backend)
     arguments = params.embed[tokens], params, cache, *rotations(positions, params.config), lengths
-    if isinstance(cache, KVCache) and T <= DECODE_QUERIES:  # in one launch, where it can be
-        logits, cache = whole_step.try_kernel(by_ops, *arguments, last_only=last_only, backend=backend)
+    if isinstance(cache, KVCache) and T <= DECODE_QUERIES:  # one launch, if a kernel supports it
+        logits, cache = whole_step.try_kernel(op_by_op, *arguments, last_only=last_only, backend=backend)
     else:
-        logits, cache = by_ops(*arguments, last_only=last_only)
+        logits, cache = op_by_op(*arguments, last_only=last_only)
     return logits, None if cache is None else replace(cache, lengths=start + lengths)
 
 
@@ -89,22 +90,15 @@ def blocks(
     last_only: bool,
     backend: str,
 ) -> tuple[jax.Array, Cache | None]:
-    """All layers and the head, op by op: logits, and the cache with the new keys and values, its lengths as they
-    were."""
+    """Run all layers and the head op by op. Returns the logits and the cache with the new keys and values; the cache
+    lengths are not advanced."""
     start = jnp.zeros(x.shape[0], jnp.int32) if cache is None else cache.lengths
     for i in range(params.config.n_layers):
         layer = params.layer(i)
         x, cache = attend(x, layer, i, cache, start, (cos, sin), params.config, backend)
-        x = ffn(
-            x,
-            layer.ffn_norm,
-            layer.w_gate_up,
-            layer.w_down,
-            eps=params.config.norm_eps,
-            backend=backend,
-        )
+        x = feed_forward(x, layer, params.config.norm_eps, backend)
 
-    if last_only:  # before the head: its product is the widest of all
+    if last_only:  # select before the head, which is the largest matmul
         x = last_token(x, lengths)
     x = rms_norm(x, params.norm, eps=params.config.norm_eps, backend=backend)
     return matmul(x, params.head, out_dtype=jnp.float32, backend=backend), cache
@@ -120,17 +114,18 @@ def attend(
     config: LlamaConfig,
     backend: str,
 ) -> tuple[jax.Array, Cache | None]:
-    """The attention half of a block, with its norm and residual."""
+    """The attention half of a block, including its norm and its residual."""
     B, T, _ = x.shape
     h = rms_norm(x, layer.attn_norm, eps=config.norm_eps, backend=backend)
-    q, new, cache = project(h, layer.wqkv, index, cache, start, rotation, config, backend)
+    q, new, cache = project(h, layer, index, cache, start, rotation, config, backend)
     out = attention(q, *new, start, backend=backend) if cache is None else cache.attend(index, q, backend=backend)
-    return matmul(out.reshape(B, T, -1), layer.wo, residual=x, backend=backend), cache
+    product = functools.partial(matmul, backend=backend)
+    return affine(product, out.reshape(B, T, -1), layer.wo, layer.bo, residual=x), cache
 
 
 def project(
     h: jax.Array,  # [B, T, dim]
-    wqkv: Weight | LayerView,
+    layer: Layer,
     index: int,
     cache: Cache | None,
     start: jax.Array,
@@ -138,15 +133,28 @@ def project(
     config: LlamaConfig,
     backend: str,
 ) -> tuple[jax.Array, tuple[jax.Array, ...], Cache | None]:
-    """Queries, and the new tokens' keys and values [B, kv_heads, T, head_dim]: in the cache, where there is one."""
+    """Project to queries, keys and values, and apply rotary. With a cache, the new keys and values are written to it;
+    without one, they are returned as [B, kv_heads, T, head_dim]."""
+    product = functools.partial(matmul, backend=backend)
     if isinstance(cache, KVCache):
         *arrays, place = cache.arrays(index)
-        by_ops = functools.partial(qkv_reference, product=functools.partial(matmul, backend=backend))
-        q, k, v = qkv.try_kernel(by_ops, h, wqkv, *arrays, start, *rotation, layer=place, backend=backend)
+        by_ops = functools.partial(qkv_reference, product=product)
+        arguments = h, layer.wqkv, *arrays, start, *rotation
+        q, k, v = qkv.try_kernel(by_ops, *arguments, bias=layer.bqkv, layer=place, backend=backend)
         return q, (), cache.with_arrays(index, k, v)
 
-    q, k, v = split_heads(matmul(h, wqkv, backend=backend), config.n_heads // config.n_kv_heads, config.head_dim)
+    y = affine(product, h, layer.wqkv, layer.bqkv)
+    q, k, v = split_heads(y, config.n_heads // config.n_kv_heads, config.head_dim)
     q, k = rotate(q, *rotation), rotate(k, *rotation)
     if cache is None:
         return q, (k.swapaxes(1, 2), v.swapaxes(1, 2)), None
     return q, (), cache.write(index, k, v)
+
+
+def feed_forward(x: jax.Array, layer: Layer, eps: float, backend: str) -> jax.Array:
+    """The other half of a block: x [B, T, dim] -> the same. With biases, which no kernel of it adds, op by op."""
+    arguments = x, layer.ffn_norm, layer.w_gate_up, layer.w_down
+    if layer.b_gate_up is None:
+        return ffn(*arguments, eps=eps, backend=backend)
+    by_ops = functools.partial(ffn_reference, product=functools.partial(matmul, backend=backend))
+    return ffn.try_kernel(by_ops, *arguments, biases=(layer.b_gate_up, layer.b_down), eps=eps, backend=backend)

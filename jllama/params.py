@@ -1,7 +1,7 @@
-"""The weights: frozen pytrees of arrays, ``[out, in]`` as checkpoints store them, so nothing is transposed at load.
+"""The weights: frozen pytrees of arrays. Matrices are ``[out, in]``, as in checkpoints, so load transposes nothing.
 
-Products that share an input are one weight: ``wqkv`` is the rows of wq, wk and wv, ``w_gate_up`` those of w_gate
-and w_up. One read of a long weight runs nearer to the memory's speed than three short ones.
+Matrices that multiply the same input are fused: ``wqkv`` holds the rows of wq, wk and wv, and ``w_gate_up`` holds those
+of w_gate and w_up. One long read gets closer to the memory bandwidth than three short ones.
 """
 
 import functools
@@ -22,7 +22,7 @@ from jllama.kernels import LayerView, QuantizedTensor, Weight, WeightFormat, gro
 
 @struct.dataclass
 class Layer:
-    """One block of the model. Stacked (see `Params`), every field has a leading layer axis."""
+    """The weights of one block. In the stacked form (see `Params`), every field has a leading layer axis."""
 
     attn_norm: jax.Array  # [dim]
     wqkv: Weight  # [(n_heads + 2 * n_kv_heads) * head_dim, dim]
@@ -30,13 +30,22 @@ class Layer:
     ffn_norm: jax.Array  # [dim]
     w_gate_up: Weight  # [2 * hidden_dim, dim]
     w_down: Weight  # [dim, hidden_dim]
+    bqkv: jax.Array | None = None  # [(n_heads + 2 * n_kv_heads) * head_dim]; this and bo: with attention_bias
+    bo: jax.Array | None = None  # [dim]
+    b_gate_up: jax.Array | None = None  # [2 * hidden_dim]; this and b_down: with mlp_bias
+    b_down: jax.Array | None = None  # [dim]
 
 
 @struct.dataclass
 class Params:
-    """A whole model. ``layers`` is a tuple for XLA, which copies every slice of a stacked weight, or one `Layer` with
-    a leading axis for kernels that index it themselves: the whole decode step in one launch needs that form.
-    ``config`` is static: it is part of the tree's structure."""
+    """The weights of a whole model.
+
+    ``layers`` has two forms. A tuple with one `Layer` each is for XLA, which would copy every slice of a stacked
+    weight. One stacked `Layer` with a leading layer axis is for kernels that index the layer themselves. The kernel
+    that runs a whole decode step in one launch needs the stacked form.
+
+    ``config`` is static: it is part of the tree's structure.
+    """
 
     embed: jax.Array  # [vocab_size, dim]
     layers: tuple[Layer, ...] | Layer
@@ -46,11 +55,11 @@ class Params:
 
     @property
     def stacked(self) -> bool:
-        """Whether the layers are on a leading axis."""
+        """Whether the layers are stacked on a leading axis."""
         return isinstance(self.layers, Layer)
 
     def layer(self, index: int) -> Layer:
-        """Layer ``index`` as ops take it: weights of a stacked model are `LayerView`, and nothing is copied."""
+        """Layer ``index`` as the ops take it. Matrices of a stacked model become `LayerView`, which copies nothing."""
         if isinstance(self.layers, tuple):
             return self.layers[index]
 
@@ -61,7 +70,7 @@ class Params:
 
     @property
     def head(self) -> Weight:
-        """The weight that makes logits."""
+        """The output projection: ``lm_head``, or ``embed`` if the two are tied."""
         return self.embed if self.lm_head is None else self.lm_head
 
     @property
@@ -75,8 +84,8 @@ def _is_weight(x: Any) -> bool:
 
 
 def stack(params: Params) -> Params:
-    """The same model with its layers on a leading axis. Both are held until the caller drops the first; `init` and
-    `load` with ``stacked=True`` never make the first."""
+    """The same model with its layers stacked on a leading axis. Both forms are in memory until the caller drops the
+    unstacked one. `init` and `load` with ``stacked=True`` never create the unstacked one."""
     if not isinstance(params.layers, tuple):
         return params
     formats = [jax.tree.map(lambda a: (a.shape, a.dtype), layer) for layer in params.layers]
@@ -86,13 +95,13 @@ def stack(params: Params) -> Params:
 
 
 def unstack(params: Params) -> Params:
-    """The same model with a tuple of layers."""
+    """The same model with its layers as a tuple."""
     return replace(params, layers=tuple(materialize(params.layer(i)) for i in range(params.config.n_layers)))
 
 
 def put[T](stacked: T | None, entry: T, index: int, count: int) -> T:
-    """``entry`` as number ``index`` of ``count`` on the leading axis of ``stacked``, which is changed in place; None is
-    a new one. What is put together so never takes more than itself and one entry."""
+    """Write ``entry`` to position ``index`` of the leading axis of ``stacked``, in place. If ``stacked`` is None, it is
+    first allocated with ``count`` positions. Peak memory is the stacked arrays plus one entry."""
     if stacked is None:
         stacked = jax.tree.map(lambda a: jnp.zeros((count, *a.shape), a.dtype), entry)
     return _put(stacked, entry, index)
@@ -104,7 +113,8 @@ def _put(stacked: Any, entry: Any, index: int) -> Any:
 
 
 def weight_bytes(params: Params, *, per_token: bool = False) -> int:
-    """Bytes of all weights; ``per_token``: those that one decode step reads (of an untied embedding, only a row)."""
+    """Bytes of all weights. With ``per_token``, bytes that one decode step reads: an untied embedding does not count,
+    because a step reads only a few of its rows."""
     leaves = jax.tree.leaves(params, is_leaf=_is_weight)
     total = sum(leaf.nbytes for leaf in leaves)
     return total - params.embed.nbytes if per_token and params.lm_head is not None else total
@@ -121,14 +131,15 @@ def unpacked(params: Params) -> Params:
 
 
 def quantizer(quant: Quant, group: int | None = None) -> Callable[[jax.Array], Weight]:
-    """What turns a float weight into the asked form: ``none``, ``int8`` (per channel) or ``int4`` (groups of 128)."""
+    """A function that converts a float weight to the given format: ``none``, ``int8`` (by default one scale per output
+    channel) or ``int4`` (by default one scale per 128 inputs)."""
     if quant == "none":
         return lambda w: w
     fmt = WeightFormat(quant)
-    wanted = group if group is not None else {WeightFormat.INT8: None, WeightFormat.INT4: 128}[fmt]
+    requested = group if group is not None else {WeightFormat.INT8: None, WeightFormat.INT4: 128}[fmt]
 
     def apply(w: jax.Array) -> QuantizedTensor:
-        size = None if wanted is None else group_size(w.shape[-1], wanted)
+        size = None if requested is None else group_size(w.shape[-1], requested)
         return _quantize(w, fmt, size)
 
     return apply
@@ -140,9 +151,9 @@ def _quantize(w: jax.Array, fmt: WeightFormat, group: int | None) -> QuantizedTe
 
 
 def layer_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of every field of a `Layer`."""
+    """The shape of every field that a `Layer` of such a model has."""
     q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    return {
+    shapes = {
         "attn_norm": (config.dim,),
         "wqkv": (q + 2 * kv, config.dim),
         "wo": (config.dim, q),
@@ -150,6 +161,9 @@ def layer_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
         "w_gate_up": (2 * config.hidden_dim, config.dim),
         "w_down": (config.dim, config.hidden_dim),
     }
+    attention = {"bqkv": (q + 2 * kv,), "bo": (config.dim,)} if config.attention_bias else {}
+    mlp = {"b_gate_up": (2 * config.hidden_dim,), "b_down": (config.dim,)} if config.mlp_bias else {}
+    return shapes | attention | mlp
 
 
 def init(
@@ -161,8 +175,8 @@ def init(
     group: int | None = None,
     stacked: bool = False,
 ) -> Params:
-    """Random weights, scaled so that a deep model starts stable: for training, tests and benchmarks. ``stacked``: made
-    in that form, see `Params`."""
+    """Random weights for training, tests and benchmarks, scaled so that a deep model is stable at the start. With
+    ``stacked``, they are created in the stacked form (see `Params`)."""
     to_weight = quantizer(quant, group)
 
     def normal(key: jax.Array, shape: tuple[int, ...], scale: float = 1.0) -> jax.Array:
@@ -171,20 +185,21 @@ def init(
     def one_layer(key: jax.Array) -> Layer:
         fields: dict[str, Any] = {}
         for i, (name, shape) in enumerate(layer_shapes(config).items()):
-            if name.endswith("norm"):
-                fields[name] = jnp.ones(shape, dtype)
+            if len(shape) == 1:  # norms change nothing at first, and neither do biases
+                fields[name] = jnp.full(shape, name.endswith("norm"), dtype)
             else:
-                # What writes to the residual stream is scaled down, or its variance grows with every layer.
+                # Projections that add to the residual stream are scaled down. Otherwise its variance would grow with
+                # every layer.
                 scale = (2 * config.n_layers) ** -0.5 if name in ("wo", "w_down") else 1.0
                 fields[name] = to_weight(normal(jax.random.fold_in(key, i), shape, scale))
         return Layer(**fields)
 
     embed_key, head_key, layers_key = jax.random.split(key, 3)
     vocabulary = (config.vocab_size, config.dim)
-    made = (one_layer(jax.random.fold_in(layers_key, i)) for i in range(config.n_layers))
+    layers = (one_layer(jax.random.fold_in(layers_key, i)) for i in range(config.n_layers))
     return Params(
         embed=normal(embed_key, vocabulary),
-        layers=_stack_one_by_one(made, config.n_layers) if stacked else tuple(made),
+        layers=_stack_one_by_one(layers, config.n_layers) if stacked else tuple(layers),
         norm=jnp.ones(config.dim, dtype),
         lm_head=None if config.tie_embeddings else to_weight(normal(head_key, vocabulary)),
         config=config,

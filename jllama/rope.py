@@ -8,7 +8,7 @@ from jllama.config import LlamaConfig
 
 
 def inverse_frequencies(config: LlamaConfig) -> np.ndarray:
-    """[head_dim / 2] float64: how far each pair turns a position, after any scaling."""
+    """[head_dim / 2] float64: the rotation of each pair per position, in radians, after any scaling."""
     exponents = np.arange(0, config.head_dim, 2) / config.head_dim
     freqs = 1.0 / config.rope_theta**exponents
     scaling = config.rope_scaling
@@ -16,7 +16,7 @@ def inverse_frequencies(config: LlamaConfig) -> np.ndarray:
         return freqs
     if scaling.kind == "linear":
         return freqs / scaling.factor
-    # llama3: long waves are slowed by the factor, short ones stay, and between the two the change is smooth.
+    # llama3: low frequencies are divided by the factor, high ones stay, and those between are interpolated.
     turns = scaling.original_max_seq_len * freqs / (2 * np.pi)
     smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     smooth = np.clip(smooth, 0.0, 1.0)
@@ -24,6 +24,6 @@ def inverse_frequencies(config: LlamaConfig) -> np.ndarray:
 
 
 def rotations(positions: jax.Array, config: LlamaConfig) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines, each [..., head_dim / 2] float32, of every position."""
+    """The cosines and sines of every position, each [..., head_dim / 2] float32."""
     angles = jnp.multiply.outer(positions.astype(jnp.float32), jnp.asarray(inverse_frequencies(config), jnp.float32))
     return jnp.cos(angles), jnp.sin(angles)

@@ -1,4 +1,4 @@
-"""How likely given tokens are under a model."""
+"""Log-probabilities of given tokens."""
 
 import functools
 
@@ -12,9 +12,10 @@ from jllama.params import Params
 
 @functools.partial(jax.jit, static_argnames="backend")
 def token_logprobs(params: Params, tokens: jax.Array, *, backend: Backend = "auto") -> jax.Array:
-    """[B, T - 1] float32: the log-probability of each token of ``tokens`` [B, T] but the first, given those before it.
+    """[B, T - 1] float32: the log-probability of every token of ``tokens`` [B, T] except the first, given the tokens
+    before it.
 
-    What follows a token does not change its value, so rows of different lengths may be padded on the right.
+    The value of a token does not depend on later tokens, so rows of different lengths may be padded on the right.
     """
     logits, _ = forward(params, tokens[:, :-1], backend=backend)
     chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]

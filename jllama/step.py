@@ -1,8 +1,8 @@
-"""A few new tokens through the whole model in one launch: `pallas_kernels.decode_step` over `Params` and `KVCache`."""
+"""The decode step of the whole model in one launch: `pallas_kernels.decode_step` applied to `Params` and `KVCache`."""
 
 import functools
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import jax
@@ -11,17 +11,19 @@ import jax.numpy as jnp
 from jllama.cache import KVCache, init_cache
 from jllama.config import LlamaConfig, Quant
 from jllama.errors import InputError
-from jllama.kernels import Kernel, Op, StepWeights, Unsupported, decode_step, require_kernels
+from jllama.kernels import NO_BIAS, Kernel, Op, StepWeights, Unsupported, decode_step, require_kernels
 from jllama.params import Params, init, stack
 
 
 def step_weights(params: Params) -> StepWeights:
     """Stacked weights as the kernel takes them. Nothing is copied."""
-    return StepWeights(**vars(params.layers), norm=params.norm, head=params.head)
+    names = [field.name for field in fields(StepWeights) if hasattr(params.layers, field.name)]
+    layers = {name: getattr(params.layers, name) for name in names}
+    return StepWeights(**layers, norm=params.norm, head=params.head)
 
 
 def _over_params(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` of a step's arrays as one of params and cache."""
+    """Wrap ``function``, which takes the arrays of a step, so that it takes params and cache."""
 
     @functools.wraps(function)
     def call(
@@ -45,21 +47,24 @@ def _over_params(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def last_token(x: jax.Array, lengths: jax.Array) -> jax.Array:
-    """Of x [B, T, n], the last real token of each row [B, n]; ``lengths`` [B] says how many are."""
+    """The last real token of each row, [B, n], of ``x`` [B, T, n]. ``lengths`` [B] counts the real tokens."""
     return jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
 
 
 def _check(
     kernel: Kernel, x: jax.Array, params: Params, cache: KVCache, cos: jax.Array, sin: jax.Array, *_: Any, **__: Any
 ) -> None:
-    """What forbids the step even if all were stacked comes first: else users would stack in vain."""
+    """Raise `Unsupported` if the step cannot run. Reasons that stacking would not remove are checked first: a user who
+    is told to stack must not be refused again afterwards."""
 
-    def joined(params: Params, cache: KVCache) -> tuple[StepWeights, jax.Array, jax.Array]:
+    def stacked(params: Params, cache: KVCache) -> tuple[StepWeights, jax.Array, jax.Array]:
         return step_weights(stack(params)), jnp.stack(cache.k), jnp.stack(cache.v)
 
     assert kernel.check is not None
+    if params.config.attention_bias or params.config.mlp_bias:
+        raise Unsupported(NO_BIAS)
     try:
-        weights, k, v = jax.eval_shape(joined, params, cache)
+        weights, k, v = jax.eval_shape(stacked, params, cache)
         kernel.check(x, weights, k, v, cache.lengths, cos, sin, eps=params.config.norm_eps)
     except InputError as reason:
         raise Unsupported(str(reason)) from None
@@ -69,9 +74,9 @@ def _check(
         raise Unsupported("the cache is held layer by layer: init_cache(..., stacked=True) joins it")
 
 
-# x [B, T, dim], params, cache, cos and sin [B, T, head_dim / 2], lengths [B] of what is real in x -> float32 logits
-# [B, T, vocab_size], or [B, vocab_size] with ``last_only``, and the cache with the new keys and values, its lengths as
-# they were.
+# Arguments: x [B, T, dim], params, cache, cos and sin [B, T, head_dim / 2], lengths [B] (real tokens in each row of x).
+# Results: float32 logits [B, T, vocab_size], or [B, vocab_size] with ``last_only``; and the cache with the new keys and
+# values, its lengths not advanced.
 whole_step = Op(
     decode_step.name,
     _over_params(decode_step.reference),
@@ -88,7 +93,8 @@ def runs_whole(
     batch: int = 1,
     max_len: int = 1024,
 ) -> bool:
-    """Whether a step of ``batch`` tokens would be one launch here, were such a model stacked. Nothing is made."""
+    """Whether a decode step of such a model, if stacked, would run as one launch on this machine. Only shapes are
+    traced: no array is allocated."""
     try:
         require_kernels()
     except Unsupported:

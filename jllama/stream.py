@@ -1,4 +1,5 @@
-"""The stateful shell around the pure core: prompts go in, tokens come out chunk by chunk while the next chunk runs."""
+"""`Session`, the stateful layer over the pure functions of `jllama.decode`. It yields the tokens of one chunk while the
+device computes the next."""
 
 import time
 from collections.abc import Generator, Sequence
@@ -13,7 +14,7 @@ from jllama.compilation import compile_seconds
 from jllama.config import Backend
 from jllama.decode import (
     NO_TOKEN,
-    Drawn,
+    StepOutput,
     check_prompts,
     jit_decode_chunk,
     jit_prefill,
@@ -26,33 +27,34 @@ from jllama.kernels import Choice, Recorded, known
 from jllama.params import Params
 from jllama.sampling import Sampling, make_sampling
 
-MIN_BUCKET = 16  # tokens of a prompt
-MIN_CACHE = 128
-PREFILL_PIECE = 2048  # longer prompts go through in pieces: attention's scores stay bounded, and so do compilations
-CHUNK = 16  # tokens a row between two looks at the output
+MIN_BUCKET = 16  # smallest padded length of a prompt
+MIN_CACHE = 128  # smallest length of a cache
+PREFILL_PIECE = 2048  # longer prompts are split: this bounds the attention scores and the number of compilations
+CHUNK = 16  # decode steps per compiled call: the host reads the output once per chunk
 
 
 def bucket(n: int, low: int = MIN_BUCKET) -> int:
-    """The smallest power of two that holds ``n``: padded shapes are few, so compilations are."""
+    """The smallest power of two that is at least ``n`` and ``low``. Lengths are padded to it, so that few shapes are
+    compiled."""
     return max(low, 1 << (n - 1).bit_length()) if n > 0 else low
 
 
 @dataclass
 class Timings:
-    """Seconds of the last `Session.run`, and what it produced. Where `jllama.compilation.start_clock` was called,
-    compiling is counted apart."""
+    """Seconds and token counts of the last `Session.run`. Compile time is separate only if
+    `jllama.compilation.start_clock` was called; otherwise it is part of the other times."""
 
     compile: float = 0.0
     prefill: float = 0.0  # until the first token
     decode: float = 0.0
-    prompt_tokens: int = 0  # fed; those found in the cache do not count
+    prompt_tokens: int = 0  # computed in prefill; tokens that the cache held already do not count
     new_tokens: int = 0
-    decode_steps: int = 0  # a step gives a token to every row
-    decoded: int = 0  # tokens that those steps brought: all but each row's first
+    decode_steps: int = 0  # a step computes a token for every row
+    decoded: int = 0  # tokens from decode steps: all new tokens except the first of each row
 
     @property
     def decode_rate(self) -> float:
-        """Tokens a second while decoding, all rows together."""
+        """Tokens per second while decoding, summed over all rows."""
         return self.decoded / self.decode if self.decode > 0 else 0.0
 
     def __add__(self, other: "Timings") -> "Timings":
@@ -60,8 +62,8 @@ class Timings:
 
 
 @dataclass(frozen=True)
-class Tokens:
-    """What one chunk brought: ``ids[row]`` and ``logprobs[row]``, empty for rows that are done."""
+class TokenChunk:
+    """The new tokens of one chunk: ``ids[row]`` and ``logprobs[row]``. Both are empty for rows that are done."""
 
     ids: list[list[int]]
     logprobs: list[list[float]]
@@ -69,10 +71,11 @@ class Tokens:
 
 @dataclass
 class Session:
-    """A model with a cache that outlives a call: of a prompt, only what the cache does not hold yet is fed.
+    """A model with a cache that is kept between calls. The tokens at the start of a prompt that the cache already holds
+    are not computed again.
 
-    After a run, ``backends`` says which implementation every op of its ``"prefill"`` and ``"decode"`` had, and why, as
-    the programs that ran were compiled."""
+    After a run, ``backends`` says which implementation every op of ``"prefill"`` and of ``"decode"`` had, and why. It
+    was recorded when the programs that ran were traced."""
 
     params: Params
     max_len: int
@@ -82,18 +85,18 @@ class Session:
     timings: Timings = field(default_factory=Timings)
 
     def __post_init__(self) -> None:
-        # Made once: before a prompt's first operation every step of the host is time in which the device waits.
+        # Allocated once: the device idles during all host work before the first operation of a prompt.
         self._no_logits = jnp.zeros((self.batch, self.params.config.vocab_size), jnp.float32)
         self.backends: dict[str, dict[str, Choice]] = {}
-        self._forget()
+        self._drop_cache()
 
-    def _note(self, phase: str, ran: Recorded) -> None:
-        """Keep what a compiled piece chose for its ops."""
+    def _record(self, phase: str, ran: Recorded) -> None:
+        """Add the choices of a compiled function to ``backends``."""
         self.backends.setdefault(phase, {}).update(ran.choices)
 
-    def _forget(self) -> None:
+    def _drop_cache(self) -> None:
         self._cache: KVCache | None = None
-        self._held: list[list[int]] = [[] for _ in range(self.batch)]  # the tokens in the cache, row by row
+        self._cached_ids: list[list[int]] = [[] for _ in range(self.batch)]  # the tokens of the cache, row by row
 
     def run(
         self,
@@ -101,56 +104,56 @@ class Session:
         max_new_tokens: int,
         sampling: Sampling | None = None,
         stop_ids: Sequence[int] = (),
-    ) -> Generator[Tokens]:
-        """Continue the prompts (one a row of the batch). Close the iterator to stop early; the cache stays usable."""
+    ) -> Generator[TokenChunk]:
+        """Continue the prompts, one per row of the batch. Close the iterator to stop early; the cache stays usable."""
         self._check(prompts)
         self.timings, self.backends = Timings(), {}
-        self._how = {"backend": self.backend, "arch": known(self.params)}
+        self._static = {"backend": self.backend, "arch": known(self.params)}
         clock = _Clock(self.timings)
         limit = np.asarray([min(max_new_tokens, self.max_len - len(p)) for p in prompts], np.int32)
         logits, cache = self._prefill(prompts, int(limit.max()))
         sampling = make_sampling(self.batch) if sampling is None else sampling
-        seen = self._seen(prompts) if sampling.repetition_penalty is not None else None
-        (state, drawn), choices = jit_sample_first(
-            logits, cache, sampling, limit, stop_table(self.batch, stop_ids), seen, **self._how
+        seen = self._prompt_tokens_seen(prompts) if sampling.repetition_penalty is not None else None
+        (state, output), choices = jit_sample_first(
+            logits, cache, sampling, limit, stop_table(self.batch, stop_ids), seen, **self._static
         )
-        self._note("prefill", choices)
+        self._record("prefill", choices)
         left = int(limit.max()) - 1
         try:
-            self._held = [list(p) for p in prompts]
+            self._cached_ids = [list(p) for p in prompts]
             while True:
-                # The next chunk is under way before this one is looked at: the device never waits for the host.
+                # The next chunk is launched before this one is read, so that the device does not wait for the host.
                 ahead = None
                 if left > 0:
-                    (state, ahead), choices = jit_decode_chunk(self.params, state, steps=self.chunk, **self._how)
-                    self._note("decode", choices)
+                    (state, ahead), choices = jit_decode_chunk(self.params, state, steps=self.chunk, **self._static)
+                    self._record("decode", choices)
                     left -= self.chunk
-                tokens = self._collect(drawn)
-                clock.tick(tokens, steps=drawn.tokens.size // self.batch)
+                tokens = self._collect(output)
+                clock.tick(tokens, steps=output.tokens.size // self.batch)
                 yield tokens
                 if ahead is None or not any(tokens.ids):
                     break
-                drawn = ahead
-        except InputError:  # NaN: the cache is full of it
-            self._forget()
+                output = ahead
+        except InputError:  # NaN logits: the cache holds NaN, too
+            self._drop_cache()
             raise
         finally:
-            # An interrupt can fall between a donation and its result.
-            if not self._held[0] or state.cache.lengths.is_deleted():
-                self._forget()
+            # An interrupt may come after the cache was donated and before the new one was returned.
+            if not self._cached_ids[0] or state.cache.lengths.is_deleted():
+                self._drop_cache()
             else:
                 self._cache = state.cache
 
-    def _collect(self, drawn: Drawn) -> Tokens:
-        drawn = jax.device_get(drawn)  # blocks; both on their way at once
-        tokens, logprobs = (a.reshape(-1, self.batch).T for a in (drawn.tokens, drawn.logprobs))  # [B, steps]
+    def _collect(self, output: StepOutput) -> TokenChunk:
+        output = jax.device_get(output)  # blocks; copies both arrays at the same time
+        tokens, logprobs = (a.reshape(-1, self.batch).T for a in (output.tokens, output.logprobs))  # [B, steps]
         if np.isnan(logprobs).any():
             row = int(np.isnan(logprobs).any(axis=1).argmax())
             raise InputError(f"model: row {row}: logits are NaN: the weights hold NaN or Inf, or overflow this dtype")
         ids = [row[row != NO_TOKEN].tolist() for row in tokens]
-        for held, new in zip(self._held, ids, strict=True):
-            held.extend(new)
-        return Tokens(
+        for cached, new in zip(self._cached_ids, ids, strict=True):
+            cached.extend(new)
+        return TokenChunk(
             ids,
             [probs[: len(new)].tolist() for probs, new in zip(logprobs, ids, strict=True)],
         )
@@ -161,40 +164,40 @@ class Session:
         check_prompts(prompts, self.max_len - 1, "one less than the context", self.params.config)
 
     def _prefill(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> tuple[jax.Array, KVCache]:
-        # The last token drawn is not in the cache, and the last of a prompt must be fed to give logits.
-        kept = [min(_common_prefix(h[:-1], p), len(p) - 1) for h, p in zip(self._held, prompts, strict=True)]
-        room = self._room_for(max(map(len, prompts)) + new_tokens)
-        cache = replace(room, lengths=np.asarray(kept, np.int32))
-        self._forget()  # donated from here on; it comes back once there is text
+        # The last drawn token is not in the cache. The last token of a prompt is always computed, for its logits.
+        kept = [min(_common_prefix(c[:-1], p), len(p) - 1) for c, p in zip(self._cached_ids, prompts, strict=True)]
+        cache = self._cache_for(max(map(len, prompts)) + new_tokens)
+        cache = replace(cache, lengths=np.asarray(kept, np.int32))
+        self._drop_cache()  # it is donated from here on; `run` stores the new one
         logits = self._no_logits
         rest = [list(p[k:]) for p, k in zip(prompts, kept, strict=True)]
         self.timings.prompt_tokens = sum(map(len, rest))
         for at in range(0, max(map(len, rest)), PREFILL_PIECE):
             tokens, lengths = pad([row[at : at + PREFILL_PIECE] for row in rest])
-            (logits, cache), choices = jit_prefill(self.params, tokens, lengths, logits, cache, **self._how)
-            self._note("prefill", choices)
+            (logits, cache), choices = jit_prefill(self.params, tokens, lengths, logits, cache, **self._static)
+            self._record("prefill", choices)
         return logits, cache
 
-    def _room_for(self, tokens: int) -> KVCache:
-        # No more room than this run can use: attention reads all of it.
+    def _cache_for(self, tokens: int) -> KVCache:
+        """The cache, new or grown, with room for ``tokens``. It has little more, because attention reads all of it."""
         size = min(bucket(tokens, MIN_CACHE), self.max_len)
         if self._cache is None:
             params = self.params
             return init_cache(params.config, self.batch, size, params.dtype, stacked=params.stacked)
         return self._cache if size <= self._cache.max_len else grow(self._cache, size)
 
-    def _seen(self, prompts: Sequence[Sequence[int]]) -> jax.Array:
+    def _prompt_tokens_seen(self, prompts: Sequence[Sequence[int]]) -> jax.Array:
         tokens, lengths = pad(prompts)
         return tokens_seen(jnp.asarray(tokens), jnp.asarray(lengths), self.params.config.vocab_size)
 
 
 class _Clock:
-    """Adds the time between two ticks to where it belongs."""
+    """Adds the time between two ticks to the right field of a `Timings`."""
 
     def __init__(self, timings: Timings) -> None:
         self._timings, self._since, self._compiled = timings, time.perf_counter(), compile_seconds()
 
-    def tick(self, tokens: Tokens, steps: int) -> None:
+    def tick(self, tokens: TokenChunk, steps: int) -> None:
         now, compiled, timings = time.perf_counter(), compile_seconds(), self._timings
         compiling = min(compiled - self._compiled, now - self._since)
         spent, new = now - self._since - compiling, sum(map(len, tokens.ids))
@@ -210,8 +213,8 @@ class _Clock:
 
 
 def pad(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of different lengths as one [B, bucket] array, and their lengths [B]; a compiled call takes them as they
-    are, sooner than the host could make device arrays of them."""
+    """Rows of different lengths as one array [B, bucket], and their lengths [B]. Both are numpy arrays: a compiled call
+    takes them directly, which is faster than to create device arrays first."""
     out = np.zeros((len(rows), bucket(max(map(len, rows)))), np.int32)
     for i, row in enumerate(rows):
         out[i, : len(row)] = row

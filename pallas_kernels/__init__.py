@@ -5,10 +5,10 @@ from .attention import DECODE_QUERIES, attention, decode_attention
 from .decode_step import StepWeights, decode_step
 from .dispatch import BACKENDS, Choice, Kernel, Op, Recorded, Unsupported, record, recorded, require_kernels
 from .draw import draw, log_probability
-from .ffn import ffn
+from .ffn import ffn, ffn_reference
 from .formats import WeightFormat
 from .layer_view import LayerView, materialize
-from .matmul import Weight, matmul
+from .matmul import NO_BIAS, Weight, affine, matmul
 from .paged_attention import PAGE, paged_attention, write_pages
 from .qkv import qkv, qkv_reference, rotate, split_heads, write
 from .quantized import QuantizedTensor, dequantize, group_size, quantize
@@ -22,6 +22,7 @@ OPS: dict[str, Op] = {
 __all__ = [
     "BACKENDS",
     "DECODE_QUERIES",
+    "NO_BIAS",
     "OPS",
     "PAGE",
     "Arch",
@@ -35,12 +36,14 @@ __all__ = [
     "Unsupported",
     "Weight",
     "WeightFormat",
+    "affine",
     "attention",
     "decode_attention",
     "decode_step",
     "dequantize",
     "draw",
     "ffn",
+    "ffn_reference",
     "group_size",
     "known",
     "log_probability",

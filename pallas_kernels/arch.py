@@ -1,17 +1,17 @@
 """What a device has, and for which device a computation is traced.
 
-Kernels are registered by the name of an `Arch`, and plan by its numbers: nothing else in this package names a GPU
-generation's size. A further generation is one entry in ``_FAMILIES`` and a folder beside ``hopper``.
+Kernels are registered under the name of an `Arch` and take their sizes from it. No other file in this package names
+the size of a GPU generation. To add a generation, add one entry to ``_FAMILIES`` and a folder beside ``hopper``.
 
 A trace does not always know where it will run. `target` says what is known:
 
 * where a mesh or an abstract device is set (`jax.set_mesh`, `jax.sharding.use_abstract_mesh`), that device;
 * outside jit, the device that holds the arguments;
-* in a process without a GPU, the CPU (or what jax uses in its place);
-* else, under jit, this process's GPU, but not for certain: jit lowers one trace for every device that its arguments
-  are committed to. An op then takes both ways (`jax.lax.platform_dependent`), and lowering picks one. Tracing both
-  takes longer (about as long again as the references alone), so that who compiles for arrays at hand says which device
-  that is: `known` and `pinned`.
+* in a process without a GPU, the CPU (or jax's default device);
+* otherwise, under jit, this process's GPU, but not with certainty: jit lowers one trace for every device that its
+  arguments are committed to. An op then traces both implementations (`jax.lax.platform_dependent`), and lowering picks
+  one. Tracing both takes longer, by about the time that the references take. Callers that hold the arrays avoid that:
+  they get the device from `known` and set it with `pinned`.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from jax.core import Tracer
 
 @dataclass(frozen=True)
 class Arch:
-    """What a device has. ``name`` is the GPU generation by which kernels are registered; of a device that has no
+    """What a device has. ``name`` is the GPU generation, under which kernels are registered. For a device without
     kernels it is the platform, and the sizes are 0."""
 
     name: str
@@ -42,16 +42,16 @@ class Arch:
         return f"{self.device} with compute capability {self.compute_capability}"
 
 
-# As an H200 has it: the device that kernels are planned for where none is at hand (interpreted, on a CPU).
+# The numbers of an H200. Interpreted kernels on a CPU are planned for it, too.
 HOPPER = Arch("hopper", "NVIDIA H200", "9.0", 132, 227 * 1024, frozenset(("wgmma", "tma", "clusters")))
 _FAMILIES = {HOPPER.compute_capability: HOPPER}
-_CAPABILITIES = {"H100": "9.0", "H200": "9.0", "H800": "9.0", "H20": "9.0", "GH200": "9.0"}  # by a word of the name
-ELSEWHERE = Arch("other", "any device without kernels")  # where the target is not certain, the other way
+_CAPABILITIES = {"H100": "9.0", "H200": "9.0", "H800": "9.0", "H20": "9.0", "GH200": "9.0"}  # by a word of its name
+ELSEWHERE = Arch("other", "any device without kernels")  # the target while the reference is traced beside a kernel
 
 
 @dataclass(frozen=True)
 class Target:
-    """The device to trace for; ``certain`` unless the same trace may be lowered for another platform, too."""
+    """The device to trace for. It is not ``certain`` where the same trace may be lowered for another platform."""
 
     arch: Arch
     certain: bool = True
@@ -61,8 +61,8 @@ _pinned: contextvars.ContextVar[Arch | None] = contextvars.ContextVar("arch", de
 
 
 def arch_of(device: Any) -> Arch:
-    """The `Arch` of a `jax.Device` or `jax.sharding.AbstractDevice`. An abstract one does not tell its compute
-    capability, so that it goes by its name."""
+    """The `Arch` of a `jax.Device` or `jax.sharding.AbstractDevice`. An abstract device has no compute capability, so
+    its name decides."""
     if device.platform not in ("gpu", "cuda"):
         return Arch(device.platform, device.device_kind)
     words = device.device_kind.replace("-", " ").split()
@@ -74,7 +74,7 @@ def arch_of(device: Any) -> Arch:
 
 
 def target(arguments: Iterable[Any] = ()) -> Target:
-    """For which device a computation on ``arguments`` is traced: see above."""
+    """The device for which a computation on ``arguments`` is traced. The module's docstring lists the rules."""
     if (pinned := _pinned.get()) is not None:
         return Target(pinned)
     if (abstract := jax.sharding.get_abstract_mesh().abstract_device) is not None:
@@ -88,21 +88,21 @@ def target(arguments: Iterable[Any] = ()) -> Target:
 
 
 def planned() -> Arch:
-    """The device that a kernel plans for: `target`, or `HOPPER` where that has no kernels and they are interpreted."""
+    """The device that a kernel plans for: `target`, or `HOPPER` where that has no kernels (interpreted kernels)."""
     found = target().arch
     return found if found.sms else HOPPER
 
 
 def known(tree: Any) -> Arch | None:
-    """The device that holds the arrays of a tree; None where they are traced for one that is not certain."""
+    """The device that holds the arrays of a tree; None where they are traced and the device is not certain."""
     found = target(jax.tree.leaves(tree))
     return found.arch if found.certain else None
 
 
 @contextlib.contextmanager
 def pinned(arch: Arch | None) -> Iterator[None]:
-    """Inside the ``with`` block, everything is traced for ``arch``; None changes nothing. jit does not know of it: what
-    is compiled inside must have ``arch`` as a static argument."""
+    """Trace everything inside the ``with`` block for ``arch``; None changes nothing. jit's cache does not know
+    ``arch``, so a function that is compiled inside must take it as a static argument."""
     token = _pinned.set(arch or _pinned.get())
     try:
         yield
@@ -111,7 +111,7 @@ def pinned(arch: Arch | None) -> Iterator[None]:
 
 
 def elsewhere() -> bool:
-    """Whether what is traced now is for `ELSEWHERE`."""
+    """Whether the current trace is for `ELSEWHERE`."""
     return _pinned.get() is ELSEWHERE
 
 

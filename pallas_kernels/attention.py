@@ -1,8 +1,8 @@
 """Causal attention of new queries over a key/value cache.
 
-Query ``i`` of row ``b`` stands at position ``start[b] + i`` and sees the keys at positions ``0 .. start[b] + i``.
-That one rule is the causal mask, the ragged batch and the continued prompt: what lies behind a row's position,
-padding or an older sequence's remains, is never seen, so no length of keys is needed.
+Query ``i`` of row ``b`` has position ``start[b] + i`` and sees the keys at positions ``0 .. start[b] + i``.
+This one rule covers the causal mask, ragged batches and continued prompts. Keys after a row's position (padding, or
+what an older sequence left) are never seen, so no length of keys is needed.
 """
 
 import jax
@@ -44,8 +44,8 @@ def attention_reference(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Arr
     return out.reshape(B, kv_heads, -1, T, D).transpose(0, 3, 1, 2, 4).reshape(B, T, heads, D).astype(q.dtype)
 
 
-# Two names for one specification: many queries are bound by arithmetic, few by the bytes of the cache,
-# so that each gets a kernel of its own.
+# Two ops with one specification. Many queries are bound by arithmetic, few by the bytes of the cache, so each has its
+# own kernel.
 attention = Op(
     "attention", attention_reference, {"hopper": Kernel(flash_attention.flash_attention, flash_attention.check)}
 )
@@ -53,7 +53,7 @@ decode_attention = Op(
     "decode_attention", attention_reference, {"hopper": Kernel(flash_decode.flash_decode, flash_decode.check)}
 )
 
-DECODE_QUERIES = 8  # up to so many queries a row count as decoding
+DECODE_QUERIES = 8  # up to this many queries a row, `decode_attention` is used
 
 CASES = {
     "7b": dict(heads=32, kv_heads=32, head_dim=128),

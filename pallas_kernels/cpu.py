@@ -107,8 +107,9 @@ def choose(x: jax.Array, w: jax.Array | QuantizedTensor) -> Product | None:
     form, rows = form_of(x.dtype, w), math.prod(x.shape[:-1])
     multiplied = 2 * rows * w.scale.shape[-1] if isinstance(w, QuantizedTensor) else rows
     entry = next((entry for entry in TABLE if entry.form == form and w.size <= entry.size), None)
-    fits = entry is not None and 0 < multiplied <= entry.rows and w.shape[-1] <= _INNER_MAX
-    return entry.run if fits else None
+    if entry is None or not 0 < multiplied <= entry.rows or w.shape[-1] > _INNER_MAX:
+        return None
+    return entry.run
 
 
 def product(in_floats: Product, x: jax.Array, w: jax.Array | QuantizedTensor) -> jax.Array:

@@ -1,8 +1,8 @@
 """A whole decode step of a Llama: up to 8 new tokens through all layers, with the cache, to logits.
 
-The reference is the composition of the other ops' references. The kernel is one persistent launch in which every
-multiprocessor has a part of every phase (see docs/kernels.md), so that weights stream from the first byte to the last:
-with a launch for every op the memory idles between them.
+The reference is the composition of the other ops' references. The kernel is one persistent launch, in which every
+multiprocessor does a part of every phase (see docs/kernels.md). So weights stream without a pause. With one launch per
+op the memory is idle between launches.
 """
 
 from typing import Any
@@ -35,7 +35,7 @@ def decode_step_reference(
     eps: float,
 ) -> Result:
     """x [B, T, dim], k and v [L, B, kv_heads, S, D], start [B], cos and sin [B, T, D / 2] of the tokens' positions ->
-    float32 logits [B, T, vocab], and the cache with the new keys and values at ``start`` and behind."""
+    float32 logits [B, T, vocab], and the cache with the new keys and values from ``start`` on."""
     w = weights
     for i in range(k.shape[0]):
         h = rms_norm_reference(x, w.attn_norm[i], eps=eps)
@@ -59,8 +59,8 @@ def decode_step_kernel(
     eps: float,
     **options: Any,
 ) -> Result:
-    """`decode_step_reference` in one launch. Inside a jit that owns the cache, it is changed in place. ``options`` are
-    those of `run_phases`."""
+    """`decode_step_reference` in one launch. Inside a jit that owns the cache, the cache is updated in place.
+    ``options`` are those of `run_phases`."""
     left = run_phases(x, weights, k, v, start, cos, sin, eps=eps, **options)
     B, T = x.shape[:2]
     return left.logits[: B * T].reshape(B, T, -1), left.k, left.v

@@ -1,16 +1,17 @@
 """The one place where an implementation is chosen.
 
-An `Op` is a reference in plain `jax.numpy` and kernels that must agree with it, one for each GPU generation that has
-one. `backend` is passed down from the caller and means
+An `Op` is a reference in plain `jax.numpy`, and at most one kernel per GPU generation, which must agree with it. The
+caller passes `backend`:
 
 * ``"xla"``     the reference;
-* ``"pallas"``  the kernel, or `Unsupported` with the reason: it never falls back (where an op has no kernel, or XLA is
-  better, as for a norm that it fuses with its neighbours, the reference is what ``"pallas"`` means, too);
-* ``"auto"``    the kernel where it can run, else the reference. `record` tells which and why.
+* ``"pallas"``  the kernel, or `Unsupported` with the reason. It never falls back. (Where an op has no kernel, or XLA is
+  better, as for a norm that it fuses with its neighbours, ``"pallas"`` means the reference, too.)
+* ``"auto"``    the kernel where it can run, else the reference. `record` says which, and why.
 
-The choice is made for the device that the computation is lowered for: see `arch`. What jit cannot know at trace time,
-because its arguments may be committed to any device, is left to lowering by `jax.lax.platform_dependent`: both ways are
-traced, one is lowered, and XLA never sees a branch. Everything may be differentiated and batched: see `transforms`.
+The choice is made for the device that the computation is lowered for: see `arch`. At trace time jit may not know that
+device, because its arguments may be committed to any. Then `jax.lax.platform_dependent` decides at lowering: both
+implementations are traced, one is lowered, and XLA never sees a branch. Every op can be differentiated and batched: see
+`transforms`.
 """
 
 import contextlib
@@ -32,8 +33,8 @@ BACKENDS = ("auto", "xla", "pallas")
 
 @dataclass(frozen=True)
 class Choice:
-    """What ran for one op: ``impl`` is ``"xla"``, ``"pallas"``, or ``"ops"`` where several smaller ops took its place;
-    ``why`` explains it."""
+    """What ran for one op, and why. ``impl`` is ``"xla"``, ``"pallas"``, or ``"ops"`` where several smaller ops ran in
+    its place."""
 
     impl: str
     why: str
@@ -58,20 +59,20 @@ def record() -> Iterator[dict[str, Choice]]:
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class Recorded:
-    """The choices of one trace, as the structure of a result: jit keeps them with the compiled function, and gives them
-    back with every call at no cost."""
+    """The choices of one trace, as part of a result's tree structure. jit keeps that structure with the compiled
+    function and returns it with every call, at no cost."""
 
     items: tuple[tuple[str, Choice], ...]
 
     @property
     def choices(self) -> dict[str, Choice]:
-        """By the names of the ops."""
+        """The choices, by op name."""
         return dict(self.items)
 
 
 def recorded[T](function: Callable[..., T]) -> Callable[..., tuple[T, Recorded]]:
-    """``function``, which also returns what its trace chose. It is to be put under `jax.jit`, with ``arch``, the device
-    to compile for, as a static argument (None: it is not known)."""
+    """``function``, which also returns what its trace chose. Put it under `jax.jit`. Its argument ``arch``, which must
+    be static, is the device to compile for (None: not known)."""
 
     @functools.wraps(function)
     def call(*args: Any, arch: Arch | None = None, **kwargs: Any) -> tuple[T, Recorded]:
@@ -102,8 +103,8 @@ def _gpu_of(names: tuple[str, ...]) -> str:
 
 @dataclass(frozen=True)
 class Kernel:
-    """An implementation of an op for one GPU generation. ``check(*args, **kwargs)`` raises `Unsupported`, before
-    anything is launched, where it cannot run these arguments."""
+    """An implementation of an op for one GPU generation. ``check(*args, **kwargs)`` raises `Unsupported`, before any
+    launch, where the kernel cannot run these arguments."""
 
     run: Callable[..., Any]
     check: Callable[..., None] | None = None
@@ -111,9 +112,10 @@ class Kernel:
 
 @dataclass(frozen=True, eq=False)  # equal only to itself: jax hashes the functions that it traces
 class Op:
-    """A named operation: ``reference`` is its specification, and ``kernels`` are its equals by `Arch.name`.
+    """A named operation. ``reference`` is its specification; ``kernels`` are its kernels by `Arch.name`.
 
-    ``skip_reason(*args, **kwargs)`` says why XLA does without a kernel that could run, on every backend, or None.
+    ``skip_reason(*args, **kwargs)`` says why the reference runs, on every backend, although the kernel could; None
+    where the kernel should run.
     """
 
     name: str
@@ -136,8 +138,8 @@ class Op:
         return self._run(choice, where, self._reference, "xla", backend == "pallas", args, kwargs)
 
     def try_kernel(self, otherwise: Callable[..., Any], *args: Any, backend: str = "auto", **kwargs: Any) -> Any:
-        """What the kernel gives, or ``otherwise(*args, **kwargs)`` where it is refused, whatever the backend: for a
-        caller that then goes by smaller ops, which face an explicit backend each by itself."""
+        """The kernel's result, or ``otherwise(*args, **kwargs)`` where the kernel is refused, on every backend. It is
+        for callers that then use smaller ops; each of these applies the backend itself."""
         where = target(jax.tree.leaves((args, kwargs)))
         try:
             choice = self._choose(backend, where.arch, args, kwargs)

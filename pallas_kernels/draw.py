@@ -1,6 +1,6 @@
-"""Drawing a token of every row from its logits: temperature, top-k, top-p and min-p, in the order of Hugging Face.
+"""Draws one token per row from its logits: temperature, top-k, top-p and min-p, in the order of Hugging Face.
 
-Nothing is sorted: the smallest logit that stays is found by a search over the bits of floats (`_largest_threshold`).
+Nothing is sorted. A search over the bits of floats finds the smallest logit that stays (`_largest_threshold`).
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ def draw_reference(
     temperature: jax.Array | None,  # [B]; a row of 0 takes its largest logit; None where u is
     **cuts: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """A token of every row [B], and its log-probability [B] under the logits as they are. ``cuts``: see `truncate`."""
+    """One token per row [B], and its log-probability [B] under the unmodified logits. ``cuts``: see `truncate`."""
     token = jnp.argmax(logits, axis=-1)
     if u is not None:
         assert temperature is not None
@@ -33,7 +33,7 @@ def draw_reference(
 
 
 def log_probability(logits: jax.Array, token: jax.Array) -> jax.Array:
-    """[B]: that of ``token`` [B] under the softmax of ``logits`` [B, V]."""
+    """[B]: the log-probability of ``token`` [B] under the softmax of ``logits`` [B, V]."""
     below = logits - jnp.max(logits, axis=-1, keepdims=True)
     return jnp.take_along_axis(below, token[:, None], axis=-1)[:, 0] - jnp.log(jnp.sum(jnp.exp(below), axis=-1))
 
@@ -60,12 +60,12 @@ def truncate(
     return logits
 
 
-_BLOCK = 128  # of a vocabulary, whose masses are added up first
+_BLOCK = 128  # tokens of a block; `pick` first sums the masses of each block
 
 
 def pick(mass: jax.Array, u: jax.Array) -> jax.Array:
-    """[B]: where the masses [B, V], added up from the first, pass ``u`` [B] of their sum. One random number a row:
-    to draw one for every token takes longer than all else that sampling does."""
+    """[B]: the first token at which the running sum of the masses [B, V] passes ``u`` [B] times their total.
+    It needs one random number per row: to draw one per token would take longer than the rest of sampling."""
     blocks = jnp.pad(mass, ((0, 0), (0, -mass.shape[1] % _BLOCK))).reshape(mass.shape[0], -1, _BLOCK)
     sums = blocks.sum(axis=2)
     wanted = u * sums.sum(axis=1)
@@ -75,21 +75,22 @@ def pick(mass: jax.Array, u: jax.Array) -> jax.Array:
 
 
 def _passing(mass: jax.Array, wanted: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The first place of [B, n] whose running sum passes ``wanted`` [B], and the sum before it. Where rounding has left
-    too little, the last with any mass."""
+    """The first index of [B, n] at which the running sum passes ``wanted`` [B], and the sum before it. Where rounding
+    leaves the total too small, the last index with any mass."""
     total = jnp.cumsum(mass, axis=1)
     place = jnp.sum((total <= wanted[:, None]) & (total < total[:, -1:]), axis=1)
     return place, jnp.take_along_axis(total - mass, place[:, None], axis=1)[:, 0]
 
 
 def _keep(logits: jax.Array, weight: jax.Array, wanted: jax.Array) -> jax.Array:
-    """The largest logits whose weights together reach ``wanted`` [B]; equal logits stay or go together."""
+    """Keep the largest logits, as many as it takes for their weights to sum to ``wanted`` [B]. Equal logits are kept or
+    dropped together."""
     bits = _ordered_bits(logits)
     return jnp.where(bits >= _largest_threshold(bits, weight, wanted)[:, None], logits, -jnp.inf)
 
 
 def _ordered_bits(x: jax.Array) -> jax.Array:
-    """Unsigned integers in the order of the floats: larger float, larger integer."""
+    """Unsigned integers in the order of the floats: a larger float gives a larger integer."""
     bits = lax.bitcast_convert_type(x, jnp.uint32)
     return jnp.where(bits >> 31 == 0, bits | jnp.uint32(1 << 31), ~bits)
 
@@ -98,15 +99,15 @@ _DIGIT = 4  # bits settled by one pass over the vocabulary, which tries 2**4 - 1
 
 
 def _largest_threshold(bits: jax.Array, weight: jax.Array, wanted: jax.Array) -> jax.Array:
-    """[B]: the largest t with ``sum(weight where bits >= t) >= wanted``, found digit by digit from the top; 0 where
-    even the sum of all does not reach that."""
+    """[B]: the largest t with ``sum(weight where bits >= t) >= wanted``, found `_DIGIT` bits at a time from the top;
+    0 where the total does not reach ``wanted``."""
     digits = jnp.arange(1, 2**_DIGIT, dtype=jnp.uint32)
 
     def settle(i: jax.Array, low: jax.Array) -> jax.Array:
         shift = jnp.uint32(32 - _DIGIT) - jnp.uint32(_DIGIT) * jnp.asarray(i, jnp.uint32)
         tried = low[:, None] + (digits << shift)[None]  # [B, 15]
         reached = jnp.sum(jnp.where(bits[:, None] >= tried[:, :, None], weight[:, None], 0), axis=-1)  # [B, 15]
-        # The sums fall as the threshold rises, so the number that suffice is the digit.
+        # The sums fall as the threshold rises, so the digit is the number of thresholds that still reach it.
         digit = jnp.sum(reached >= wanted[:, None], axis=-1, dtype=jnp.uint32)
         return low + (digit << shift)
 

@@ -1,5 +1,6 @@
 """The feed-forward block with its norm and residual: ``x + down(silu(gate(h)) * up(h))``, ``h = rms_norm(x)``."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -7,8 +8,10 @@ import jax.numpy as jnp
 
 from .dispatch import Kernel, Op, Unsupported
 from .layer_view import LayerView
-from .matmul import Weight, check_product, matmul_reference, product
+from .matmul import NO_BIAS, Weight, affine, check_product, matmul_reference, product
 from .rms_norm import rms_norm_reference
+
+Biases = tuple[jax.Array, jax.Array] | None
 
 
 def swiglu(gate_up: jax.Array) -> jax.Array:
@@ -17,16 +20,35 @@ def swiglu(gate_up: jax.Array) -> jax.Array:
     return (jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(gate_up.dtype)
 
 
-def ffn_reference(x: jax.Array, norm: jax.Array, w_gate_up: Weight, w_down: Weight, *, eps: float) -> jax.Array:
-    """x [..., dim], norm [dim], w_gate_up [2 * hidden, dim], w_down [dim, hidden] -> [..., dim]."""
+def ffn_reference(
+    x: jax.Array,
+    norm: jax.Array,
+    w_gate_up: Weight,
+    w_down: Weight,
+    *,
+    eps: float,
+    biases: Biases = None,
+    product: Callable[..., jax.Array] = matmul_reference,
+) -> jax.Array:
+    """x [..., dim], norm [dim], w_gate_up [2 * hidden, dim], w_down [dim, hidden] -> [..., dim]. ``biases``, where
+    there are any, are of the two products: [2 * hidden] and [dim]. ``product`` multiplies."""
+    first, second = biases or (None, None)
     h = rms_norm_reference(x, norm, eps=eps)
-    return matmul_reference(swiglu(matmul_reference(h, w_gate_up)), w_down, residual=x)
+    return affine(product, swiglu(affine(product, h, w_gate_up, first)), w_down, second, residual=x)
 
 
 def check_ffn(
-    x: jax.Array, norm: jax.Array, w_gate_up: Weight | LayerView, w_down: Weight | LayerView, **_: Any
+    x: jax.Array,
+    norm: jax.Array,
+    w_gate_up: Weight | LayerView,
+    w_down: Weight | LayerView,
+    *,
+    biases: Biases = None,
+    **_: Any,
 ) -> None:
     """Raise `Unsupported` where `ffn_kernel` cannot run."""
+    if biases is not None:
+        raise Unsupported(NO_BIAS)
     if norm.shape != x.shape[-1:]:
         raise Unsupported(f"norm has shape {norm.shape}, activations have {x.shape[-1]} features")
     check_product(x, w_gate_up, swiglu=True)
@@ -42,8 +64,8 @@ def ffn_kernel(
     eps: float,
     **options: Any,
 ) -> jax.Array:
-    """`ffn_reference` in two products: SwiGLU ends the first, the residual the second, and neither the gate nor the up
-    projection is ever whole in memory. The norm is XLA's: it is one pass over ``x``, a hundredth of the work."""
+    """`ffn_reference` in two products. SwiGLU is the first one's epilogue, the residual add the second one's. The gate
+    and up projections are never written to memory. XLA computes the norm: one pass over ``x``, 1 % of the work."""
     h = rms_norm_reference(x, norm, eps=eps)
     return product(product(h, w_gate_up, swiglu=True, **options), w_down, residual=x, **options)
 

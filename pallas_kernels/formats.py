@@ -6,8 +6,8 @@ import jax.numpy as jnp
 
 
 class WeightFormat(enum.Enum):
-    """The format of a weight's elements, by the name of the dtype that holds them. A further one, such as FP8, is one
-    more entry: a number of bits could not tell it from int8."""
+    """The format of a weight's elements, named by their dtype. A new format, such as FP8, is one more entry. A number
+    of bits would not do: it could not tell FP8 from int8."""
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
@@ -17,7 +17,7 @@ class WeightFormat(enum.Enum):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Of the elements."""
+        """The dtype of the elements."""
         return jnp.dtype(self.value)
 
     @property
@@ -27,5 +27,5 @@ class WeightFormat(enum.Enum):
 
     @property
     def bits(self) -> int:
-        """Of one element in the device's memory."""
+        """The bits of one element in the device's memory."""
         return (jnp.iinfo if self.quantized else jnp.finfo)(self.dtype).bits

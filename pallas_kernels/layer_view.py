@@ -28,7 +28,7 @@ class LayerView:
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Of the elements."""
+        """The dtype of the elements."""
         return self.stacked.data.dtype if isinstance(self.stacked, QuantizedTensor) else self.stacked.dtype
 
 

@@ -1,9 +1,10 @@
 """Products with a weight in checkpoint order: ``x [..., in]`` with ``w [out, in]`` gives ``[..., out]``.
 
-The only function that knows how a weight is stored. Accumulation is in float32 whatever the inputs.
+`matmul` is the only op that knows how a weight is stored. Accumulation is always in float32.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,7 +31,7 @@ def matmul_reference(
 def float_product(x: jax.Array, w: Weight) -> jax.Array:
     """The specification: x [..., in] · w [out, in] -> float32 [..., out], the weight as floats of x's dtype."""
     if isinstance(w, QuantizedTensor):
-        if w.scale.shape[-1] == 1:  # one scale a row: it commutes with the sum, so the integers go in as they are
+        if w.scale.shape[-1] == 1:  # one scale a row commutes with the sum, so it is applied after the product
             y = _dot(x, w.data.astype(x.dtype))
             return y * jnp.broadcast_to(w.scale[:, 0], y.shape)
         w = dequantize(w, x.dtype)
@@ -45,6 +46,21 @@ def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
     return lax.dot_general(x, w, contract_last, precision=precision, preferred_element_type=jnp.float32)
 
 
+def affine(
+    product: Callable[..., jax.Array],
+    x: jax.Array,
+    w: Any,
+    bias: jax.Array | None,
+    *,
+    residual: jax.Array | None = None,
+) -> jax.Array:
+    """`matmul_reference` by ``product``, with a bias [out] or None; it is added before the float32 sum is rounded."""
+    if bias is None:
+        return product(x, w, residual=residual)
+    y = (product(x, w, out_dtype=jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+    return y if residual is None else residual + y
+
+
 def check_product(x: jax.Array, w: Weight | LayerView, *, swiglu: bool = False, **_: Any) -> None:
     """Raise `Unsupported` where `product` cannot run."""
     w = w.stacked if isinstance(w, LayerView) else w
@@ -56,7 +72,8 @@ def check_product(x: jax.Array, w: Weight | LayerView, *, swiglu: bool = False, 
 
 
 def product(x: jax.Array, w: Weight | LayerView, *, residual: jax.Array | None = None, **options: Any) -> jax.Array:
-    """`matmul_reference` by the kernel that fits the number of rows; ``options`` are those of that kernel."""
+    """`matmul_reference` by the small-M or large-M GEMM, depending on the number of rows. ``options`` are that
+    kernel's."""
     w, layer = (w.stacked, w.index) if isinstance(w, LayerView) else (w, None)
     lead = x.shape[:-1]
     x = x.reshape(-1, x.shape[-1])
@@ -67,6 +84,8 @@ def product(x: jax.Array, w: Weight | LayerView, *, residual: jax.Array | None =
 
 
 matmul = Op("matmul", matmul_reference, {"hopper": Kernel(product, check_product)})
+
+NO_BIAS = "the model has biases, which the kernel does not add"
 
 CASES = {
     "7b-qkv": dict(out=12288, inner=4096),

@@ -1,9 +1,9 @@
-"""Causal attention over a paged cache: a sequence's keys lie in pages, in any order, and a table says which.
+"""Causal attention over a paged cache. A sequence's keys are in pages, in any order, and a table lists them.
 
-Position ``p`` of row ``b`` is slot ``p % size`` of page ``table[b, p // size]``. Rows may name the same page: that is
-how sequences share a beginning, and how one sequence has several rows of queries in one call. As in `attention`, query
-``i`` of row ``b`` stands at ``start[b] + i`` and sees positions ``0 .. start[b] + i``; a page behind that is never
-seen, so what the table says of it does not matter, and a number past the last page means that there is none.
+Position ``p`` of row ``b`` is slot ``p % size`` of page ``table[b, p // size]``. Rows may name the same page. That is
+how sequences share a prefix, and how one sequence has several rows of queries in one call. As in `attention`, query
+``i`` of row ``b`` has position ``start[b] + i`` and sees positions ``0 .. start[b] + i``. Pages after that position are
+never read, so their table entries do not matter. An entry past the last page means that there is no page.
 """
 
 import jax
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from .attention import attention_reference
 from .dispatch import Op
 
-PAGE = 64  # positions a page: the tile of keys that attention kernels walk, so that a lookup is one a tile
+PAGE = 64  # positions per page: a tile of keys of the attention kernels, so that each tile needs one lookup
 
 
 def paged_attention_reference(
@@ -24,7 +24,7 @@ def paged_attention_reference(
     *,
     layer: jax.Array | int,
 ) -> jax.Array:
-    """-> [B, T, heads, D]; softmax in float32. The gathered copy of keys and values is what a kernel saves."""
+    """-> [B, T, heads, D]; softmax in float32. A kernel would not need the gathered copy of keys and values."""
     return attention_reference(q, gather(k, table, layer), gather(v, table, layer), start)
 
 
@@ -42,21 +42,22 @@ def write_pages(
     start: jax.Array,  # [B]
     layer: jax.Array | int,
 ) -> jax.Array:
-    """``pages`` with ``new`` at positions ``start`` and behind; what has no page is dropped."""
+    """``pages`` with ``new`` at positions ``start`` and after. Positions without a page are dropped."""
     B, T, kv_heads, _ = new.shape
     count, size = pages.shape[1], pages.shape[3]
     position = start[:, None] + jnp.arange(T)  # [B, T]
     page = jnp.take_along_axis(table, position // size, axis=1, mode="fill", fill_value=count)
-    # Places outside must differ, too, for the scatter to be one of unique places.
+    # The scatter promises unique indices, so indices outside must differ, too.
     nowhere = count + jnp.arange(B * T, dtype=page.dtype).reshape(B, T)
     page = jnp.where(page < count, page, nowhere)
-    # Every axis but the last is indexed, in order: else XLA on a GPU transposes, and so copies, the whole.
+    # Index every axis but the last, in order. Otherwise XLA on a GPU transposes, and so copies, all pages.
     places = pages.at[layer, page[:, :, None], jnp.arange(kv_heads), (position % size)[:, :, None]]
     written = places.set(new.astype(pages.dtype), mode="drop", unique_indices=True)
-    return jax.lax.optimization_barrier(written)  # else XLA's CPU backend fuses the write into the read that follows
+    # The barrier keeps XLA's CPU backend from fusing the write into the read that follows.
+    return jax.lax.optimization_barrier(written)
 
 
-# The seam for kernels: one for up to `DECODE_QUERIES` queries a row and one for many, behind the same `check`.
+# Kernels go here: one for up to `DECODE_QUERIES` queries a row, and one for more.
 paged_attention = Op("paged_attention", paged_attention_reference)
 
 CASES = {

@@ -1,4 +1,4 @@
-"""The QKV product with what always follows it: rotary embedding, and the new keys and values put into the cache."""
+"""The QKV product and what always follows it: the rotary embedding, and the cache write of new keys and values."""
 
 import math
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from .hopper.gemm.large_m_plan import LargeMTiles
 from .hopper.gemm.large_m_qkv import large_m_qkv
 from .hopper.gemm.small_m import SMALL_M_MAX
 from .layer_view import LayerView
-from .matmul import matmul_reference
+from .matmul import NO_BIAS, affine, matmul_reference
 
 Result = tuple[jax.Array, jax.Array, jax.Array]
 
@@ -29,23 +29,25 @@ def qkv_reference(
     cos: jax.Array,
     sin: jax.Array,
     *,
+    bias: jax.Array | None = None,
     layer: jax.Array | int | None = None,
     product: Callable[..., jax.Array] = matmul_reference,
 ) -> Result:
     """x [B, T, dim], w [(heads + 2 * kv_heads) * D, dim], k and v [B, kv_heads, S, D] of a cache (with ``layer``:
     [layers, ...]), start [B], cos and sin [B, T, D / 2] of the tokens' positions -> q [B, T, heads, D], and the cache
-    with the new keys and values at ``start`` and behind; what has no room is dropped. ``product`` multiplies.
+    with the new keys and values from ``start`` on. Tokens past its end are dropped. ``bias``, where there is one, is
+    [(heads + 2 * kv_heads) * D]. ``product`` does the matmul.
 
-    Slots of the cache behind the new ones are free: the kernel may write there, too."""
+    The slots after the new tokens are free: the kernel may write there, too."""
     kv_heads, _, D = k.shape[-3:]
-    q, k_new, v_new = split_heads(product(x, w), w.shape[0] // D // kv_heads - 2, D)
+    q, k_new, v_new = split_heads(affine(product, x, w, bias), w.shape[0] // D // kv_heads - 2, D)
     k, v = write(k, rotate(k_new, cos, sin), start, layer), write(v, v_new, start, layer)
     return rotate(q, cos, sin), k, v
 
 
 def split_heads(y: jax.Array, shared: int, head_dim: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The heads of q, k and v from the product [B, T, all of them], of which ``shared`` query heads share a key head.
-    Counts come from the array, so that the same code runs on a shard that holds a part of the heads."""
+    """Split the product [B, T, all heads * D] into the heads of q, k and v; ``shared`` query heads share a key head.
+    Head counts come from the array's shape, so the same code runs on a shard with some of the heads."""
     heads = y.reshape(*y.shape[:-1], -1, head_dim)
     kv_heads = heads.shape[-2] // (shared + 2)
     q, k, v = jnp.split(heads, [shared * kv_heads, (shared + 1) * kv_heads], axis=-2)
@@ -53,24 +55,24 @@ def split_heads(y: jax.Array, shared: int, head_dim: int) -> tuple[jax.Array, ja
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turn the pairs (i, i + D / 2) of x [B, T, heads, D] by cos and sin [B, T, D / 2], in float32."""
+    """Rotate the pairs (i, i + D / 2) of x [B, T, heads, D] by cos and sin [B, T, D / 2], in float32."""
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[:, :, None], sin[:, :, None]
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
 def write(cache: jax.Array, new: jax.Array, start: jax.Array, layer: jax.Array | int | None = None) -> jax.Array:
-    """``cache`` [B, kv_heads, S, D], or ``layer`` of [layers, ...], with new [B, T, kv_heads, D] at ``start`` [B] and
-    behind; what has no room is dropped."""
+    """``cache`` [B, kv_heads, S, D], or ``layer`` of [layers, ...], with new [B, T, kv_heads, D] from ``start`` [B] on.
+    Tokens past its end are dropped."""
     B, T, kv_heads, _ = new.shape
     rows, slots = jnp.arange(B)[:, None], start[:, None] + jnp.arange(T)[None]  # [B, T]
     if layer is not None:
-        # Every axis but the last is indexed, in order: else XLA on a GPU transposes, and so copies, the whole.
+        # Index every axis but the last, in order. Otherwise XLA on a GPU transposes, and so copies, the cache.
         places = cache.at[layer, rows[:, :, None], jnp.arange(kv_heads), slots[:, :, None]]
         return places.set(new.astype(cache.dtype), mode="drop", unique_indices=True)
     written = cache.at[rows, :, slots].set(new.astype(cache.dtype), mode="drop", unique_indices=True)
-    # Attention reads what is written here. Without the barrier XLA's CPU backend fuses the write into that read as
-    # well, and so writes, and first copies, every layer twice.
+    # Attention reads what is written here. Without the barrier, XLA's CPU backend also fuses the write into that read:
+    # every layer is then copied and written twice.
     return lax.optimization_barrier(written)
 
 
@@ -83,14 +85,17 @@ def check_qkv(
     cos: jax.Array,
     sin: jax.Array,
     *,
+    bias: jax.Array | None = None,
     layer: jax.Array | int | None = None,
 ) -> None:
     """Raise `Unsupported` where `qkv_kernel` cannot run."""
+    if bias is not None:
+        raise Unsupported(NO_BIAS)
     w = w.stacked if isinstance(w, LayerView) else w
     (B, T, inner), (cached, kv_heads, _, D) = x.shape, k.shape[-4:]
     rows, chunk = math.prod(x.shape[:2]), LargeMTiles.chunk
     if rows <= SMALL_M_MAX:
-        raise Unsupported(f"{rows} rows: up to {SMALL_M_MAX} have a product of their own")
+        raise Unsupported(f"{rows} rows: the small-M GEMM takes up to {SMALL_M_MAX}")
     if D not in (64, 128):
         raise Unsupported(f"head_dim must be 64 or 128, found {D}")
     if k.shape != v.shape or k.ndim != (4 if layer is None else 5) or (cached, *start.shape) != (B, B):
@@ -100,9 +105,9 @@ def check_qkv(
     if cos.shape != sin.shape or cos.shape != (B, T, D // 2):
         raise Unsupported(f"cos {cos.shape} and sin {sin.shape} are not {(B, T, D // 2)}")
     if B > 1 and T % chunk:
-        raise Unsupported(f"{T} tokens of {B} sequences: of several, they must be a multiple of {chunk}")
+        raise Unsupported(f"{T} tokens of {B} sequences: with several sequences, expected a multiple of {chunk}")
     if w.shape[-2] % D or w.shape[-2] <= 2 * kv_heads * D:
-        raise Unsupported(f"{w.shape[-2]} outputs are not q's heads and two times {kv_heads} of {D}")
+        raise Unsupported(f"{w.shape[-2]} outputs are not q's heads and 2 x {kv_heads} heads of {D}")
     check_large_m(jax.ShapeDtypeStruct((rows, inner), x.dtype), w)
 
 
@@ -115,6 +120,7 @@ def qkv_kernel(
     cos: jax.Array,
     sin: jax.Array,
     *,
+    bias: None = None,
     layer: jax.Array | int | None = None,
     **options: Any,
 ) -> Result:

@@ -1,9 +1,9 @@
-"""Weights of 8 or 4 bits as a type.
+"""Weights of 8 or 4 bits.
 
 The invariant: ``weight[o, i] ~= data[o, i] * scale[o, i // group]`` with ``group = in / scale.shape[-1]``.
-One group a row is quantisation per output channel; more is quantisation per group. It is symmetric: there
-is no zero point, and zero stays exactly zero. Our own integers lie in [-127, 127] or [-7, 7]; weights that another
-quantiser made may use all that the dtype holds, -128 or -8 too.
+One group a row is quantisation per output channel; more is quantisation per group. It is symmetric: there is no zero
+point, and zero stays exactly zero. Our integers are in [-127, 127] or [-7, 7]. Weights that another program quantised
+may also hold -128 or -8.
 """
 
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ from jax import lax
 from .formats import WeightFormat
 
 GROUPS = (128, 64, 32)
-# How much of a group's largest value the largest integer stands for.
+# Candidate scales: the largest integer stands for this part of the group's largest value.
 CLIP_RATIOS = tuple(1 - step / 40 for step in range(16))
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """An integer weight and its scales, of the same rank; ``shape`` is the logical shape of the weight."""
+    """An integer weight and its scales, which have the same rank. ``shape`` is the logical shape of the weight."""
 
     data: jax.Array  # [..., out, in] int8 or int4
     scale: jax.Array  # [..., out, in / group] float32 (one group a row) or float16
@@ -41,17 +41,17 @@ class QuantizedTensor:
 
     @property
     def format(self) -> WeightFormat:
-        """Of the elements."""
+        """The format of the elements."""
         return WeightFormat(self.data.dtype.name)
 
     @property
     def bits(self) -> int:
-        """Of one element."""
+        """The bits of one element."""
         return self.format.bits
 
     @property
     def group(self) -> int:
-        """How many inputs share one scale."""
+        """The number of inputs that share one scale."""
         return self.data.shape[-1] // self.scale.shape[-1]
 
     @property
@@ -65,7 +65,7 @@ class QuantizedTensor:
 
 
 def group_size(in_features: int, wanted: int) -> int:
-    """The largest supported group, no larger than ``wanted``, that divides a row; the whole row where none does."""
+    """The largest supported group size up to ``wanted`` that divides a row; the whole row where none does."""
     return next((g for g in GROUPS if g <= wanted and in_features % g == 0), in_features)
 
 
@@ -79,9 +79,9 @@ def quantize(
     """Round a weight ``[..., out, in]`` to a quantised format, such as ``"int8"``, with one scale per ``group`` inputs
     (None: per output channel).
 
-    Of the scales that make the largest value of a group the largest integer, or clip it by some per cent, the one with
-    the smallest squared error is taken: for few bits a finer step for the many is worth the error of the few.
-    ``ratios`` are what the clipping leaves; ``(1.0,)`` is bare absmax.
+    Each scale is the one with the smallest squared error among several. The first maps the largest value of a group to
+    the largest integer (absmax); the others clip that value by some per cent. With few bits, a finer step for most
+    values is worth the error of the clipped ones. ``ratios`` are the parts that clipping leaves; ``(1.0,)`` is absmax.
     """
     group = group or w.shape[-1]
     fmt = WeightFormat(fmt)
@@ -91,7 +91,7 @@ def quantize(
     dtype = jnp.float32 if group == w.shape[-1] else jnp.float16
     blocks = w.astype(jnp.float32).reshape(*w.shape[:-1], -1, group)
     peak = jnp.max(jnp.abs(blocks), axis=-1) / limit
-    peak = jnp.where(jnp.isfinite(peak), peak, jnp.nan)  # an infinity is as loud as a NaN: no scale would show it
+    peak = jnp.where(jnp.isfinite(peak), peak, jnp.nan)  # an infinity becomes NaN: no finite scale could stand for it
 
     def better(best: tuple[jax.Array, jax.Array], ratio: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
         scale = _stored(peak * ratio, dtype)
@@ -106,7 +106,7 @@ def quantize(
 
 
 def _stored(scale: jax.Array, dtype: jnp.dtype | type) -> jax.Array:
-    """A float32 scale as its dtype can hold it; 1 where nothing is left, so that zeros stay zeros."""
+    """A float32 scale, rounded to its dtype; 1 where it rounds to 0, so that zeros stay zeros."""
     scale = jnp.minimum(scale, float(jnp.finfo(dtype).max)).astype(dtype).astype(jnp.float32)
     return jnp.where(scale == 0, 1, scale)
 

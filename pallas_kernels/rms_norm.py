@@ -22,7 +22,7 @@ def rms_norm_reference(x: jax.Array, weight: jax.Array, *, eps: float) -> jax.Ar
 
 
 def skip_reason(x: jax.Array, *_: Any, **__: Any) -> str | None:
-    """Why XLA norms so few rows, if it does."""
+    """Why XLA computes the norm, for few rows; else None."""
     few = math.prod(x.shape[:-1]) < ENOUGH_ROWS
     return f"fewer than {ENOUGH_ROWS} rows: XLA fuses it with its neighbours" if few else None
 

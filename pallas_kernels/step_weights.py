@@ -12,7 +12,7 @@ Weight = jax.Array | QuantizedTensor
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StepWeights:
-    """All weights of a model but the embedding; those of the layers are stacked on a leading axis L."""
+    """All weights of a model except the embedding. Those of the layers are stacked on a leading axis L."""
 
     attn_norm: jax.Array  # [L, dim]
     ffn_norm: jax.Array  # [L, dim]

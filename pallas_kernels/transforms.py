@@ -1,7 +1,7 @@
-"""Differentiation, batching and platforms of a function that has a kernel, all by way of its reference.
+"""Derivatives, batching and choice of platform for a function that has a kernel. All of them use its reference.
 
-A kernel has no derivative and no batch rule of its own. So under `jax.grad`, `jax.jvp` and `jax.vmap` the reference
-runs in its place: the results are those of the reference, and only a plain call is a launch.
+A kernel has no derivative and no batch rule. So the reference runs in its place under `jax.grad`, `jax.jvp` and
+`jax.vmap`. Only a call without these transformations launches the kernel.
 """
 
 import functools
@@ -37,11 +37,12 @@ def with_rules(
 ) -> Any:
     """``kernel(*args, **kwargs)``, which must give what ``reference`` gives, for use under any transformation.
 
-    ``replaced`` is told where the reference takes the kernel's place, and why. Where the target is not certain, the
-    reference is also traced for other platforms, or, with ``refusal``, lowering for those raises `Unsupported`.
+    ``replaced`` is called with the reason where the reference takes the kernel's place. Where the target is not
+    certain, the reference is also traced, for other platforms; with ``refusal``, lowering for those raises
+    `Unsupported` instead.
     """
     leaves, tree = jax.tree.flatten((args, kwargs))
-    # Python numbers, dtypes and the like stay what they are: kernels are built with them.
+    # Python numbers, dtypes and the like stay static: kernels are built with them.
     where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, (jax.Array, np.ndarray))]
     arrays = [leaves[i] for i in where]
 
@@ -101,8 +102,8 @@ def with_rules(
 
 
 def vary_with(tree: Any, *arrays: Any) -> Any:
-    """The arrays of a tree with the type under `jax.shard_map` of what is computed from all ``arrays``: they vary over
-    the same mesh axes. A kernel's results and constants come without."""
+    """The tree, marked under `jax.shard_map` as varying over the mesh axes that any of ``arrays`` varies over.
+    A kernel's results and constants come without that mark."""
     axes = frozenset[str]().union(*(jax.typeof(a).manual_axis_type.varying for a in arrays))
 
     def one(a: jax.Array) -> jax.Array:
@@ -112,7 +113,7 @@ def vary_with(tree: Any, *arrays: Any) -> Any:
     return jax.tree.map(one, tree) if axes else tree
 
 
-# A result that no platform's code can give. An exception at trace time would come too early: the platform is known
+# A primitive whose lowering raises. An exception at trace time would come too early, because the platform is known only
 # when the computation is lowered.
 _refused = Primitive("refused")
 _refused.multiple_results = True
@@ -120,7 +121,7 @@ _refused.def_abstract_eval(lambda *, avals, reason: avals)
 
 
 def refuse(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], reason: str) -> Any:
-    """In place of ``function(*args, **kwargs)``: lowering the result raises `Unsupported` with the reason."""
+    """Stands for ``function(*args, **kwargs)``; lowering the result raises `Unsupported` with the reason."""
     out, tree = jax.tree.flatten(jax.eval_shape(lambda: function(*args, **kwargs)))
     avals = tuple(ShapedArray(a.shape, a.dtype) for a in out)
     arrays = tuple(a for a in jax.tree.leaves((args, kwargs)) if isinstance(a, jax.Array))

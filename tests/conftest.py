@@ -1,4 +1,4 @@
-"""Shared by all tests: where data lies, and which tests this machine can run."""
+"""Shared by all tests: the folders of data, and which tests this machine can run."""
 
 import os
 import re
@@ -7,10 +7,10 @@ from pathlib import Path
 import jax
 import pytest
 
-# The warpgroups of Pallas's GPU interpreter wait for one another in the CPU client's pool, which has as many threads as
-# the machine has cores: on two cores all may wait at once. Read when the first device is asked for.
+# The warpgroups of Pallas's GPU interpreter wait for one another in the CPU client's thread pool, which has one thread
+# per core. On two cores all threads may wait at once. jax reads this when it makes its first device.
 os.environ.setdefault("PJRT_NPROC", "32")
-# Several test processes share a GPU: none may take most of its memory when it starts.
+# Several test processes share a GPU, so none may reserve most of its memory at start.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 ROOT = Path(__file__).parents[1]
@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def data() -> Path:
-    """Real checkpoints and golden outputs, which are not part of the project."""
+    """The folder of real checkpoints and golden outputs, which are not part of the project."""
     path = Path(os.environ.get("JLLAMA_TEST_DATA", ROOT.parent / "shared" / "data"))
     if not path.is_dir():
         pytest.skip(f"no test data at {path} (set JLLAMA_TEST_DATA)")

@@ -5,9 +5,9 @@ Run with transformers and torch (``make peers``)::
 
     .venv-peers/bin/python tests/make_chat_golden.py
 
-The tokenizers are small ones of three kinds, each with the control tokens of every template: byte-level BPE cut as
-Llama 3's, and the demo's sentencepiece model as transformers writes it today (a space mark before the first word of
-the whole text) and as it did before (before the first word after every control token, too).
+There are three small tokenizers, each with the control tokens of every template. One is a byte-level BPE with Llama 3's
+pre-tokenizer. Two are the demo's sentencepiece model: as transformers writes it today (a space mark before the first
+word of the whole text), and as it did before (also before the first word after every control token).
 """
 
 import json
@@ -36,7 +36,7 @@ LLAMA3 = (
 
 
 def byte_level():
-    """A byte-level BPE trained on the conversations themselves."""
+    """A byte-level BPE, trained on the conversations."""
     from conversations import TURNS
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 

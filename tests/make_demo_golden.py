@@ -2,8 +2,8 @@
 
     .venv/bin/python tests/make_demo_golden.py
 
-Written with numpy alone and without jllama, so that the two sides share no code: not the reader of the weights, not
-the forward, not the tokenizer's wrapper.
+It uses numpy and nothing of jllama, so the two sides share no code: neither the reader of the weights, nor the
+forward, nor the tokenizer's wrapper.
 """
 
 import json
@@ -94,7 +94,7 @@ def main() -> None:
             if ids[-1] == config["eos_token_id"]:
                 break
             logits = forward(w, config, ids)
-        # A choice that rounding could turn would make a test of rounding.
+        # A choice that rounding could change would only test rounding.
         assert gap > 1e-3, (prompt, gap)
         saved[f"ids_{number}"] = np.asarray(ids, np.int32)
         texts.append(tokenizer.decode([i for i in ids if i not in (config["bos_token_id"], config["eos_token_id"])]))

@@ -37,7 +37,7 @@ _LLAMA3 = dict(
     rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
 )
 
-# The config.json of every case. The later ones add to grouped heads, so that features meet.
+# The config.json of every case. The later ones add a feature to grouped heads, so that features are combined.
 CASES: dict[str, dict[str, Any]] = {
     "mha": {},
     "gqa": dict(num_key_value_heads=2),
@@ -48,6 +48,8 @@ CASES: dict[str, dict[str, Any]] = {
     "rope-theta": dict(num_key_value_heads=2, rope_theta=100.0, rms_norm_eps=1e-6),
     "head-dim": dict(num_key_value_heads=2, head_dim=12, tie_word_embeddings=True),
     "mistral": dict(model_type="mistral", num_key_value_heads=2, head_dim=12, sliding_window=128),
+    "biases": dict(num_key_value_heads=2, head_dim=12, attention_bias=True, mlp_bias=True),
+    "attention-bias": dict(num_key_value_heads=1, attention_bias=True, tie_word_embeddings=True),
 }
 
 
@@ -77,6 +79,12 @@ def shapes(values: dict[str, Any]) -> dict[str, tuple[int, ...]]:
             "mlp.down_proj": (dim, hidden),
         }
         out |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
+        biased = [part for part, flag in (("self_attn", "attention_bias"), ("mlp", "mlp_bias")) if values.get(flag)]
+        out |= {
+            f"model.layers.{i}.{name}.bias": shape[:1]
+            for name, shape in layer.items()
+            if name.partition(".")[0] in biased
+        }
     return out
 
 
@@ -86,7 +94,9 @@ def weights(case: str) -> dict[str, np.ndarray]:
     out = {}
     for name, shape in shapes(config(case)).items():
         values = rng.standard_normal(shape)
-        if len(shape) == 1:
+        if name.endswith(".bias"):
+            values *= 0.5
+        elif len(shape) == 1:
             values = 1 + 0.2 * values
         else:
             values *= (2.0 if "self_attn" in name else 1.5) * shape[-1] ** -0.5
@@ -101,7 +111,7 @@ def prompts(case: str) -> np.ndarray:
 
 
 def hf_model(case: str, directory: Path) -> Any:
-    """The case as transformers' float32 model of it, loaded from a checkpoint that is written to ``directory``."""
+    """The case as a float32 model of transformers, loaded from a checkpoint that is written to ``directory``."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -115,7 +125,7 @@ def hf_model(case: str, directory: Path) -> Any:
 
 
 def read_hf(directory: Path) -> Any:
-    """A checkpoint directory as transformers' float32 model of it."""
+    """A checkpoint directory as a float32 model of transformers."""
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 TEXT = 'The capital of France is Paris. The capital of Italy is Rome, and 12 + 30 = 42; so they say:\n\n\t"Ça va?" 🙂'
-COLUMNS = 388  # every so manieth logit is kept
+COLUMNS = 388  # one of this many logits is kept
 
 
 def main():

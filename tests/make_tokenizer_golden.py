@@ -4,10 +4,10 @@ Run with llama.cpp's program, which needs no more than the GGUF file of the pack
 
     PYTHONPATH=.:tests/support python tests/make_tokenizer_golden.py path/to/llama-tokenize path/to/folder/of/texts
 
-Our ids are held to them here. Every pre-tokenizer is tried on the one vocabulary at hand, in files that hold a
-vocabulary only. Of the vocabulary's own pre-tokenizer all of every text is compared, of the others the beginning, and
-of each the 2,000 generated strings; the file keeps hashes of the strings' ids and of those of the texts' beginnings,
-which is what the suite has time for.
+The script also compares our ids with them. It tries every pre-tokenizer on the one vocabulary there is, in files that
+hold only a vocabulary. It compares the 2,000 generated strings, and the beginning of every text; with the vocabulary's
+own pre-tokenizer, the whole of every text. The file keeps hashes of the ids of the strings and of the texts'
+beginnings, because the test suite has no time for more.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from jllama.text.tokenizer import Tokenizer, from_vocabulary
 
 OUT = Path(__file__).parent / "golden" / "smollm2" / "tokenizers.json"
 BEGINNING = 50_000  # characters
-BETWEEN = "<|endoftext|>"  # a control token: strings on its two sides do not touch
+BETWEEN = "<|endoftext|>"  # a control token, so that the strings on its two sides are tokenised separately
 BETWEEN_ID = 0
 
 

@@ -15,10 +15,10 @@ from typing import Any
 
 DATA = Path(__file__).parent / "data"
 
-# Eight shards need eight kv heads; grouped queries need more query heads; rotary order shows from head_dim 4 on.
+# Eight shards need eight kv heads. Grouped queries need more query heads. The rotary order matters from head_dim 4 on.
 DIM, HEADS, KV_HEADS, HIDDEN, VOCAB, LAYERS = 64, 16, 8, 32, 48, 2
 EPS, THETA = 1e-5, 10000.0
-# How Meta cut each matrix: along its outputs (0) or its inputs (1).
+# The axis along which Meta splits each matrix into shards: outputs (0) or inputs (1).
 AXES = {"wq": 0, "wk": 0, "wv": 0, "wo": 1, "w1": 0, "w2": 1, "w3": 0, "tok_embeddings": 1, "output": 0}
 HF = dict(
     hidden_size=48,
@@ -89,7 +89,7 @@ def meta_logits(torch: Any, weights: dict[str, Any], tokens: Any) -> Any:
 
 
 def write_meta(torch: Any, weights: dict[str, Any], shards: int) -> None:
-    """One release, cut for ``shards`` GPUs."""
+    """One release, split for ``shards`` GPUs."""
     path = DATA / f"meta-{shards}"
     path.mkdir()
     params = dict(dim=DIM, multiple_of=8, n_heads=HEADS, n_kv_heads=KV_HEADS, n_layers=LAYERS, norm_eps=EPS)
@@ -99,7 +99,7 @@ def write_meta(torch: Any, weights: dict[str, Any], shards: int) -> None:
         for name, tensor in weights.items():
             axis = AXES.get(name.removesuffix(".weight").rpartition(".")[2])
             part[name] = (tensor if axis is None else tensor.chunk(shards, axis)[i]).clone()
-        part["rope.freqs"] = torch.ones(DIM // HEADS // 2)  # is in Meta's files, too, and of no use
+        part["rope.freqs"] = torch.ones(DIM // HEADS // 2)  # Meta's files have it, too, but nothing uses it
         torch.save(part, path / f"consolidated.{i:02}.pth")
 
 
@@ -130,7 +130,7 @@ def write_hf(torch: Any, transformers: Any, np: Any) -> None:
 
 
 def main() -> None:
-    """Write everything anew."""
+    """Write all files again."""
     import numpy as np
     import torch
     import transformers

@@ -1,7 +1,7 @@
-"""Implementations to compare with: a file each, found by `discover`, each run in a process of its own.
+"""Peers: implementations to compare with. Each is one file, found by `discover`, and runs in its own process.
 
 A peer's file defines ``PEER``. Nothing heavy is imported before its ``open`` is called: the file itself must import
-in any Python from 3.11 on, with none of this project's dependencies but numpy.
+in any Python from 3.11 on, with numpy as the only dependency.
 """
 
 import importlib
@@ -13,42 +13,42 @@ from typing import Any, Protocol
 
 
 class NotSupported(Exception):
-    """The peer cannot do what is asked; the message says why. Its row says so, and nothing has failed."""
+    """The peer cannot do what is asked. The message says why and appears in the peer's row. This is no failure."""
 
 
 @dataclass(frozen=True)
 class Output:
-    """What a model generated: ``ids`` a row, seconds to the first token, and from there to the last."""
+    """What a model generated: ``ids`` of each row, seconds to the first token, and from there to the last."""
 
     ids: list[list[int]]
     first_s: float
     decode_s: float
-    steps: int | None = None  # decode steps that ``decode_s`` holds, where not one fewer than ids
+    steps: int | None = None  # decode steps in ``decode_s`` (None: one fewer than ids)
 
 
 class Model(Protocol):
     """A loaded model."""
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> Output:
-        """Continue every prompt greedily by exactly ``new_tokens``; end-of-sequence does not stop it."""
+        """Continue every prompt greedily by exactly ``new_tokens``. End-of-sequence does not stop it."""
         ...
 
     def peak_bytes(self) -> int:
-        """The most memory the device (on a CPU: the process) has held."""
+        """The peak memory of the device (on a CPU: of the process)."""
         ...
 
 
-# What is done in four stretches: prepare, look how long it takes, check and prepare to time it, time it. In the first
-# and the third, which compile, others may be at work on the device; the second and the last have it for themselves.
-Stretches = Generator[None, None, dict[str, Any]]
+# A case runs in four rounds: prepare, estimate the time, check and compile the timed calls, time. In the first and the
+# third, which compile, other implementations may use the device; in the second and the last none does.
+Rounds = Generator[None, None, dict[str, Any]]
 
 
 class Ops(Protocol):
     """A library of operations."""
 
-    def run(self, case: dict[str, Any], expected: str, warmup: int, iterations: int) -> Stretches:
-        """Time ``case`` and check it against the array file ``expected``: ``error_vs_reference``, ``samples`` (none
-        where the error is too large) and the rest."""
+    def run(self, case: dict[str, Any], expected: str, warmup: int, iterations: int) -> Rounds:
+        """Time ``case``, and check its result against the array file ``expected``. Returns ``error_vs_reference``,
+        ``samples`` (empty where the error is too large) and more keys for the record."""
         ...
 
 
@@ -58,20 +58,20 @@ class Peer:
 
     name: str
     kind: str
-    available: Callable[[], str | None]  # None, or why not and how to install it
+    available: Callable[[], str | None]  # None, or why it cannot run and how to install it
     open: Callable[[dict[str, Any]], Any]
-    packages: tuple[str, ...] = ()  # whose versions belong in the record
+    packages: tuple[str, ...] = ()  # packages whose versions the record names
 
 
 def discover(kind: str) -> list[str]:
-    """The names of the files here that hold a peer of that kind, in order."""
+    """The names of the files in this folder that hold a peer of that kind, in order."""
     files = sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
     return [name for name in files if load(name).kind == kind]
 
 
 def wanted(asked: str, kind: str) -> list[str]:
-    """The files behind ``all``, ``none`` or names of that kind; a name may also be the dotted path of a module that
-    holds a `PEER`. Raises ValueError where nobody knows it."""
+    """The file names for ``all``, ``none`` or names of that kind. A name may also be the dotted path of a module that
+    holds a `PEER`. Raises ValueError for an unknown name."""
     known = {load(name).name: name for name in discover(kind)}
     if asked in ("all", "none"):
         return list(known.values()) if asked == "all" else []
@@ -95,6 +95,6 @@ def load(name: str) -> Peer:
 
 
 def missing(*modules: str, install: str) -> str | None:
-    """Why not, where one of ``modules`` is not installed; without importing any."""
+    """Why the peer cannot run, if one of ``modules`` is not installed, else None. Imports none of them."""
     absent = [m for m in modules if importlib.util.find_spec(m) is None]
     return f"{' and '.join(absent)} not installed ({install})" if absent else None

@@ -1,4 +1,4 @@
-"""Hugging Face transformers, shared by the two ways of running it."""
+"""Hugging Face transformers: the code that the eager and the compiled peer share."""
 
 import time
 from collections.abc import Callable
@@ -11,17 +11,17 @@ PACKAGES = ("torch", "transformers")
 
 
 def torch_dtype(dtype: str) -> Any:
-    """The torch dtype of a run; quantised ones are not offered."""
+    """The torch dtype of a run. Quantised runs are not supported."""
     import torch
 
     known = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
     if dtype not in known:
-        raise NotSupported(f"runs float weights only here, not {dtype}")
+        raise NotSupported(f"runs float weights only, not {dtype}")
     return known[dtype]
 
 
 def torch_device(platform: str) -> Any:
-    """The device that the run is about."""
+    """The torch device of a run's platform."""
     import torch
 
     if platform == "cpu":
@@ -32,8 +32,8 @@ def torch_device(platform: str) -> Any:
 
 
 def pick_threads(cores: int, work: Callable[[], Any]) -> None:
-    """All cores, or one thread where that is faster: torch's threads spin at barriers, which for small models, or on
-    a machine that does other things, costs more than a second core gives."""
+    """Use all cores, or one thread where that is faster. Torch's threads spin at barriers. For small models, or on a
+    busy machine, that costs more than the other cores give."""
     import torch
 
     times = {}
@@ -47,7 +47,7 @@ def pick_threads(cores: int, work: Callable[[], Any]) -> None:
 
 
 def peak_bytes() -> int:
-    """Of the GPU; on a CPU, of the process."""
+    """The peak memory of the GPU; on a CPU, of the process."""
     import torch
 
     from bench.peers.ours import process_peak
@@ -56,7 +56,7 @@ def peak_bytes() -> int:
 
 
 class HF:
-    """`model.generate`, greedy."""
+    """A model that runs `model.generate`, greedy."""
 
     def __init__(self, job: dict[str, Any], cache: str | None) -> None:
         import torch
@@ -76,11 +76,11 @@ class HF:
             from transformers.generation.configuration_utils import CompileConfig
 
             compile_config = CompileConfig()
-            compile_config._compile_all_devices = True  # on a CPU, too: else `generate` compiles on GPUs only
+            compile_config._compile_all_devices = True  # on a CPU, too: by default `generate` compiles on GPUs only
             self.options = {"cache_implementation": "static", "compile_config": compile_config}
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> Output:
-        """The time to the first token is taken where `generate` asks whether to stop."""
+        """Generate. The time to the first token is taken where `generate` asks whether to stop."""
         from transformers import StoppingCriteria, StoppingCriteriaList
 
         torch, device = self.torch, self.device
@@ -110,5 +110,5 @@ class HF:
         return Output(new, stamps[0] - begin, end - stamps[0])
 
     def peak_bytes(self) -> int:
-        """See the function of that name."""
+        """See `peak_bytes`."""
         return peak_bytes()

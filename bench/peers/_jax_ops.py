@@ -1,4 +1,4 @@
-"""What the peers that run on jax share: inputs on the device, the check, the timing."""
+"""Code that the peers on jax share: inputs on the device, the check, the timing."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,10 +7,10 @@ import numpy as np
 
 from bench import opcases
 from bench.measure import chain_jax_op, rough_s, sets_needed
-from bench.peers import NotSupported, Stretches
+from bench.peers import NotSupported, Rounds
 
 CACHE = {"gpu": 64 << 20, "cpu": 256 << 20}  # at least the last cache (a CPU's, as far as one process sees of it)
-LIMIT = {"gpu": 12 << 30, "cpu": 1 << 30}  # of all input sets together
+LIMIT = {"gpu": 12 << 30, "cpu": 1 << 30}  # bytes of all input sets
 DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 
 
@@ -20,7 +20,8 @@ def float_dtype(case: opcases.Case) -> str:
 
 
 class JaxOps:
-    """``build(case)`` gives the operation of device arrays, ``prepare(case, arrays)`` puts the inputs there."""
+    """Operations on jax. ``build(case)`` returns a function of device arrays; ``prepare(case, arrays)`` makes these
+    arrays from the inputs."""
 
     def __init__(
         self,
@@ -29,7 +30,7 @@ class JaxOps:
     ) -> None:
         self.build, self.prepare = build, prepare or to_device
 
-    def run(self, case: opcases.Case, expected: str, warmup: int, iterations: int) -> Stretches:
+    def run(self, case: opcases.Case, expected: str, warmup: int, iterations: int) -> Rounds:
         """See `bench.peers.Ops`."""
         import jax
 
@@ -55,14 +56,14 @@ class JaxOps:
 
 
 def to_device(case: opcases.Case, arrays: dict[str, np.ndarray]) -> tuple[Any, ...]:
-    """All inputs in the case's dtype; norms' weights are float32 nowhere else either."""
+    """All inputs in the case's dtype, the weights of norms included."""
     import jax.numpy as jnp
 
     return tuple(jnp.asarray(a, float_dtype(case)) for a in arrays.values())
 
 
 def varied(inputs: tuple[Any, ...], shift: int) -> tuple[Any, ...]:
-    """Another set of the same numbers in another order: as random, and made on the device."""
+    """Another set of inputs: the same numbers in another order, made on the device."""
     import jax
     import jax.numpy as jnp
 
@@ -73,12 +74,13 @@ def varied(inputs: tuple[Any, ...], shift: int) -> tuple[Any, ...]:
             else jnp.roll(a, shift, 0)
         )
 
-    # Scales and integers move together, along the outputs, so that a weight stays a weight.
+    # Scales and integers move by the same distance along the outputs, so each scale stays with its integers.
     return jax.tree.map(lambda a: moved(a) if a.ndim > 1 and a.shape[0] > 1 else a + 0, inputs)
 
 
 def advance(case: opcases.Case) -> Callable[[Any, Any], Any]:
-    """The next x of an output. A product's output is narrower or wider than its input: what fits is put into it."""
+    """A function that makes the next x from an output. A product's output is narrower or wider than its input, so as
+    many columns as fit are copied into x."""
     if case["op"] != "matmul":
         return lambda x, out: out.astype(x.dtype)
     width = min(case["out"], case["inner"])
@@ -86,7 +88,7 @@ def advance(case: opcases.Case) -> Callable[[Any, Any], Any]:
 
 
 def only(case: opcases.Case, *names: str) -> None:
-    """Refuse operations that the library does not have."""
+    """Raise `NotSupported` for operations that the library does not have."""
     if case["op"] not in names:
         raise NotSupported(f"has no {case['op']}")
     if case["dtype"] in ("int8", "int4"):
@@ -94,7 +96,7 @@ def only(case: opcases.Case, *names: str) -> None:
 
 
 def need_gpu() -> None:
-    """Refuse a device that is no GPU."""
+    """Raise `NotSupported` on a device that is not a GPU."""
     import jax
 
     if jax.devices()[0].platform != "gpu":

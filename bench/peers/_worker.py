@@ -1,6 +1,6 @@
-"""The process of a peer: JSON requests a line on stdin, JSON replies a line on stdout.
+"""The process of a peer. Requests on stdin and replies on stdout are JSON, one object a line.
 
-``python -m bench.peers._worker NAME``. Whatever a library prints goes to stderr.
+``python -m bench.peers._worker NAME``. Everything that a library prints goes to stderr.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import threading
 import time
 from typing import Any
 
-from bench.peers import NotSupported, Peer, Stretches, load
+from bench.peers import NotSupported, Peer, Rounds, load
 from bench.record import package_versions
 
 
@@ -29,21 +29,21 @@ def main() -> None:
             reply = {"unsupported": _line(reason)}
         except MemoryError as error:
             reply = {"error": f"out of memory: {_line(error)}"}
-        except Exception as error:  # a peer may raise anything: its row says what
+        except Exception as error:  # a peer may raise anything; its row shows the message
             reply = {"error": describe(error)}
         replies.write(json.dumps(reply) + "\n")
         replies.flush()
 
 
 def _end_with(parent: int) -> None:
-    """A parent that is killed cannot end its peers, and one in the middle of a request would not notice."""
+    """End this process when its parent is killed. In the middle of a request it would not notice otherwise."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
 
 
 def describe(error: Exception) -> str:
-    """One line for what a library raised."""
+    """One line about an exception of a library."""
     text = _line(error)
     memory = ("RESOURCE_EXHAUSTED", "out of memory", "Out of memory", "OutOfMemory")
     known = "out of memory: " if any(m in f"{type(error).__name__} {text}" for m in memory) else ""
@@ -66,21 +66,21 @@ def _answer(name: str, request: dict[str, Any], state: dict[str, Any]) -> dict[s
         state["peer"] = peer.open(request["job"])
         return {"load_s": time.perf_counter() - begin, "versions": package_versions(peer.packages)}
     if do == "generate":
-        drawing = {"sampled": True} if request.get("sampled") else {}  # ours alone are asked for it
+        drawing = {"sampled": True} if request.get("sampled") else {}  # only our backends get this request
         output = state["peer"].generate(request["prompts"], request["new_tokens"], **drawing)
         return dataclasses.asdict(output) | {"peak_bytes": state["peer"].peak_bytes()}
     if do == "begin":
-        state["stretches"] = state["peer"].run(**request["args"])
+        state["rounds"] = state["peer"].run(**request["args"])
     if do in ("begin", "go on"):
-        return _go_on(state["stretches"])
-    # What only some peers offer: a case of an operation, a check, ceilings.
+        return _go_on(state["rounds"])
+    # Requests that only some peers offer, such as a check or ceilings.
     return getattr(state["peer"], do)(**request.get("args", {}))
 
 
-def _go_on(stretches: Stretches) -> dict[str, Any]:
-    """What the next stretch ends with: the whole result, or nothing yet."""
+def _go_on(rounds: Rounds) -> dict[str, Any]:
+    """Run the next round. The reply has the whole result after the last round, before that None."""
     try:
-        next(stretches)
+        next(rounds)
     except StopIteration as end:
         return {"result": end.value}
     return {"result": None}

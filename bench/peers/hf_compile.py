@@ -7,7 +7,7 @@ from bench.peers._hf import HF, INSTALL, PACKAGES
 
 
 def available() -> str | None:
-    """On a CPU, torch.compile needs a C++ compiler; on a GPU, Triton needs one for C."""
+    """torch.compile needs a C++ compiler on a CPU; on a GPU, Triton needs a C compiler."""
     if not any(shutil.which(name) for name in ("g++", "clang++", "c++", "gcc", "cc")):
         return "torch.compile needs a C++ compiler (install g++)"
     return missing("torch", "transformers", install=INSTALL)

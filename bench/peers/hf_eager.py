@@ -1,4 +1,4 @@
-"""Hugging Face transformers as it comes."""
+"""Hugging Face transformers in eager mode."""
 
 from bench.peers import Peer, missing
 from bench.peers._hf import HF, INSTALL, PACKAGES

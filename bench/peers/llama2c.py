@@ -1,4 +1,4 @@
-"""llama2.c: `run` on PATH (`runq` for int8), on all cores. Batch 1, no prefill: a prompt's tokens are steps."""
+"""llama2.c: `run` on PATH (`runq` for int8), on all cores. Batch 1, and no prefill: each prompt token is one step."""
 
 import os
 import re
@@ -15,7 +15,7 @@ BOS = 1
 
 
 def available() -> str | None:
-    """A `run` on PATH that says it is llama2.c's."""
+    """Why there is no `run` of llama2.c on PATH, else None."""
     program = shutil.which("run")
     if program is None:
         return "no `run` on PATH (build github.com/karpathy/llama2.c with `make runomp`, and add its folder to PATH)"
@@ -26,7 +26,7 @@ def available() -> str | None:
 
 
 class Llama2c:
-    """The checkpoint is written once, as float32; every run is a process."""
+    """llama2.c on one model. The checkpoint is written once; each run is a new process."""
 
     def __init__(self, job: dict[str, Any], threads: int | None = None) -> None:
         if job["dtype"] not in ("f32", "int8"):
@@ -45,12 +45,12 @@ class Llama2c:
         export(job["model"], self.checkpoint, int8=job["dtype"] == "int8")
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> Output:
-        """One run. Its own clock has milliseconds and starts behind the first token."""
+        """One run. The program's own clock counts milliseconds and starts after the first token."""
         if len(prompts) > 1:
             raise NotSupported("batch 1 only")
         prompt = prompts[0]
         if len(prompt) < 2 or prompt[0] != BOS or BOS in prompt[1:]:
-            raise NotSupported("a prompt begins with id 1, has one more, and no other 1")
+            raise NotSupported("prompts must begin with id 1, have a second id, and no further 1")
         if len(prompt) + new_tokens > self.max_len:
             raise NotSupported(f"prompt and new tokens go past the context of {self.max_len}")
         space = prompt[1]
@@ -80,13 +80,13 @@ class Llama2c:
             raise NotSupported("the run is shorter than its clock's millisecond")
         ids = from_text(done.stdout.decode(), space, first_is_space=True)
         if ids[: len(prompt) - 1] != prompt[1:]:
-            raise RuntimeError("run did not take the prompt's ids as they are")
+            raise RuntimeError("run changed the prompt's ids")
         made = ids[len(prompt) - 1 :]
         step_s = 1 / float(said[1])
         return Output([made], step_s * len(prompt), step_s * (len(made) - 1))
 
     def peak_bytes(self) -> int:
-        """Of the largest child."""
+        """The peak memory of the largest child process."""
         import resource
 
         return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024

@@ -1,6 +1,6 @@
 """llama.cpp through llama-cpp-python, or `llama-bench` on PATH.
 
-Both read GGUF, which `convert` writes from the job's checkpoint.
+Both read GGUF; `convert` writes it from the job's checkpoint.
 """
 
 import atexit
@@ -20,13 +20,13 @@ INSTALL = "pip install llama-cpp-python, or build github.com/ggml-org/llama.cpp 
 
 
 def available() -> str | None:
-    """Either the package or the program."""
+    """Why neither the package nor the program can run, else None."""
     found = find_spec("llama_cpp") or shutil.which("llama-bench")
     return None if found else f"neither llama_cpp nor llama-bench found ({INSTALL})"
 
 
 def gguf_of(job: dict[str, Any], folder: Path) -> str:
-    """The job's model as GGUF: as it is, or written from a checkpoint in the dtype that it is stored in."""
+    """The job's model as GGUF: the file itself, or written from a checkpoint in its stored dtype."""
     if job["model"].endswith(".gguf"):
         return job["model"]
     from convert.to_gguf import gguf
@@ -42,7 +42,7 @@ def gguf_of(job: dict[str, Any], folder: Path) -> str:
 
 
 def open_model(job: dict[str, Any]) -> Any:
-    """The package, whose tokens can be checked, before the program, whose tokens cannot."""
+    """Prefer the package, because its tokens can be checked and the program's cannot."""
     folder = tempfile.TemporaryDirectory(prefix="bench-llama-cpp-")
     atexit.register(folder.cleanup)
     gguf = gguf_of(job, Path(folder.name))
@@ -53,7 +53,7 @@ class Library:
     """llama-cpp-python, one sequence."""
 
     def __init__(self, gguf: str, job: dict[str, Any]) -> None:
-        llama_cpp = importlib.import_module("llama_cpp")  # not `import`: type checkers would take this file for it
+        llama_cpp = importlib.import_module("llama_cpp")  # not `import`: type checkers would resolve that to this file
 
         layers = 0 if job["platform"] == "cpu" else -1
         self.llama = llama_cpp.Llama(
@@ -61,7 +61,7 @@ class Library:
         )
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> Output:
-        """Prefill, then the most likely token again and again."""
+        """Prefill, then repeat: take the most likely token and feed it."""
         if len(prompts) > 1:
             raise NotSupported("batch 1 only")
         self.llama.reset()
@@ -75,14 +75,14 @@ class Library:
         return Output([ids], first, time.perf_counter() - begin - first)
 
     def peak_bytes(self) -> int:
-        """Of the process: the library does not tell what it holds on a GPU."""
+        """The peak of the process. The library does not report its GPU memory."""
         from bench.peers.ours import process_peak
 
         return process_peak()
 
 
 class Program:
-    """`llama-bench`: it feeds tokens of its own and gives none out, so that its ids are empty and stay unchecked."""
+    """`llama-bench`. It feeds its own tokens and returns none, so its ids are empty and cannot be checked."""
 
     def __init__(self, gguf: str, job: dict[str, Any]) -> None:
         self.command = ["llama-bench", "-m", gguf, "-o", "json", "-r", "1"]
@@ -102,7 +102,7 @@ class Program:
         return Output([[]], prefill["avg_ns"] / 1e9, decode_s, steps=new_tokens - 1)
 
     def peak_bytes(self) -> int:
-        """Of the largest child."""
+        """The peak memory of the largest child process."""
         import resource
 
         return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024

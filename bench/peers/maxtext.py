@@ -1,16 +1,14 @@
-"""MaxText. It decodes only from orbax checkpoints of its own, so its tokens on our weights cannot be checked here."""
+"""MaxText. It reads only its own orbax checkpoints, so its tokens on our weights cannot be checked."""
 
 from typing import Any, NoReturn
 
 from bench.peers import NotSupported, Peer, missing
 
-WHY = (
-    "reads orbax checkpoints of its own only: tokens on these weights cannot be compared, so its speed would not count"
-)
+WHY = "reads its own orbax checkpoints only: its tokens cannot be checked, so its speed would not count"
 
 
 def open_model(job: dict[str, Any]) -> NoReturn:
-    """Say why not."""
+    """Raise `NotSupported` with the reason."""
     raise NotSupported(WHY)
 
 

@@ -9,7 +9,7 @@ from bench.peers._jax_ops import JaxOps, need_gpu, only, to_device
 
 
 def build(case: opcases.Case) -> Callable[..., Any]:
-    """A prompt is causal; a single query sees everything."""
+    """Attention of a prompt is causal; a single query sees all keys."""
     import jax
 
     need_gpu()
@@ -21,13 +21,13 @@ def build(case: opcases.Case) -> Callable[..., Any]:
 
 
 def prepare(case: opcases.Case, arrays: Any) -> tuple[Any, ...]:
-    """It takes [B, S, heads, D]."""
+    """The inputs as cuDNN takes them: [B, S, heads, D]."""
     x, k, v = to_device(case, arrays)
     return x, k.swapaxes(1, 2) + 0, v.swapaxes(1, 2) + 0
 
 
 def available() -> str | None:
-    """cuDNN comes with jax's CUDA plugins."""
+    """Why cuDNN is missing, else None. It comes with jax's CUDA plugins."""
     from importlib.util import find_spec
 
     found = find_spec("jax_cuda13_plugin") or find_spec("jax_cuda12_plugin")

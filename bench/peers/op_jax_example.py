@@ -1,4 +1,4 @@
-"""The Mosaic attention kernel among jax's own examples. It takes float16 and causal prompts."""
+"""The Mosaic attention kernel from jax's examples. It takes float16 and causal prompts."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ from bench.peers.op_cudnn import available, prepare
 
 
 def build(case: opcases.Case) -> Callable[..., Any]:
-    """With the tiles that its own benchmark prefers for heads of 128."""
+    """The kernel, with the tiles that its own benchmark uses for heads of 128."""
     need_gpu()
     only(case, "attention")
     if case["dtype"] != "f16":
@@ -18,7 +18,7 @@ def build(case: opcases.Case) -> Callable[..., Any]:
     from jax.experimental.pallas.ops.gpu import attention_mgpu
 
     tiles = attention_mgpu.TuningConfig(block_q=64, block_kv=128, max_concurrent_steps=2, causal=True)
-    scale = case["head_dim"] ** -0.5  # the example leaves the scores unscaled
+    scale = case["head_dim"] ** -0.5  # the example does not scale the scores
     return lambda x, k, v: attention_mgpu.attention(x * scale, k, v, tiles)
 
 

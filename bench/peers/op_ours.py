@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from bench import opcases
-from bench.peers import NotSupported, Peer, Stretches
+from bench.peers import NotSupported, Peer, Rounds
 from bench.peers._jax_ops import JaxOps, float_dtype, to_device
 from bench.peers.ours import PACKAGES, Ours
 
@@ -14,13 +14,13 @@ EPS = 1e-5
 
 
 class OurOps(Ours):
-    """The operations, and all that the reference process is asked besides."""
+    """Our operations, and the other requests to the reference process."""
 
     def __init__(self, job: dict[str, Any]) -> None:
         super().__init__(job | {"model": None})
         self.ops = JaxOps(lambda case: build(case, job["backend"]), prepare)
 
-    def run(self, case: opcases.Case, expected: str, warmup: int, iterations: int) -> Stretches:
+    def run(self, case: opcases.Case, expected: str, warmup: int, iterations: int) -> Rounds:
         """See `bench.peers.Ops`."""
         from pallas_kernels import Unsupported, record
 
@@ -43,13 +43,13 @@ class OurOps(Ours):
 
         inputs = prepare(case, opcases.arrays(case))
         inputs = [exact(a) for a in inputs]
-        with jax.default_matmul_precision("highest"):  # on a GPU, float32 products are rounded to tf32 otherwise
+        with jax.default_matmul_precision("highest"):  # otherwise a GPU rounds float32 products to tf32
             np.save(path, np.asarray(jax.jit(build(case | {"dtype": "f32"}, "xla"))(*inputs)))
         return {}
 
 
 def prepare(case: opcases.Case, arrays: dict[str, np.ndarray]) -> tuple[Any, ...]:
-    """Inputs on the device, weights quantised where the case says so."""
+    """The inputs on the device. Weights are quantised if the case's dtype says so."""
     if case["dtype"] not in ("int8", "int4"):
         return to_device(case, arrays)
     import jax.numpy as jnp

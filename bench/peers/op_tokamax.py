@@ -16,7 +16,7 @@ EPS = 1e-5
 
 
 def _import() -> Any:
-    """tokamax imports its profiler, of 30 MB, for one tool that nothing here uses."""
+    """Import tokamax without its profiler, a package of 30 MB that is not used here."""
     if "xprof" not in sys.modules and find_spec("xprof") is None:
         for name in ("xprof", "xprof.cli", "xprof.cli.tools", "xprof.cli.tools.get_kernel_stats_tool"):
             module = sys.modules[name] = ModuleType(name)
@@ -28,7 +28,7 @@ def _import() -> Any:
 
 
 def build(case: opcases.Case) -> Callable[..., Any]:
-    """Its Mosaic kernels; of the feed-forward it has gate, up and SwiGLU, the rest is jax.numpy."""
+    """tokamax's Mosaic kernels. For the feed-forward it has gate, up and SwiGLU; the rest is jax.numpy."""
     import jax
     import jax.numpy as jnp
 
@@ -49,7 +49,7 @@ def build(case: opcases.Case) -> Callable[..., Any]:
 
 
 def prepare(case: opcases.Case, arrays: Any) -> tuple[Any, ...]:
-    """Weights as [in, 2, hidden] and [hidden, dim], made outside of what is timed."""
+    """The weights as [in, 2, hidden] and [hidden, dim]. Making them is not timed."""
     if case["op"] != "ffn":
         return attention_inputs(case, arrays)
     x, norm, gate_up, down = to_device(case, arrays)

@@ -7,7 +7,7 @@ import numpy as np
 
 from bench import opcases
 from bench.measure import sets_needed, time_calls
-from bench.peers import NotSupported, Peer, Stretches, missing
+from bench.peers import NotSupported, Peer, Rounds, missing
 from bench.peers._hf import pick_threads, torch_device, torch_dtype
 from bench.peers._jax_ops import CACHE, LIMIT
 
@@ -16,7 +16,7 @@ REPEAT = 8  # passes over the input sets in one graph
 
 
 class TorchOps:
-    """On a GPU many operations are captured as one CUDA graph, so that launches are not what is timed."""
+    """PyTorch's operations. On a GPU, many are captured in one CUDA graph, so that launches are not timed."""
 
     def __init__(self, job: dict[str, Any]) -> None:
         import torch
@@ -24,7 +24,7 @@ class TorchOps:
         self.torch, self.device = torch, torch_device(job["platform"])
         self.threads = torch.get_num_threads()
 
-    def run(self, case: opcases.Case, expected: str, warmup: int, iterations: int) -> Stretches:
+    def run(self, case: opcases.Case, expected: str, warmup: int, iterations: int) -> Rounds:
         """See `bench.peers.Ops`."""
         torch = self.torch
         dtype = torch_dtype(case["dtype"])
@@ -69,7 +69,7 @@ class TorchOps:
         return self.torch.cuda.max_memory_allocated()
 
     def _captured(self, work: Callable[[], Any]) -> Any:
-        """`REPEAT` passes of ``work`` as one CUDA graph."""
+        """One CUDA graph of `REPEAT` passes of ``work``."""
         torch = self.torch
         side = torch.cuda.Stream()
         with torch.cuda.stream(side):
@@ -82,7 +82,7 @@ class TorchOps:
         return graph
 
     def _replayed(self, graph: Any, warmup: int, iterations: int) -> list[float]:
-        """Seconds of every replay but the first ones."""
+        """Seconds of every replay after the warm-up."""
         torch = self.torch
         samples = []
         for _ in range(warmup + iterations):
@@ -126,7 +126,7 @@ def build(case: opcases.Case, torch: Any) -> Callable[..., Any]:
 
 
 def available() -> str | None:
-    """torch is all it needs."""
+    """Why torch is missing, else None."""
     return missing("torch", install="`make peers`, or pip install torch")
 
 

@@ -1,4 +1,4 @@
-"""This project's own model, through the backend that the job names; also the reference that checks all others."""
+"""jllama itself, with the backend that the job names. It is also the reference that checks all others."""
 
 import functools
 import os
@@ -13,17 +13,17 @@ from bench.workloads import DRAWN, SAMPLING, SEED
 if TYPE_CHECKING:
     from jllama.config import Quant
 
-CHUNK = 64  # tokens between two looks at the output; a terminal takes 16, a benchmark need not look
+CHUNK = 64  # steps per chunk; a terminal uses 16 to show text early, which a benchmark does not need
 DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 PACKAGES = ("jax", "jaxlib", "numpy", "jax-cuda13-plugin", "jax-cuda12-plugin", "nvidia-cudnn-cu13")
 
 
 def available() -> None:
-    """Always here."""
+    """Always available."""
 
 
 def open_model(job: dict[str, Any]) -> "Ours":
-    """Load ``job["model"]``; without one, only what needs no weights can be asked."""
+    """Load ``job["model"]``. Without one, only requests that need no weights work."""
     return Ours(job)
 
 
@@ -47,7 +47,7 @@ class Ours:
             self._load(int(next(iter(job["rooms"]))))
 
     def _load(self, batch: int) -> None:
-        """As the command line does for ``batch`` rows: whether the layers are stacked depends on it."""
+        """Load the params as the command line does for ``batch`` rows, because stacking depends on the batch."""
         import jax
 
         from jllama.step import runs_whole
@@ -59,14 +59,14 @@ class Ours:
         stacked = self.job["backend"] != "xla" and runs_whole(config, float_dtype, quant, batch=batch, max_len=room)
         if self.params is not None and self.params.stacked == stacked:
             return
-        self.params = None  # before the next: the device need not hold both
+        self.params = None  # free the old params first, so that the device need not hold both
         self.params = make(stacked=stacked)
         jax.block_until_ready(self.params)
 
     def generate(self, prompts: list[list[int]], new_tokens: int, *, sampled: bool = False) -> Output:
-        """Greedily, or as `SAMPLING` says; through the same `Session` that the command line uses. The first token's
-        time is that of a run of its own: when the first of many arrives, later ones are under way, and on a CPU maybe
-        done."""
+        """Generate greedily, or with `SAMPLING`, with the `Session` that the command line uses. The first token is
+        timed in a separate run, because in a long run later tokens are already under way when the first arrives, and
+        on a CPU may be done."""
         self._load(len(prompts))
         room, chunk = len(prompts[0]) + new_tokens, even_chunk(new_tokens - 1)
         ids, first, _ = self._run(prompts, 1, room, chunk, sampled)
@@ -78,7 +78,7 @@ class Ours:
     def _run(
         self, prompts: list[list[int]], new_tokens: int, room: int, chunk: int, sampled: bool
     ) -> tuple[list[list[int]], float, float]:
-        """The new ids; seconds until the first of them, and until the last."""
+        """The new ids, and the seconds to the first and to the last of them."""
         from jllama.stream import Session
         from pallas_kernels import Unsupported
 
@@ -100,14 +100,14 @@ class Ours:
         return ids, first, time.perf_counter() - begin
 
     def peak_bytes(self) -> int:
-        """Of the device; on a CPU, of the process."""
+        """The peak memory of the device; on a CPU, of the process."""
         import jax
 
         stats = jax.devices()[0].memory_stats() or {}
         return int(stats.get("peak_bytes_in_use") or process_peak())
 
     def chosen(self) -> dict[str, Any]:
-        """What ran last for every op of a prefill and of a decode step, and why."""
+        """Which implementation ran last for every op of a prefill and of a decode step, and why."""
         return {"choices": {p: {op: [c.impl, c.why] for op, c in ops.items()} for p, ops in self.backends.items()}}
 
     def hello(self) -> dict[str, Any]:
@@ -123,7 +123,7 @@ class Ours:
         return {"device": name, "platform": device.platform, "memory": memory, "versions": versions}
 
     def ceilings(self, dtype: str, working_set: int) -> dict[str, Any]:
-        """Measured here and now."""
+        """Measure the device's ceilings now."""
         from bench.ceilings import measure_ceilings
 
         return measure_ceilings(dtype if dtype in DTYPES else "bf16", working_set)
@@ -146,7 +146,7 @@ class Ours:
         return {"path": path}
 
     def shape(self, model: str) -> dict[str, Any]:
-        """What floors and prompts need to know of a checkpoint."""
+        """The sizes of a checkpoint that floors and prompts need."""
         from bench.roofline import dims
 
         config, _ = opened(model)
@@ -154,7 +154,7 @@ class Ours:
         return known | {"dims": dims(config), "n_params": config.n_params}
 
     def encode(self, model: str, text: str) -> dict[str, Any]:
-        """The ids of a text, where the model has a tokenizer."""
+        """The ids of a text; None if the model has no tokenizer."""
         from jllama.formats import open_source
         from jllama.text.tokenizer import tokenizer_for
 
@@ -181,7 +181,7 @@ class Ours:
 def opened(
     model: str, dtype: str = "float32", quant: "Quant" = "none", batch: int = 1, max_len: int | None = None
 ) -> tuple[Any, Callable[..., Any]]:
-    """The configuration of a checkpoint, or of a preset whose weights are drawn here, and what makes its params."""
+    """The configuration of a checkpoint, or of a preset with random weights, and a function that makes its params."""
     if model.startswith(DRAWN):
         import jax
 
@@ -198,21 +198,21 @@ def opened(
 
 
 def even_chunk(steps: int) -> int:
-    """The longest chunk up to `CHUNK` that cuts ``steps`` into equal parts, or nearly: what the last chunk computes
-    past the end is thrown away, and would be timed."""
+    """The longest chunk up to `CHUNK` that splits ``steps`` into nearly equal parts. Steps past the end of the last
+    chunk are thrown away, but would be timed."""
     parts = -(-steps // CHUNK)
     return max(1, -(-steps // max(parts, 1)))
 
 
 def process_peak() -> int:
-    """The most memory that this process has held."""
+    """The peak memory of this process."""
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def cpu_name() -> str:
-    """The processor, with how many cores this process may use."""
+    """The processor's name, and the number of cores that this process may use."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

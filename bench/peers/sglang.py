@@ -8,8 +8,8 @@ from bench.peers._engine import Engine, float_dtype
 
 
 def open_model(job: dict[str, Any]) -> Engine:
-    """No tokenizer, no radix cache."""
-    # Not `import sglang`: type checkers would take this file for it.
+    """Start the engine without a tokenizer and without its radix cache."""
+    # Not `import sglang`: type checkers would resolve that to this file.
     engine = importlib.import_module("sglang").Engine(
         model_path=job["model"],
         skip_tokenizer_init=True,

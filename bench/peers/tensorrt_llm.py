@@ -8,8 +8,8 @@ from bench.peers._engine import Engine, float_dtype
 
 
 def open_model(job: dict[str, Any]) -> Engine:
-    """No tokenizer, no reuse of cache blocks."""
-    # Not `import tensorrt_llm`: type checkers would take this file for it.
+    """Start the engine without a tokenizer and without reuse of cache blocks."""
+    # Not `import tensorrt_llm`: type checkers would resolve that to this file.
     trt, llmapi = (importlib.import_module(name) for name in ("tensorrt_llm", "tensorrt_llm.llmapi"))
 
     llm = trt.LLM(

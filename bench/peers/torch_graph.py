@@ -1,6 +1,6 @@
 """A plain PyTorch decoder: static cache, one step captured as a CUDA graph. On a CPU the same step runs eagerly.
 
-What a careful PyTorch user writes by hand: fused weights, no framework around the step, greedy choice on the device.
+It is what a careful PyTorch user writes by hand: fused weights, no framework, greedy choice on the device.
 """
 
 import json
@@ -15,7 +15,7 @@ Tensors = dict[str, Any]
 
 
 class Decoder:
-    """The model's tensors, and a cache and a graph for the last batch and length that were asked for."""
+    """The model's tensors, and a cache and a graph for the last batch and length."""
 
     def __init__(self, job: dict[str, Any]) -> None:
         import torch
@@ -26,7 +26,7 @@ class Decoder:
         path = Path(job["model"])
         self.config = c = json.loads((path / "config.json").read_text())
         if c.get("rope_scaling"):
-            raise NotSupported("knows no scaled rotary embedding")
+            raise NotSupported("does not support scaled rotary embeddings")
         raw: Tensors = {}
         for file in sorted(path.glob("*.safetensors")):
             raw |= {k: v.to(self.device, self.dtype) for k, v in load_file(file).items()}
@@ -56,7 +56,7 @@ class Decoder:
         }
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> Output:
-        """Prefill, then the same step again and again; the host waits once, at the end."""
+        """Prefill, then replay the step. The host waits once, at the end."""
         torch = self.torch
         batch, length = len(prompts), len(prompts[0])
         with torch.inference_mode():
@@ -116,7 +116,7 @@ class Decoder:
         eps = self.config["rms_norm_eps"]
         angles = positions[:, None] * self.frequencies
         cos, sin = (f(angles)[None, :, None].to(self.dtype) for f in (torch.cos, torch.sin))
-        # One query sees the keys up to its own position; a prompt is causal, and alone in the cache.
+        # A single query sees the keys up to its own position. A prompt is causal and starts at position 0.
         seen = (
             torch.arange(self.cache[0][0].shape[2], device=self.device)[None, None, None]
             <= positions[None, None, :, None]
@@ -147,7 +147,7 @@ class Decoder:
 
 
 def available() -> str | None:
-    """torch is all it needs."""
+    """Why torch is missing, else None."""
     return missing("torch", "safetensors", install="`make peers`, or pip install torch safetensors")
 
 

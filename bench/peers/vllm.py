@@ -8,8 +8,8 @@ from bench.peers._engine import Engine, float_dtype
 
 
 def open_model(job: dict[str, Any]) -> Engine:
-    """No tokenizer, no prefix cache, CUDA graphs on."""
-    # Not `import vllm`: type checkers would take this file for it.
+    """Start the engine without a tokenizer and without a prefix cache, with CUDA graphs."""
+    # Not `import vllm`: type checkers would resolve that to this file.
     vllm = importlib.import_module("vllm")
 
     llm = vllm.LLM(

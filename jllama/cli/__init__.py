@@ -1,7 +1,7 @@
-"""The console script ``jllama``: one command, its subcommands in modules of their own.
+"""The console script ``jllama``. Each subcommand has its own module.
 
-Other packages add subcommands as entry points of the group ``jllama.commands``, as `convert` does: so nothing here
-imports them.
+Other packages add subcommands as entry points of the group ``jllama.commands``. `convert` does so; therefore nothing
+here imports it.
 """
 
 import difflib
@@ -12,14 +12,14 @@ from importlib.metadata import entry_points
 from types import ModuleType
 
 COMMANDS = {
-    "generate": ("jllama.cli.generate", "text from a prompt"),
-    "chat": ("jllama.cli.chat", "a conversation with a chat model"),
-    "info": ("jllama.cli.info", "what a checkpoint is, and how it would run here"),
-    "perplexity": ("jllama.cli.perplexity", "how well a model predicts a text"),
+    "generate": ("jllama.cli.generate", "generate text from prompts"),
+    "chat": ("jllama.cli.chat", "chat with a model in the terminal"),
+    "info": ("jllama.cli.info", "describe a checkpoint and how it would run on this machine"),
+    "perplexity": ("jllama.cli.perplexity", "measure how well a model predicts a text"),
 }
 ADDED = {
-    "convert": "a checkpoint from one format to another",
-    "quantize": "a checkpoint to int8 or int4",
+    "convert": "convert a checkpoint to another format",
+    "quantize": "quantise a checkpoint to int8 or int4",
 }
 NAMES = (*COMMANDS, *ADDED)
 
@@ -39,14 +39,14 @@ def main(argv: list[str] | None = None) -> int:
         case ["--completion", *shells]:
             from jllama.cli.completion import script
 
-            return _said(script(shells[0] if shells else ""))
+            return _print_result(script(shells[0] if shells else ""))
         case _:
             command = _command(argv[0])
-            return _said(_unknown(argv[0])) if command is None else command(argv[1:]) or 0
+            return _print_result(_unknown(argv[0])) if command is None else command(argv[1:]) or 0
 
 
 def usage() -> str:
-    """What ``jllama --help`` prints."""
+    """The text of ``jllama --help``."""
     texts = {name: text for name, (_, text) in COMMANDS.items()} | ADDED
     width = max(map(len, texts))
     lines = "\n".join(f"  {name:<{width}}  {text}" for name, text in texts.items())
@@ -54,16 +54,16 @@ def usage() -> str:
         "usage: jllama COMMAND ...\n\nLlama inference inside JAX.\n\n"
         f"commands:\n{lines}\n\n"
         "  --version           print the versions\n"
-        "  --completion SHELL  print what makes bash, zsh or fish complete commands and flags\n\n"
-        "'jllama COMMAND --help' tells more."
+        "  --completion SHELL  print the completion script for bash, zsh or fish\n\n"
+        "'jllama COMMAND --help' lists the flags of a command."
     )
 
 
-def _said(answer: str | ValueError) -> int:
-    """Print an answer, or the reason why there is none."""
-    refused = isinstance(answer, ValueError)
-    print(f"jllama: error: {answer}" if refused else answer, file=sys.stderr if refused else sys.stdout)
-    return 2 if refused else 0
+def _print_result(result: str | ValueError) -> int:
+    """Print a result on stdout, or an error on stderr. Returns the exit code."""
+    failed = isinstance(result, ValueError)
+    print(f"jllama: error: {result}" if failed else result, file=sys.stderr if failed else sys.stdout)
+    return 2 if failed else 0
 
 
 def _unknown(name: str) -> ValueError:
@@ -80,6 +80,6 @@ def _command(name: str) -> Callable[[list[str]], int | None] | None:
 
 
 def command_modules() -> dict[str, ModuleType]:
-    """The module of every subcommand that is installed."""
+    """The modules of all installed subcommands."""
     commands = {name: command for name in NAMES if (command := _command(name)) is not None}
     return {name: sys.modules[command.__module__] for name, command in commands.items()}

@@ -1,4 +1,4 @@
-"""``jllama chat``: a conversation in the terminal, in the chat format of the model."""
+"""``jllama chat``: a conversation in the terminal, in the model's chat format."""
 
 import argparse
 import json
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from jllama.text.templates import Message
 
 HELP = """\
-/system TEXT  set the system prompt (without TEXT: show it); starts anew
+/system TEXT  set the system prompt and restart the conversation; without TEXT: show it
 /reset        forget the conversation
-/save FILE    write the conversation as JSON
-/help         this
-/quit         leave (or Ctrl-D); Ctrl-C stops an answer
-A line that ends with \\ goes on in the next; pasted lines are one message."""
+/save FILE    write the conversation to FILE as JSON
+/help         show this list
+/quit         leave (also Ctrl-D); Ctrl-C stops an answer
+A line that ends with \\ continues on the next line. Several pasted lines are one message."""
 
-MIN_ANSWER = 16  # tokens that an answer must have room for
+MIN_ANSWER = 16  # number of tokens that must be free for an answer
 MENU = "[d]rop the oldest exchange, [r]eset the conversation, or [c]ancel the question? "
 
 
@@ -38,24 +38,24 @@ def parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--system", metavar="TEXT", help="system prompt")
-    help_template = "llama-2, plain, or the file of a jinja template (default: as the model says)"
+    help_template = "llama-2, plain, or the file of a jinja template (default: the model's own)"
     parser.add_argument("--chat-template", metavar="FORMAT", help=help_template)
     parser.add_argument(
         "--when-full",
         choices=("ask", "drop", "stop"),
         help="what to do when the context is full: ask, drop the oldest exchanges, or stop with an error "
-        "(default: ask at a terminal, stop where the input is piped)",
+        "(default: ask at a terminal, stop if the input is piped)",
     )
-    parser.add_argument("--no-history", action="store_true", help="neither read nor write the history of messages")
+    parser.add_argument("--no-history", action="store_true", help="do not read or write the history of messages")
     add_sampling_flags(parser, temperature=0.6)
     add_model_flags(parser)
-    parser.add_argument("-q", "--quiet", action="store_true", help="no banner, and no figures after an answer")
+    parser.add_argument("-q", "--quiet", action="store_true", help="print no banner, and no figures after an answer")
     parser.set_defaults(top_p=0.9)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; the exit code."""
+    """Run the command. Returns the exit code."""
     args = parser().parse_args(argv)
     with reported("jllama chat"):
         options = sampling_options(args)
@@ -70,13 +70,13 @@ def main(argv: list[str] | None = None) -> int:
 
 @dataclass
 class Conversation:
-    """What was said."""
+    """The system prompt and the exchanges so far."""
 
     system: str | None = None
     exchanges: list[Exchange] = field(default_factory=list)
 
     def messages(self, question: str) -> list["Message"]:
-        """All of it and a question, as `jllama.LM` takes it."""
+        """The conversation and a new question, as messages for `jllama.LM`."""
         return list(self._messages(question))
 
     def _messages(self, question: str) -> Iterator["Message"]:
@@ -89,7 +89,7 @@ class Conversation:
 
 
 class Full(InputError):
-    """The context is full, and nobody is there to choose what goes."""
+    """The context is full, and ``--when-full stop`` applies."""
 
 
 def run(args: argparse.Namespace, options: dict[str, Any]) -> None:
@@ -116,12 +116,12 @@ def run(args: argparse.Namespace, options: dict[str, Any]) -> None:
                 say("(Ctrl-D or /quit leaves)")
             except Full:
                 raise
-            except InputError as error:  # one bad command or question does not end the conversation
+            except InputError as error:  # a bad command or question does not end the conversation
                 say(f"error: {error}")
 
 
 def banner(args: argparse.Namespace, model: "Opened") -> str:
-    """What answers: the model, its format and dtype, what runs it, and how much it can remember."""
+    """The banner: the model, its format and dtype, what runs it, and the context."""
     from jllama.cli.runtime import device_line
 
     params, source = model.lm.params, model.source
@@ -130,11 +130,11 @@ def banner(args: argparse.Namespace, model: "Opened") -> str:
         quant = f" weights in int{source.quant.bits},"
     what = f"{source.path.name} ({source.form}, {params.config.n_params / 1e6:,.1f} M weights)"
     how = f"{quant} {params.dtype}, {device_line(args.backend, params)}, context {model.lm.max_len:,} tokens"
-    return f"jllama {jllama.__version__}: {what},{how}; /help tells the commands"
+    return f"jllama {jllama.__version__}: {what},{how}; /help lists the commands"
 
 
 def command(line: str, conversation: Conversation) -> str:
-    """Do what a line that begins with a slash asks; what to tell the user."""
+    """Run a command, which is a line that begins with a slash. Returns a message to the user."""
     name, _, argument = line.partition(" ")
     argument = argument.strip()
     match name:
@@ -144,18 +144,18 @@ def command(line: str, conversation: Conversation) -> str:
             return HELP
         case "/reset":
             conversation.exchanges.clear()
-            return "forgotten"
+            return "conversation forgotten"
         case "/system" if argument:
             conversation.system = argument
             conversation.exchanges.clear()
-            return "system prompt set; the conversation starts anew"
+            return "system prompt set; the conversation restarts"
         case "/system":
             return conversation.system or "no system prompt"
         case "/save" if argument:
             return save(Path(argument), conversation)
         case "/save":
             raise InputError("/save: expected a file name, found none")
-    raise InputError(f"{name}: no such command; /help tells what there is")
+    raise InputError(f"{name}: no such command; /help lists the commands")
 
 
 def save(path: Path, conversation: Conversation) -> str:
@@ -171,7 +171,7 @@ def save(path: Path, conversation: Conversation) -> str:
 def answer(
     question: str, conversation: Conversation, lm: "LM", args: argparse.Namespace, options: dict[str, Any]
 ) -> None:
-    """Let the model answer; Ctrl-C stops it, and what it said until then counts."""
+    """Print the model's answer. Ctrl-C stops it; the text until then stays in the conversation."""
     from jllama.cli.runtime import figures
     from jllama.text.complete import Completion
 
@@ -183,7 +183,7 @@ def answer(
     shown = ""
     try:
         for _, text in pieces:
-            # Formats put white space before the answer; the terminal needs none.
+            # Chat formats put white space before the answer, which is not printed.
             new = text if shown else text.lstrip()
             print(new, end="", flush=True)
             shown += new
@@ -193,7 +193,7 @@ def answer(
         print()
         say("(stopped)")
         if not shown:
-            return  # before it had begun: nothing was asked
+            return  # stopped before the first text: the question is dropped, too
     conversation.exchanges.append(Exchange(question, shown.strip()))
     if completion.finish_reason == "length":
         say(f"(cut off after {len(completion.ids)} tokens)")
@@ -202,8 +202,8 @@ def answer(
 
 
 def make_room(question: str, conversation: Conversation, lm: "LM", when_full: str) -> list[int] | None:
-    """The ids of the conversation with this question. Where they leave no room for an answer, the flag or the user
-    says what goes; None: nothing was asked after all."""
+    """The ids of the conversation with this question. If they leave no room for an answer, ``when_full`` or the user
+    decides what is dropped. None if the user cancels the question."""
     while True:
         ids = lm.prompt_ids(conversation.messages(question))
         if len(ids) + MIN_ANSWER <= lm.max_len:
@@ -225,7 +225,7 @@ def make_room(question: str, conversation: Conversation, lm: "LM", when_full: st
 
 
 def ask(full: str) -> str:
-    """What the user chooses; Ctrl-C cancels the question, and /quit leaves."""
+    """Ask the user what to drop. Ctrl-C cancels the question, and /quit leaves."""
     say(full)
     try:
         choice = read_line(MENU).strip()

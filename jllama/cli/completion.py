@@ -1,6 +1,7 @@
-"""Shell completion: ``jllama --completion bash``, made from the parsers of the commands.
+"""Shell completion scripts, generated from the argument parsers of the commands.
 
-bash: ``source <(jllama --completion bash)``; zsh: the same with zsh; fish: ``jllama --completion fish | source``.
+In bash: ``source <(jllama --completion bash)``. In zsh: the same with ``zsh``. In fish: ``jllama --completion fish |
+source``.
 """
 
 import argparse
@@ -8,11 +9,11 @@ from collections.abc import Callable
 
 from jllama.cli import command_modules
 
-Flags = dict[str, tuple[str, ...]]  # every flag, with the values it may have where these are few
+Flags = dict[str, tuple[str, ...]]  # flag -> its choices; empty if it has none
 
 
 def script(shell: str) -> str | ValueError:
-    """What a shell is to read, or why there is none."""
+    """The script for a shell, or an error if the shell is not known."""
     if shell not in SHELLS:
         return ValueError(f"--completion: expected one of {', '.join(SHELLS)}, found {shell!r}")
     return SHELLS[shell]({name: flags_of(module.parser()) for name, module in command_modules().items()})
@@ -25,7 +26,8 @@ def flags_of(parser: argparse.ArgumentParser) -> Flags:
 
 
 def bash(commands: dict[str, Flags]) -> str:
-    """Behind a command: the values of a flag that has few, or flags; else what bash completes by itself, files."""
+    """The script for bash. After a flag with choices, it completes the choices; after ``-``, it completes flags.
+    Otherwise bash completes file names."""
     cases = "\n".join(_bash_case(name, flags) for name, flags in commands.items())
     return f"""\
 _jllama() {{
@@ -64,12 +66,12 @@ def _bash_case(name: str, flags: Flags) -> str:
 
 
 def zsh(commands: dict[str, Flags]) -> str:
-    """The same, through zsh's reader of bash completions."""
+    """The script for zsh: the one for bash, run with zsh's bashcompinit."""
     return f"autoload -U +X compinit && compinit\nautoload -U +X bashcompinit && bashcompinit\n{bash(commands)}"
 
 
 def fish(commands: dict[str, Flags]) -> str:
-    """A line a flag."""
+    """The script for fish, with one line per flag."""
     lines = [f'complete -c jllama -n __fish_use_subcommand -f -a "{" ".join(commands)}"']
     lines += [f"complete -c jllama -n __fish_use_subcommand -l {flag}" for flag in ("help", "version")]
     lines += [f'complete -c jllama -n __fish_use_subcommand -l completion -x -a "{" ".join(SHELLS)}"']

@@ -1,4 +1,4 @@
-"""``python -m jllama.generate`` and ``jllama generate``: text from prompts, on the command line."""
+"""``jllama generate`` and ``python -m jllama.generate``: generate text from prompts."""
 
 import argparse
 import json
@@ -23,34 +23,38 @@ def parser() -> Parser:
     """The command's flags."""
     parser = Parser(prog="jllama generate", description="Generate text with a Llama.")
     parser.add_argument(
-        "prompt_words", nargs="*", metavar="PROMPT", help="text to continue ('-', or none and a pipe: standard input)"
+        "prompt_words",
+        nargs="*",
+        metavar="PROMPT",
+        help="text to continue (default if the input is piped, or '-': standard input)",
     )
     parser.add_argument("-p", "--prompt", metavar="TEXT", help="the same as PROMPT")
-    parser.add_argument("-f", "--file", type=Path, metavar="FILE", help="one prompt, the whole file ('-': stdin)")
-    parser.add_argument("--prompt-file", type=Path, metavar="FILE", help="many prompts, run in batches ('-': stdin)")
+    parser.add_argument("-f", "--file", type=Path, metavar="FILE", help="use the whole file as a prompt ('-': stdin)")
+    parser.add_argument("--prompt-file", type=Path, metavar="FILE", help="a file with many prompts ('-': stdin)")
     parser.add_argument(
         "--prompt-format",
         choices=("lines", "jsonl"),
-        help="of --prompt-file: a prompt a line, or JSON lines, each a string or an object with a prompt "
-        "(default: jsonl where the file's name ends so)",
+        help="format of --prompt-file: one prompt per line, or JSON lines, each a string or an object with a prompt "
+        "(default: jsonl if the file has this suffix)",
     )
-    parser.add_argument("--samples", type=int, default=1, metavar="N", help="completions a prompt (default: 1)")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="B", help="completions at once (default: 8)")
-    parser.add_argument("--ignore-eos", action="store_true", help="go on past the end-of-sequence token")
+    parser.add_argument("--samples", type=int, default=1, metavar="N", help="completions per prompt (default: 1)")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="B", help="completions per batch (default: 8)")
+    parser.add_argument("--ignore-eos", action="store_true", help="continue after the end-of-sequence token")
     add_sampling_flags(parser, temperature=0.0)
     add_model_flags(parser)
     group = parser.add_argument_group("output")
-    group.add_argument("--echo", action="store_true", help="print the prompt, too")
-    group.add_argument("--ids", action="store_true", help="print token ids instead of text, a completion a line")
-    group.add_argument("--jsonl", action="store_true", help="print a JSON object a completion, each as it is done")
+    group.add_argument("--echo", action="store_true", help="also print the prompt")
+    group.add_argument("--ids", action="store_true", help="print token ids instead of text, one completion per line")
+    group.add_argument("--jsonl", action="store_true", help="print one JSON object per completion when it is finished")
     group.add_argument("--json", action="store_true", help="print one JSON object: completions, timings, backends")
-    group.add_argument("--logprobs", action="store_true", help="with --json or --jsonl: of each new token")
-    group.add_argument("-q", "--quiet", action="store_true", help="nothing on stderr but errors")
+    help_logprobs = "with --json or --jsonl: include the log-probability of each new token"
+    group.add_argument("--logprobs", action="store_true", help=help_logprobs)
+    group.add_argument("-q", "--quiet", action="store_true", help="print only errors on stderr")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; the exit code."""
+    """Run the command. Returns the exit code."""
     args = parser().parse_args(argv)
     with reported("jllama generate"):
         check(args)
@@ -63,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse flags that do not go together, before anything is read or loaded."""
+    """Raise `InputError` for flags that cannot be combined, before anything is read or loaded."""
     for name in ("batch_size", "samples"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')}: expected at least 1, found {getattr(args, name)}")
@@ -84,8 +88,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
-    """The prompts that the flags give, or a pipe does; none is one empty prompt, from which a model writes what it
-    likes."""
+    """The prompts from the flags or from a pipe. Without any, the result is one empty prompt."""
     words = " ".join(args.prompt_words) if args.prompt_words else None
     given = [source for source in (words, args.prompt, args.file, args.prompt_file) if source is not None]
     if len(given) > 1:
@@ -104,7 +107,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
 
 @dataclass(frozen=True)
 class Task:
-    """A completion to make: of which prompt, and the how many-th of its samples."""
+    """A completion to generate: the index of its prompt, and of the sample for this prompt."""
 
     prompt: int
     sample: int
@@ -113,7 +116,7 @@ class Task:
 
 
 def run(args: argparse.Namespace, prompts: list[str], options: dict[str, Any]) -> None:
-    """Load the model, and print what it makes of the prompts."""
+    """Load the model, generate, and print the completions."""
     from jllama.cli.runtime import figures, open_model, quicker
     from jllama.decode import check_prompts
     from jllama.stream import Timings
@@ -142,22 +145,23 @@ def run(args: argparse.Namespace, prompts: list[str], options: dict[str, Any]) -
 
 
 class Printer:
-    """Prints completions in their order, the same bytes whatever the batch; what runs alone is printed as it comes."""
+    """Prints completions in order. The output does not depend on the batch size. A completion that is alone in its
+    batch is printed while it is generated."""
 
     def __init__(self, args: argparse.Namespace, count: int) -> None:
         self._args, self._printed = args, 0
         self._streams = not (args.json or args.jsonl or args.ids)
-        seen = self._streams and count == 1 and sys.stdout.isatty()  # who reads along needs no bar
-        # Of one completion, the tokens are counted; how many there will be is not known, but how many at most.
+        visible = self._streams and count == 1 and sys.stdout.isatty()  # the text itself shows the progress
+        # For a single completion, tokens are counted. Their final number is not known, so the total is the maximum.
         self._by_token = count == 1
         unit, size = ("token", args.max_new_tokens) if self._by_token else ("completion", count)
-        self._progress = Progress(size, unit, quiet=args.quiet or seen)
+        self._progress = Progress(size, unit, quiet=args.quiet or visible)
 
     def show(self, batch: list[Task], pieces: Iterable[tuple[int, str]]) -> None:
-        """Run a batch, and print it."""
+        """Run a batch and print it."""
         alone = len(batch) == 1 and self._streams
         if alone:
-            self._begin(batch[0])
+            self._print_head(batch[0])
         done = [0] * len(batch)
         for _, text in pieces:
             if alone:
@@ -169,7 +173,7 @@ class Printer:
             return
         for task in batch:
             if self._streams:
-                self._begin(task)
+                self._print_head(task)
                 print(task.completion.text, flush=True)
             elif self._args.ids:
                 before = task.completion.prompt_ids if self._args.echo else []
@@ -177,8 +181,8 @@ class Printer:
             elif self._args.jsonl:
                 print(json.dumps(as_json(self._args, task)), flush=True)
 
-    def _begin(self, task: Task) -> None:
-        """An empty line between two completions, and the prompt where it is asked for."""
+    def _print_head(self, task: Task) -> None:
+        """Print an empty line between two completions, and the prompt with ``--echo``."""
         print(("\n" if self._printed else "") + (task.text if self._args.echo else ""), end="", flush=True)
         self._printed += 1
 
@@ -190,7 +194,7 @@ class Printer:
                 done[i] = now
 
     def close(self) -> None:
-        """Take the progress away."""
+        """Remove the progress bar."""
         self._progress.close()
 
 
@@ -203,7 +207,7 @@ def as_json(args: argparse.Namespace, task: Task) -> dict[str, Any]:
 
 
 def describe(args: argparse.Namespace, model: "Opened", total: "Timings") -> dict[str, Any]:
-    """What concerns the whole run, for ``--json``: the model, the seconds, and the backend of every op."""
+    """The part of ``--json`` about the whole run: the model, the timings, and the backend of every op."""
     return {
         "model": {
             "path": args.model,
@@ -219,7 +223,7 @@ def describe(args: argparse.Namespace, model: "Opened", total: "Timings") -> dic
 
 
 def timings(load_seconds: float, timings: "Timings") -> dict[str, float]:
-    """The seconds and rates of a run, for ``--json``."""
+    """The timings and rates of a run, for ``--json``."""
     return {
         "load_s": round(load_seconds, 4),
         "compile_s": round(timings.compile, 4),

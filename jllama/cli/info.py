@@ -1,4 +1,4 @@
-"""``jllama info PATH``: what a checkpoint is, and how it would run here. No weight is read."""
+"""``jllama info PATH``: describe a checkpoint and how it would run on this machine. No weight is read."""
 
 import argparse
 import functools
@@ -20,19 +20,21 @@ if TYPE_CHECKING:
 
 def parser() -> Parser:
     """The command's flags."""
-    parser = Parser(prog="jllama info", description="Say what a checkpoint is, and how it would run here.")
+    parser = Parser(prog="jllama info", description="Describe a checkpoint and how it would run on this machine.")
     parser.add_argument("model", nargs="?", default=str(DEMO), metavar="PATH", help="checkpoint (default: the demo)")
     parser.add_argument(
-        "-c", "--max-seq-len", "--ctx-size", type=int, metavar="N", help="context (default: the model's)"
+        "-c", "--max-seq-len", "--ctx-size", type=int, metavar="N", help="context length (default: the model's)"
     )
-    parser.add_argument("--follow-links", action="store_true", help="links may lead out of the checkpoint's directory")
-    parser.add_argument("--batch-size", type=int, default=1, metavar="B", help="prompts at once (default: 1)")
+    parser.add_argument(
+        "--follow-links", action="store_true", help="links may point outside the checkpoint's directory"
+    )
+    parser.add_argument("--batch-size", type=int, default=1, metavar="B", help="prompts per batch (default: 1)")
     parser.add_argument("--json", action="store_true", help="print a JSON object")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; the exit code."""
+    """Run the command. Returns the exit code."""
     args = parser().parse_args(argv)
     with reported("jllama info"):
         found = describe(args)
@@ -41,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def describe(args: argparse.Namespace) -> dict[str, Any]:
-    """All that is known before a weight is read."""
+    """The description of a checkpoint, without reading its weights."""
     from jllama.device import default_device, free_bytes
     from jllama.formats import open_source
 
@@ -72,12 +74,12 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def size_on_disk(path: Path) -> int:
-    """Bytes of a checkpoint's files."""
+    """The total size of a checkpoint's files in bytes."""
     return sum(p.stat().st_size for p in path.iterdir() if p.is_file()) if path.is_dir() else path.stat().st_size
 
 
 def tokenizer_of(source: "Source") -> dict[str, Any] | None:
-    """The checkpoint's own tokenizer, or why it cannot be had; None: it has none."""
+    """The checkpoint's own tokenizer, or the error that it cannot be loaded; None if it has none."""
     from jllama.text.tokenizer import tokenizer_for
 
     if source.tokenizer is None:
@@ -91,7 +93,7 @@ def tokenizer_of(source: "Source") -> dict[str, Any] | None:
 
 
 def chat_of(source: "Source") -> str:
-    """How `jllama chat` would write a conversation, or why it cannot."""
+    """The chat format that `jllama chat` would use, or the error that prevents it."""
     from jllama.text.templates import Llama2Chat, PlainChat, chat_for
 
     try:
@@ -103,7 +105,7 @@ def chat_of(source: "Source") -> str:
 
 
 def memory(source: "Source", batch: int, context: int, free: int | None) -> list[dict[str, Any]]:
-    """What weights, cache and workspace take in every form in which this checkpoint can be loaded, and whether that
+    """The memory for weights, cache and workspace in every form in which the checkpoint can be loaded, and whether it
     fits."""
     from jllama.formats.checkpoint import DTYPES, QUANTS, default_dtype, memory_of, stored
 
@@ -121,7 +123,7 @@ def memory(source: "Source", batch: int, context: int, free: int | None) -> list
 
 
 def kernels(source: "Source", batch: int, context: int) -> dict[str, dict[str, dict[str, str]]]:
-    """What would run for every op, in the dtype that is the default here: traced with shapes only."""
+    """The implementation of every op with the default dtype on this machine. Only shapes are traced."""
     import jax
     import jax.numpy as jnp
 
@@ -140,7 +142,7 @@ def kernels(source: "Source", batch: int, context: int) -> dict[str, dict[str, d
 
 
 def as_text(found: dict[str, Any]) -> str:
-    """For a reader."""
+    """The description as text."""
     config, device = found["config"], found["device"]
     stored = found["dtype"] if found["quant"] is None else f"int{found['quant']['bits']}"
     heads = f"{config['n_heads']} heads of {config['head_dim']}, {config['n_kv_heads']} of them with keys of their own"

@@ -1,4 +1,4 @@
-"""Text from files and standard input: UTF-8 of bounded size, or one line that says what else was found."""
+"""Reads text from files and standard input. It must be UTF-8 and of bounded size."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ MAX_TEXT_BYTES = 1 << 30
 
 
 def read_text(path: Path) -> str:
-    """The text of a file; of standard input where it is ``-``."""
+    """The text of a file, or of standard input if the path is ``-``."""
     if str(path) == "-":
         return read_stdin()
     try:
@@ -27,13 +27,13 @@ def read_stdin() -> str:
 
 
 def read_line() -> str | None:
-    """A line of standard input, without its end; None behind the last."""
+    """The next line of standard input without its line end; None at the end of the input."""
     line = sys.stdin.buffer.readline(MAX_TEXT_BYTES + 1)
     return decoded(line, "standard input").rstrip("\r\n") if line else None
 
 
 def decoded(content: bytes, where: str) -> str:
-    """Bytes as the text that they must be."""
+    """Decode UTF-8, or raise `InputError` with the position of the first invalid byte."""
     if len(content) > MAX_TEXT_BYTES:
         raise InputError(f"{where}: expected at most {MAX_TEXT_BYTES} bytes of text, found more")
     try:
@@ -44,19 +44,19 @@ def decoded(content: bytes, where: str) -> str:
 
 
 def without_newline(text: str) -> str:
-    """The text without the newline that ends its last line: editors and `echo` add one."""
+    """The text without the newline at its end, which editors and `echo` add."""
     return text.removesuffix("\n").removesuffix("\r")
 
 
 def lines(text: str, where: str) -> list[str]:
-    """The prompts of a text that holds one a line."""
+    """The prompts of a text with one prompt per line."""
     if not text:
-        raise InputError(f"{where}: expected a prompt a line, found nothing")
+        raise InputError(f"{where}: expected one prompt per line, found nothing")
     return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
 
 
 def json_lines(text: str, where: str) -> list[str]:
-    """The prompts of JSON lines, each a string or an object with a ``prompt``; blank lines are skipped."""
+    """The prompts of JSON lines. Each line is a string or an object with a ``prompt``. Blank lines are skipped."""
     prompts = [
         _prompt(line, f"{where}: line {number}") for number, line in enumerate(text.split("\n"), 1) if line.strip()
     ]
@@ -75,7 +75,7 @@ def _prompt(line: str, where: str) -> str:
     if not isinstance(prompt, str):
         raise InputError(f"{where}: expected {expected}, found {type(value).__name__}")
     try:
-        prompt.encode()  # JSON can write half of a character
+        prompt.encode()  # JSON escapes can contain a lone surrogate, which is not valid text
     except UnicodeEncodeError:
         raise InputError(f"{where}: prompt: expected text, found a lone surrogate") from None
     return prompt

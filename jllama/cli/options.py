@@ -1,4 +1,4 @@
-"""The flags that the command lines share. Nothing heavy is imported here: ``--help`` answers at once."""
+"""The flags that the command lines share. Nothing heavy is imported here, so that ``--help`` is fast."""
 
 import argparse
 import difflib
@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import jllama
 from jllama.demo_model import DEMO
 
-# Of other programs, flags that have no place here: what to do in their place.
+# Flags of other programs that do not exist here -> what to use instead.
 FOREIGN = {
     "--n-ctx": "--max-seq-len",
     "--num-predict": "--max-new-tokens",
@@ -22,44 +22,52 @@ FOREIGN = {
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line, and the nearest flag for one that does not exist."""
+    """An argument parser with one-line errors. For an unknown flag, it suggests the most similar one."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, **settings)
-        self.add_argument("--version", action="version", version=version_line(), help="print it and leave")
+        self.add_argument("--version", action="version", version=version_line(), help="print the versions and exit")
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # pyright: ignore
-        """The values of the flags, or one line on stderr and exit code 2."""
+        """Parse the arguments. On an error, print one line on stderr and exit with code 2."""
         given = sys.argv[1:] if args is None else list(args)
         for text in given:
             self._check_text(text)
+        for text in given[: given.index("--") if "--" in given else None]:
+            flag = text.partition("=")[0]
+            # Checked before argparse does, which would report a misspelt required flag as missing.
+            if flag.startswith("--") and " " not in text and flag not in self._option_string_actions:
+                self._no_such_flag(flag)
         values, unknown = self.parse_known_args(given, namespace)
         if unknown:
-            flag = next((text for text in unknown if text.startswith("-")), unknown[0]).partition("=")[0]
-            self.error(f"{flag}: no such flag; {self._advice(flag)}")
+            flag = next((text for text in unknown if text.startswith("-")), unknown[0])
+            self._no_such_flag(flag.partition("=")[0])
         return values
 
     def error(self, message: str) -> NoReturn:
-        """One line, and exit code 2."""
+        """Print one line on stderr and exit with code 2."""
         self.exit(2, f"{self.prog}: error: {' '.join(message.removeprefix('argument ').split())}\n")
+
+    def _no_such_flag(self, flag: str) -> NoReturn:
+        self.error(f"{flag}: no such flag; {self._advice(flag)}")
 
     def _advice(self, flag: str) -> str:
         if flag in FOREIGN:
-            return f"here it is {FOREIGN[flag]}"
+            return f"use {FOREIGN[flag]} instead"
         near = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.6)
         return f"did you mean {near[0]}?" if near else "--help lists them; text that begins with '-' goes after '--'"
 
     def _check_text(self, text: str) -> None:
         try:
             text.encode()
-        except UnicodeEncodeError as error:  # Python hands bytes that are not UTF-8 over as lone surrogates
+        except UnicodeEncodeError as error:  # Python decodes bytes that are not UTF-8 to lone surrogates
             shown = text.encode(errors="backslashreplace").decode().replace("\\udc", "\\x")
             byte = os.fsencode(text[error.start])[0]
             self.error(f"'{shown[:60]}': expected UTF-8 text, found byte 0x{byte:02x}")
 
 
 def version_line() -> str:
-    """The versions that a report of a fault needs."""
+    """The versions that a bug report needs."""
     try:
         jax = version("jax")
     except PackageNotFoundError:
@@ -68,7 +76,7 @@ def version_line() -> str:
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags that say which model runs, and how."""
+    """Add the flags that select a model and how it runs."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "-m",
@@ -77,26 +85,30 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="checkpoint: a path, smollm2, or a repository (default: the demo)",
     )
-    group.add_argument("--follow-links", action="store_true", help="links may lead out of the checkpoint's directory")
-    help_lora = "merge this PEFT adapter, times WEIGHT (default: 1); may be repeated"
+    group.add_argument("--follow-links", action="store_true", help="links may point outside the checkpoint's directory")
+    help_lora = "merge this PEFT adapter, multiplied by WEIGHT (default: 1); may be repeated"
     group.add_argument("--lora", action="append", default=[], metavar="DIR[=WEIGHT]", help=help_lora)
     group.add_argument("--tokenizer", metavar="FILE", help="tokenizer (default: the checkpoint's own)")
-    group.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of activations and cache")
+    group.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="dtype of activations and cache")
     group.add_argument("--quant", choices=("none", "int8", "int4"), default="none", help="quantise the weights at load")
-    group.add_argument("--backend", choices=("auto", "xla", "pallas"), default="auto", help="kernels (default: auto)")
-    help_context = "context, prompt included (default: the model's)"
+    group.add_argument(
+        "--backend", choices=("auto", "xla", "pallas"), default="auto", help="implementation of the ops (default: auto)"
+    )
+    help_context = "context length, including the prompt (default: the model's)"
     group.add_argument("-c", "--max-seq-len", "--ctx-size", type=int, metavar="N", help=help_context)
-    group.add_argument("-t", "--threads", type=int, metavar="N", help="processor cores to use (default: all)")
-    help_layers = "accepted, and without effect: the whole model runs on the device that JAX finds"
+    group.add_argument("-t", "--threads", type=int, metavar="N", help="number of CPU cores to use (default: all)")
+    help_layers = "accepted but has no effect: the whole model runs on the device that JAX finds"
     group.add_argument("-ngl", "--gpu-layers", "--n-gpu-layers", metavar="N", help=help_layers)
-    group.add_argument("--compilation-cache", metavar="DIR", help="where compiled programs are kept between runs")
-    group.add_argument("--no-compilation-cache", action="store_true", help="compile anew")
+    group.add_argument(
+        "--compilation-cache", metavar="DIR", help="directory for compiled programs, which later runs reuse"
+    )
+    group.add_argument("--no-compilation-cache", action="store_true", help="do not read or write compiled programs")
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser, temperature: float) -> None:
-    """Flags that say how tokens are drawn."""
+    """Add the flags for sampling."""
     group = parser.add_argument_group("sampling")
-    help_temperature = f"0: greedy (default: {temperature:g})"
+    help_temperature = f"temperature, 0: greedy (default: {temperature:g})"
     group.add_argument(
         "--temp",
         "--temperature",
@@ -106,25 +118,30 @@ def add_sampling_flags(parser: argparse.ArgumentParser, temperature: float) -> N
         metavar="T",
         help=help_temperature,
     )
-    group.add_argument("--top-k", type=int, default=0, metavar="K", help="draw among the K likeliest (0: off)")
-    group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw among those that make up P (1: off)")
     group.add_argument(
-        "--min-p", type=float, default=0.0, metavar="P", help="drop those below P times the likeliest (0: off)"
+        "--top-k", type=int, default=0, metavar="K", help="sample from the K most likely tokens (0: off)"
     )
-    help_penalty = "above 1: repeat less (1: off)"
+    help_top_p = "sample from the likeliest tokens whose total probability is P (1: off)"
+    group.add_argument("--top-p", type=float, default=1.0, metavar="P", help=help_top_p)
+    help_min_p = "drop tokens whose probability is below P times the largest (0: off)"
+    group.add_argument("--min-p", type=float, default=0.0, metavar="P", help=help_min_p)
+    help_penalty = "values above 1 reduce repetition (1: off)"
     group.add_argument(
         "--repetition-penalty", "--repeat-penalty", type=float, default=1.0, metavar="R", help=help_penalty
     )
-    group.add_argument("-s", "--seed", type=int, default=0, help="same seed, same text (default: 0)")
-    names = ("-n", "--max-new-tokens", "--max-tokens", "--n-predict")
-    group.add_argument(*names, type=int, default=256, metavar="N", help="default: 256")
     group.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="stop before this text; may be repeated"
+        "-s", "--seed", type=int, default=0, help="random seed; the same seed gives the same text (default: 0)"
+    )
+    names = ("-n", "--max-new-tokens", "--max-tokens", "--n-predict")
+    help_tokens = "maximum number of new tokens (default: 256)"
+    group.add_argument(*names, type=int, default=256, metavar="N", help=help_tokens)
+    group.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end a completion before this text; may be repeated"
     )
 
 
 def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The sampling flags as options of `jllama.LM`; an `InputError` names the flag that is out of range."""
+    """The sampling flags as options of `jllama.LM`. An `InputError` names a flag that is out of range."""
     from jllama.errors import InputError
     from jllama.sampling import check_setting
 

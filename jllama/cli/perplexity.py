@@ -1,8 +1,8 @@
-"""``python -m jllama.cli.perplexity --model M --text FILE``: how well a model predicts a text.
+"""``jllama perplexity --model M --text FILE``: measure how well a model predicts a text.
 
-The text is cut into windows, each run after a beginning-of-sequence token, many at once. Every token is predicted
-exactly once; with ``--stride`` below the window's length, windows overlap, so that a token sees more of what precedes
-it. Neighbouring tokens are not independent, windows nearly are: the confidence interval comes from their spread.
+The text is split into windows, which run in batches. Each window starts with a beginning-of-sequence token. Every token
+is scored exactly once. If ``--stride`` is smaller than the window, windows overlap, so that a token has more context.
+Adjacent tokens are not independent, but windows nearly are. So the confidence interval is computed from windows.
 """
 
 import argparse
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from jllama.config import Backend
     from jllama.params import Params
 
-_LOGITS_BYTES = 256 << 20  # what a batch's logits may take
+_LOGITS_BYTES = 256 << 20  # limit for the logits of one batch
 _Z = 1.959964  # 95 %
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """The result: mean negative log-likelihood in nats, perplexity, and the 95 % interval of each, where there is more
-    than one window to tell from."""
+    """The result: the mean negative log-likelihood in nats, the perplexity, and the 95 % confidence interval of each.
+    The intervals are None if there is only one window."""
 
     mean_nll: float
     perplexity: float
@@ -41,14 +41,15 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class Window:
-    """A piece of the text: ``ids`` of which the last ``counted`` are to be predicted; bos comes before them."""
+    """A window of the text."""
 
-    ids: tuple[int, ...]
-    counted: int
+    ids: tuple[int, ...]  # without the beginning-of-sequence id
+    counted: int  # number of ids at the end that are scored
 
 
 def cut(ids: list[int], window: int, stride: int | None = None, limit: int | None = None) -> list[Window]:
-    """Windows of ``window`` tokens, bos included, that begin ``stride`` tokens apart (default: end to end)."""
+    """Split ids into windows of ``window`` tokens, including bos. They start ``stride`` tokens apart (default: windows
+    do not overlap)."""
     room = window - 1
     step = room if stride is None else stride
     if room < 1 or not 1 <= step <= room:
@@ -72,7 +73,7 @@ def measure(
     backend: "Backend" = "auto",
     progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda batches, _: batches,
 ) -> Perplexity:
-    """The perplexity of ``windows``, which a batch at a time goes through the model."""
+    """The perplexity of ``windows``, which are run in batches."""
     if not windows:
         raise InputError("text: expected at least one token, found none")
     width = max(len(window.ids) for window in windows)
@@ -87,7 +88,7 @@ def measure(
 def _sums(
     params: "Params", group: list[Window], batch: int, width: int, bos_id: int, backend: "Backend"
 ) -> Iterator[float]:
-    """The summed negative log-likelihood of each window. The batch is filled up, so that one program serves all."""
+    """The summed negative log-likelihood of each window. The batch is padded, so that one program is compiled."""
     import numpy as np
 
     from jllama.scoring import token_logprobs
@@ -102,12 +103,12 @@ def _sums(
 
 
 def summary(sums: list[float], counts: list[int]) -> Perplexity:
-    """Mean and interval, the windows being the independent samples."""
+    """The mean and its confidence interval. The windows are the independent samples."""
     total, n = sum(counts), len(sums)
     mean = math.fsum(sums) / total
     interval = None
     if n > 1:
-        # Windows differ in length: the error of a ratio of sums, not of a mean of means.
+        # Windows differ in length, so this is the standard error of a ratio of sums, not of a mean of means.
         spread = math.fsum((s - mean * c) ** 2 for s, c in zip(sums, counts, strict=True))
         half = _student(n - 1) * math.sqrt(spread * n / (n - 1)) / total
         interval = (mean - half, mean + half)
@@ -116,7 +117,7 @@ def summary(sums: list[float], counts: list[int]) -> Perplexity:
 
 
 def _student(freedom: int) -> float:
-    """The 97.5 % quantile of Student's distribution, from the normal one's by its expansion."""
+    """The 97.5 % quantile of Student's t-distribution, from the expansion around the normal quantile."""
     z, v = _Z, freedom
     return z + (z**3 + z) / (4 * v) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
 
@@ -129,10 +130,11 @@ def parser() -> Parser:
     """The command's flags."""
     parser = Parser(prog="jllama perplexity", description="Measure how well a model predicts a text.")
     parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="the text, UTF-8")
-    parser.add_argument("--window", type=int, metavar="N", help="tokens a window, bos included (default: 512)")
-    parser.add_argument("--stride", type=int, metavar="N", help="how far windows begin apart (default: end to end)")
-    parser.add_argument("--windows", type=int, metavar="N", help="stop after this many")
-    parser.add_argument("--batch-size", type=int, metavar="B", help="windows at once (default: what 256 MB hold)")
+    parser.add_argument("--window", type=int, metavar="N", help="tokens per window, including bos (default: 512)")
+    parser.add_argument("--stride", type=int, metavar="N", help="tokens between window starts (default: no overlap)")
+    parser.add_argument("--windows", type=int, metavar="N", help="maximum number of windows (default: all)")
+    help_batch = "windows per batch (default: as many as 256 MB of logits allow, at most 16)"
+    parser.add_argument("--batch-size", type=int, metavar="B", help=help_batch)
     add_model_flags(parser)
     parser.add_argument("--json", action="store_true", help="print a JSON object")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
@@ -140,7 +142,7 @@ def parser() -> Parser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; the exit code."""
+    """Run the command. Returns the exit code."""
     args = parser().parse_args(argv)
     with reported("jllama perplexity"):
         for name in ("windows", "batch_size"):
@@ -154,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace, text: str) -> str:
-    """Load the model, measure, and say the result."""
+    """Load the model and measure. Returns the text to print."""
     from tqdm import tqdm
 
     from jllama.cli.runtime import open_model
@@ -175,7 +177,7 @@ def run(args: argparse.Namespace, text: str) -> str:
         progress=lambda groups, total: tqdm(groups, total=total, unit="batch", disable=True if args.quiet else None),
     )
     if args.json:
-        # inf and nan are no JSON; a model that predicts them deserves null
+        # JSON has no inf and nan, so they become null.
         values = {key: _finite(value) for key, value in asdict(result).items()}
         return json.dumps({"model": args.model, "text": str(args.text), "window": window, **values})
     spread = result.perplexity_interval

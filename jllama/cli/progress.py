@@ -1,4 +1,4 @@
-"""How far a long run is, on stderr: a bar on a terminal, and a line now and then elsewhere."""
+"""Progress of a long run on stderr: a bar on a terminal, otherwise a line every few seconds."""
 
 import sys
 import time
@@ -8,7 +8,7 @@ INTERVAL = 10.0  # seconds between two lines
 
 
 class Progress:
-    """Counts towards ``total``. Nothing is said where ``quiet``."""
+    """Counts up to ``total`` and shows the count. With ``quiet``, nothing is printed."""
 
     def __init__(self, total: int, unit: str, *, quiet: bool) -> None:
         self._total, self._unit, self._done, self._quiet = total, unit, 0, quiet
@@ -20,7 +20,7 @@ class Progress:
             self._bar = tqdm(total=total, unit=unit, leave=False, file=sys.stderr)
 
     def add(self, count: int) -> None:
-        """So many more are done."""
+        """Add ``count`` finished items."""
         self._done += count
         if self._bar is not None:
             self._bar.update(count)
@@ -31,13 +31,13 @@ class Progress:
             )
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.close()
 
 
 def loading_bar(names: Iterable[str], total: int) -> Iterable[str]:
-    """The names of a checkpoint's tensors, shown as they pass."""
+    """Yield the names of a checkpoint's tensors and show the progress."""
     progress = Progress(total, "tensor", quiet=False)
     try:
         for name in names:

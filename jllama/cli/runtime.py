@@ -1,4 +1,4 @@
-"""A model made ready from command-line flags: opened, checked, loaded, with a progress bar."""
+"""Loads the model that the command-line flags name, and describes how it runs."""
 
 import argparse
 import os
@@ -25,7 +25,7 @@ from jllama.text.lm import LM
 
 @dataclass(frozen=True)
 class Opened:
-    """What the command lines work with."""
+    """A loaded model, its checkpoint, and the time that it took to load."""
 
     lm: LM
     source: Source
@@ -33,11 +33,11 @@ class Opened:
 
 
 def open_model(args: argparse.Namespace, *, batch: int = 1, quiet: bool = False) -> Opened:
-    """Load what the flags of `add_model_flags` name."""
+    """Load the model that the flags of `add_model_flags` name."""
     began = time.perf_counter()
     set_up(args, quiet=quiet)
     if args.backend == "pallas":
-        require_kernels()  # before anything is loaded
+        require_kernels()  # fail before anything is loaded
     source = open_source(args.model, links=args.follow_links)
     if args.lora:
         source = with_lora(source, [lora_spec(text) for text in args.lora])
@@ -60,7 +60,7 @@ def open_model(args: argparse.Namespace, *, batch: int = 1, quiet: bool = False)
 
 
 def set_up(args: argparse.Namespace, *, quiet: bool = False) -> None:
-    """Apply the flags that concern this process, before jax looks for devices."""
+    """Apply the flags that affect the process. This must happen before jax initialises its devices."""
     if args.threads is not None:
         _use_cores(args.threads)
     if args.gpu_layers is not None and not quiet:
@@ -83,7 +83,7 @@ def _use_cores(count: int) -> None:
 
 
 def device_line(backend: Backend, params: Params) -> str:
-    """What will run the model: kernels or XLA, and where."""
+    """What runs the model, for the banner: kernels or XLA, and the device."""
     kind = default_device().device_kind
     if backend == "xla":
         return f"XLA on {kind}"
@@ -95,16 +95,16 @@ def device_line(backend: Backend, params: Params) -> str:
 
 
 def figures(params: Params, timings: Timings) -> str:
-    """The line of figures: how fast, and how near to what the memory allows."""
+    """One line with the speed of a run, also as a percentage of the memory bandwidth."""
     if timings.decode_steps == 0 or timings.decode <= 0:
         return f"{timings.new_tokens} tokens"
     rate = weight_bytes(params, per_token=True) * timings.decode_steps / timings.decode
     device = default_device()
     peak = bandwidth(device)
-    share = f" ({100 * rate / peak:.0f} % of {device.device_kind})" if peak else ""
+    percent = f" ({100 * rate / peak:.0f} % of {device.device_kind})" if peak else ""
     return (
         f"{timings.new_tokens} tokens, {timings.decode_rate:.1f} tokens/s, "
-        f"{rate / 1e9:.1f} GB/s of weights{share}; prefill {timings.prompt_tokens} tokens in {timings.prefill:.3f} s"
+        f"{rate / 1e9:.1f} GB/s of weights{percent}; prefill {timings.prompt_tokens} tokens in {timings.prefill:.3f} s"
     )
 
 
@@ -117,7 +117,7 @@ def quicker(params: Params) -> str:
 
 
 def as_input_error(run: Callable[[], None]) -> None:
-    """Run a command's body; a kernel that refuses (`--backend pallas`) is bad input, with its reason."""
+    """Run the body of a command. `Unsupported` (from ``--backend pallas``) becomes an `InputError` with its reason."""
     try:
         run()
     except Unsupported as reason:

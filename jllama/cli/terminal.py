@@ -1,4 +1,4 @@
-"""The user's side of a conversation: lines typed, pasted or piped, and a history that lasts from run to run."""
+"""Terminal input of `jllama chat`: typed, pasted or piped lines, and a history that is kept between runs."""
 
 import contextlib
 import os
@@ -13,30 +13,30 @@ HISTORY_LINES = 1000
 
 
 class Leave(Exception):
-    """The user has had enough."""
+    """The user ends the conversation."""
 
 
 class Cancelled(Exception):
-    """Ctrl-C where a line was asked for."""
+    """The user pressed Ctrl-C at a prompt."""
 
 
 def interactive() -> bool:
-    """Whether somebody types."""
+    """Whether standard input is a terminal."""
     return sys.stdin is not None and sys.stdin.isatty()
 
 
 def say(text: str) -> None:
-    """To the user, not part of the model's text."""
+    """Print a message to the user on stderr, apart from the text of the model."""
     print(text, file=sys.stderr, flush=True)
 
 
 def read_message(prompt: str) -> str:
-    """What the user says next: a line, or several that are pasted at once or end with a backslash each but the last."""
+    """Read the next message: one line, several lines that are pasted at once, or lines continued with a backslash."""
     text = read_line(prompt)
     while text.endswith("\\"):
         try:
             text = text[:-1] + "\n" + read_line("… ")
-        except Leave:  # the input ends here: so does what was begun
+        except Leave:  # the input ended after a backslash: the message ends here
             text = text[:-1]
     text = text.strip()
     if text and interactive():
@@ -45,7 +45,7 @@ def read_message(prompt: str) -> str:
 
 
 def read_line(prompt: str) -> str:
-    """A line from the user; `Leave` at the end of the input, `Cancelled` at Ctrl-C."""
+    """Read a line from the user. Raises `Leave` at the end of the input and `Cancelled` at Ctrl-C."""
     if not interactive():
         line = inputs.read_line() if sys.stdin is not None else None
         if line is None:
@@ -66,19 +66,19 @@ def read_line(prompt: str) -> str:
 def _remember(text: str) -> None:
     import readline
 
-    readline.add_history(" ".join(text.split("\n")))  # the file holds one line an entry
+    readline.add_history(" ".join(text.split("\n")))  # the history file has one line per entry
 
 
 @contextlib.contextmanager
 def history(keep: bool) -> Iterator[None]:
-    """Editing of lines, with the history of earlier runs where ``keep``; it is written when the conversation ends."""
+    """Enable line editing. With ``keep``, the history of earlier runs is read, and it is written at the end."""
     if not interactive():
         yield
         return
     import readline
 
     readline.set_auto_history(False)
-    readline.parse_and_bind("set enable-bracketed-paste on")  # what is pasted is one message, whatever lines it has
+    readline.parse_and_bind("set enable-bracketed-paste on")  # several pasted lines are one message
     file = state_directory() / "chat_history"
     if keep:
         with contextlib.suppress(OSError):
@@ -87,7 +87,7 @@ def history(keep: bool) -> Iterator[None]:
         yield
     finally:
         if keep:
-            with contextlib.suppress(OSError):  # a conversation needs no history
+            with contextlib.suppress(OSError):  # the history is optional
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.touch(mode=0o600)
                 readline.set_history_length(HISTORY_LINES)
@@ -95,5 +95,5 @@ def history(keep: bool) -> Iterator[None]:
 
 
 def state_directory() -> Path:
-    """Where a user's programs keep what they remember."""
+    """The directory for state that is kept between runs."""
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "jllama"

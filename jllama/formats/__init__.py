@@ -1,4 +1,4 @@
-"""Checkpoints of every kind, read into one form: `open_source` recognises what a path holds."""
+"""Readers of checkpoints. `open_source` recognises the format of a path and returns a `Source`."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +8,7 @@ from jllama.formats import gguf, hf, llama2c, meta
 from jllama.formats.hub import resolve
 from jllama.formats.source import Source, checked
 
-# Tried in this order: each says for itself whether a path is of its kind.
+# Tried in this order. Each pair is a test whether a path has the format, and the reader.
 FORMATS: tuple[tuple[Callable[[Path], bool], Callable[..., Source]], ...] = (
     (hf.recognise, hf.open_hf),
     (meta.recognise, meta.open_meta),
@@ -18,8 +18,8 @@ FORMATS: tuple[tuple[Callable[[Path], bool], Callable[..., Source]], ...] = (
 
 
 def open_source(path: str | Path, *, links: bool = False) -> Source:
-    """Open the checkpoint at ``path``, or of that name (see `jllama.formats.hub.resolve`): its files are mapped and
-    checked, no tensor is read yet. ``links``: symbolic links of a directory may lead out of it."""
+    """Open a checkpoint by its path or name (see `jllama.formats.hub.resolve`). Its files are mapped and their headers
+    checked; no tensor is read yet. ``links`` allows symbolic links in a directory to point outside it."""
     path = resolve(path)
     try:
         if not path.exists():

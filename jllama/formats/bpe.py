@@ -1,7 +1,7 @@
-"""Byte-level BPE vocabularies as GGUF metadata carries them, written as the ``tokenizer.json`` that means the same.
+"""Converts a byte-level BPE vocabulary from GGUF metadata to an equivalent ``tokenizer.json``.
 
-A GGUF file names its pre-tokenizer, the rule that cuts a text into words before any merge, by a word
-(``tokenizer.ggml.pre``). The rules here are llama.cpp's of the same names.
+A pre-tokenizer splits a text into words before merges are applied. A GGUF file only contains its name, in
+``tokenizer.ggml.pre``. The rules here are those of llama.cpp with the same names.
 """
 
 import json
@@ -15,11 +15,11 @@ from jllama.formats.vocabulary import CONTROL, UNKNOWN, USER_DEFINED
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """How words are cut: each expression cuts what the ones before it left."""
+    """How a text is split into words. Each pattern splits the pieces that the patterns before it left."""
 
     patterns: tuple[str, ...]
-    ignore_merges: bool = False  # a word that is a token needs no merge
-    add_bos: bool = False  # where the file does not say
+    ignore_merges: bool = False  # a word that is itself a token is used without merges
+    add_bos: bool = False  # default if the file does not say
 
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -45,19 +45,19 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
 
 @dataclass(frozen=True)
 class BpeVocabulary:
-    """Tokens in the letters that stand for bytes, merges from the first to the last, and what each token is."""
+    """A byte-level BPE vocabulary. The texts of tokens use the printable characters that stand for bytes."""
 
     where: str  # file and field, for error messages
     tokens: tuple[str, ...]
     types: tuple[int, ...]  # as in `jllama.formats.vocabulary`
-    merges: tuple[str, ...]  # "left right"
-    pre: str  # one of `PRE_TOKENIZERS`, if this is to tokenise
+    merges: tuple[str, ...]  # "left right", in the order of their priority
+    pre: str  # a name of `PRE_TOKENIZERS`; checked by `tokenizer_json`
     bos_id: int
     eos_id: int
-    add_bos: bool | None = None  # None: as the pre-tokenizer has it
+    add_bos: bool | None = None  # None: the default of the pre-tokenizer
 
     def tokenizer_json(self) -> bytes:
-        """The same vocabulary as a ``tokenizer.json``."""
+        """The content of an equivalent ``tokenizer.json``."""
         pre = self._pre()
         added = [
             {
@@ -72,7 +72,7 @@ class BpeVocabulary:
             for i, kind in enumerate(self.types)
             if kind in (CONTROL, UNKNOWN, USER_DEFINED)
         ]
-        cuts = [_split(pattern) for pattern in pre.patterns]
+        splits = [_split(pattern) for pattern in pre.patterns]
         as_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
         vocabulary = {token: i for i, token in enumerate(self.tokens)}
         if len(vocabulary) < len(self.tokens):
@@ -95,7 +95,7 @@ class BpeVocabulary:
             "padding": None,
             "added_tokens": added,
             "normalizer": None,
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*cuts, as_bytes]},
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, as_bytes]},
             "post_processor": self._with_bos() if (pre.add_bos if self.add_bos is None else self.add_bos) else None,
             "decoder": as_bytes,
             "model": model,

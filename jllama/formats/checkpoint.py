@@ -1,7 +1,7 @@
-"""From a checkpoint to `Params`, tensor by tensor, and back to a directory.
+"""`load` reads a checkpoint into `Params`, and `save` writes `Params` to a directory.
 
-The formats themselves are `convert`'s; here a source's tensors are joined, cast, quantised and put on the device.
-At any moment one tensor is on its way: the file is mapped, so the host holds no copy of the model.
+The readers of the formats are in the other modules of this folder. Here the tensors of a `Source` are fused, cast,
+quantised and copied to the device, one at a time. The files are mapped, so the host holds no copy of the model.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +19,7 @@ from jllama.config import LlamaConfig, Quant
 from jllama.device import default_device, free_bytes
 from jllama.errors import InputError
 from jllama.formats import open_source
-from jllama.formats.layout import FUSED, expected_shapes
+from jllama.formats.layout import FUSED, expected_shapes, fused
 from jllama.formats.native import directory
 from jllama.formats.native import save as write
 from jllama.formats.source import Integers, Quantization, Source, Tensor
@@ -31,7 +31,7 @@ from jllama.stream import PREFILL_PIECE
 DTYPES = ("float32", "bfloat16", "float16")
 QUANTS: tuple[Quant, ...] = get_args(Quant)
 
-Progress = Callable[[Iterable[str], int], Iterable[str]]  # wraps the names of `total` tensors, to show them pass
+Progress = Callable[[Iterable[str], int], Iterable[str]]  # wraps the iterator of tensor names; the int is their count
 
 
 def load(
@@ -47,11 +47,14 @@ def load(
 ) -> Params:
     """Load a checkpoint onto the default device.
 
-    ``dtype``: of activations, cache and unquantised weights, as jax.numpy takes it or by name (default: float32 on a
-    CPU; on a GPU the checkpoint's, or bfloat16 beside quantised weights).
-    ``quant``: ``none``, ``int8`` (a scale per output channel) or ``int4`` (per group of 128); ``group`` changes that.
-    ``batch`` and ``max_len`` (default: the model's context) size the cache that must fit beside the weights.
-    ``stacked``: the form of the layers (see `Params`); by default stacked where a decode step then is one launch.
+    ``dtype`` is that of activations, cache and unquantised weights, as a name or as jax.numpy takes it. The default is
+    float32 on a CPU. On a GPU it is the checkpoint's dtype, or bfloat16 if its weights are quantised.
+    ``quant`` is ``none``, ``int8`` (one scale per output channel) or ``int4`` (one scale per 128 inputs). ``group`` is
+    another number of inputs per scale.
+    ``batch`` and ``max_len`` (default: the model's context) are the size of the cache. `load` refuses a model that does
+    not fit on the device together with this cache.
+    ``stacked`` is the form of the layers (see `Params`). By default they are stacked if a decode step can then run in
+    one launch.
     """
     source = path if isinstance(path, Source) else open_source(path)
     dtype = default_dtype(source) if dtype is None else dtype_name(dtype)
@@ -65,14 +68,14 @@ def load(
     check_memory(source, dtype, quant, group, batch, max_len)
     if stacked is None:
         form = stored(source) if quant == "none" else (quant, group)
-        stacked = _alike(source) and runs_whole(source.config, dtype, *form, batch=batch, max_len=max_len)
-    elif stacked and not _alike(source):
+        stacked = _uniform(source) and runs_whole(source.config, dtype, *form, batch=batch, max_len=max_len)
+    elif stacked and not _uniform(source):
         raise InputError(f"{source.path}: stacked: expected every layer in the format of the first, found another")
     return _assemble(source, dtype, quantizer(quant, group), progress or (lambda names, _: names), stacked)
 
 
 def dtype_name(dtype: DTypeLike) -> str:
-    """The name of a dtype that a model can have, however it was given."""
+    """The name of a dtype, which must be one that a model can have."""
     try:
         name = jnp.dtype(dtype).name
     except TypeError:
@@ -83,14 +86,14 @@ def dtype_name(dtype: DTypeLike) -> str:
 
 
 def stored(source: Source) -> tuple[Quant, int | None]:
-    """How the layers' weights are stored, in the words of `load`."""
+    """The weight format of the layers, as the arguments ``quant`` and ``group`` of `load`."""
     if source.quant is None:
         return "none", None
     return ("int8" if source.quant.bits == 8 else "int4"), source.quant.group
 
 
-def _alike(source: Source) -> bool:
-    """Whether every layer is stored like the first, so that one array can hold them all."""
+def _uniform(source: Source) -> bool:
+    """Whether all layers have the same weight formats, so that one array can hold them all."""
     layers = (
         [source.tensors[f"layers.{i}.{part}"].quant for parts in FUSED.values() for part in parts]
         for i in range(source.config.n_layers)
@@ -100,8 +103,8 @@ def _alike(source: Source) -> bool:
 
 
 def default_dtype(source: Source) -> str:
-    """float32 on a CPU, where 16-bit arithmetic is slow; elsewhere what the checkpoint holds, and bfloat16 beside
-    quantised weights: no kernel takes float32."""
+    """The default dtype of `load`. On a CPU it is float32, because 16-bit arithmetic is slow there. Elsewhere it is the
+    checkpoint's dtype, or bfloat16 if its weights are quantised: the kernels do not take float32."""
     if default_device().platform == "cpu":
         return "float32"
     return source.dtype if source.quant is None else "bfloat16"
@@ -115,29 +118,32 @@ def _assemble(
     stacked: bool,
 ) -> Params:
     config = source.config
-    fields = [(i, name) for i in range(config.n_layers) for name in FUSED]
+    parts_of = fused(config)
+    fields = [(i, name) for i in range(config.n_layers) for name in parts_of]
     keys = ["embed", "norm"] + ([] if config.tie_embeddings else ["lm_head"])
     names = keys + [f"layers.{i}.{name}" for i, name in fields]
     loaded: dict[str, Any] = {}
     for name in progress(names, len(names)):
         prefix, _, field = name.rpartition(".")
-        parts = [f"{prefix}.{part}" for part in FUSED[field]] if prefix else [name]
-        # Norms are vectors and the embedding is looked up, not multiplied with: both stay floats.
-        plain = name == "embed" or field.endswith("norm")
-        weight = _place(source, parts, dtype, None if plain else to_weight)
+        parts = [f"{prefix}.{part}" for part in parts_of[field]] if prefix else [name]
+        # Vectors stay floats, and so does the embedding, which is a lookup table.
+        plain = name == "embed" or len(source.tensors[parts[0]].shape) == 1
+        weight = _to_device(source, parts, dtype, None if plain else to_weight)
         if prefix and stacked:
             loaded[field] = put(loaded.get(field), weight, int(prefix.removeprefix("layers.")), config.n_layers)
         else:
             loaded[name] = weight
     if stacked:
-        layers = Layer(**{name: loaded[name] for name in FUSED})
+        layers = Layer(**{name: loaded[name] for name in parts_of})
     else:
-        layers = tuple(Layer(**{name: loaded[f"layers.{i}.{name}"] for name in FUSED}) for i in range(config.n_layers))
+        layers = tuple(
+            Layer(**{name: loaded[f"layers.{i}.{name}"] for name in parts_of}) for i in range(config.n_layers)
+        )
     return Params(loaded["embed"], layers, loaded["norm"], loaded.get("lm_head"), config)
 
 
-def _place(source: Source, parts: list[str], dtype: str, to_weight: Callable[[jax.Array], Weight] | None) -> Weight:
-    """The rows of ``parts``, one below the other, on the device."""
+def _to_device(source: Source, parts: list[str], dtype: str, to_weight: Callable[[jax.Array], Weight] | None) -> Weight:
+    """The tensors ``parts``, concatenated along their rows, on the device."""
     tensors = [source.tensors[name] for name in parts]
     quants = {tensor.quant for tensor in tensors}
     if to_weight is not None and len(quants) == 1 and (quant := tensors[0].quant) is not None:
@@ -145,7 +151,8 @@ def _place(source: Source, parts: list[str], dtype: str, to_weight: Callable[[ja
         arrays = [tensor.read() for tensor in tensors]
         data = jnp.concatenate([jnp.asarray(array.data, kind) for array in arrays])
         return QuantizedTensor(data, jnp.concatenate([jnp.asarray(array.scale) for array in arrays]))
-    # Whatever is stored otherwise, or not all alike, is joined as floats. On the device: the host would need a copy.
+    # Unquantised parts, or parts of different formats, are concatenated as floats. This is done on the device, because
+    # the host would need a copy.
     floats = [jnp.asarray(tensor.floats(0, tensor.shape[0])) for tensor in tensors]
     whole = floats[0] if len(floats) == 1 else jnp.concatenate(floats)
     weight = whole if to_weight is None else to_weight(whole)
@@ -158,22 +165,22 @@ class Memory:
 
     weights: int
     cache: int
-    workspace: int  # one piece of a prompt's activations and scores, logits, one tensor
+    workspace: int  # activations and attention scores of one prefill piece, and one large tensor during load
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """The sum of all three."""
         return self.weights + self.cache + self.workspace
 
 
 def memory_of(config: LlamaConfig, dtype: str, quant: Quant, group: int | None, batch: int, max_len: int) -> Memory:
-    """What a model of a shape would take in some form."""
+    """The memory that a model would take with these settings."""
     cache = cache_bytes(config, batch, max_len, jnp.dtype(dtype))
     return Memory(model_bytes(config, dtype, quant, group), cache, workspace_bytes(config, batch, max_len, dtype))
 
 
 def model_bytes(config: LlamaConfig, dtype: str, quant: Quant, group: int | None = None) -> int:
-    """What the weights take on the device."""
+    """Bytes of the weights on the device."""
     itemsize, total = jnp.dtype(dtype).itemsize, 0
     for name, shape in expected_shapes(config).items():
         size = int(np.prod(shape))
@@ -187,7 +194,7 @@ def model_bytes(config: LlamaConfig, dtype: str, quant: Quant, group: int | None
 
 
 def workspace_bytes(config: LlamaConfig, batch: int, max_len: int, dtype: str) -> int:
-    """What a run needs beside weights and cache."""
+    """An estimate of the bytes that a run needs besides weights and cache."""
     rows = batch * min(max_len, PREFILL_PIECE)
     activations = rows * (4 * config.dim + 3 * config.hidden_dim) * 4
     scores = rows * config.n_heads * max_len * 4
@@ -195,26 +202,27 @@ def workspace_bytes(config: LlamaConfig, batch: int, max_len: int, dtype: str) -
 
 
 def check_memory(source: Source, dtype: str, quant: Quant, group: int | None, batch: int, max_len: int) -> None:
-    """Hold weights, cache and workspace against what the device has free, before anything is loaded."""
+    """Raise `InputError` if weights, cache and workspace do not fit into the free memory of the device. This is checked
+    before anything is loaded. The message names settings that would fit."""
     free = free_bytes(default_device())
     if free is None:
         return
     narrower: tuple[Quant, ...] = QUANTS[QUANTS.index(quant) + 1 :]
-    if source.quant is not None:  # what has integers already cannot be quantised again
+    if source.quant is not None:  # a quantised checkpoint cannot be quantised again
         (quant, group), narrower = stored(source), ()
 
     def need(quant: Quant, max_len: int, group: int | None = group) -> Memory:
         return memory_of(source.config, dtype, quant, group, batch, max_len)
 
-    wanted = need(quant, max_len)
-    if wanted.total <= free:
+    needed = need(quant, max_len)
+    if needed.total <= free:
         return
     fits = [f"--quant {name}" for name in narrower if need(name, max_len, None).total <= free][:1]
     lengths = [n for n in (max_len >> k for k in range(1, 8)) if n >= 128 and need(quant, n).total <= free]
     fits += [f"--max-seq-len {n}" for n in lengths[:1]]
     raise InputError(
-        f"{source.path}: needs {_gb(wanted.total)} "
-        f"(weights {_gb(wanted.weights)}, cache {_gb(wanted.cache)}, rest workspace), the device has {_gb(free)} free; "
+        f"{source.path}: needs {_gb(needed.total)} "
+        f"(weights {_gb(needed.weights)}, cache {_gb(needed.cache)}, rest workspace), the device has {_gb(free)} free; "
         f"{'would fit: ' + ' or '.join(fits) if fits else 'no setting would fit'}"
     )
 
@@ -224,7 +232,7 @@ def _gb(n: int) -> str:
 
 
 def save(params: Params, path: str | Path, *, tokenizer: str | Path | None = None, force: bool = False) -> None:
-    """Write a native directory (which transformers reads, too, where nothing is quantised)."""
+    """Write ``params`` to a native directory. If nothing is quantised, transformers can read it, too."""
     source = Source(
         Path(path), "native", params.config, dict(_unfused(params)), None if tokenizer is None else Path(tokenizer)
     )
@@ -232,7 +240,7 @@ def save(params: Params, path: str | Path, *, tokenizer: str | Path | None = Non
 
 
 def _unfused(params: Params) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor under the name it has in a source; nothing leaves the device before it is read."""
+    """Name and tensor of every weight, unfused, as in a source. A tensor is copied to the host when it is read."""
     yield "embed", _tensor("embed", params.embed)
     yield "norm", _tensor("norm", params.norm)
     if params.lm_head is not None:
@@ -240,7 +248,7 @@ def _unfused(params: Params) -> Iterator[tuple[str, Tensor]]:
     shapes = expected_shapes(params.config)
     for i in range(params.config.n_layers):
         layer = materialize(params.layer(i))
-        for field, parts in FUSED.items():
+        for field, parts in fused(params.config).items():
             at = 0
             for name in (f"layers.{i}.{part}" for part in parts):
                 rows = shapes[name][0]
@@ -249,7 +257,7 @@ def _unfused(params: Params) -> Iterator[tuple[str, Tensor]]:
 
 
 def _tensor(name: str, weight: Weight, at: int = 0, count: int | None = None) -> Tensor:
-    """Rows of a weight on the device, as a tensor of a source."""
+    """``count`` rows of a weight from row ``at``, as a tensor of a source."""
     shape = (weight.shape[0] if count is None else count, *weight.shape[1:])
     if not isinstance(weight, QuantizedTensor):
         dtype = str(weight.dtype)

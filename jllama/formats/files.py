@@ -1,4 +1,5 @@
-"""Files of strangers: regular ones only, mapped, every access held against their size."""
+"""Access to untrusted files. Only regular files are opened. They are memory-mapped, and accesses are checked against
+their size."""
 
 import math
 import mmap
@@ -12,12 +13,12 @@ from jllama.errors import InputError
 
 
 class MappedFile:
-    """A file of which nothing is read before it is used. Views stay valid as long as any of them lives."""
+    """A memory-mapped file. Pages are read when they are used. The map stays open while a view of it exists."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            # Not blocking: a pipe that has the name of a checkpoint would be waited for without end.
+            # O_NONBLOCK, because to open a pipe with the name of a checkpoint could block forever.
             handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
             try:
                 status = os.fstat(handle)
@@ -33,18 +34,18 @@ class MappedFile:
             raise InputError(f"{path}: cannot be read: {error.strerror}") from None
 
     def bytes(self, begin: int, length: int) -> bytes:
-        """A copy of ``length`` bytes, fewer at the end of the file."""
+        """A copy of ``length`` bytes from ``begin``, or fewer if the file ends before."""
         return self._map[begin : begin + length]
 
     def view(self, dtype: np.dtype, shape: tuple[int, ...], begin: int) -> np.ndarray:
-        """A read-only array over the file."""
+        """A read-only array that is a view of the file."""
         assert begin + math.prod(shape) * dtype.itemsize <= self.size, self.path
         return np.frombuffer(self._map, dtype, math.prod(shape), begin).reshape(shape)
 
 
 def inside(directory: Path, name: str, where: Path, *, links: bool = False) -> Path:
-    """The file ``name`` of ``directory``, which a stranger's file mentions: refused if it lies anywhere else.
-    ``links``: the user says that links may lead out of the directory."""
+    """The path of the file ``name`` in ``directory``. The name may come from an untrusted file ``where``, so it is
+    refused if it points elsewhere. With ``links``, it may be a symbolic link that points outside the directory."""
     if "/" in name or "\\" in name or "\0" in name or name in ("", ".", "..") or len(name) > 255:
         raise InputError(f"{where}: file name: expected one inside the directory, found {name[:80]!r}")
     path = directory / name
@@ -55,7 +56,7 @@ def inside(directory: Path, name: str, where: Path, *, links: bool = False) -> P
 
 
 def _stays(link: Path, directory: Path) -> bool:
-    """Whether a link ends in its directory, or where Hugging Face's download cache links to from a snapshot."""
+    """Whether a link points to a file in its directory, or to the blobs of Hugging Face's download cache."""
     try:
         target = link.resolve()
     except (OSError, RuntimeError):
@@ -65,12 +66,13 @@ def _stays(link: Path, directory: Path) -> bool:
 
 
 def first_of(directory: Path, names: tuple[str, ...], *, links: bool = False) -> Path | None:
-    """The first of ``names`` that the directory holds; a link out of it is refused without ``links``."""
+    """The first of ``names`` that exists in the directory; None if none does. A link that points outside is refused
+    unless ``links`` is set."""
     found = (inside(directory, name, directory, links=links) for name in names if (directory / name).exists())
     return next(found, None)
 
 
 def label(value: object, limit: int = 80) -> str:
-    """Somebody's value in an error message: short and printable."""
+    """An untrusted value as short and printable text, for an error message."""
     text = value if isinstance(value, str) and value.isprintable() else ascii(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -1,6 +1,7 @@
-"""GGUF checkpoints: config and vocabulary from the metadata, tensors of any type that the gguf package dequantises.
+"""GGUF checkpoints. The config and the vocabulary come from the metadata.
 
-Q8_0 and Q4_0 keep their integers: blocks of 32 with a float16 scale are exactly what `Integers` of that group are.
+Q8_0 and Q4_0 tensors keep their integers, because their blocks of 32 values with a float16 scale are groups as in
+`Integers`. The gguf package dequantises tensors of the other quantised types.
 """
 
 from pathlib import Path
@@ -13,7 +14,7 @@ from jllama.errors import InputError
 from jllama.formats.files import label
 from jllama.formats.gguf_file import GgufFile, GgufTensor, read_gguf
 from jllama.formats.gguf_vocabulary import vocabulary_in
-from jllama.formats.layout import expected_shapes
+from jllama.formats.layout import BIASES, bias_flag, expected_shapes, file_name
 from jllama.formats.source import Integers, Quantization, Source, Tensor, config_at
 from jllama.formats.transform import from_interleaved
 
@@ -39,7 +40,7 @@ GROUP = 32  # of Q8_0 and Q4_0
 
 
 def recognise(path: Path) -> bool:
-    """Whether this is a file that says so by its name or by its first bytes."""
+    """Whether ``path`` is a file with the suffix ``.gguf`` or with GGUF's magic number."""
     if not path.is_file():
         return False
     with open(path, "rb") as file:
@@ -52,17 +53,22 @@ def names_of(config: LlamaConfig) -> dict[str, str]:
     for name in expected_shapes(config):
         prefix, _, field = name.rpartition(".")
         block = f"blk.{prefix.removeprefix('layers.')}."
-        names[name] = f"{block}{LAYER[field]}.weight" if prefix else f"{MODEL[name]}.weight"
+        names[name] = f"{block}{file_name(field, LAYER)}" if prefix else f"{MODEL[name]}.weight"
     return names
 
 
 def open_gguf(path: Path, *, links: bool = False) -> Source:
-    """Open a GGUF file that holds a whole model; it is alone, and no link matters."""
+    """Open a GGUF file that holds a whole model. ``links`` has no effect on the file itself; it is kept for a tokenizer
+    that is loaded later."""
     file = read_gguf(path)
     config = _config(file)
+    names = names_of(config)
+    known = set(names.values())
+    if bias := next((n for n in file.tensors if n.startswith("blk.") and n.endswith(".bias") and n not in known), None):
+        raise InputError(f"{path}: {label(bias)}: expected biases of projections only, found another")
     tensors = {
         ours: from_interleaved(_tensor(file, theirs), config, ours)
-        for ours, theirs in names_of(config).items()
+        for ours, theirs in names.items()
         if theirs in file.tensors
     }
     vocabulary = vocabulary_in(file, config.vocab_size)
@@ -79,8 +85,6 @@ def _config(file: GgufFile) -> LlamaConfig:
         raise InputError(f"{where}: split.count: expected a whole file, found {str(file.fields['split.count'])[:60]!r}")
     if fields.integer("llama.expert_count", 0, low=0):
         raise InputError(f"{where}: llama.expert_count: expected 0 (experts are not supported), found more")
-    if bias := next((name for name in file.tensors if name.startswith("blk.") and name.endswith(".bias")), None):
-        raise InputError(f"{where}: {label(bias)}: expected no biases (they are not supported), found one")
     embed = file.tensors.get("token_embd.weight")
     if embed is None:
         raise InputError(f"{where}: token_embd.weight: missing")
@@ -104,10 +108,17 @@ def _config(file: GgufFile) -> LlamaConfig:
         norm_eps=_short_float(fields.number("llama.attention.layer_norm_rms_epsilon", 1e-5, high=1.0)),
         rope_theta=_short_float(theta),
         tie_embeddings="output.weight" not in file.tensors,
+        **_bias_flags(file),
         bos_id=fields.ids("tokenizer.ggml.bos_token_id", (1,), vocab_size)[0],
         eos_ids=_ends(fields, vocab_size),
     )
     return config.replace(rope_scaling=_scaling(file, fields, config))
+
+
+def _bias_flags(file: GgufFile) -> dict[str, bool]:
+    """No field says which biases there are: those of the first layer do."""
+    found = {bias_flag(ours) for ours in BIASES if f"blk.0.{file_name(ours, LAYER)}" in file.tensors}
+    return {flag: True for flag in found if flag is not None}
 
 
 def _ends(fields: Fields, vocab_size: int) -> tuple[int, ...]:
@@ -119,7 +130,7 @@ def _ends(fields: Fields, vocab_size: int) -> tuple[int, ...]:
 
 
 def _short_float(value: float) -> float:
-    """1e-5 was written as float32: the shortest decimal that gives the same float32 is what was meant."""
+    """The shortest decimal number with the same float32 value. The file stores 1e-5, for example, as float32."""
     return float(str(np.float32(value)))
 
 
@@ -133,7 +144,7 @@ def _scaling(file: GgufFile, fields: Fields, config: LlamaConfig) -> RopeScaling
     if ROPE_FACTORS not in file.tensors:
         return None
     table = _tensor(file, ROPE_FACTORS).read().reshape(-1).astype(np.float32)
-    # The file holds what came out of Llama 3's formula, not what went in: 3.1 went in with 8, 3.2 with 32.
+    # The file holds the result of Llama 3's formula, not its parameters. The factor is 8 in Llama 3.1 and 32 in 3.2.
     for scaling in (RopeScaling("llama3", 8.0), RopeScaling("llama3", 32.0)):
         expected = rope_factors(config.replace(rope_scaling=scaling))
         if table.shape == expected.shape and np.allclose(table, expected, rtol=1e-3):
@@ -142,8 +153,8 @@ def _scaling(file: GgufFile, fields: Fields, config: LlamaConfig) -> RopeScaling
 
 
 def rope_factors(config: LlamaConfig) -> np.ndarray:
-    """[head_dim / 2] float32: how much slower each pair turns than without scaling."""
-    from jllama.rope import inverse_frequencies  # there is jax, too, which most conversions need not wait for
+    """[head_dim / 2] float32: the factor by which scaling divides the frequency of each pair."""
+    from jllama.rope import inverse_frequencies  # imports jax, which most conversions do not need
 
     plain = inverse_frequencies(config.replace(rope_scaling=None))
     return (plain / inverse_frequencies(config)).astype(np.float32)
@@ -162,7 +173,7 @@ def _tensor(file: GgufFile, name: str) -> Tensor:
     if tensor.kind in ("Q8_0", "Q4_0"):
         unpack = _q8_0 if tensor.kind == "Q8_0" else _q4_0
         bits = 8 if tensor.kind == "Q8_0" else 4
-        # A row of one block only would read as a row with one scale: the same numbers.
+        # If a row is one block, it has one scale, which is the same as no groups.
         group = None if tensor.shape[1] == GROUP else GROUP
         return Tensor(tensor.shape, "float16", where, lambda b, e: unpack(raw[b:e]), Quantization(bits, group))
     return _dequantised(tensor, where, raw)
@@ -178,14 +189,15 @@ def _dequantised(tensor: GgufTensor, where: str, raw: np.ndarray) -> Tensor:
     kind = GGMLQuantizationType[tensor.kind]
 
     def rows(begin: int, end: int) -> np.ndarray:
-        with np.errstate(all="ignore"):  # what a damaged scale makes infinite is counted when it is written
+        with np.errstate(all="ignore"):  # a damaged scale may overflow; writers count values that are not finite
             return quants.dequantize(raw[begin:end], kind).astype(np.float32, copy=False)
 
     return Tensor(tensor.shape, "float32", where, rows)
 
 
 def _blocks(raw: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of blocks, each a float16 scale and then integers: the scales [out, blocks], the rest [out, blocks, n]."""
+    """Split rows of blocks into scales [out, blocks] and integer bytes [out, blocks, n]. A block of ``size`` bytes is a
+    float16 scale followed by integers."""
     blocks = raw.reshape(raw.shape[0], -1, size)
     return blocks[..., :2].copy().view(np.float16)[..., 0], blocks[..., 2:]
 
@@ -196,7 +208,8 @@ def _q8_0(raw: np.ndarray) -> Integers:
 
 
 def _q4_0(raw: np.ndarray) -> Integers:
-    """A block's 16 bytes hold values 0 to 15 in their low halves and 16 to 31 in their high ones, 8 too large."""
+    """Unpack 16 bytes per block. The low nibbles are values 0 to 15 and the high nibbles are values 16 to 31, each with
+    an offset of 8."""
     scale, data = _blocks(raw, 18)
     out = np.empty((*data.shape[:2], GROUP), np.int8)
     out[..., :16] = (data & 0xF).view(np.int8) - 8

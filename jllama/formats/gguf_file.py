@@ -1,6 +1,6 @@
-"""GGUF files, versions 2 and 3: metadata and places of tensors, read with every length held against the file.
+"""Reads the metadata and the tensor offsets of GGUF files, versions 2 and 3. Every length is checked against the file.
 
-The gguf package is not asked for this: it believes what a header says about lengths.
+The gguf package is not used for this, because it trusts the lengths in a header.
 """
 
 import math
@@ -19,9 +19,9 @@ MAX_FIELDS = 10_000
 MAX_STRING = 1 << 20
 MAX_ARRAY = 1 << 22
 _STRING, _ARRAY = 8, 9
-# Type number -> how struct reads it.
+# Type number -> format for `struct`.
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
-# Elements and bytes of a block, by ggml's type number.
+# ggml's type number -> name, elements per block, bytes per block.
 BLOCKS: dict[int, tuple[str, int, int]] = {
     0: ("F32", 1, 4),
     1: ("F16", 1, 2),
@@ -50,13 +50,13 @@ BLOCKS: dict[int, tuple[str, int, int]] = {
     39: ("MXFP4", 32, 17),
     40: ("NVFP4", 64, 36),
 }
-# Long arrays that are of use here; all others are stepped over.
+# Long arrays that are read. All others are skipped.
 WANTED = tuple(f"tokenizer.ggml.{name}" for name in ("tokens", "scores", "token_type", "merges"))
 
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """Where a tensor lies. ``shape`` is in numpy's order, the last axis the fastest."""
+    """The position of a tensor in the file. ``shape`` is in numpy's order: the last axis varies fastest."""
 
     shape: tuple[int, ...]
     kind: str
@@ -97,7 +97,7 @@ class _Reader:
     def take(self, count: int) -> bytes:
         self.need(count)
         offset = self.at - self._begin
-        if not 0 <= offset <= len(self._window) - count:  # small reads come out of a window
+        if not 0 <= offset <= len(self._window) - count:  # small reads are served from a buffered window
             self._window, self._begin, offset = self.file.bytes(self.at, max(count, 1 << 16)), self.at, 0
         self.at += count
         return self._window[offset : offset + count]
@@ -158,7 +158,7 @@ class _Reader:
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Map a file and read its header."""
+    """Map a file and read its metadata."""
     reader = _Reader(MappedFile(path))
     if reader.take(4) != MAGIC:
         raise InputError(f"{path}: expected a GGUF file, found something else")

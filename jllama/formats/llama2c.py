@@ -1,6 +1,7 @@
-"""llama2.c's ``.bin`` files: version 0 (seven numbers, then floats), 1 (a proper header) and 2 (int8 with scales).
+"""llama2.c's ``.bin`` files. Version 0 is seven integers and then floats. Version 1 has a header with a magic number.
+Version 2 has int8 weights with scales.
 
-``plan`` is the order of the tensors in the file, one table for reading and writing.
+``plan`` gives the order and offsets of the tensors, for reading and for writing.
 """
 
 import math
@@ -29,16 +30,17 @@ _FLOAT = np.dtype(np.float32)
 
 @dataclass(frozen=True)
 class Header:
-    """What stands before the tensors."""
+    """The header of a file."""
 
     version: int
     config: LlamaConfig
-    group: int = 0  # version 2: how many values share a scale
+    group: int = 0  # version 2: number of values that share a scale
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor lies: ``name`` is None for what readers skip. Quantised, its scales follow its integers."""
+    """The position of a tensor in the file. ``name`` is None for data that readers skip. If ``group`` is not 0, the
+    tensor is quantised, and its scales follow its integers."""
 
     name: str | None
     shape: tuple[int, ...]
@@ -47,18 +49,18 @@ class Place:
 
     @property
     def nbytes(self) -> int:
-        """Its size, scales included."""
+        """Size in bytes, including the scales."""
         size = math.prod(self.shape)
         return size + 4 * (size // self.group) if self.group else 4 * size
 
 
 def recognise(path: Path) -> bool:
-    """Whether this is such a file, or a directory that holds one as ``model.bin``."""
+    """Whether ``path`` is such a file, or a directory with one named ``model.bin``."""
     return (path / MODEL_NAME).exists() if path.is_dir() else path.suffix == ".bin"
 
 
 def plan(header: Header) -> Iterator[Place]:
-    """Every tensor of a file with that header, in order."""
+    """All tensors of a file with this header, in file order."""
     config, at = header.config, HEADER_BYTES if header.version else 4 * len(FIELDS)
     shapes: dict[str | None, tuple[int, ...]] = {**expected_shapes(config)}
     shapes[None] = (config.max_seq_len, config.head_dim // 2)
@@ -74,14 +76,14 @@ def _order(version: int, config: LlamaConfig) -> list[str | None]:
         return [f"layers.{i}.{field}" for field in fields for i in range(config.n_layers)]
 
     head: list[str | None] = [] if config.tie_embeddings else ["lm_head"]
-    if version == 0:  # the two None are rotary tables
+    if version == 0:  # the two None are the rotary tables
         attention = all_layers("attn_norm", "wq", "wk", "wv", "wo")
         return ["embed", *attention, *all_layers("ffn_norm", "w_gate", "w_down", "w_up"), "norm", None, None, *head]
     return [*all_layers("attn_norm", "ffn_norm"), "norm", "embed", *all_layers(*_MATRICES), *head]
 
 
 def open_llama2c(path: Path, *, links: bool = False) -> Source:
-    """Open a ``.bin``; ``tokenizer.bin`` or ``tokenizer.model`` is taken from beside it."""
+    """Open a ``.bin`` file. Its tokenizer is ``tokenizer.bin`` or ``tokenizer.model`` in the same directory."""
     directory = path if path.is_dir() else path.parent
     file = MappedFile(inside(path, MODEL_NAME, path, links=links) if path.is_dir() else path)
     header = read_header(file)
@@ -97,14 +99,14 @@ def open_llama2c(path: Path, *, links: bool = False) -> Source:
 
 
 def read_header(file: MappedFile) -> Header:
-    """The header of whichever version, checked."""
+    """Read and check the header of any version."""
     if file.size < HEADER_BYTES:
         raise InputError(f"{file.path}: expected a llama2.c model, found {file.size} bytes (cut off?)")
     start = file.bytes(0, HEADER_BYTES)
     magic, version = struct.unpack_from("<Ii", start)
     if magic != MAGIC:
         numbers = struct.unpack_from("<7i", start)
-        # Version 0 says with the sign of vocab_size whether the head is the embedding.
+        # In version 0, a positive vocab_size means that the head is tied to the embedding.
         return Header(0, _config(file, (*numbers[:5], abs(numbers[5]), numbers[6]), tied=numbers[5] > 0))
     if version not in (1, 2):
         raise InputError(f"{file.path}: version: expected 1 or 2, found {version}")
@@ -143,12 +145,12 @@ def _tensor(file: MappedFile, place: Place) -> Tensor:
     data = file.view(np.dtype(np.int8), place.shape, place.begin)
     scale = file.view(_FLOAT, (size // place.group,), place.begin + size)
 
-    if width % place.group:  # groups that run over the ends of rows are no type of ours: floats
+    if width % place.group:  # `Integers` has no groups that cross the end of a row, so these are read as floats
 
         def floats(begin: int, end: int) -> np.ndarray:
-            wide = scale[np.arange(begin * width, end * width) // place.group]
-            with np.errstate(all="ignore"):  # a damaged scale: what is not finite is counted when it is written
-                return (data[begin:end].reshape(-1) * wide).reshape(end - begin, width)
+            scales = scale[np.arange(begin * width, end * width) // place.group]
+            with np.errstate(all="ignore"):  # a damaged scale may overflow; writers count values that are not finite
+                return (data[begin:end].reshape(-1) * scales).reshape(end - begin, width)
 
         return Tensor(place.shape, "float32", where, floats)
 

@@ -1,7 +1,7 @@
-"""PEFT's LoRA directories: ``adapter_config.json`` and ``adapter_model.safetensors``, merged into a model's weights.
+"""Reads LoRA adapters of PEFT (``adapter_config.json``, ``adapter_model.safetensors``) and merges them into weights.
 
-A weight W becomes ``W + scale * B A``. `with_lora` does it to a checkpoint that is being loaded, a block of rows at a
-time, before anything is quantised; `merge_lora` does it to `Params`, under jit if so wanted.
+A weight W becomes ``W + scale * B A``. `with_lora` merges into a checkpoint while it is loaded, one block of rows at a
+time and before quantisation. `merge_lora` merges into `Params`, and can run under jit.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from flax import struct
 from jllama.config import Fields, LlamaConfig, read_json
 from jllama.errors import InputError
 from jllama.formats.files import inside, label
-from jllama.formats.layout import FUSED, LAYER, expected_shapes, layer_shapes
+from jllama.formats.layout import FUSED, LAYER, expected_shapes, unfused_layer_shapes
 from jllama.formats.safetensors_file import SafetensorsFile
 from jllama.formats.source import DTYPES, Source, Tensor
 from jllama.kernels import QuantizedTensor, Weight
@@ -30,25 +30,26 @@ _TENSOR = re.compile(
     r"base_model\.model\.(?:model\.layers\.(?P<layer>\d{1,5})\.(?P<module>[\w.]+?)|(?P<head>lm_head))"
     r"\.lora_(?P<side>[AB])(?:\.default)?\.weight"
 )
-# What changes nothing in how an adapter that is trained is applied. Any other option that is set is refused by name.
+# Options that do not change how a trained adapter is applied, or that are checked by name below. Any other option that
+# is set is refused.
 _HARMLESS = {"alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying", "eva_config"}
 _HARMLESS |= {"exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern"}
 _HARMLESS |= {"layers_to_transform", "lora_alpha", "lora_dropout", "loftq_config", "megatron_core", "peft_type"}
 _HARMLESS |= {"peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config"}
 _HARMLESS |= {"target_modules", "task_type", "use_rslora"}
-_INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # others change the base model's weights, too
+_INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # other values also change the weights of the base model
 
 
 @struct.dataclass
 class LoraAdapter:
-    """A low-rank change of weights: name of a tensor (``layers.0.wq``) -> A [rank, in] and B [out, rank], the scale
-    in B."""
+    """A low-rank update of weights."""
 
+    # Name of a tensor (``layers.0.wq``) -> A [rank, in] and B [out, rank]. B is already multiplied by the scale.
     pairs: dict[str, tuple[jax.Array, jax.Array]]
 
 
 def load_lora(path: str | Path, config: LlamaConfig) -> LoraAdapter:
-    """Read an adapter for a model of that config; every matrix is held against its shapes."""
+    """Read an adapter for a model with this config. The shape of every matrix is checked."""
     path = Path(path)
     if not path.is_dir():
         raise InputError(f"{path}: expected a directory with {CONFIG} and {WEIGHTS}, found none")
@@ -57,9 +58,9 @@ def load_lora(path: str | Path, config: LlamaConfig) -> LoraAdapter:
     sides: dict[str, dict[str, np.ndarray]] = {}
     for name, entry in file.entries.items():
         if name.endswith(".base_layer.weight"):
-            continue  # the model's own matrix, which peft writes along with a change of lm_head
+            continue  # the base model's matrix, which peft saves when lm_head has an adapter
         where = f"{file.path}: {label(name)}"
-        ours, side = _place(name, where, config)
+        ours, side = _target(name, where, config)
         shape = expected_shapes(config)[ours]
         expected = (rank, shape[1]) if side == "A" else (shape[0], rank)
         if entry.shape != expected:
@@ -99,8 +100,8 @@ def _only(where: str, values: dict[str, Any], name: str, allowed: tuple[Any, ...
         raise InputError(f"{where}: {name}: expected {allowed[0]}, found {label(values.get(name))} (not supported)")
 
 
-def _place(name: str, where: str, config: LlamaConfig) -> tuple[str, str]:
-    """Our name of the tensor that a matrix changes, and which of the two it is."""
+def _target(name: str, where: str, config: LlamaConfig) -> tuple[str, str]:
+    """Our name of the tensor that a LoRA matrix updates, and its side, ``A`` or ``B``."""
     match = _TENSOR.fullmatch(name)
     if match is None:
         raise InputError(f"{where}: expected lora_A or lora_B of a projection or of lm_head, found another tensor")
@@ -115,27 +116,27 @@ def _place(name: str, where: str, config: LlamaConfig) -> tuple[str, str]:
 
 
 def lora_spec(text: str) -> tuple[Path, float]:
-    """``PATH`` or ``PATH=WEIGHT`` of a command line."""
+    """Parse ``PATH`` or ``PATH=WEIGHT`` of a command line. The default weight is 1."""
     path, equals, weight = text.rpartition("=")
     if not equals:
         return Path(text), 1.0
     try:
         value = float(weight)
     except ValueError:
-        return Path(text), 1.0  # the sign is part of the path
+        return Path(text), 1.0  # the equals sign is part of the path
     if not math.isfinite(value):
         raise InputError(f"--lora: {text}: expected a finite weight, found {weight}")
     return Path(path), value
 
 
 def with_lora(source: Source, adapters: Iterable[tuple[str | Path, float]]) -> Source:
-    """A checkpoint with adapters, each times its weight, merged into it. A weight keeps its float dtype; one that is
-    stored as integers becomes float32."""
+    """The checkpoint with adapters merged into it, each multiplied by its weight. Float tensors keep their dtype;
+    quantised ones become float32."""
     pairs: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     for path, weight in adapters:
         for name, (a, b) in load_lora(path, source.config).pairs.items():
             pairs.setdefault(name, []).append((np.asarray(a), np.asarray(b) * np.float32(weight)))
-    # B A + D C is [B D] [A; C]: however many there are, a weight is rounded once.
+    # B A + D C = [B D] [A; C], so a tensor is rounded only once for any number of adapters.
     merged = {
         name: _merged(source.tensors[name], np.concatenate([a for a, _ in found]), np.hstack([b for _, b in found]))
         for name, found in pairs.items()
@@ -154,9 +155,9 @@ def _merged(tensor: Tensor, a: np.ndarray, b: np.ndarray) -> Tensor:
 
 
 def merge_lora(params: Params, adapter: LoraAdapter, weight: float | jax.Array = 1.0) -> Params:
-    """The model with an adapter, times ``weight``, in its weights, which must be floats. Pure: jit it, or take its
-    gradient by the adapter."""
-    shapes = layer_shapes(params.config)
+    """The params with an adapter merged into them, multiplied by ``weight``. The weights must be floats. The function
+    is pure: it can be jitted, and differentiated with respect to the adapter."""
+    shapes = unfused_layer_shapes(params.config)
 
     def change(layer: int, part: str) -> jax.Array | None:
         pair = adapter.pairs.get(f"layers.{layer}.{part}")

@@ -1,4 +1,5 @@
-"""Meta's own release: ``params.json`` beside ``consolidated.00.pth`` and on, a shard for every GPU it was cut for."""
+"""Meta's release format: ``params.json`` beside ``consolidated.00.pth`` and so on, one shard for each GPU of a
+tensor-parallel run."""
 
 import re
 from pathlib import Path
@@ -24,13 +25,14 @@ LAYER = {
     "w_down": "feed_forward.w2",
 }
 MODEL = {"embed": "tok_embeddings", "norm": "norm", "lm_head": "output"}
-# Split among the shards along their inputs; all other matrices along their outputs, vectors not at all.
+# These are split between the shards along the input axis. All other matrices are split along the output axis. Vectors
+# are not split.
 BY_COLUMNS = ("wo", "w_down")
 MAX_SHARDS = 64
 
 
 def recognise(path: Path) -> bool:
-    """Whether this is a directory of that layout."""
+    """Whether ``path`` is a directory in this format."""
     return path.is_dir() and (path / "params.json").exists()
 
 
@@ -48,7 +50,7 @@ def open_meta(path: Path, *, links: bool = False) -> Source:
 
 
 def _shard_names(path: Path) -> list[str]:
-    # Not a listing that is trusted to be complete: a missing shard in the middle must be noticed.
+    # The shards are numbered from 0. A gap in the numbers means that a shard is missing.
     found = {name for p in path.iterdir() if re.fullmatch(r"consolidated\.\d{2}\.pth", name := p.name)}
     names = [f"consolidated.{i:02}.pth" for i in range(len(found))]
     if not found or len(found) > MAX_SHARDS:
@@ -73,7 +75,7 @@ def _shape(shards: list[PthFile], name: str) -> tuple[int, ...]:
 
 
 def _config(path: Path, shards: list[PthFile]) -> LlamaConfig:
-    """From params.json, and from the tensors what it does not say: hidden_dim, and vocab_size where it is -1."""
+    """The config from params.json. hidden_dim, and vocab_size if it is -1, are taken from tensor shapes."""
     where, values = str(path), read_json(path)
     fields = Fields(where, values)
     dim, n_heads = fields.integer("dim", high=1 << 20), fields.integer("n_heads", high=4096)
@@ -83,7 +85,7 @@ def _config(path: Path, shards: list[PthFile]) -> LlamaConfig:
         raise InputError(f"{where}: vocab_size: expected {vocab_size} as in {shards[0].path.name}, found {stated}")
     theta = fields.number("rope_theta", 10000.0)
     scaling = _scaling(fields) if fields.flag("use_scaled_rope", False) else None
-    # Not stated anywhere: what Llama 2, 3 and 3.1 were trained for.
+    # The file does not state the context. These are the training contexts of Llama 3.1, 3 and 2.
     context = 131072 if scaling else 8192 if theta == 500000 else 4096
     return config_at(
         where,
@@ -112,7 +114,7 @@ def _tensor(shards: list[PthFile], ours: str, config: LlamaConfig) -> Tensor:
     field = ours.rpartition(".")[2]
     if len(shape) == 1:
         return parts[0]
-    # Llama 1 and 2 cut the embedding by columns, Llama 3 by rows.
+    # Llama 1 and 2 split the embedding by columns, Llama 3 by rows.
     columns = field in BY_COLUMNS or (field == "embed" and parts[0].shape[-1] != shape[1])
     axis = 1 if columns else 0
     for part in parts[1:]:

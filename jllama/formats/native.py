@@ -1,4 +1,4 @@
-"""Directories of the Hugging Face layout, native ones included, written tensor by tensor, in shards."""
+"""Writes directories in the Hugging Face layout, including native ones, in shards and tensor by tensor."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +27,7 @@ MAX_SHARD_BYTES = 5_000_000_000
 
 @dataclass(frozen=True)
 class Export:
-    """An output that is known to be possible: how large it will be, what writes it to a path, and in which form."""
+    """An output that was checked and can be written: its size, the function that writes it, and its form."""
 
     nbytes: int
     write: Callable[[Path, Watch], None]
@@ -37,10 +37,10 @@ class Export:
 def save(
     export: Export, dst: Path, *, reads: Sequence[Path] = (), force: bool = False, watch: Watch | None = None
 ) -> None:
-    """Write an export to ``dst``: all of it, or nothing. ``reads``: the checkpoint that it is made from."""
+    """Write an export to ``dst``, completely or not at all. ``reads`` are the paths of the checkpoint that is read."""
     watch = watch or Watch()
-    with staged(dst, export.nbytes, export.form, reads=reads, force=force) as place:
-        export.write(place, watch)
+    with staged(dst, export.nbytes, export.form, reads=reads, force=force) as path:
+        export.write(path, watch)
 
 
 @dataclass(frozen=True)
@@ -56,19 +56,19 @@ class _Shard:
 
 
 def directory(source: Source, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> Export:
-    """A native directory: the layout of Hugging Face, quantised weights as integers and scales."""
+    """A native directory: the Hugging Face layout, with quantised weights as integers and scales."""
     names = hf_names(source.config)
     shards = _shards(source, names, max_shard_bytes)
     return Export(sum(s.nbytes for s in shards), lambda path, watch: _write(source, names, shards, path, watch), HF)
 
 
 def hf_directory(source: Source, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> Export:
-    """A directory that transformers reads: no quantised weights."""
+    """A directory that transformers can read. Quantised weights become floats."""
     return directory(as_floats(source), max_shard_bytes=max_shard_bytes)
 
 
 def _stored(tensor: Tensor, name: str) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
-    """What a tensor becomes in the file: one array, or integers and scales."""
+    """The arrays of a tensor in the file (name -> dtype and shape): one array, or integers and scales."""
     if tensor.quant is None:
         return {name: (DTYPES[tensor.dtype], tensor.shape)}
     out, width = tensor.shape
@@ -111,7 +111,7 @@ def _write(source: Source, names: dict[str, str], shards: list[_Shard], path: Pa
     for name, content in _small_files(source):
         with OutputFile(path / name, Watch()) as file:
             file.put(0, content)
-    # Last, because it is what makes the directory a checkpoint.
+    # config.json is written last, because its presence makes the directory a checkpoint.
     _put_json(path / "config.json", _config(source))
 
 
@@ -144,7 +144,7 @@ def _put_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def _small_files(source: Source) -> Iterator[tuple[str, bytes]]:
-    """The tokenizer and what goes with it: name -> content."""
+    """Names and contents of the tokenizer and of the other small files."""
     tokenizer = source.tokenizer
     extras = {path.name: path for path in source.extras}
     if isinstance(tokenizer, Path) and tokenizer.suffix == ".bin":
@@ -154,7 +154,7 @@ def _small_files(source: Source) -> Iterator[tuple[str, bytes]]:
     elif isinstance(tokenizer, BpeVocabulary):
         yield "tokenizer.json", tokenizer.tokenizer_json()
     elif tokenizer is not None:
-        # Another tokenizer than the source's own takes its place: nothing of the old one may stay beside it.
+        # If another tokenizer replaces the source's own, no file of the old one may remain beside it.
         if tokenizer.parent != source.path:
             extras = (
                 {"generation_config.json": extras["generation_config.json"]}

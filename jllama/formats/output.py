@@ -1,4 +1,4 @@
-"""Where tensors are written to: files filled piece by piece at known places, each piece looked through on its way."""
+"""Output files. They are written block by block at known offsets. Float blocks are checked for NaN and infinities."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -9,27 +9,28 @@ import numpy as np
 
 from jllama.formats.source import Tensor
 
-# How floats with all exponent bits set, NaN and infinities, are told from the rest: integer type, sign mask, limit.
+# NaN and infinities have all exponent bits set. For each dtype: the integer type of its bits, the mask without the sign
+# bit, and the bits of infinity.
 _BITS = {
     "float32": (np.uint32, 0x7FFFFFFF, 0x7F800000),
     "float16": (np.uint16, 0x7FFF, 0x7C00),
     "bfloat16": (np.uint16, 0x7FFF, 0x7F80),
 }
-_CHUNK = 1 << 17  # elements: what stays in a core's cache
+_CHUNK = 1 << 17  # elements: small enough to stay in the cache of a core
 
-Progress = Callable[[int], object]  # told how many bytes have been written
+Progress = Callable[[int], object]  # called with the number of bytes just written
 
 
 @dataclass
 class Watch:
-    """Sees all that is written: counts bytes for a progress bar, and what is not finite for a warning."""
+    """Observes all writes: counts bytes for a progress bar, and NaN and infinities for warnings."""
 
     progress: Progress = lambda nbytes: None
     nan: dict[str, int] = field(default_factory=dict)
     infinite: dict[str, int] = field(default_factory=dict)
 
     def look(self, where: str, array: np.ndarray) -> None:
-        """Count NaN and infinities of a float array."""
+        """Count the NaN and infinities of a float array. Other arrays are ignored."""
         kind, mask, limit = _BITS.get(str(array.dtype), (None, 0, 0))
         if kind is None:
             return
@@ -46,13 +47,13 @@ class Watch:
             counts[where] = counts.get(where, 0) + number
 
     def warnings(self) -> Iterator[str]:
-        """A line for every tensor that holds what no weight should be."""
+        """One line for every tensor that holds NaN or infinities."""
         for where in dict.fromkeys([*self.nan, *self.infinite]):
             yield f"{where}: {self.nan.get(where, 0)} NaN and {self.infinite.get(where, 0)} infinite values"
 
 
 class OutputFile:
-    """A new file, written at places, complete on disk once it is closed."""
+    """A new file, written at arbitrary offsets. When it is closed without an error, its content is synced to disk."""
 
     def __init__(self, path: Path, watch: Watch) -> None:
         self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -69,7 +70,7 @@ class OutputFile:
             os.close(self._handle)
 
     def put(self, at: int, data: np.ndarray | bytes) -> None:
-        """Write at byte ``at``."""
+        """Write ``data`` at byte ``at``."""
         raw = np.ascontiguousarray(data).reshape(-1).view(np.uint8).data if isinstance(data, np.ndarray) else data
         rest = memoryview(raw)
         while rest:

@@ -1,9 +1,9 @@
-"""The pickle inside a torch file, without Python's unpickler and without torch.
+"""Reads the pickle in a torch file without torch and without Python's unpickler.
 
-A pickle is a program for a small stack machine. This one knows the two dozen instructions that torch's files use, and
-`GLOBALS` is all that a file can name: anything else is refused, nothing is ever imported or called. Python's own
-unpickler is not used even with a restricted ``find_class``, because four bytes of a hostile file (a memo index) make
-it allocate gigabytes, and a deeply nested key ends the process.
+A pickle is a program for a small stack machine. The machine here supports only the instructions that torch's files use,
+about two dozen. A file can only refer to the names in `GLOBALS`. Everything else is refused, and nothing is imported or
+called. Python's unpickler is not safe even with a restricted ``find_class``: a memo index of four bytes can make it
+allocate gigabytes, and a deeply nested key can crash the process.
 """
 
 import struct
@@ -29,19 +29,19 @@ GLOBALS = frozenset(
     ["collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"]
     + [f"torch {name}" for name in STORAGES]
 )
-MAX_STEPS = 500_000  # Llama-2-70B in one file: 33,000
+MAX_STEPS = 500_000  # Llama-2-70B in one file takes 33,000
 
 
 @dataclass(frozen=True)
 class Global:
-    """A name of `GLOBALS`: never more than its name."""
+    """A reference to a name in `GLOBALS`. It is never resolved to an object."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class StorageRef:
-    """A storage that the pickle mentions: a file of the archive."""
+    """A reference to a storage, which is a file in the archive."""
 
     dtype: str
     key: str
@@ -50,7 +50,7 @@ class StorageRef:
 
 @dataclass(frozen=True)
 class TensorRef:
-    """A tensor that the pickle describes: part of a storage."""
+    """A tensor as the pickle describes it: a part of a storage."""
 
     storage: StorageRef
     offset: int
@@ -164,7 +164,7 @@ class _Machine:
 
 
 def _build(machine: _Machine) -> None:
-    """State set on an object: only an OrderedDict's ``_metadata``, which nobody here needs."""
+    """BUILD sets the state of an object. Here that is only the ``_metadata`` of an OrderedDict, which is ignored."""
     machine.pop()
     machine.top(dict)
 
@@ -251,7 +251,7 @@ _STEPS: dict[bytes, Any] = {
 
 
 def tensors_of(data: bytes, where: str) -> dict[str, TensorRef]:
-    """Name -> tensor of a pickled state dict."""
+    """Name -> tensor, for all tensors of a pickled state dict."""
     value = _Machine(data, where).run()
     if not isinstance(value, dict):
         raise InputError(f"{where}: expected a dictionary of tensors, found {type(value).__name__}")

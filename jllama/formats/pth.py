@@ -1,7 +1,7 @@
-"""Torch's ``.pth`` and ``.bin`` files without torch: a zip of stored files, one a pickle, the others raw storages.
+"""Reads torch's ``.pth`` and ``.bin`` files without torch. Such a file is a zip archive with a pickle and raw storages.
 
-The zip directory is read here, too: only what torch writes (stored entries, zip64), every number held against the
-file's size before it is used.
+The zip directory is parsed here, too. Only what torch writes is supported (uncompressed entries, zip64). Every number
+is checked against the size of the file before it is used.
 """
 
 import math
@@ -24,7 +24,7 @@ _END, _END64, _LOCATOR64 = b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07"
 
 @dataclass(frozen=True)
 class Member:
-    """A file of the archive: where its bytes are."""
+    """The offset and size of a file in the archive."""
 
     begin: int
     size: int
@@ -32,7 +32,7 @@ class Member:
 
 @dataclass(frozen=True)
 class PthEntry:
-    """Where one tensor lies."""
+    """The dtype, shape and offset of one tensor."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -40,7 +40,7 @@ class PthEntry:
 
 
 class PthFile:
-    """A mapped torch file: ``entries`` say what it holds, `array` gives a read-only view of one tensor."""
+    """A mapped torch file. ``entries`` describes its tensors; `array` returns a read-only view of one."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -88,7 +88,7 @@ def _entry(where: str, ref: TensorRef, members: Mapping[str, Member], root: str)
 
 
 def _members(file: MappedFile) -> dict[str, Member]:
-    """Name -> place of every file of the archive, which may not overlap."""
+    """Name -> position of every file in the archive. Files that overlap are refused."""
     path, (count, size, begin) = file.path, _directory(file)
     if count > MAX_FILES:
         raise InputError(f"{path}: zip directory: expected at most {MAX_FILES} files, found {count}")
@@ -125,7 +125,7 @@ def _member(file: MappedFile, name: str, offset: int, size: int) -> Member:
 
 
 def _zip64(extra: bytes, *values: int) -> list[int]:
-    """Sizes and offset that do not fit into 32 bits stand in an extra field, in this order, only where needed."""
+    """The values with those that do not fit into 32 bits replaced. The extra field holds only such values, in order."""
     at, long = 0, []
     while at + 4 <= len(extra):
         kind, length = struct.unpack_from("<HH", extra, at)
@@ -137,7 +137,7 @@ def _zip64(extra: bytes, *values: int) -> list[int]:
 
 
 def _directory(file: MappedFile) -> tuple[int, int, int]:
-    """How many files the archive has, and size and place of its directory."""
+    """The number of files in the archive, and the size and offset of its directory."""
     tail_begin = max(0, file.size - 65557)
     tail = file.bytes(tail_begin, file.size - tail_begin)
     at = tail.rfind(_END)

@@ -1,7 +1,8 @@
-"""What may be written where: ``--force`` replaces a checkpoint that jllama wrote, in the form it writes now; no more.
+"""Decides whether an output may be written to a path. ``--force`` replaces only a checkpoint that jllama wrote, and
+only one of the same form as the new output.
 
-A directory of the Hugging Face layout and a GGUF file say who wrote them (`WRITER`). A llama2.c file has no field for
-that: there it must be a complete model of that format.
+A directory in the Hugging Face layout and a GGUF file name the program that wrote them (`WRITER`, `GGUF_WRITER`). A
+llama2.c file has no such field. It may be replaced if it is a complete model of that format.
 """
 
 import os
@@ -23,7 +24,8 @@ GGUF_WRITER = ("jllama.written_by", "jllama")  # a field of a GGUF file
 
 @dataclass(frozen=True)
 class Form:
-    """A form that is written. ``stranger`` says what shows that a path is no checkpoint of that form by jllama."""
+    """A form of output. ``stranger`` says why a path is not a checkpoint of this form written by jllama; None if it
+    is."""
 
     name: str
     is_directory: bool
@@ -54,7 +56,7 @@ def _not_our_gguf(path: Path) -> str | None:
 
 
 def _other_entry(path: Path, pattern: str, *names: str) -> str | None:
-    """An entry of a directory that this form does not have."""
+    """Describe the first entry of a directory that does not belong to the form; None if all do."""
     for entry in sorted(path.iterdir()):
         known = entry.name in names or re.fullmatch(pattern, entry.name)
         if not known or entry.is_symlink() or not entry.is_file():
@@ -69,9 +71,10 @@ GGUF = Form("a GGUF file", False, _not_our_gguf)
 
 
 def check_place(dst: Path, form: Form, *, reads: Iterable[Path] = (), force: bool = False) -> str | None:
-    """Refuse a place that a result may not be written to; what will be replaced there, in words, if anything.
+    """Raise `InputError` if the output may not be written to ``dst``. Returns a description of what it will replace, or
+    None if nothing is there.
 
-    ``reads``: what the result is made from. It must lie apart from ``dst``, whatever ``force`` says.
+    ``reads`` are the paths that the output is read from. They must not overlap with ``dst``, even with ``force``.
     """
     for path in reads:
         _check_apart(dst, path)
@@ -97,12 +100,13 @@ def _found_instead(dst: Path, form: Form) -> str | None:
         return form.stranger(dst)
     except OSError as error:
         return f"what cannot be read ({error.strerror})"
-    except InputError:  # it says what is wrong with a checkpoint, and here is perhaps none
+    except InputError:  # its text is about a broken checkpoint, but this may be no checkpoint at all
         return "something else"
 
 
 def _check_apart(dst: Path, src: Path) -> None:
-    """Refuse ``dst`` at, inside or above ``src``, or where an entry of ``src`` leads to through a link."""
+    """Raise `InputError` if ``dst`` is ``src``, is inside it or contains it, or if the target of a link in ``src`` is
+    in ``dst``."""
     place = real_path(dst)
     if _same(place, src):
         raise InputError(f"{dst}: expected another place than SRC, found the same")
@@ -114,7 +118,7 @@ def _check_apart(dst: Path, src: Path) -> None:
 
 
 def real_path(path: Path) -> Path:
-    """The path without links. Not `Path.resolve`, which raises where links lead in a circle."""
+    """The path with links resolved. `Path.resolve` is not used, because it raises on circular links."""
     return Path(os.path.realpath(path))
 
 
@@ -125,7 +129,7 @@ def _with_entries(src: Path) -> Iterator[Path]:
 
 
 def _same(a: Path, b: Path) -> bool:
-    """Whether two paths lead to one file or directory: by their names, links, other mounts or hard links."""
+    """Whether two paths are the same file or directory, also through links, other mounts or hard links."""
     try:
         return a == real_path(b) or a.samefile(b)
     except OSError:

@@ -1,7 +1,7 @@
-"""Safetensors files, mapped instead of loaded: a tensor costs no memory until it is used.
+"""Memory-mapped safetensors files: a tensor takes no memory until it is used.
 
-Written here because the safetensors package reads no bfloat16 into numpy and writes only what is all in memory.
-The file: 8 bytes of header length, a JSON header (name -> dtype, shape, data_offsets), then the data.
+The safetensors package is not used, because it cannot read bfloat16 into numpy and can only write tensors that are all
+in memory. A file is 8 bytes of header length, a JSON header (name -> dtype, shape, data_offsets), and the data.
 """
 
 import json
@@ -32,13 +32,13 @@ DTYPES: dict[str, np.dtype] = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-MAX_HEADER = 8 << 20  # JSON takes up to 30 times its size once it is objects; Llama-2-70B has 90 kB of it
+MAX_HEADER = 8 << 20  # parsed JSON takes up to 30 times its size; the header of Llama-2-70B has 90 kB
 MAX_TENSORS = 50_000  # Llama-2-70B has 723
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one tensor lies in its file."""
+    """The dtype, shape and offset of one tensor in its file."""
 
     name: str
     dtype: np.dtype
@@ -47,12 +47,12 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
-        """Its size."""
+        """Size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 class SafetensorsFile:
-    """A mapped file: ``entries`` say what it holds, `array` gives a read-only view of one tensor."""
+    """A mapped file. ``entries`` describes its tensors; `array` returns a read-only view of one."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -122,7 +122,7 @@ def _naturals(value: Any) -> list[int] | None:
 
 
 def layout(tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> tuple[bytes, dict[str, Entry]]:
-    """The first bytes of a file of ``tensors`` (name -> dtype and shape), and where in it each tensor goes."""
+    """The header bytes of a file with ``tensors`` (name -> dtype and shape), and the entry of each tensor."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, (dtype, shape) in tensors.items():
@@ -130,7 +130,7 @@ def layout(tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> tuple[byt
         header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
         offset += nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data starts aligned
+    text += b" " * (-len(text) % 8)  # aligns the data to 8 bytes
     start = 8 + len(text)
     entries = {n: Entry(n, *tensors[n], start + header[n]["data_offsets"][0]) for n in tensors}
     return struct.pack("<Q", len(text)) + text, entries

@@ -1,7 +1,7 @@
-"""What every format is turned into: a config and tensors that are read one at a time.
+"""`Source`, the common form of all checkpoint formats: a config and tensors that are read one at a time.
 
-A `Source` names its tensors as the paper does (``layers.0.wq``, see `jllama.formats.layout`), in the half-split rotary
-order of Hugging Face. Reading is lazy: opening a checkpoint maps its files and checks its headers, nothing more.
+Tensors are named as in the paper (``layers.0.wq``, see `jllama.formats.layout`). Their rows are in the half-split
+rotary order of Hugging Face. Reading is lazy: to open a checkpoint only maps its files and checks their headers.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +15,7 @@ import numpy as np
 from jllama.config import LlamaConfig
 from jllama.errors import InputError
 from jllama.formats.bpe import BpeVocabulary
-from jllama.formats.layout import expected_shapes
+from jllama.formats.layout import bias_flag, expected_shapes
 from jllama.formats.vocabulary import Vocabulary
 
 DTYPES: dict[str, np.dtype] = {
@@ -23,27 +23,27 @@ DTYPES: dict[str, np.dtype] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
 }
-BLOCK_BYTES = 16 << 20  # what a conversion holds of a tensor at a time
+BLOCK_BYTES = 16 << 20  # size of the block of a tensor that a conversion holds in memory at a time
 
 
 @dataclass(frozen=True)
 class Integers:
-    """A weight kept as integers: ``data[o, i] * scale[o, i // group]``; 4-bit values lie in int8, unpacked."""
+    """A quantised weight. Its value is ``data[o, i] * scale[o, i // group]``. 4-bit values are unpacked to int8."""
 
     data: np.ndarray  # [out, in] int8
     scale: np.ndarray  # [out, in / group] float32 or float16
 
     def floats(self) -> np.ndarray:
-        """The float32 weight that the integers stand for."""
+        """The dequantised float32 weight."""
         blocks = self.data.reshape(*self.scale.shape, -1).astype(np.float32)
-        with np.errstate(all="ignore"):  # a damaged scale: what is not finite is counted when it is written
+        with np.errstate(all="ignore"):  # a damaged scale may overflow; writers count values that are not finite
             blocks *= self.scale.astype(np.float32)[..., None]
         return blocks.reshape(self.data.shape)
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """How a quantised tensor is stored: ``group`` inputs share a scale (None: the whole row)."""
+    """The format of a quantised tensor: ``group`` inputs share a scale (None: one scale for the whole row)."""
 
     bits: int
     group: int | None
@@ -51,26 +51,26 @@ class Quantization:
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of a file. ``rows(begin, end)`` gives a part of it along the first axis: an array (a view of the
-    mapped file where possible) or, with ``quant``, `Integers`. ``where`` names file and tensor for error messages."""
+    """A tensor of a checkpoint. ``rows(begin, end)`` reads a range of its first axis. The result is an array (a view of
+    the mapped file if possible), or `Integers` if ``quant`` is set."""
 
     shape: tuple[int, ...]
-    dtype: str  # of the float values: "float32", "bfloat16" or "float16"; scales' for quantised tensors
-    where: str
+    dtype: str  # "float32", "bfloat16" or "float16"; for quantised tensors, the dtype of the scales
+    where: str  # file and tensor, for error messages
     rows: Callable[[int, int], Any]
     quant: Quantization | None = None
 
     def read(self) -> Any:
-        """All of it."""
+        """The whole tensor."""
         return self.rows(0, self.shape[0])
 
     def floats(self, begin: int, end: int) -> np.ndarray:
-        """Rows as floats, whatever the tensor is stored as."""
+        """A range of rows as floats; quantised rows are dequantised."""
         rows = self.rows(begin, end)
         return rows.floats() if isinstance(rows, Integers) else rows
 
     def blocks(self, nbytes: int = BLOCK_BYTES) -> Iterator[tuple[int, int]]:
-        """Where to cut it into pieces that take about ``nbytes`` as float32."""
+        """Row ranges ``(begin, end)`` of blocks that take about ``nbytes`` as float32."""
         width = 4 * int(np.prod(self.shape[1:], dtype=np.int64))
         step = max(1, nbytes // width)
         return ((begin, min(begin + step, self.shape[0])) for begin in range(0, self.shape[0], step))
@@ -81,38 +81,40 @@ class Source:
     """An opened checkpoint."""
 
     path: Path
-    form: str  # what was recognised: "hf", "native", "llama2c", "gguf", "meta"
+    form: str  # the format: "hf", "native", "llama2c", "gguf" or "meta"
     config: LlamaConfig
     tensors: Mapping[str, Tensor]
     tokenizer: Path | Vocabulary | BpeVocabulary | None
-    extras: tuple[Path, ...] = ()  # small files that go along into a directory of the same layout
-    metadata: Mapping[str, Any] = field(default_factory=dict)  # of a GGUF file
-    links: bool = False  # whether the directory's links may lead out of it
+    extras: tuple[Path, ...] = ()  # small files that are copied to a directory of the same layout
+    metadata: Mapping[str, Any] = field(default_factory=dict)  # the metadata of a GGUF file
+    links: bool = False  # whether links in the directory may point outside it
 
     @property
     def dtype(self) -> str:
-        """The dtype of most of the weights."""
+        """The dtype of the first layer's wq, which stands for the matrices of the layers."""
         return self.tensors["layers.0.wq"].dtype
 
     @property
     def quant(self) -> Quantization | None:
-        """How the layers' weights are quantised, if they are."""
+        """The format of the first layer's wq, which stands for the matrices of the layers; None if not quantised."""
         return self.tensors["layers.0.wq"].quant
 
 
 def checked(source: Source) -> Source:
-    """The source itself, once it is known to hold every tensor of its config in the right shape."""
+    """Return the source, or raise `InputError` if a tensor of its config is missing or has another shape."""
     for name, shape in expected_shapes(source.config).items():
         tensor = source.tensors.get(name)
         if tensor is None:
-            raise InputError(f"{source.path}: tensor {name}: missing ({source.config.n_layers} layers expected)")
+            flag = bias_flag(name)
+            why = f"{source.config.n_layers} layers expected" if flag is None else f"{flag} is true"
+            raise InputError(f"{source.path}: tensor {name}: missing ({why})")
         if tensor.shape != shape:
             raise InputError(f"{tensor.where}: shape: expected {list(shape)}, found {list(tensor.shape)}")
     return source
 
 
 def config_at(where: str, **fields: Any) -> LlamaConfig:
-    """A config whose complaints name the file."""
+    """Create a config. Its errors are prefixed with ``where``."""
     try:
         return LlamaConfig(**fields)
     except InputError as error:

@@ -1,7 +1,8 @@
-"""Output that is complete or absent: written beside its place under another name, and renamed at the end.
+"""Atomic output: it is written to a working directory beside its destination and renamed at the end.
 
-What a killed process leaves behind has a lock that the kernel has released: the next run to the same place removes it,
-and first puts back what the killed run had moved aside.
+A running process holds a lock on its working directory. The lock of a killed process is released by the kernel. So the
+next run with the same destination can tell that the directory was left behind. It removes the directory, but first
+restores an old result that the killed run had moved aside.
 """
 
 import contextlib
@@ -16,17 +17,17 @@ from pathlib import Path
 from jllama.errors import InputError
 from jllama.formats.replaceable import Form, check_place, real_path
 
-_MARGIN = 1 << 20  # what directories and small files take beside the tensors
-_ASIDE = "replaced"  # in the working directory: the old result, between two renames
+_MARGIN = 1 << 20  # bytes for directories and small files besides the tensors
+_ASIDE = "replaced"  # name in the working directory of the old result, between the two renames
 
 
 @contextlib.contextmanager
 def staged(dst: Path, nbytes: int, form: Form, *, reads: Sequence[Path] = (), force: bool = False) -> Iterator[Path]:
-    """A path to write a file or a directory of about ``nbytes`` to, which becomes ``dst`` if all goes well.
+    """Yield a path to write a file or a directory of about ``nbytes`` to. On success it is renamed to ``dst``.
 
     ``reads`` and ``force``: see `check_place`.
     """
-    # A link that has the name of ``dst`` stays one, and is refused.
+    # Only the parent is resolved. If ``dst`` itself is a link, it stays one, and `check_place` refuses it.
     dst = real_path(dst.parent) / dst.name if dst.name not in ("", "..") else real_path(dst)
     _sweep(dst)
     check_place(dst, form, reads=reads, force=force)
@@ -43,7 +44,7 @@ def staged(dst: Path, nbytes: int, form: Form, *, reads: Sequence[Path] = (), fo
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield work / dst.name
-        check_place(dst, form, reads=reads, force=force)  # another run may have been faster
+        check_place(dst, form, reads=reads, force=force)  # again: another run may have finished first
         _commit(work / dst.name, dst, work / _ASIDE)
     except OSError as error:
         raise InputError(f"{dst}: cannot be written: {error.strerror}") from None
@@ -57,7 +58,7 @@ def _prefix(dst: Path) -> str:
 
 
 def _sweep(dst: Path) -> None:
-    """Remove what killed runs left behind."""
+    """Remove the working directories that killed runs left behind."""
     for left in dst.parent.glob(f"{glob.escape(_prefix(dst))}*"):
         if left.is_symlink() or not left.is_dir():
             continue
@@ -66,13 +67,13 @@ def _sweep(dst: Path) -> None:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _discard(left, dst)
         except BlockingIOError:
-            pass  # another run is at work there
+            pass  # another run holds the lock and is still writing
         finally:
             os.close(lock)
 
 
 def _commit(new: Path, dst: Path, aside: Path) -> None:
-    """Give ``new``, which is complete, the name ``dst``. `_discard` undoes the first rename if the second fails."""
+    """Rename the complete ``new`` to ``dst``. If the second rename fails, `_discard` undoes the first."""
     if new.is_dir():
         _sync(new)
         if dst.exists():
@@ -82,7 +83,7 @@ def _commit(new: Path, dst: Path, aside: Path) -> None:
 
 
 def _discard(work: Path, dst: Path) -> None:
-    """Remove a working directory; never the old result while there is no new one."""
+    """Remove a working directory. If it holds the old result and ``dst`` does not exist, the old result is restored."""
     aside = work / _ASIDE
     if aside.exists() and not os.path.lexists(dst):
         os.rename(aside, dst)

@@ -1,4 +1,5 @@
-"""Tensors made from tensors, as lazily: other rows, other dtypes, joined shards. Nothing is computed before a read."""
+"""Lazy transformations of tensors: permuted rows, other dtypes, joined shards. They are computed when a tensor is
+read."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -7,16 +8,19 @@ from typing import Any
 import numpy as np
 
 from jllama.config import LlamaConfig
+from jllama.formats.layout import BIASES
 from jllama.formats.source import DTYPES, Integers, Source, Tensor
 
 
 def half_split(config: LlamaConfig, name: str) -> np.ndarray | None:
-    """For wq and wk, where each row of the half-split rotary order lies in the interleaved one; None for the rest.
+    """For wq, wk and their biases, where each row of the half-split rotary order lies in the interleaved one; None for
+    the rest.
 
-    Meta, llama2.c and GGUF rotate neighbouring pairs of a head, (0, 1), (2, 3) ...; Hugging Face and this library
-    rotate row j with row j + head_dim / 2. The same weights, other rows.
+    Meta, llama2.c and GGUF rotate adjacent rows of a head as pairs: (0, 1), (2, 3) and so on. Hugging Face and this
+    library rotate row j with row j + head_dim / 2. The weights are the same with their rows permuted.
     """
-    heads = {"wq": config.n_heads, "wk": config.n_kv_heads}.get(name.rpartition(".")[2])
+    field = name.rpartition(".")[2]
+    heads = {"wq": config.n_heads, "wk": config.n_kv_heads}.get(BIASES.get(field, field))
     if heads is None:
         return None
     rows = np.arange(heads * config.head_dim).reshape(heads, config.head_dim // 2, 2)
@@ -24,19 +28,20 @@ def half_split(config: LlamaConfig, name: str) -> np.ndarray | None:
 
 
 def from_interleaved(tensor: Tensor, config: LlamaConfig, name: str) -> Tensor:
-    """A tensor of a format that rotates pairs, in our order."""
+    """Convert a tensor from the interleaved to the half-split order."""
     index = half_split(config, name)
     return tensor if index is None or tensor.shape[0] != len(index) else permuted(tensor, index)
 
 
 def to_interleaved(tensor: Tensor, config: LlamaConfig, name: str) -> Tensor:
-    """The way back."""
+    """The inverse of `from_interleaved`."""
     index = half_split(config, name)
     return tensor if index is None else permuted(tensor, np.argsort(index))
 
 
 def permuted(tensor: Tensor, index: np.ndarray) -> Tensor:
-    """Row i of the result is row ``index[i]``. Cheap for indices that stay near i, as within heads."""
+    """The tensor with its rows permuted: row i of the result is row ``index[i]``. A read covers the range between the
+    smallest and the largest index, so it is cheap if rows only move within a head."""
 
     def rows(begin: int, end: int) -> Any:
         chosen = index[begin:end]
@@ -50,7 +55,7 @@ def permuted(tensor: Tensor, index: np.ndarray) -> Tensor:
 
 
 def joined(tensors: Sequence[Tensor], axis: int) -> Tensor:
-    """Shards of a float tensor as one, along ``axis`` 0 or 1."""
+    """The shards of a float tensor, concatenated along ``axis`` 0 or 1."""
     first = tensors[0]
     if len(tensors) == 1:
         return first
@@ -74,22 +79,22 @@ def joined(tensors: Sequence[Tensor], axis: int) -> Tensor:
 
 
 def as_dtype(tensor: Tensor, dtype: str) -> Tensor:
-    """The tensor as floats of ``dtype``."""
+    """The tensor as floats of ``dtype``; a quantised tensor is dequantised."""
     if tensor.dtype == dtype and tensor.quant is None:
         return tensor
 
     def rows(begin: int, end: int) -> np.ndarray:
-        with np.errstate(all="ignore"):  # what does not fit becomes infinite, and is counted when it is written
+        with np.errstate(all="ignore"):  # values may overflow to infinity; writers count them
             return tensor.floats(begin, end).astype(DTYPES[dtype], copy=False)
 
     return Tensor(tensor.shape, dtype, tensor.where, rows)
 
 
 def as_floats(source: Source, dtype: str | None = None) -> Source:
-    """The same checkpoint unquantised; float tensors keep their dtype unless one is asked for."""
+    """The checkpoint with all tensors as floats. Float tensors keep their dtype unless ``dtype`` is given."""
 
     def convert(tensor: Tensor) -> Tensor:
-        # The product of an integer and its scale is exact in float32 only.
+        # The product of an integer and its scale needs float32 to be exact.
         own = tensor.dtype if tensor.quant is None else "float32"
         return as_dtype(tensor, dtype or own)
 
@@ -97,7 +102,7 @@ def as_floats(source: Source, dtype: str | None = None) -> Source:
 
 
 def with_dtype(source: Source, dtype: str | None) -> Source:
-    """Float tensors in ``dtype``; quantised ones as they are."""
+    """The checkpoint with float tensors converted to ``dtype``. Quantised tensors are unchanged."""
     if dtype is None:
         return source
     tensors = {name: t if t.quant else as_dtype(t, dtype) for name, t in source.tensors.items()}

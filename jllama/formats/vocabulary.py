@@ -1,7 +1,7 @@
-"""A sentencepiece vocabulary without its file: as GGUF metadata and llama2.c's ``tokenizer.bin`` carry it.
+"""Sentencepiece vocabularies from GGUF metadata, ``tokenizer.model`` and llama2.c's ``tokenizer.bin``.
 
-It goes back and forth between three forms: `Vocabulary`, the protocol buffer of a ``tokenizer.model`` (so that the
-sentencepiece library itself tokenises, whatever the vocabulary came from) and the bytes of a ``tokenizer.bin``.
+A `Vocabulary` is converted from and to the protocol buffer of a ``tokenizer.model`` and the bytes of a
+``tokenizer.bin``. So the sentencepiece library does the tokenisation, whatever file the vocabulary came from.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ _BPE = 2
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Pieces with their scores and types. Spaces are written as sentencepiece does, as U+2581."""
+    """Pieces with their scores and types. A space in a piece is U+2581, as in sentencepiece."""
 
     where: str  # file and field, for error messages
     pieces: tuple[str, ...]
@@ -37,7 +37,7 @@ class Vocabulary:
     add_bos: bool = True  # whether a text begins with bos_id
 
     def model_bytes(self) -> bytes:
-        """The same vocabulary as a ``tokenizer.model``."""
+        """The content of an equivalent ``tokenizer.model``."""
         pieces = zip(self.pieces, self.scores, self.types, strict=True)
         out = [_message(1, _piece(*piece)) for piece in pieces]
         specials = (self.unk_id, self.bos_id, self.eos_id)
@@ -84,7 +84,7 @@ def _message(field: int, payload: bytes) -> bytes:
 
 
 def from_model(path: Path) -> Vocabulary:
-    """What a ``tokenizer.model`` holds."""
+    """Read a ``tokenizer.model``."""
     file = MappedFile(path)
     where = f"{path}: sentencepiece model"
     pieces: list[tuple[str, float, int]] = []
@@ -108,14 +108,14 @@ def from_model(path: Path) -> Vocabulary:
         raise InputError(f"{where}: expected pieces with text, score and type, found something else") from None
     if not pieces:
         raise InputError(f"{where}: expected pieces, found none")
-    # An absent special has id -1, written as the largest unsigned number.
+    # The id of an absent special token is -1, which the file stores as the largest unsigned number.
     ids = {f"{name}_id": i if i < len(pieces) else -1 for name, i in specials.items()}
     texts, scores, types = zip(*pieces, strict=True)
     return Vocabulary(where, texts, scores, types, **ids, **flags)
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """The fields of one protocol-buffer message, nothing of which is interpreted."""
+    """Numbers and raw values of the fields of one protocol-buffer message."""
     at = 0
     while at < len(data):
         key, at = _read_number(data, at)
@@ -142,7 +142,7 @@ def _read_number(data: bytes, at: int) -> tuple[int, int]:
 
 
 def from_llama2c(path: Path) -> Vocabulary:
-    """What llama2.c's ``tokenizer.bin`` holds: the longest length, then score, length and bytes of every piece."""
+    """Read llama2.c's ``tokenizer.bin``: the maximum length, then the score, length and bytes of every piece."""
     file = MappedFile(path)
     data, at = file.bytes(0, file.size), 4
     pieces, scores = [], []
@@ -165,7 +165,7 @@ def from_llama2c(path: Path) -> Vocabulary:
     if len(pieces) < 3:
         raise InputError(f"{path}: expected a llama2.c tokenizer of at least 3 pieces, found {len(pieces)}")
     types = [UNKNOWN, CONTROL, CONTROL, *(_type(piece) for piece in pieces[3:])]
-    pieces[1:3] = ["<s>", "</s>"]  # written between line feeds there
+    pieces[1:3] = ["<s>", "</s>"]  # the file has line feeds around these two
     return Vocabulary(f"{path}: pieces", tuple(pieces), tuple(scores), tuple(types))
 
 
@@ -174,7 +174,7 @@ def _type(piece: str) -> int:
 
 
 def to_llama2c(vocabulary: Vocabulary) -> bytes:
-    """The bytes of a ``tokenizer.bin``."""
+    """The content of an equivalent ``tokenizer.bin``."""
     marked = {vocabulary.bos_id: "\n<s>\n", vocabulary.eos_id: "\n</s>\n"}
     texts = [marked.get(i, piece).replace("\u2581", " ").encode() for i, piece in enumerate(vocabulary.pieces)]
     out = [struct.pack("<I", max(len(text) for text in texts))]
@@ -183,7 +183,8 @@ def to_llama2c(vocabulary: Vocabulary) -> bytes:
 
 
 def vocabulary_of(tokenizer: Any) -> Vocabulary | None:
-    """The vocabulary of a source's tokenizer; None where it has none of this kind (byte-level BPE)."""
+    """The sentencepiece vocabulary of a source's tokenizer; None if the tokenizer is of another kind (byte-level
+    BPE)."""
     if isinstance(tokenizer, Vocabulary):
         return tokenizer
     if not isinstance(tokenizer, Path) or tokenizer.suffix == ".json":
@@ -192,7 +193,7 @@ def vocabulary_of(tokenizer: Any) -> Vocabulary | None:
 
 
 def padded(vocabulary: Vocabulary, size: int) -> Vocabulary:
-    """The vocabulary with a piece for each of the ``size`` rows of an embedding that has some to spare."""
+    """The vocabulary with unused pieces added, so that it has as many pieces as an embedding of ``size`` rows."""
     spare = range(len(vocabulary.pieces), size)
     if len(vocabulary.pieces) > size:
         raise InputError(

@@ -1,4 +1,4 @@
-"""The two libraries that tokenise: sentencepiece, and Hugging Face's tokenizers for byte-level BPE and the like."""
+"""Tokenizers on top of two libraries: sentencepiece, and Hugging Face's tokenizers (byte-level BPE and others)."""
 
 import json
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from jllama.text.control import ControlToken, ControlTokens, looks_like_control
 
 
 class _Tokenizer:
-    """What both have in common: the beginning of a text, and control tokens."""
+    """The common part of both: the beginning-of-sequence id and the control tokens."""
 
     n_ids: int
     bos_id: int
@@ -31,7 +31,7 @@ class _Tokenizer:
         return ids
 
     def _ordinary(self, text: str, start: bool) -> list[int]:
-        """The ids of a text that names no control token, even where it seems to."""
+        """Encode a text as ordinary text: names of control tokens in it do not become these tokens."""
         ids = self._ids(text, start)
         if self.control.ids.isdisjoint(ids) or not self.control.named_in(text):
             return ids
@@ -43,10 +43,10 @@ class _Tokenizer:
 
 
 class SentencePieceTokenizer(_Tokenizer):
-    """A sentencepiece model, as Llama-2 has it; ``where`` names its origin for error messages."""
+    """A sentencepiece model, as of Llama-2. ``where`` is its origin, for error messages."""
 
     def __init__(self, model: bytes, where: str, *, adds_bos: bool = True) -> None:
-        from sentencepiece import SentencePieceProcessor  # only here: a caller with ids needs no tokenizer
+        from sentencepiece import SentencePieceProcessor  # imported here, because callers that have ids do not need it
 
         try:
             self._model = SentencePieceProcessor(model_proto=model)
@@ -67,13 +67,13 @@ class SentencePieceTokenizer(_Tokenizer):
         return self._model.encode(text)
 
     def decode(self, ids: list[int]) -> str:
-        # Models pad their vocabulary: an id past the tokenizer's has no text.
+        # A model may pad its vocabulary. Ids that the tokenizer does not have give no text.
         return self._model.decode([i for i in ids if 0 <= i < self.n_ids and i not in self.control.ids])
 
 
 class JsonTokenizer(_Tokenizer):
-    """A ``tokenizer.json``, as Llama 3 and others have it. Which ids begin and end a text, the model's config says;
-    whether one begins it, ``adds_bos``, or else the file itself."""
+    """A ``tokenizer.json``, as of Llama 3 and others. ``bos_id`` and ``eos_id`` come from the model's config. If
+    ``adds_bos`` is None, the file decides whether a text starts with ``bos_id``."""
 
     def __init__(self, text: bytes, where: str, bos_id: int, eos_id: int, *, adds_bos: bool | None = None) -> None:
         try:
@@ -83,13 +83,13 @@ class JsonTokenizer(_Tokenizer):
         try:
             values = json.loads(text)
             self.control = ControlTokens(_control_tokens(values["added_tokens"] or []))
-            # With this, the library takes a name for its token only where a template wrote it: see `encode`.
             self._model = Backend.from_str(json.dumps(values, ensure_ascii=False))
+            # Names of control tokens in a text are tokenised as ordinary text. `encode_rendered` finds them itself.
             self._model.encode_special_tokens = True
             self._first_only = _prefix_at_start_only(values.get("pre_tokenizer"))
             begin = self._model.encode("", add_special_tokens=True).ids
         except BaseException as error:
-            # The library raises the bare class, and panics in Rust are not even exceptions to Python.
+            # The library raises `Exception` itself, and a panic in Rust is a `BaseException`.
             wrong = (ValueError, RecursionError, KeyError, TypeError, AttributeError)
             if not isinstance(error, wrong) and type(error).__name__ not in ("Exception", "PanicException"):
                 raise
@@ -97,23 +97,24 @@ class JsonTokenizer(_Tokenizer):
         self.n_ids = self._model.get_vocab_size(with_added_tokens=True)
         self.bos_id, self.eos_id = bos_id, eos_id
         self.adds_bos = begin[:1] == [bos_id] if adds_bos is None else adds_bos
-        self._mark = len(self._model.encode(_MARK, add_special_tokens=False).ids)
+        self._n_mark_ids = len(self._model.encode(_MARK, add_special_tokens=False).ids)
 
     def _ids(self, text: str, start: bool) -> list[int]:
         if start or not self._first_only:
             return self._model.encode(text, add_special_tokens=False).ids
-        # The file puts a space before the text's first word only: behind the mark, this is not the first.
-        return self._model.encode(_MARK + text, add_special_tokens=False).ids[self._mark :]
+        # The file adds a space before the first word of a text. This text is not the first, so a mark goes before it.
+        return self._model.encode(_MARK + text, add_special_tokens=False).ids[self._n_mark_ids :]
 
     def decode(self, ids: list[int]) -> str:
         return self._model.decode([i for i in ids if 0 <= i < self.n_ids], skip_special_tokens=True)
 
 
-_MARK = "\x01"  # no word's letter: no merge crosses it
+_MARK = "\x01"  # not part of any word, so no merge joins it with the text after it
 
 
 def _control_tokens(added: list[dict[str, Any]]) -> list[ControlToken]:
-    """The control tokens among a file's added tokens, which are marked as such there."""
+    """The control tokens among the added tokens of a file. Tokens that only look like control tokens are marked as
+    special in ``added``."""
     tokens = []
     for token in added:
         token["special"] = bool(token["special"]) or looks_like_control(token["content"])
@@ -123,7 +124,7 @@ def _control_tokens(added: list[dict[str, Any]]) -> list[ControlToken]:
 
 
 def _prefix_at_start_only(pre_tokenizer: Any) -> bool:
-    """Whether words begin with a space mark, and the first word of a whole text gets one."""
+    """Whether the pre-tokenizer adds a space mark before the first word of a whole text only."""
     if not isinstance(pre_tokenizer, dict):
         return False
     if pre_tokenizer.get("type") == "Sequence":

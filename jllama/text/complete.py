@@ -1,4 +1,4 @@
-"""From prompts to completions, as text that comes while it is made: what the command lines and servers share."""
+"""Generates text for a batch of prompts and streams it. The command lines and `jllama.LM` use this."""
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
@@ -10,10 +10,10 @@ from jllama.text.tokenizer import TextStream, Tokenizer
 
 @dataclass
 class Completion:
-    """What one prompt got. It grows while `complete` runs."""
+    """The completion of one prompt. It grows while `complete` runs."""
 
     prompt_ids: list[int]
-    ids: list[int] = field(default_factory=list)  # the new ones, the stop token included
+    ids: list[int] = field(default_factory=list)  # the new ids, including a stop token
     logprobs: list[float] = field(default_factory=list)
     text: str = ""
     finish_reason: str | None = None  # "stop" (token or string) or "length"; None: not finished
@@ -29,7 +29,7 @@ def complete(
     stop_ids: Sequence[int] = (),
     stop: Sequence[str] = (),
 ) -> Generator[tuple[int, str]]:
-    """Run a batch, and yield ``(row, text)`` as text settles. Close the iterator to stop early."""
+    """Run a batch, and yield ``(row, text)`` for text that can no longer change. Close the iterator to stop early."""
     texts = [TextStream(tokenizer, c.prompt_ids, tuple(stop)) for c in completions]
     tokens = session.run([c.prompt_ids for c in completions], max_new_tokens, sampling, stop_ids)
     try:
@@ -51,7 +51,7 @@ def complete(
 def _take(
     completion: Completion, text: TextStream, ids: list[int], logprobs: list[float], stop_ids: Sequence[int]
 ) -> str:
-    """Add one chunk's tokens to a completion, up to a stop; the text that this settles."""
+    """Add the tokens of one chunk to a completion, up to a stop. Returns the text that can no longer change."""
     out = ""
     for token, logprob in zip(ids, logprobs, strict=True):
         if completion.finish_reason:

@@ -1,10 +1,10 @@
-"""Control tokens: the ids that begin and end turns and texts, which a template writes and a user may not."""
+"""Control tokens, which begin and end turns and texts. A chat template may write them, but a user's text may not."""
 
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-# Names of control tokens that some files call ordinary ones.
+# Names of tokens that are treated as control tokens even if a file marks them as ordinary.
 _SHAPES = re.compile(
     r"<\|.+\|>|<｜.+｜>|</?s>|<(start|end)_of_turn>|\[/?(INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_\w+)\]"
 )
@@ -12,24 +12,24 @@ _SHAPES = re.compile(
 
 @dataclass(frozen=True)
 class ControlToken:
-    """A token that only its id can stand for; ``lstrip`` and ``rstrip``: it takes the white space beside its name."""
+    """A control token. ``text`` is its name."""
 
     text: str
     id: int
-    lstrip: bool = False
-    rstrip: bool = False
+    lstrip: bool = False  # white space before the name is removed
+    rstrip: bool = False  # white space after the name is removed
 
 
 def looks_like_control(text: str) -> bool:
-    """Whether a token of that name is a control token whatever its file says."""
+    """Whether a token with this name is a control token, even if its file does not mark it as one."""
     return _SHAPES.fullmatch(text) is not None
 
 
 class ControlTokens:
-    """The control tokens of one tokenizer, and the places where a text names them."""
+    """The control tokens of a tokenizer. They can be searched for in a text."""
 
     def __init__(self, tokens: Iterable[ControlToken]) -> None:
-        # Of two names that begin alike, the longer one is meant.
+        # Longer names come first, so that a name wins over its own prefix.
         self.tokens = tuple(sorted((t for t in tokens if t.text), key=lambda t: -len(t.text)))
         self.ids = frozenset(token.id for token in self.tokens)
         self._by_text = {token.text: token.id for token in self.tokens}
@@ -45,7 +45,7 @@ class ControlTokens:
         self.edges = frozenset(letter for text in texts for letter in (text[0], text[-1]))
 
     def split(self, text: str) -> Iterator[str | int]:
-        """The text as it stands between the names, and the ids of those that are named."""
+        """Split a text at the names of control tokens. Yields the text between names, and the ids for names."""
         at = 0
         for match in () if self._pattern is None else self._pattern.finditer(text):
             if match.start() > at:
@@ -56,11 +56,11 @@ class ControlTokens:
             yield text[at:]
 
     def named_in(self, text: str) -> bool:
-        """Whether a text holds the name of any."""
+        """Whether a text contains the name of a control token."""
         return self._pattern is not None and self._pattern.search(text) is not None
 
     def could_name(self, text: str) -> bool:
-        """Whether a text holds the name of any, or could be a part of one together with what stands beside it."""
+        """Whether a text contains the name of a control token, or could form one together with adjacent text."""
         head, tail = text.lstrip(), text.rstrip()
         lengths = range(1, min(len(text), self._longest) + 1)
         return self.named_in(text) or any(head[:n] in self._ends or tail[-n:] in self._begins for n in lengths)
@@ -70,7 +70,7 @@ class ControlTokens:
         return next((t.text for t in self.tokens if t.id == token), None)
 
     def broken(self, text: str) -> list[str]:
-        """The text in pieces none of which holds a name: each is cut behind its first letter."""
+        """Split a text so that no piece contains a name: every name is split after its first character."""
         if self._pattern is None:
             return [text]
         cuts = [0]

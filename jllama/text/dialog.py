@@ -1,8 +1,8 @@
 """Meta's Llama-2 chat format, as token ids.
 
-A finished exchange is ``<s>[INST] question [/INST] answer </s>``, the open one ends after ``[/INST]``; a system prompt
-stands inside the first question. The text of ``<s>`` and ``</s>`` is never tokenised: they are the control ids, so that
-nobody can type them.
+A complete exchange is ``<s>[INST] question [/INST] answer </s>``. An open exchange ends after ``[/INST]``. The system
+prompt is part of the first question. ``<s>`` and ``</s>`` are added as control ids and never tokenised from text, so a
+user cannot type them.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # chat's --help must not wait for what tokenizers need
+if TYPE_CHECKING:  # `jllama chat --help` must not import the tokenizers' dependencies
     from jllama.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """A question and its answer; None while it is open."""
+    """A question and its answer. The answer is None while the exchange is open."""
 
     question: str
     answer: str | None = None
 
 
 def dialog_ids(tokenizer: Tokenizer, exchanges: Sequence[Exchange], system: str | None = None) -> list[int]:
-    """The ids of a dialog, the last exchange open."""
+    """The ids of a dialog whose last exchange is open."""
     ids: list[int] = []
     for i, exchange in enumerate(exchanges):
         question = exchange.question

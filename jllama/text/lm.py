@@ -26,11 +26,11 @@ from jllama.text.complete import Completion, complete
 from jllama.text.templates import Chat, Message, PlainChat, chat_for, chat_prompt_ids
 from jllama.text.tokenizer import Tokenizer, tokenizer_for
 
-LOGITS_BYTES = 256 << 20  # what the logits of one batch may take in `LM.score`
+LOGITS_BYTES = 256 << 20  # limit for the logits of one batch in `LM.score`
 
 
 class Options(TypedDict, total=False):
-    """How text is made; what is not given is the default. Sampling settings are those of `make_sampling`."""
+    """Options of text generation, all optional. The sampling settings are those of `make_sampling`."""
 
     max_new_tokens: int  # 256
     temperature: float  # 0: greedy
@@ -39,14 +39,14 @@ class Options(TypedDict, total=False):
     min_p: float
     repetition_penalty: float
     seed: int  # 0; prompt i of several gets seed + i
-    stop: str | Sequence[str]  # texts before which a completion ends
-    ignore_eos: bool  # go on past end-of-sequence tokens
+    stop: str | Sequence[str]  # a completion ends before any of these texts
+    ignore_eos: bool  # continue after end-of-sequence tokens
 
 
 @dataclass(frozen=True)
 class Score:
-    """How likely a text is: its ids, without the beginning-of-sequence token before them, and the log-probability of
-    each given all that precede it."""
+    """The ids of a text without the first one, which has nothing before it (normally the beginning-of-sequence id), and
+    the log-probability of each id given all ids before it."""
 
     ids: list[int]
     logprobs: list[float]
@@ -61,18 +61,18 @@ class Score:
 class LM:
     """A model and its tokenizer.
 
-    ``params`` may be replaced at any time, say by a trainer's. A prompt that begins like the last one is only fed its
-    rest, so a conversation costs its new turns.
+    ``params`` may be replaced at any time, for example by new weights of a trainer. The cache of the last run is kept.
+    If a prompt starts like the last one, only the rest of it is computed, so a conversation only computes new turns.
     """
 
     params: Params
     tokenizer: Tokenizer
-    max_len: int  # the context: prompt and completion
+    max_len: int  # the context: maximum number of tokens of prompt and completion together
     backend: Backend = "auto"
     chat_format: Chat = field(default_factory=PlainChat)  # how a conversation is written as ids
     timings: Timings = field(default_factory=Timings)  # of the last batch
-    backends: dict[str, dict[str, Choice]] = field(default_factory=dict)  # of every op of the last batch, and why
-    _idle: Session | None = field(default=None, repr=False)  # with the cache of the last run
+    backends: dict[str, dict[str, Choice]] = field(default_factory=dict)  # the choice for every op of the last batch
+    _idle: Session | None = field(default=None, repr=False)  # the session of the last run, with its cache
 
     @classmethod
     def load(
@@ -89,19 +89,20 @@ class LM:
         backend: Backend = "auto",
         progress: Callable[[Iterable[str], int], Iterable[str]] | None = None,
     ) -> LM:
-        """Load a checkpoint of any format with its tokenizer, or with the one in the file ``tokenizer``.
+        """Load a checkpoint of any format with its tokenizer, or with the tokenizer in the file ``tokenizer``.
 
-        ``chat_template`` is how it chats, if not as the checkpoint says: ``llama-2``, ``plain`` or a template's file.
+        ``chat_template`` replaces the chat format of the checkpoint. It is ``llama-2``, ``plain`` or the file of a
+        template.
 
-        ``max_len`` is the context (default: the model's); a cache of it for ``batch`` prompts at once must fit beside
-        the weights. The rest is as in `jllama.load`.
+        ``max_len`` is the context (default: the model's). A cache of this length for ``batch`` prompts must fit on the
+        device together with the weights. The other arguments are as in `jllama.load`.
         """
         source = path if isinstance(path, Source) else open_source(path)
         context = source.config.max_seq_len
         if max_len is not None and not 2 <= max_len <= context:
             raise InputError(f"max_len: expected 2 to {context} (the model's context), found {max_len}")
         max_len = context if max_len is None else max_len
-        words, chat_format = tokenizer_for(source, tokenizer), chat_for(source, chat_template)
+        loaded_tokenizer, chat_format = tokenizer_for(source, tokenizer), chat_for(source, chat_template)
         params = load(
             source,
             dtype=dtype,
@@ -114,7 +115,7 @@ class LM:
         )
         if default_device().platform == "cpu":
             params = unpacked(params)
-        return cls(params, words, max_len, backend, chat_format)
+        return cls(params, loaded_tokenizer, max_len, backend, chat_format)
 
     @overload
     def generate(  # pyright: ignore[reportOverlappingOverload]  (a str is a sequence of str, too)
@@ -127,7 +128,7 @@ class LM:
     def generate(
         self, prompts: str | Sequence[str], *, batch_size: int = 8, **options: Unpack[Options]
     ) -> Completion | list[Completion]:
-        """The completion of a prompt, or those of several, which run ``batch_size`` at once."""
+        """The completion of a prompt, or the completions of several prompts, which run in batches of ``batch_size``."""
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         if batch_size < 1:
             raise InputError(f"batch_size: expected at least 1, found {batch_size}")
@@ -140,8 +141,8 @@ class LM:
         return done[0] if isinstance(prompts, str) else done
 
     def stream(self, prompt: str | Sequence[Message], **options: Unpack[Options]) -> Generator[str]:
-        """The completion of a prompt, or the answer to a conversation, piece by piece as it comes. Close the iterator
-        to stop early."""
+        """Stream the completion of a prompt, or the answer to a conversation, as pieces of text. Close the iterator to
+        stop early."""
         chat = not isinstance(prompt, str)
         ids = self.prompt_ids(prompt) if chat else self.tokenizer.encode(prompt)
         pieces = self.complete([Completion(ids)], chat=chat, **options)
@@ -167,7 +168,7 @@ class LM:
     @overload
     def score(self, texts: Sequence[str]) -> list[Score]: ...
     def score(self, texts: str | Sequence[str]) -> Score | list[Score]:
-        """How likely the model finds a text, or several: the log-probability of every token."""
+        """The log-probability of every token of a text, or of several texts."""
         one = isinstance(texts, str)
         rows = [self.tokenizer.encode(text) for text in ([texts] if one else texts)]
         check_prompts(rows, self.max_len, "the context", self.params.config)
@@ -179,29 +180,31 @@ class LM:
         return scores[0] if one else scores
 
     def _scores(self, rows: list[list[int]], width: int) -> list[Score]:
-        tokens = np.zeros((bucket(len(rows), 1), width), np.int32)  # few shapes, so that few programs are compiled
+        tokens = np.zeros((bucket(len(rows), 1), width), np.int32)  # padded, so that few shapes are compiled
         for i, row in enumerate(rows):
             tokens[i, : len(row)] = row
-        found = np.asarray(token_logprobs(self.params, tokens, backend=self.backend))
-        return [Score(row[1:], found[i, : len(row) - 1].tolist()) for i, row in enumerate(rows)]
+        logprobs = np.asarray(token_logprobs(self.params, tokens, backend=self.backend))
+        return [Score(row[1:], logprobs[i, : len(row) - 1].tolist()) for i, row in enumerate(rows)]
 
     def complete(
         self, completions: Sequence[Completion], *, row: int = 0, chat: bool = False, **options: Unpack[Options]
     ) -> Generator[tuple[int, str]]:
-        """Run one batch of completions, which grow, and yield ``(index, text)`` as text settles. Their seeds are
-        ``seed + row`` and those that follow; ``chat``: they also end where an answer does. What the other methods are
-        made of."""
-        wanted: dict[str, Any] = dict(options)
-        stop, seed = wanted.pop("stop", ()), wanted.pop("seed", 0)
-        new_tokens, on = wanted.pop("max_new_tokens", 256), wanted.pop("ignore_eos", False)
+        """Run one batch of completions in place, and yield ``(index, text)`` for text that can no longer change.
+
+        Completion i has the seed ``seed + row + i``. With ``chat``, a completion also ends where an answer ends in the
+        chat format. The other methods use this one.
+        """
+        settings: dict[str, Any] = dict(options)
+        stop, seed = settings.pop("stop", ()), settings.pop("seed", 0)
+        new_tokens, ignore_eos = settings.pop("max_new_tokens", 256), settings.pop("ignore_eos", False)
         stops = check_stops([stop] if isinstance(stop, str) else stop)
         if new_tokens < 1:
             raise InputError(f"max_new_tokens: expected at least 1, found {new_tokens}")
-        stop_ids = () if on else self.params.config.eos_ids
+        stop_ids = () if ignore_eos else self.params.config.eos_ids
         if chat:
             stops += self.chat_format.stop
-            stop_ids += () if on else self.chat_format.stop_ids(self.tokenizer)
-        sampling = make_sampling(len(completions), seed=seed + row, **wanted)
+            stop_ids += () if ignore_eos else self.chat_format.stop_ids(self.tokenizer)
+        sampling = make_sampling(len(completions), seed=seed + row, **settings)
         session = self._session(len(completions))
         try:
             yield from complete(
@@ -217,25 +220,25 @@ class LM:
             self.timings, self.backends, self._idle = session.timings, session.backends, session
 
     def _session(self, batch: int) -> Session:
-        """A session that nobody uses: two streams at the same time each have their own."""
+        """The idle session if it fits, or a new one. Two streams at the same time have separate sessions."""
         idle, self._idle = self._idle, None
-        # What the session was made for: the cache of another model is of no use.
-        asked = (batch, self.max_len, self.backend)
-        if idle is not None and idle.params is self.params and (idle.batch, idle.max_len, idle.backend) == asked:
+        # A session is reused only with the same params: its cache is useless for another model.
+        needed = (batch, self.max_len, self.backend)
+        if idle is not None and idle.params is self.params and (idle.batch, idle.max_len, idle.backend) == needed:
             return idle
         return Session(self.params, self.max_len, batch, self.backend, chunk_of(self.params))
 
 
 def chunk_of(params: Params) -> int:
-    """How many tokens to make between two looks at the output: so many that a reader waits a tenth of a second at most
-    where weights are read as fast as the memory can, and `CHUNK` at most."""
+    """The number of decode steps per chunk, `CHUNK` at most. It is chosen so that a chunk takes at most a tenth of a
+    second if the weights are read at the full memory bandwidth."""
     device = default_device()
     rate = bandwidth(device) or (10e9 if device.platform == "cpu" else 1e12)
     return max(1, min(CHUNK, int(0.1 * rate / weight_bytes(params, per_token=True))))
 
 
 def check_stops(stops: Sequence[str]) -> tuple[str, ...]:
-    """The stop texts themselves; an empty one would end every text before it began."""
+    """The stop texts as a tuple. An empty one is refused, because it would end every completion at once."""
     if "" in stops:
         raise InputError("stop: expected a text, found an empty one")
     return tuple(stops)

@@ -1,8 +1,8 @@
-"""Templates of strangers, rendered by jinja2 in its immutable sandbox, with bounds on time, memory and output.
+"""Renders untrusted templates in jinja2's immutable sandbox, with limits on time, memory and output.
 
-The sandbox keeps a template from Python's insides, but not from ``'x' * 10**10`` or from loops without end. So every
-operation that can make something larger than its operands is paid for out of a budget before it runs (`_Meter`), and
-the interpreter's trace hook stops what takes too long.
+The sandbox prevents access to Python's internals, but not ``'x' * 10**10`` or endless loops. So `_Meter` charges every
+operation whose result can be larger than its operands to a budget before it runs. The interpreter's trace hook stops a
+rendering that takes too long.
 """
 
 import json
@@ -21,11 +21,12 @@ from jllama.formats.files import label
 
 MAX_TEMPLATE = 256 << 10  # characters
 MAX_OUTPUT = 16 << 20  # characters
-MAX_SECONDS = 2.0  # of the thread's own time
-_BUDGET = 64 << 20  # characters or elements that operations may make, beside what grows with the input
-_PER_INPUT = 256  # and so many for each character of the variables
+MAX_SECONDS = 2.0  # of the thread's CPU time
+_BUDGET = 64 << 20  # characters or elements that operations may create, independent of the input
+_PER_INPUT = 256  # additional ones for each character of the variables
 _MAX_BITS = 4096  # of an integer
-# Of filters and methods: these can make the product of their operands' sizes, all others about their sum.
+# Filters and methods whose result can be as large as the product of the operands' sizes. For all others it is at most
+# about their sum.
 _PRODUCTS = {
     "batch",
     "center",
@@ -41,84 +42,85 @@ _PRODUCTS = {
 }
 _PRODUCTS |= {"translate", "zfill"}
 _NOT_FOR_TEMPLATES = ("striptags", "urlize", "wordwrap", "xmlattr", "random")
-_WIDE = re.compile(r"\d{5}|\*|\{[^{}]*\{")  # in a format: widths that make much of little
-# What a template, being a program, can raise beside jinja2's own errors.
+_WIDE = re.compile(r"\d{5}|\*|\{[^{}]*\{")  # a format string with a width that can make its result very long
+# Exceptions that a template can raise besides those of jinja2.
 _RAISED = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RuntimeError, SyntaxError)
 _RAISED += (TypeError, ValueError)
 
 
 class _Exceeded(RuntimeError):
-    """The template wants more than it may have."""
+    """The template exceeds a limit."""
 
 
 class _Meter:
-    """What a rendering has left."""
+    """The remaining budget of a rendering."""
 
     def __init__(self) -> None:
         self.left = 0
 
-    def begin(self, variables: Mapping[str, Any]) -> None:
+    def reset(self, variables: Mapping[str, Any]) -> None:
         self.left = _BUDGET + _PER_INPUT * _size(variables)
 
-    def pay(self, amount: int) -> None:
+    def charge(self, amount: int) -> None:
         self.left -= amount
         if self.left < 0:
-            raise _Exceeded("makes too much")
+            raise _Exceeded("creates more characters or elements than it may")
 
     def operation(self, operator: str, left: Any, right: Any) -> None:
-        """Before an arithmetic operation."""
+        """Charge an arithmetic operation before it runs."""
         if isinstance(left, int) and isinstance(right, int):
             bits = left.bit_length() * abs(right) if operator == "**" else left.bit_length() + right.bit_length()
             if operator in ("*", "**") and bits > _MAX_BITS:
-                raise _Exceeded("makes too large a number")
+                raise _Exceeded(f"computes an integer of more than {_MAX_BITS} bits")
         elif operator == "%":
-            self.formatted(left)
-            self.pay(_size(left) + _size(right))
+            self.check_format(left)
+            self.charge(_size(left) + _size(right))
         elif operator == "*":
-            self.pay(_size(left, count=True) * _size(right, count=True))
+            self.charge(_size(left, count=True) * _size(right, count=True))
         else:
-            self.pay(_size(left) + _size(right))
+            self.charge(_size(left) + _size(right))
 
-    def formatted(self, text: Any) -> None:
+    def check_format(self, text: Any) -> None:
         if isinstance(text, str) and _WIDE.search(text):
-            raise _Exceeded("formats too widely")
+            raise _Exceeded("uses a format string with too large a width")
 
     def arguments(self, name: str, first: Any, rest: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
-        """Before a filter or a method of that name; its arguments, iterators among them read to the end."""
+        """Charge a filter or a method before it runs. Returns its arguments, with iterators replaced by lists."""
         first, *others = (self.listed(value) for value in (first, *rest))
         if name in ("format", "format_map"):
-            self.formatted(first)
+            self.check_format(first)
         if name in _PRODUCTS:
             cost = _size(first)
             for value in (*others, *named.values()):
                 cost *= max(1, _size(value, count=name not in ("format", "replace")))
-            self.pay(cost)
+            self.charge(cost)
         else:
-            self.pay(sum(_size(value) for value in (first, *others)))
+            self.charge(sum(_size(value) for value in (first, *others)))
         return (first, *others)
 
     def listed(self, value: Any) -> Any:
         if not isinstance(value, Iterator):
             return value
         items = list(islice(value, 1 << 20))
-        self.pay(len(items))
+        self.charge(len(items))
         return items
 
-    def made(self, value: Any) -> Any:
-        """After a list or the like was made of its parts. Parts may be the same twice, and again in the next list: what
-        is small in memory would be long as text."""
-        self.pay(_size(value))
+    def container(self, value: Any) -> Any:
+        """Charge a new list, tuple or dict. It is charged at the size of its text: if nested containers repeat the same
+        elements, they are small in memory but long as text."""
+        self.charge(_size(value))
         return value
 
     def joined(self, parts: Iterable[Any]) -> str:
-        """Texts, one after the other."""
+        """The concatenation of the texts of ``parts``."""
         texts = [str(part) for part in parts]
-        self.pay(sum(map(len, texts)))
+        self.charge(sum(map(len, texts)))
         return "".join(texts)
 
 
 def _size(value: Any, *, count: bool = False) -> int:
-    """About how many characters or elements a value has; ``count``: a number is how often something comes."""
+    """The approximate number of characters or elements of a value. With ``count``, an integer is a repeat count, so its
+    size is its absolute value."""
     if isinstance(value, str | bytes | range):
         return len(value)
     if isinstance(value, int):
@@ -131,7 +133,7 @@ def _size(value: Any, *, count: bool = False) -> int:
 
 
 class Template:
-    """A compiled template. Renderings of one wait for each other."""
+    """A compiled template. A lock serialises its renderings."""
 
     def __init__(self, text: str, where: str) -> None:
         try:
@@ -148,9 +150,9 @@ class Template:
             raise InputError(f"{where}: expected a jinja template, found: {_line(error)}") from None
 
     def render(self, variables: Mapping[str, Any]) -> str:
-        """The text that the template makes of ``variables``."""
+        """The output of the template for ``variables``."""
         with self._lock, _deadline(MAX_SECONDS):
-            self._meter.begin(variables)
+            self._meter.reset(variables)
             try:
                 return self._collected(variables)
             except self._raised as error:
@@ -162,7 +164,7 @@ class Template:
             pieces.append(piece)
             size += len(piece)
             if size > MAX_OUTPUT:
-                raise _Exceeded(f"makes more than {MAX_OUTPUT} characters")
+                raise _Exceeded(f"has an output of more than {MAX_OUTPUT} characters")
         return "".join(pieces)
 
 
@@ -171,7 +173,8 @@ def _line(error: BaseException) -> str:
 
 
 class _deadline:
-    """Raises in the code under it, and in all that this calls, once the thread has worked for so long."""
+    """A context that raises `_Exceeded` once the thread has used ``seconds`` of CPU time in it. It also stops functions
+    that are called in the context."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
@@ -179,19 +182,19 @@ class _deadline:
     def __enter__(self) -> None:
         self._end = time.thread_time() + self._seconds
         self._before = sys.gettrace()
-        sys.settrace(self._look)
+        sys.settrace(self._trace)
 
     def __exit__(self, *_: object) -> None:
         sys.settrace(self._before)
 
-    def _look(self, frame: Any, event: str, argument: Any) -> Any:
+    def _trace(self, frame: Any, event: str, argument: Any) -> Any:
         if event == "line" and time.thread_time() > self._end:
             raise _Exceeded(f"takes longer than {self._seconds:g} s")
-        return self._look
+        return self._trace
 
 
 def _environment(meter: _Meter) -> Any:
-    """The environment that Hugging Face renders chat templates in, with everything metered."""
+    """The environment in which Hugging Face renders chat templates, with all operations metered."""
     from jinja2 import TemplateError, nodes
     from jinja2.compiler import CodeGenerator
     from jinja2.ext import Extension, loopcontrols
@@ -206,26 +209,26 @@ def _environment(meter: _Meter) -> Any:
             self.write("))")
 
         def visit_List(self, node: Any, frame: Any) -> None:
-            self._made(super().visit_List, node, frame)
+            self._metered(super().visit_List, node, frame)
 
         def visit_Dict(self, node: Any, frame: Any) -> None:
-            self._made(super().visit_Dict, node, frame)
+            self._metered(super().visit_Dict, node, frame)
 
         def visit_Tuple(self, node: Any, frame: Any) -> None:
             if node.ctx == "load":
-                self._made(super().visit_Tuple, node, frame)
+                self._metered(super().visit_Tuple, node, frame)
             else:
                 super().visit_Tuple(node, frame)
 
-        def _made(self, visit: Callable[..., None], node: Any, frame: Any) -> None:
-            self.write("environment.made(")
+        def _metered(self, visit: Callable[..., None], node: Any, frame: Any) -> None:
+            self.write("environment.container(")
             visit(node, frame)
             self.write(")")
 
     class Generation(Extension):
-        """``{% generation %}`` marks answers for training: its body is all there is to it."""
+        """``{% generation %}`` marks answers for training. Only its body is rendered."""
 
-        tags: ClassVar = {"generation"}
+        tags: ClassVar = {"generation"}  # pyright: ignore[reportIncompatibleVariableOverride]
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
@@ -236,14 +239,14 @@ def _environment(meter: _Meter) -> Any:
         code_generator_class = Code
         intercepted_binops = frozenset(("+", "*", "**", "%"))
         concat = staticmethod(meter.joined)
-        made = staticmethod(meter.made)
+        container = staticmethod(meter.container)
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
             meter.operation(operator, left, right)
             return super().call_binop(context, operator, left, right)
 
         def call(__self, __context: Any, __obj: Any, *args: Any, **named: Any) -> Any:
-            wrapped = getattr(__obj, "__wrapped__", __obj)  # str.format, which the sandbox replaces
+            wrapped = getattr(__obj, "__wrapped__", __obj)  # the sandbox wraps str.format
             owner = getattr(wrapped, "__self__", None)
             if isinstance(owner, str | bytes | list | tuple | Mapping):
                 args = meter.arguments(wrapped.__name__, owner, args, named)[1:]
@@ -253,7 +256,7 @@ def _environment(meter: _Meter) -> Any:
         raise TemplateError(message)
 
     environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
-    environment.optimized = False  # a constant expression is no cheaper when it is compiled
+    environment.optimized = False  # else constant expressions would be evaluated at compile time, outside the limits
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": _strftime_now}
     del environment.globals["lipsum"]
     for name in _NOT_FOR_TEMPLATES:
@@ -264,19 +267,19 @@ def _environment(meter: _Meter) -> Any:
 
 
 def _metered(name: str, function: Callable[..., Any], meter: _Meter) -> Callable[..., Any]:
-    # Some filters get a context of jinja's own before the value.
+    # Some filters take a jinja context or environment before the value.
     own = int(hasattr(function, "jinja_pass_arg"))
 
     def call(*args: Any, **named: Any) -> Any:
-        paid = meter.arguments(name, args[own] if len(args) > own else None, args[own + 1 :], named)
-        return function(*args[:own], *paid[: len(args) - own], **named)
+        checked = meter.arguments(name, args[own] if len(args) > own else None, args[own + 1 :], named)
+        return function(*args[:own], *checked[: len(args) - own], **named)
 
     return update_wrapper(call, function)
 
 
 def _strftime_now(format: str) -> str:
     if len(format) > 256 or _WIDE.search(format):
-        raise _Exceeded("formats too widely")
+        raise _Exceeded("uses a format string with too large a width")
     return datetime.now().strftime(format)
 
 

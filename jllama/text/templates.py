@@ -129,7 +129,7 @@ def chat_for(source: Source, chosen: str | Path | None = None) -> Chat:
         return Llama2Chat() if str(chosen) == "llama-2" else PlainChat()
     if chosen is not None:
         return _compiled(_read(Path(chosen)), str(chosen), _special_texts(source))
-    found = _template_of(source)
+    found = template_of(source)
     if found is not None:
         return _compiled(*found, _special_texts(source))
     if any(_LLAMA2_CHAT.search(name) for name in _names(source)):
@@ -148,7 +148,7 @@ def _names(source: Source) -> Iterator[str]:
     yield str(source.metadata.get("general.name", ""))
 
 
-def _template_of(source: Source) -> tuple[str, str] | None:
+def template_of(source: Source) -> tuple[str, str] | None:
     """The template that a model carries, and where."""
     text = source.metadata.get("tokenizer.chat_template")
     if isinstance(text, str):

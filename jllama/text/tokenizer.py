@@ -1,4 +1,4 @@
-"""Text to ids and back, and text as it comes out of a stream of ids."""
+"""Loads tokenizers, and decodes streams of ids to text."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ _MAX_TOKENIZER_BYTES = 64 << 20
 
 
 class Tokenizer(Protocol):
-    """What the rest of the library asks of a tokenizer."""
+    """The interface of a tokenizer."""
 
     n_ids: int
     bos_id: int
@@ -32,17 +32,18 @@ class Tokenizer(Protocol):
     control: ControlTokens
 
     def encode(self, text: str, *, bos: bool = True, special: bool = False) -> list[int]:
-        """The ids of a text, with the beginning-of-sequence id in front where the model wants one (``adds_bos``) unless
-        told otherwise. ``special``: the names of control tokens stand for these tokens; else they are text as any."""
+        """Encode a text. If ``bos`` and the tokenizer's ``adds_bos`` are both set, the ids start with the
+        beginning-of-sequence id. With ``special``, names of control tokens in the text become these tokens; otherwise
+        they are ordinary text."""
         ...
 
     def encode_rendered(self, text: str, letters: Mapping[int, str] | None = None) -> list[int]:
-        """The ids of a text that a template wrote: no bos but what it names. ``letters``, as `str.translate` takes
-        them, are put in once the control tokens have been found."""
+        """Encode the output of a chat template. No beginning-of-sequence id is added except those that the text names.
+        ``letters``, in the form of `str.translate`, are replaced after the control tokens have been found."""
         ...
 
     def decode(self, ids: list[int]) -> str:
-        """The text of ids; control ids give nothing."""
+        """The text of ids. Control tokens have no text."""
         ...
 
 
@@ -54,9 +55,12 @@ def load_tokenizer(
     eos_id: int | None = None,
     links: bool = False,
 ) -> Tokenizer:
-    """Load a tokenizer file (``.model``, llama2.c's ``.bin``, ``.json`` or a ``.gguf``) or that of a directory, and
-    check that it goes with a model of ``vocab_size``. ``bos_id`` and ``eos_id`` are for a ``.json``, which does not
-    name them; by default they are what the config files beside it say. ``links``: as `open_source` has it."""
+    """Load a tokenizer from a file (``.model``, llama2.c's ``.bin``, ``.json`` or ``.gguf``) or a directory.
+
+    If ``vocab_size`` is given, the size of the tokenizer must fit a model with this vocabulary. ``bos_id`` and
+    ``eos_id`` are used only for a ``.json``, which does not contain them; by default they come from the config files
+    beside it. ``links`` is as in `open_source`.
+    """
     path = resolve(path)
     if path.is_dir():
         file = first_of(path, TOKENIZERS, links=links)
@@ -66,38 +70,38 @@ def load_tokenizer(
     if not path.is_file():
         raise InputError(f"{path}: no such tokenizer file")
     if path.suffix == ".gguf":
-        return _of_gguf(path, vocab_size)
+        return _from_gguf(path, vocab_size)
     if path.suffix == ".bin":
         return from_vocabulary(from_llama2c(path), vocab_size)
     file = MappedFile(path)
     if file.size > _MAX_TOKENIZER_BYTES:
         raise InputError(f"{path}: expected a tokenizer of at most {_MAX_TOKENIZER_BYTES} bytes, found {file.size}")
-    content, notes = file.bytes(0, file.size), tokenizer_config(path.parent, links=links)
-    adds_bos = notes.get("add_bos_token")
+    content, settings = file.bytes(0, file.size), tokenizer_config(path.parent, links=links)
+    adds_bos = settings.get("add_bos_token")
     if path.suffix != ".json":
         adds_bos = adds_bos is not False
-        return _fitting(SentencePieceTokenizer(content, str(path), adds_bos=adds_bos), str(path), vocab_size)
-    ids = [i if i is not None else _special(path, j, notes) for j, i in enumerate((bos_id, eos_id))]
+        return _check_size(SentencePieceTokenizer(content, str(path), adds_bos=adds_bos), str(path), vocab_size)
+    ids = [i if i is not None else _special_id(path, j, settings) for j, i in enumerate((bos_id, eos_id))]
     adds_bos = adds_bos if isinstance(adds_bos, bool) else None
-    return _fitting(JsonTokenizer(content, str(path), *ids, adds_bos=adds_bos), str(path), vocab_size)
+    return _check_size(JsonTokenizer(content, str(path), *ids, adds_bos=adds_bos), str(path), vocab_size)
 
 
 def tokenizer_config(directory: Path, name: str = "tokenizer_config.json", *, links: bool = False) -> dict[str, Any]:
-    """What ``tokenizer_config.json`` or its like says; empty where there is none."""
+    """The content of ``tokenizer_config.json``, or of another file ``name``; empty if there is no such file."""
     path = first_of(directory, (name,), links=links)
     return {} if path is None else read_json(path)
 
 
 def special_text(value: Any) -> str | None:
-    """A special token of a config file, which is written as a text or as an object."""
+    """The text of a special token in a config file, where it is a string or an object; None if it is neither."""
     value = value.get("content") if isinstance(value, dict) else value
     return value if isinstance(value, str) else None
 
 
-def _special(path: Path, which: int, notes: dict[str, Any]) -> int:
-    """The id of the first (0) or the last (1) token of a text: the one that the config beside a tokenizer.json names,
-    or that has one of the usual names."""
-    named = special_text(notes.get(("bos_token", "eos_token")[which]))
+def _special_id(path: Path, which: int, settings: dict[str, Any]) -> int:
+    """The beginning-of-sequence id (``which`` 0) or end-of-sequence id (1) for a tokenizer.json. The token is the one
+    that the config beside the file names, or else one with a usual name."""
+    named = special_text(settings.get(("bos_token", "eos_token")[which]))
     usual = (("<s>", "<|begin_of_text|>"), ("</s>", "<|end_of_text|>"))[which]
     names = usual if named is None else (named,)
     try:
@@ -107,17 +111,17 @@ def _special(path: Path, which: int, notes: dict[str, Any]) -> int:
         raise InputError(f"{path}: added_tokens: expected {' or '.join(names)}, found neither") from None
 
 
-def _of_gguf(path: Path, vocab_size: int | None) -> Tokenizer:
+def _from_gguf(path: Path, vocab_size: int | None) -> Tokenizer:
     file = read_gguf(path)
     tokens = file.fields.get("tokenizer.ggml.tokens")
     vocabulary = vocabulary_in(file, len(tokens) if isinstance(tokens, tuple) else 0)
     if vocabulary is None:
-        raise InputError(f"{path}: {_kind_of(file.fields)}")
+        raise InputError(f"{path}: {_no_tokenizer_reason(file.fields)}")
     return from_vocabulary(vocabulary, vocab_size)
 
 
-def _kind_of(fields: Mapping[str, Any]) -> str:
-    """Why a GGUF file's metadata give no tokenizer."""
+def _no_tokenizer_reason(fields: Mapping[str, Any]) -> str:
+    """Why the metadata of a GGUF file contain no tokenizer that can be used."""
     kind = fields.get("tokenizer.ggml.model", "none")
     if kind in ("none", "no_vocab"):
         return "carries no tokenizer"
@@ -125,20 +129,20 @@ def _kind_of(fields: Mapping[str, Any]) -> str:
 
 
 def from_vocabulary(vocabulary: Vocabulary | BpeVocabulary, vocab_size: int | None = None) -> Tokenizer:
-    """The tokenizer of a vocabulary that has no file of its own."""
+    """Create a tokenizer from a vocabulary."""
     where = vocabulary.where
     if isinstance(vocabulary, BpeVocabulary):
         tokenizer = JsonTokenizer(vocabulary.tokenizer_json(), where, vocabulary.bos_id, vocabulary.eos_id)
     else:
         tokenizer = SentencePieceTokenizer(vocabulary.model_bytes(), where, adds_bos=vocabulary.add_bos)
-    return _fitting(tokenizer, where, vocab_size)
+    return _check_size(tokenizer, where, vocab_size)
 
 
 def tokenizer_for(source: Source, path: str | Path | None = None) -> Tokenizer:
-    """The tokenizer of an opened checkpoint: ``path`` if given, or else what the checkpoint itself carries."""
+    """The tokenizer for an opened checkpoint: from ``path`` if given, else from the checkpoint itself."""
     config, own = source.config, source.tokenizer
     if path is None and own is None:
-        reason = _kind_of(source.metadata) if source.form == "gguf" else "carries no tokenizer"
+        reason = _no_tokenizer_reason(source.metadata) if source.form == "gguf" else "carries no tokenizer"
         raise InputError(f"{source.path}: {reason}: name one with --tokenizer FILE")
     if path is None and isinstance(own, Vocabulary | BpeVocabulary):
         return from_vocabulary(own, config.vocab_size)
@@ -147,7 +151,7 @@ def tokenizer_for(source: Source, path: str | Path | None = None) -> Tokenizer:
 
 
 def with_tokenizer(source: Source, path: Path | None) -> Source:
-    """The checkpoint with ``path``, if given, as its tokenizer; checked, whichever it is, to go with the model."""
+    """The checkpoint with its tokenizer replaced by ``path`` if given. The tokenizer is checked to fit the model."""
     if path is not None:
         source = dataclasses.replace(source, tokenizer=path)
     if source.tokenizer is not None:
@@ -155,8 +159,9 @@ def with_tokenizer(source: Source, path: Path | None) -> Source:
     return source
 
 
-def _fitting(tokenizer: Tokenizer, where: str, vocab_size: int | None) -> Tokenizer:
-    """The tokenizer itself, once its size is known to go with the model's; a padded embedding has rows to spare."""
+def _check_size(tokenizer: Tokenizer, where: str, vocab_size: int | None) -> Tokenizer:
+    """Return the tokenizer, or raise `InputError` if its size does not fit the model's. The embedding may be padded
+    with up to 256 rows."""
     if vocab_size is not None and not tokenizer.n_ids <= vocab_size <= tokenizer.n_ids + 256:
         raise InputError(
             f"{where}: expected a tokenizer for the model's vocab_size {vocab_size}, found {tokenizer.n_ids} pieces"
@@ -165,21 +170,21 @@ def _fitting(tokenizer: Tokenizer, where: str, vocab_size: int | None) -> Tokeni
 
 
 class TextStream:
-    """Turns ids that arrive one after another into text, holding back what the next id may still change: the bytes
-    of an unfinished character, and the beginning of a stop string."""
+    """Decodes ids that arrive one after another. Text that a later id may still change is held back: the bytes of an
+    incomplete character, and the beginning of a stop string."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: list[int], stop: tuple[str, ...] = ()) -> None:
         self._tokenizer = tokenizer
-        # A few ids of context, because the first piece of a decoded text loses its leading space.
+        # The decoder drops the leading space of its first piece. So a few ids of the prompt are kept as context.
         self._ids = list(prompt[-8:])
-        self._read = len(self._ids)
-        self._begin = 0
+        self._context_start = 0  # decoding starts at this id
+        self._settled_end = len(self._ids)  # the text of the ids before this one has been released or held
         self._stop = stop
         self._held = ""
         self.stopped = False
 
     def push(self, ids: list[int]) -> str:
-        """The text that these ids settle. Once a stop string has appeared (`stopped`), nothing more comes."""
+        """Add ids, and return the text that can no longer change. After a stop string (`stopped`), it is empty."""
         out = ""
         for token in ids:
             if self.stopped:
@@ -189,11 +194,11 @@ class TextStream:
         return out
 
     def finish(self) -> str:
-        """What was held back."""
+        """Return the text that was held back."""
         if self.stopped:
             return ""
         rest = self._tail()
-        self._read = len(self._ids)
+        self._settled_end = len(self._ids)
         return self._release(rest) + self._flush()
 
     def _flush(self) -> str:
@@ -201,17 +206,19 @@ class TextStream:
         return held
 
     def _tail(self) -> str:
-        before = self._tokenizer.decode(self._ids[self._begin : self._read])
-        return self._tokenizer.decode(self._ids[self._begin :])[len(before) :]
+        """The text of the ids that are not settled yet."""
+        before = self._tokenizer.decode(self._ids[self._context_start : self._settled_end])
+        return self._tokenizer.decode(self._ids[self._context_start :])[len(before) :]
 
     def _settled(self) -> str:
         text = self._tail()
-        if text.endswith("\ufffd"):  # bytes of a character whose rest has not come
+        if text.endswith("\ufffd"):  # an incomplete character
             return ""
-        self._begin, self._read = self._read, len(self._ids)
+        self._context_start, self._settled_end = self._settled_end, len(self._ids)
         return text
 
     def _release(self, text: str) -> str:
+        """Add settled text, and return what cannot be the beginning of a stop string."""
         self._held += text
         found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if found:
@@ -227,7 +234,7 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How long an end of ``text`` is a beginning of ``stop``."""
+    """The length of the longest suffix of ``text`` that is a proper prefix of ``stop``."""
     return next(
         (n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])),
         0,

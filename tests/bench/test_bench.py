@@ -1,4 +1,4 @@
-"""The benchmarks' own machinery, small enough for a CPU. Nothing here asserts how long anything takes."""
+"""The benchmark programs, at sizes for a CPU. No test asserts a time."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from bench.process import PeerFailed, PeerUnsupported, Worker, find_python
 
 ROOT = Path(__file__).parents[2]
 
-# Peers that go wrong, each in its way. `PEER` is all that a peer's file must have.
+# Peers that fail in different ways. A peer's file must only define `PEER`.
 FAKES = {
     "crash": "def generate(self, prompts, n): import os; print('about to die', file=sys.stderr); os.abort()",
     "hang": "def generate(self, prompts, n): import time; time.sleep(600)",
@@ -32,7 +32,7 @@ class Fake:
 PEER = Peer("fake-{name}", "{kind}", lambda: None, lambda job: Fake())
 """
 
-# The same of operations, in the first of their stretches or in the last.
+# Peers of operations that fail, in the first round or in a later one.
 OP_FAKES = {
     "op_crash": "def run(self, **_): import os; print('about to die', file=sys.stderr); os.abort(); yield",
     "op_late": "def run(self, **_):\n        for _ in range(3): yield\n        import time; time.sleep(600)",
@@ -210,7 +210,7 @@ def test_no_decode_step_is_computed_for_nothing() -> None:
 def test_ids_through_llama2c_text(tmp_path: Path) -> None:
     prompt = [1, 9, 4, 9, 5]
     assert to_text(prompt, 9) == f"{chr(FIRST + 4)} {chr(FIRST + 5)}"
-    printed = to_text([1, 9, *prompt[2:], 7, 9], 9) + "\n"  # `run` swallows the space after the first id
+    printed = to_text([1, 9, *prompt[2:], 7, 9], 9) + "\n"  # `run` drops the space after the first id
     assert from_text(printed, 9, first_is_space=True) == [9, 4, 9, 5, 7, 9]
     write_tokenizer(tmp_path / "t.bin", 12, 9)
     assert (tmp_path / "t.bin").stat().st_size == 4 + 12 * 8 + 11 * 4 + 1
@@ -276,7 +276,7 @@ def test_compare_survives_its_peers(fakes: None, order: str, tmp_path: Path, cap
     assert ours["decode"]["agreement"] == 1
     assert len(ours["decode"]["samples"]) == 2
     assert len({r["run"] for r in rows}) == 1
-    (drawn,) = [r for r in rows if r["case"] == "sampled"]  # of ours alone
+    (drawn,) = [r for r in rows if r["case"] == "sampled"]  # our backend only
     assert (drawn["impl"], drawn["agreement"], len(drawn["samples"])) == ("xla", None, 2)
     whys = {r["impl"]: (r["why"], r["failed"]) for r in rows if r["value"] is None and r["case"] == "decode"}
     assert "SIGABRT" in whys["fake-crash"][0]

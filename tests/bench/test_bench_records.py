@@ -1,4 +1,4 @@
-"""Records of the benchmarks, and the tables and regressions that are made of them."""
+"""Records of the benchmarks, and the tables and regressions that are computed from them."""
 
 import json
 import re
@@ -79,14 +79,15 @@ def test_markers_are_filled_and_filled_again() -> None:
     assert filled.endswith("<!-- /bench -->\nafter\n")
     assert "| **jllama, XLA** | 100 |" in filled
     assert "`aaaa111`" in filled
-    assert "Pallas" not in filled  # of an older run: not side by side with the rest
+    assert "Pallas" not in filled  # from an older run, so not side by side with the rest
     assert report.fill(filled, rows) == filled
     with pytest.raises(ValueError, match="bench:speed: expected one of"):
         report.fill(text.replace("decode-gpu", "speed"), rows)
 
 
 def test_at_a_glance() -> None:
-    """A row an implementation and dtype, a column a workload, the best of a column in bold, the newest run alone."""
+    """One row per implementation and dtype, one column per workload, the best of a column in bold, only the newest
+    run."""
     long = dict(seq=3744, context=4000)
     rows = [
         a_record(value=90.0, samples=[90.0]),
@@ -192,7 +193,7 @@ def test_regressions_in_times_and_of_unknown_commits() -> None:
     old = a_record(metric="ms", value=1.0, samples=[1.0, 1.0, 1.0])
     new = a_record(metric="ms", value=2.0, samples=[2.0, 2.0, 2.0], commit="bbbb222", when="2026-02-01T00:00:00")
     assert regressions.against([old, new], "aaaa111")[1]
-    assert not regressions.against([new, old], "bbbb222")[1]  # the other way round it is an improvement
+    assert not regressions.against([new, old], "bbbb222")[1]  # in the other direction it is an improvement
     assert regressions.against([old], "cccc")[0] == ["no records of commit cccc"]
 
 
@@ -203,7 +204,7 @@ def test_records_are_json(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "ok.jsonl").read_text())["impl"] == "xla"
 
 
-# What stands together
+# Which records a table shows
 
 
 def test_a_line_of_the_terminals_table_is_of_one_dtype() -> None:
@@ -223,7 +224,7 @@ def test_a_line_of_the_terminals_table_is_of_one_dtype() -> None:
 
 
 def test_the_last_run_of_each_workload_stands_whatever_ran_later() -> None:
-    """A later run of one workload hides no other; what has no figure, or is a rehearsal, replaces none."""
+    """A later run of one workload hides no other workload. A record without a figure, or a rehearsal, replaces none."""
     old = [a_record(value=1.0, batch=b, impl=i) for b in (1, 8, 64) for i in ("xla", "pallas")]
     new = [a_record(value=v, batch=b, run="r2", commit="new", when="2026-02") for b, v in ((1, 2.0), (8, None))]
     rehearsal = [a_record(value=9.0, batch=64, run="r3", when="2026-03", note="a rehearsal")]
@@ -236,7 +237,7 @@ def test_the_last_run_of_each_workload_stands_whatever_ran_later() -> None:
 
 
 def test_starting_is_shown_of_every_workload() -> None:
-    """A row a workload and implementation; what only the first workload has is empty in the others."""
+    """One row per workload and implementation. Figures that only the first workload has are empty in the others."""
     some = [
         a_record(case=case, metric=metric, batch=batch, value=value, samples=[value])
         for batch, case, metric, value in (

@@ -1,4 +1,4 @@
-"""The kernel whose reading is the ceiling of a GPU's memory: that it reads everything, and lowers for the GPU."""
+"""The kernel that measures a GPU's read rate: it reads every word, and lowers for the GPU."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.timeout(120)
 
 @pytest.mark.parametrize(("stages", "blocks", "passes"), [(1, 1, 1), (2 * DEPTH + 3, 2, 1), (5, 3, 7)])
 def test_every_word_is_fetched(stages: int, blocks: int, passes: int) -> None:
-    """By the sums of the blocks: exact, since integers wrap."""
+    """The sums of the blocks are exact, because integers wrap."""
     words = jax.random.bits(jax.random.key(42), (stages, *STAGE), jnp.uint32).astype(jnp.int32)
     how = plgpu.InterpretGPUParams(detect_races=True)
     sums = np.asarray(stream(words, passes=passes, blocks=blocks, interpret=how))

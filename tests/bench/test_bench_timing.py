@@ -1,4 +1,4 @@
-"""How single operations are timed: chains of them, on a CPU and, as if, on a GPU."""
+"""The timing of single operations in chains, on a CPU and on a simulated GPU."""
 
 import pytest
 
@@ -32,8 +32,8 @@ def test_every_operation_of_an_iteration_runs(seconds: float, monkeypatch: pytes
 
 @pytest.mark.parametrize("queued", [False, True])
 def test_the_way_to_a_gpu_and_back_is_not_timed(queued: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A device and a clock stand in for the GPU's. The device takes 20 s for a call, the host 5, or, queued, 50, for
-    which the first work is too short; it hears of everything 3 s late."""
+    """A simulated GPU and clock. The device takes 20 s for a call. The host takes 5 s to dispatch one, or 50 s when
+    queued, for which the first size of work is too short. The host sees every end 3 s late."""
     import jax
 
     now, free, sizes = 0.0, 0.0, []
@@ -70,5 +70,5 @@ def test_the_way_to_a_gpu_and_back_is_not_timed(queued: bool, monkeypatch: pytes
     assert sizes == ([1, 30] if queued else [])
     if queued:
         monkeypatch.setattr(measure.Queue, "SIZES", (1,))
-        with pytest.raises(NotSupported, match="not timed: the host hands over"):
+        with pytest.raises(NotSupported, match="not timed: the host dispatches"):
             chain.samples(1, 2)

@@ -1,4 +1,4 @@
-"""The command lines as tests call them: in this process, on the embedded model."""
+"""Fixtures that run the command lines in this process, on the embedded model."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ from jllama.cli import generate as generate_command
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[str, str]]:
-    """Runs ``jllama generate`` with some flags: what it printed, and said on stderr."""
+    """Run ``jllama generate`` with some flags. Returns its stdout and stderr."""
     cache = str(tmp_path_factory.getbasetemp() / "xla")
 
     def call(*flags: str, command=generate_command) -> tuple[str, str]:
@@ -24,7 +24,7 @@ def run(capsys: pytest.CaptureFixture[str], tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture
 def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """The one line with which ``jllama generate`` refuses some flags."""
+    """The one-line error with which ``jllama generate`` refuses some flags."""
 
     def call(*flags: str, command=generate_command) -> str:
         with pytest.raises(SystemExit) as exit_:
@@ -41,7 +41,7 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
 @pytest.fixture
 def module() -> Callable[..., subprocess.CompletedProcess[bytes]]:
-    """Runs ``python -W error -m ...`` in a process of its own, with these bytes as its input."""
+    """Run ``python -W error -m ...`` in its own process, with these bytes as its input."""
 
     def call(*args: str | bytes, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
         command = [sys.executable, "-W", "error", "-m", *args]

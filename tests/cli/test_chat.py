@@ -1,4 +1,4 @@
-"""A conversation as a user has it: typed, pasted, piped, interrupted."""
+"""``jllama chat`` as users drive it: typed, pasted, piped, interrupted."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from jllama.cli import chat
 
 @pytest.fixture
 def typed(monkeypatch: pytest.MonkeyPatch):
-    """Makes these the lines that a user types, to questions and menus alike; gives the prompts that asked for them."""
+    """Replace the user's typing by these lines, for questions and menus. Returns the prompts that were shown."""
 
     def call(*lines: str | Exception) -> list[str]:
         left, asked = iter(lines), []
@@ -95,7 +95,7 @@ def test_ctrl_c_in_the_menu_takes_the_question_back(typed, monkeypatch, tmp_path
 
 
 def test_piped_questions_are_never_taken_for_an_answer_to_a_menu(module, tmp_path: Path) -> None:
-    """With "d" and "reset" as questions, as whoever pipes them means it."""
+    """Piped lines such as "d" and "reset" are questions, not commands."""
     saved = tmp_path / "talk.json"
     lines = "\n".join([*FILLING, "d", "reset", f"/save {saved}"]).encode()
     flags = ("jllama.cli.chat", *SMALL[:-1], "--no-compilation-cache")
@@ -145,13 +145,13 @@ def test_a_line_that_ends_with_a_backslash_goes_on(module, tmp_path: Path) -> No
 
 
 class Terminal:
-    """``jllama chat`` in a terminal of its own, whose state is in ``home``."""
+    """``jllama chat`` in its own terminal. Its state is in ``home``."""
 
     def __init__(self, home: Path, *flags: str) -> None:
         ours, theirs = pty.openpty()
         environment = os.environ | {"XDG_STATE_HOME": str(home), "TERM": "xterm"}
         chat = [sys.executable, "-m", "jllama.cli.chat", "-q", "-n", "2", "--no-compilation-cache", *flags]
-        # The terminal must be the program's own, or Ctrl-C in it would interrupt nobody.
+        # The terminal must be the program's own, otherwise Ctrl-C would not interrupt it.
         own = "import os, sys; os.login_tty(0); os.execv(sys.argv[1], sys.argv[1:])"
         command = [sys.executable, "-c", own, *chat]
         self.process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
@@ -159,7 +159,7 @@ class Terminal:
         self.at, self.shown = ours, b""
 
     def expect(self, text: bytes, again: bytes = b"") -> None:
-        """Wait until the terminal shows a text behind what was expected before; meanwhile type ``again`` and again."""
+        """Wait until the terminal shows a text after what was expected before. Meanwhile type ``again`` repeatedly."""
         end = time.monotonic() + 60
         while text not in self.shown:
             assert time.monotonic() < end, self.shown
@@ -207,7 +207,7 @@ def test_in_a_terminal_a_paste_is_one_message_and_the_history_lasts(tmp_path: Pa
         second.expect(b"> ")
         second.type(b"abc")
         second.expect(b"abc")
-        # Python's input() misses a Ctrl-C that comes while it handles a key, until the next one.
+        # Python's input() misses a Ctrl-C that arrives while it handles a key, so it is sent repeatedly.
         second.type(b"\x03")
         second.expect(b"(Ctrl-D or /quit leaves)", again=b"\x03")
         second.expect(b"> ")

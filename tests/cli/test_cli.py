@@ -180,7 +180,7 @@ def test_the_console_script_knows_its_commands(capsys: pytest.CaptureFixture[str
         assert line.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", [[], ["generate"], ["chat"], ["info"], ["perplexity"]])
+@pytest.mark.parametrize("command", [[], *([name] for name in cli.NAMES)])
 def test_the_version_is_told(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with contextlib.suppress(SystemExit):
         cli.main([*command, "--version"])
@@ -193,7 +193,7 @@ def test_the_version_is_told(command: list[str], capsys: pytest.CaptureFixture[s
         ("--temprature", "did you mean --temperature?"),
         ("--max-new-token", "did you mean --max-new-tokens?"),  # the beginning of a flag is none
         ("--propmt=x", "--propmt: no such flag; did you mean --prompt?"),
-        ("--n-ctx", "here it is --max-seq-len"),
+        ("--n-ctx", "use --max-seq-len instead"),
         ("--quux-zzz", "--help lists them"),
     ],
 )
@@ -201,6 +201,19 @@ def test_an_unknown_flag_gets_the_nearest_one(flag: str, advice: str, refused) -
     line = refused(flag)
     assert "no such flag" in line
     assert advice in line
+
+
+@pytest.mark.parametrize("command", cli.NAMES)
+def test_every_command_has_errors_of_one_line(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    # What a command needs besides is missing: the slip is named, and not the lack.
+    for given, words in (("--hepl", "did you mean --help?"), ("caf\udce9", "found byte 0xe9")):
+        with pytest.raises(SystemExit) as exit_:
+            cli.main([command, given])
+        line = capsys.readouterr().err
+        assert exit_.value.code == 2
+        assert line.startswith(f"jllama {command}: error: ")
+        assert line.count("\n") == 1
+        assert words in line
 
 
 def test_flags_of_other_programs_are_known(run) -> None:
@@ -257,7 +270,7 @@ def test_a_terminal_that_cannot_show_a_letter_is_no_error() -> None:
 
 
 def complete(*words: str) -> list[str]:
-    """What bash offers for the last of some words."""
+    """What bash completes for the last of some words."""
     script = f"""source <({sys.executable} -m jllama --completion bash)
         COMP_WORDS=({" ".join(map(repr, words))}); COMP_CWORD={len(words) - 1}; _jllama; echo "${{COMPREPLY[@]}}" """
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)

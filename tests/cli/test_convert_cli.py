@@ -1,4 +1,4 @@
-"""``python -m convert`` as a user types it: what it recognises, refuses, leaves behind and compares."""
+"""``python -m convert`` as users call it: what it recognises, refuses, leaves on disk and compares."""
 
 import errno
 import os

@@ -25,7 +25,7 @@ def test_the_output_is_the_same_for_every_batch_size(form: list[str], prompts: s
     assert outputs[0] == outputs[1] == outputs[2]
     if not form:
         texts = [run("-p", text, "-n", "6", "-q")[0] for text in PROMPTS]
-        assert outputs[0] == "\n".join(texts)  # an empty line between two, and none behind the last
+        assert outputs[0] == "\n".join(texts)  # an empty line between two, and none after the last
 
 
 def test_samples_follow_one_another_and_do_not_depend_on_the_batch(prompts: str, run) -> None:

@@ -1,4 +1,4 @@
-"""``jllama info``: what a checkpoint is, without reading it."""
+"""``jllama info``: describes a checkpoint without reading its weights."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`convert` and `quantize` never take the only copy of something: whatever stands at DST, with and without --force."""
+"""`convert` and `quantize` never delete the only copy of something, whatever is at DST, with and without --force."""
 
 import json
 import os
@@ -24,7 +24,7 @@ COMMANDS = {"convert": convert.__main__.main, "quantize": convert.quantize.main}
 
 
 def tree(path: Path) -> dict[str, object]:
-    """All there is below a path: contents of files, targets of links."""
+    """Everything below a path: contents of files, targets of links."""
     found = {}
     for entry in sorted(path.rglob("*")):
         name = str(entry.relative_to(path))
@@ -34,12 +34,12 @@ def tree(path: Path) -> dict[str, object]:
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """A checkpoint in a folder of its own, and whatever a test puts beside it."""
+    """A checkpoint in its own folder, and what a test puts beside it."""
     return checkpoints.make("hf", checkpoints.source(), tmp_path / "model")
 
 
 def refused(capsys: pytest.CaptureFixture[str], command: str, src: Path, dst: Path, *flags: str) -> str:
-    """The line that the command says before it exits with 2, having changed nothing in the folder around SRC."""
+    """The command's one-line error. Checks that it exits with 2 and changes nothing in the folder around SRC."""
     before = tree(src.parent)
     with pytest.raises(SystemExit) as stop:
         COMMANDS[command]([str(src), str(dst), *flags])
@@ -55,7 +55,7 @@ def link_to(target: Path, link: Path) -> Path:
     return link
 
 
-# What DST may be that must not become one, made from the checkpoint's path, and what the error says.
+# Forbidden places for DST, made from the checkpoint's path, and what the error says.
 NEAR: dict[str, tuple[Callable[[Path], Path], str]] = {
     "itself": (lambda src: src, "found the same"),
     "itself, through its parent": (lambda src: src / ".." / src.name, "found the same"),
@@ -102,7 +102,7 @@ def test_a_file_is_not_converted_onto_itself(
 def test_what_the_source_leads_to_is_not_replaced(model: Path) -> None:
     """As in Hugging Face's cache: a snapshot of links to files that lie elsewhere."""
     kept = model.parent / "kept"
-    shutil.copytree(model, kept)  # all by itself, --force would replace it
+    shutil.copytree(model, kept)  # alone, --force would replace it
     snapshot = model.parent / "snapshot"
     snapshot.mkdir()
     for entry in kept.iterdir():
@@ -189,7 +189,7 @@ def a_pipe(path: Path) -> None:
     os.mkfifo(path)
 
 
-# What stands at DST, what is to be written there, and what the error says was found.
+# What is at DST, what should be written there, and what the error says was found.
 TAKEN: list[tuple[Callable[[Path], None], str, str]] = [
     (a_file, "native", "found a file"),
     (a_gguf, "native", "found a file"),
@@ -221,7 +221,7 @@ def test_force_replaces_nothing_but_our_checkpoints_of_that_form(
 ) -> None:
     dst = model.parent / "taken"
     make(dst)
-    if not dst.is_fifo():  # which would wait for whoever writes to it
+    if not dst.is_fifo():  # reading a FIFO would wait for a writer
         assert "exists already" in refused(capsys, "convert", model, dst, "--to", to)
         assert message in refused(capsys, "convert", model, dst, "--to", to, "--force")
         if to == "native":

@@ -19,7 +19,7 @@ from jllama.text.tokenizer import load_tokenizer
 
 
 def direct(ids: list[int], window: int, stride: int | None = None) -> float:
-    """The mean by definition: one token after another, each with all that its window has before it."""
+    """The mean by definition: token by token, each given all earlier tokens of its window."""
     room = window - 1
     step, total, begin = stride or room, 0.0, 0
     done = 0

@@ -1,4 +1,4 @@
-"""Quantisation: the scales it chooses, the command, and that it makes the numbers that ``--quant`` makes at load."""
+"""Quantisation: the choice of scales, the command, and that its numbers equal those of ``--quant`` at load."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Checkpoints that are wrong: each gives one line that names the file and says what was found and expected."""
+"""Invalid checkpoints: each gives one line that names the file, what was found and what was expected."""
 
 import json
 from collections.abc import Callable
@@ -116,8 +116,8 @@ BAD_FIELDS = [
     (dict(tie_word_embeddings="no"), "tie_word_embeddings: expected true or false"),
     (dict(eos_token_id=80), "eos_token_id: expected token ids below 80"),
     (dict(eos_token_id="</s>"), "eos_token_id: expected token ids"),
-    (dict(attention_bias=True), "attention_bias: expected false"),
-    (dict(mlp_bias=True), "mlp_bias: expected false"),
+    (dict(attention_bias="yes"), "attention_bias: expected true or false, found 'yes'"),
+    (dict(mlp_bias=1), "mlp_bias: expected true or false, found 1"),
     (dict(hidden_act="gelu"), "hidden_act: expected 'silu', found 'gelu'"),
     (dict(model_type="mixtral"), "model_type: expected 'llama' or 'mistral', found 'mixtral'"),
     (dict(model_type=...), "model_type: expected 'llama' or 'mistral', found None"),
@@ -150,12 +150,20 @@ def test_a_mistral_whose_window_holds_its_context_is_a_llama(model: Path, window
     assert load(model).config == CONFIG
 
 
-def test_a_bias_in_the_weights_is_refused_whatever_the_config_says(model: Path) -> None:
+@pytest.mark.parametrize(("flag", "first"), [("attention_bias", "layers.0.bq"), ("mlp_bias", "layers.0.b_gate")])
+def test_a_bias_that_the_config_has_and_the_weights_have_not(model: Path, flag: str, first: str) -> None:
+    configure(model, **{flag: True})
+    with pytest.raises(InputError) as error:
+        load(model)
+    one_line(error, str(model), f"{first}: missing ({flag} is true)")
+
+
+def test_a_bias_that_the_weights_have_and_the_config_has_not(model: Path) -> None:
     name = "model.layers.1.self_attn.q_proj.bias"
     edit(model, lambda arrays: arrays.update({name: np.zeros(64, np.float32)}))
     with pytest.raises(InputError) as error:
         load(model)
-    one_line(error, "model.safetensors", name, "expected no biases")
+    one_line(error, "model.safetensors", name, "expected no such bias", "attention_bias false", "config.json")
 
 
 def test_the_ends_of_turns_are_in_the_generation_config(model: Path) -> None:

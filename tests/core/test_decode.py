@@ -18,7 +18,7 @@ from jllama.sampling import make_sampling
 from jllama.stream import Session, pad
 
 LENGTHS = (3, 17, 9, 1)
-# Of logits, relative to the largest: what summing in another order may change.
+# Tolerance of logits, relative to the largest: sums in another order may differ by this.
 CLOSE = {"float32": 1e-5, "bfloat16": 4e-2}
 
 jit_forward = functools.partial(jax.jit, static_argnames="last_only")(forward)
@@ -212,7 +212,9 @@ def test_a_rows_text_depends_on_its_seed_and_settings_and_not_on_its_neighbours(
 
 def test_every_step_draws_anew() -> None:
     params = tiny.model()
-    flat = params.replace(lm_head=jnp.zeros_like(params.lm_head))  # all tokens alike: only the key decides
+    flat = params.replace(
+        lm_head=jnp.zeros_like(params.lm_head)
+    )  # all tokens are equally likely, so only the key decides
     rows = collect(Session(flat, max_len=64, batch=2), [[5], [5]], 40, sampling=make_sampling(2, temperature=1.0))
     assert all(len(set(ids)) > 20 for ids in rows)
     assert sum(a == b for a, b in zip(*rows, strict=True)) < 5
@@ -223,7 +225,7 @@ def test_repetition_penalty_counts_the_prompt_and_what_was_drawn() -> None:
     ids = alone(prompt, 40, repetition_penalty=1e6)
     assert len(set(prompt + ids)) == len(set(prompt)) + 40  # with such a penalty nothing comes twice
     mild, context = alone(prompt, 10, repetition_penalty=1.3), list(prompt)
-    for token in mild:  # by hand, from a forward over everything
+    for token in mild:  # recomputed from a forward over the whole text
         tokens, lengths = pad([context])
         logits = np.asarray(jit_forward(params, tokens, lengths=lengths, last_only=True)[0][0], np.float64)
         seen = sorted(set(context))
@@ -248,7 +250,7 @@ def test_forward_differentiates_in_every_weight(tied: bool) -> None:
         used = grad[jnp.unique(tokens[:, :-1])] if path[0].name == "embed" else grad
         assert jnp.isfinite(grad).all(), path
         assert (used != 0).mean() > 0.9, path
-    # The slope along the gradient itself, by differences.
+    # The slope along the gradient, by finite differences.
     norm = sum(jnp.vdot(g, g) for g in jax.tree.leaves(grads)) ** 0.5
     ahead, behind = (loss(jax.tree.map(lambda w, g, s=s: w + s * g / norm, params, grads)) for s in (1e-2, -1e-2))
     np.testing.assert_allclose((ahead - behind) / 2e-2, norm, rtol=1e-2)

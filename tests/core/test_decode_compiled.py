@@ -1,4 +1,4 @@
-"""What XLA makes of decoding: the cache is updated in place, and compilations are few, whatever users ask for."""
+"""What XLA compiles for decoding: the cache is updated in place, and compilations are few for all user settings."""
 
 import functools
 import re
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from fake_kernels import GPU, faked
 from jax import lax
 
 from jllama import decode, stream
@@ -30,13 +31,14 @@ from jllama.decode import (
 from jllama.params import Params
 from jllama.sampling import make_sampling
 from jllama.stream import CHUNK, MIN_BUCKET, MIN_CACHE, PREFILL_PIECE, Session
+from pallas_kernels import OPS
 
-# A cache of 128 MiB, against which weights and activations are nothing. It is compiled for, never allocated.
+# A cache of 128 MiB, so that weights and activations are negligible. It is only compiled for, not allocated.
 LONG = tiny.CONFIG.replace(n_heads=4, n_kv_heads=4, head_dim=32, max_seq_len=65536)
 
 
 def long_state() -> DecodeState:
-    """The shapes of a state with that cache; nothing is allocated."""
+    """The shapes of a state with that cache. Nothing is allocated."""
 
     def make() -> DecodeState:
         cache = init_cache(LONG, 1, LONG.max_seq_len, jnp.float32)
@@ -47,8 +49,8 @@ def long_state() -> DecodeState:
 
 
 def assert_in_place(compiled: Any) -> None:
-    """The cache that comes out lies where the one that went in lay, and beside it there is no room for a copy of any
-    of its arrays (a key or value array of one layer)."""
+    """Check that the output cache aliases the input cache, and that the temporary memory is too small for a copy of any
+    of its arrays (the keys or values of one layer)."""
     memory, cache = compiled.memory_analysis(), cache_bytes(LONG, 1, LONG.max_seq_len, jnp.float32)
     assert memory.alias_size_in_bytes >= cache, "the cache is not donated"
     one_array = cache // (2 * LONG.n_layers)
@@ -60,6 +62,18 @@ def test_the_decode_loop_makes_no_copy_of_the_cache() -> None:
     assert_in_place(jit_decode_chunk.lower(params, long_state(), steps=4, backend="xla").compile())
 
 
+def test_the_choice_of_a_platform_makes_no_copy_of_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where jit does not know for which device it traces, the cache goes through both ways of every op."""
+    monkeypatch.setattr("pallas_kernels.arch._gpu", lambda: GPU)
+    for name in ("model.qkv", "model.matmul", "cache.decode_attention", "model.ffn"):
+        monkeypatch.setattr(f"jllama.{name}", faked(OPS[name.partition(".")[2]]))
+    lowered = jax.jit(decode_chunk, static_argnames="steps", donate_argnames="state").lower(
+        tiny.model(config=LONG), long_state(), steps=4
+    )
+    assert "stablehlo.case" in lowered.as_text()
+    assert_in_place(lowered.compile())
+
+
 def test_the_first_draw_makes_no_copy_of_the_cache() -> None:
     state = long_state()
     rest = make_sampling(1), jnp.full(1, 99), jnp.zeros((1, 4), jnp.int32), None
@@ -67,7 +81,7 @@ def test_the_first_draw_makes_no_copy_of_the_cache() -> None:
 
 
 def _freezes_finished_rows(params: Params, state: DecodeState, *, steps: int) -> Any:
-    """A plausible mistake: rows that are done keep the cache they had."""
+    """A plausible mistake: finished rows keep their old cache."""
 
     def step(s: DecodeState, _: None) -> Any:
         new, drawn = decode_step(params, s, backend="xla")
@@ -88,9 +102,9 @@ def test_the_test_above_notices_a_copy(function: Callable[..., Any], donated: tu
         assert_in_place(jitted.lower(tiny.model(config=LONG), long_state(), steps=4).compile())
 
 
-MAX_LEN = 300  # no power of two, like a context that a user types
+MAX_LEN = 300  # not a power of two, like a context that a user types
 SMALL = tiny.CONFIG.replace(n_layers=1)
-# One structure of `Sampling` each: which settings any row uses at all. Values are arrays, and compile nothing.
+# Each is another structure of `Sampling`: the settings that any row uses. Values are arrays and cause no compilation.
 STRUCTURES: dict[str, Callable[[float], dict[str, Any]]] = {
     "greedy": lambda x: {},
     "warm": lambda x: dict(temperature=0.5 + x),
@@ -99,8 +113,8 @@ STRUCTURES: dict[str, Callable[[float], dict[str, Any]]] = {
 
 
 def bound_on_prompt_shapes(max_len: int) -> int:
-    """How many lengths prompts are padded to: the powers of two from MIN_BUCKET to a piece, or to what holds the
-    context."""
+    """The number of lengths that prompts are padded to: the powers of two from MIN_BUCKET to the size of a piece, or
+    to one that holds the context."""
     return int(log2(min(stream.bucket(max_len), PREFILL_PIECE) / MIN_BUCKET)) + 1
 
 
@@ -111,8 +125,8 @@ def bound_on_cache_sizes(max_len: int) -> int:
 
 @pytest.fixture
 def compiled() -> Iterator[list[str]]:
-    """The name of every program that XLA compiles while the test runs, the small ones outside jit included. The
-    library's own pieces start with empty caches."""
+    """The name of every program that XLA compiles while the test runs, with the small ones outside jit. The library's
+    jitted functions start with empty caches."""
     for piece in (jit_prefill, jit_sample_first, jit_decode_chunk, decode._jit_generate):
         piece.clear_cache()
     names: list[str] = []
@@ -127,7 +141,7 @@ def compiled() -> Iterator[list[str]]:
 
 
 def sweep(lengths: list[int], seed: int) -> None:
-    """Fresh sessions, one a length and structure, with other values, limits and stop tokens every time."""
+    """New sessions, one per length and structure, each with other values, limits and stop tokens."""
     rng = np.random.RandomState(seed)
     for length in lengths:
         for settings in STRUCTURES.values():
@@ -141,7 +155,7 @@ def sweep(lengths: list[int], seed: int) -> None:
 def test_compilations_are_bounded_and_then_there_are_none(compiled: list[str]) -> None:
     sizes, shapes = bound_on_cache_sizes(MAX_LEN), bound_on_prompt_shapes(MAX_LEN)
     assert (sizes, shapes) == (3, 6)
-    # The ends of every bucket, so that the bound is met from below, too.
+    # The first and last length of every bucket, so that the bound is reached.
     sweep([1, 16, 17, 32, 33, 64, 65, 97, 128, 129, 225, 256, 257, 299], seed=0)
     count = Counter(compiled)
     assert shapes <= count["prefill"] <= shapes * sizes
@@ -152,7 +166,7 @@ def test_compilations_are_bounded_and_then_there_are_none(compiled: list[str]) -
 
 
 def test_another_chunk_length_would_compile_anew(compiled: list[str]) -> None:
-    """The counter counts: what is static does cost a compilation."""
+    """The counter works: another static argument costs a compilation."""
     for chunk in (4, 5):
         for _ in Session(tiny.model(config=SMALL), MAX_LEN, chunk=chunk).run([[5, 6]], 9):
             pass
@@ -161,7 +175,7 @@ def test_another_chunk_length_would_compile_anew(compiled: list[str]) -> None:
 
 
 def test_generate_outside_jit_is_compiled_once(compiled: list[str]) -> None:
-    """Other values compile nothing: prompts, lengths, seeds, settings and stop tokens are data."""
+    """Other values cause no compilation: prompts, lengths, seeds, settings and stop tokens are data."""
     params = tiny.model(config=SMALL)
 
     def call(seed: int, lengths: list[int], stop_ids: tuple[int, ...]) -> None:

@@ -1,6 +1,6 @@
-"""The embedded model against what numpy in float64 says of it: a trained model that every checkout has.
+"""The embedded model, a trained one that every checkout has, against a golden file from numpy in float64.
 
-The file is made by `tests/make_demo_golden.py`, which shares no code with the library.
+`tests/make_demo_golden.py` writes the file and shares no code with the library.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A real trained model, stories260K: its text and its logits, as float64 and llama2.c's own run have them."""
+"""A trained model, stories260K: its text against llama2.c's, and its logits against float64."""
 
 import json
 from pathlib import Path

@@ -1,7 +1,7 @@
-"""The whole model against Hugging Face transformers on small random Llamas of every kind that `config` reads.
+"""The whole model against Hugging Face transformers, on small random Llamas of every kind that `config` reads.
 
-Always: against the files that `make_golden.py` wrote. Where torch and transformers import: live, and through a
-checkpoint directory that transformers wrote itself.
+It is always compared with the files that `make_golden.py` wrote. If torch and transformers are installed, it is also
+compared live, through a checkpoint directory that transformers wrote.
 """
 
 import importlib.util
@@ -26,7 +26,7 @@ live = pytest.mark.skipif(bool(missing), reason=f"needs {' and '.join(missing)} 
 
 
 def our_model(case: str, directory: Path) -> Params:
-    """The case as a user has it: a directory with config.json and safetensors."""
+    """The case as a user would have it: a directory with config.json and safetensors."""
     (directory / "config.json").write_text(json.dumps(make_golden.config(case)))
     save_file(make_golden.weights(case), directory / "model.safetensors")
     return load(directory, dtype="float32")
@@ -56,7 +56,7 @@ def test_every_golden_file_belongs_to_a_case_and_is_small() -> None:
 
 @pytest.mark.parametrize("case", ["rope-linear", "rope-llama3", "rope-theta"])
 def test_the_comparison_notices_what_a_case_is_about(case: str, tmp_path: Path) -> None:
-    """Without the one field that the case adds, the error is far past the limit."""
+    """Without the field that the case adds, the error is far above the limit."""
     params = our_model(case, tmp_path)
     scaled = params.config.rope_scaling is not None
     plain = params.config.replace(rope_scaling=None) if scaled else params.config.replace(rope_theta=10000.0)

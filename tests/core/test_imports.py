@@ -1,4 +1,4 @@
-"""The rules of the house: who may import whom, what is imported lazily, how long files are, what they may not name."""
+"""Rules for the source tree: allowed imports, lazy imports, the length of files, and what they may not name."""
 
 import ast
 import re
@@ -19,7 +19,7 @@ KERNEL_BASE = (
     "layer_view",
     "quantized",
     "step_weights",
-)  # of the op layer, what a kernel may use
+)  # the modules of the op layer that a kernel may use
 OURS = ("pallas_kernels", "jllama", "convert", "bench", "tests", "examples")
 SOURCES = sorted(path for folder in OURS for path in (ROOT / folder).rglob("*.py"))
 
@@ -43,12 +43,12 @@ PURE = tuple(
 )
 CORE = (*PURE, *(f"jllama.{name}" for name in ["backends", "compilation", "demo_model", "device", "stream"]))
 
-# Of our own packages, what the files of a folder may import. The first pattern that fits counts.
+# Which of our own modules the files of a folder may import. The first matching pattern counts.
 RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     # A kernel may use the op layer's contract, but no op.
     ("pallas_kernels/hopper/**", (*(f"pallas_kernels.{name}" for name in KERNEL_BASE), "pallas_kernels.hopper")),
     ("pallas_kernels/**", ("pallas_kernels",)),
-    # The one door to the kernels.
+    # The only module that imports the kernels.
     ("jllama/kernels.py", ("pallas_kernels",)),
     ("jllama/errors.py", ()),
     ("jllama/config.py", ("jllama.errors",)),
@@ -60,7 +60,7 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     # From the core outwards.
     ("jllama/formats/*", (*CORE, "jllama.formats")),
     ("jllama/text/*", (*CORE, "jllama.formats", "jllama.text")),
-    # Who runs next, and who holds which page, know no tensors.
+    # The scheduler and the page tables know no tensors.
     ("jllama/engine/pages.py", ("jllama.errors",)),
     ("jllama/engine/scheduler.py", ("jllama.errors", "jllama.engine.pages")),
     ("jllama/engine/*", (*CORE, "jllama.engine")),
@@ -110,7 +110,7 @@ def allowed_for(path: str) -> tuple[str, ...]:
 
 
 def fits(path: str, pattern: str) -> bool:
-    """Whether a path is in a folder: ``folder/*`` is its files, ``folder/**`` those of folders below it, too."""
+    """Whether a path matches a pattern: ``folder/*`` is the folder's files, ``folder/**`` also those below it."""
     if pattern.endswith("/**"):
         return path.startswith(pattern.removesuffix("**"))
     return PurePosixPath(path).match(pattern) and path.count("/") == pattern.count("/")
@@ -121,8 +121,8 @@ def inside(name: str, packages: tuple[str, ...]) -> bool:
 
 
 def forbidden(path: str, found: list[Import]) -> list[str]:
-    """What a file imports of our own without leave. ``from jllama import config`` shows as jllama, too: a package
-    whose name is only the beginning of something allowed, and imported as such, is no breach."""
+    """The forbidden imports of a file. ``from jllama import config`` also counts as an import of jllama. That is
+    allowed if jllama is only the parent package of an allowed module."""
     allowed = allowed_for(path)
     parents = {i.name.rpartition(".")[0] for i in found if inside(i.name, allowed)}
     breaches = [i for i in found if inside(i.name, OURS) and not inside(i.name, allowed) and i.name not in parents]
@@ -209,7 +209,7 @@ def test_help_waits_for_nothing_heavy(module: str) -> None:
 
 
 def texts() -> Iterator[tuple[str, str]]:
-    """Every text file of the project: what git tracks, or, without git, what lies there."""
+    """Every text file of the project: the files that git tracks, or all files without git."""
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
     if listed.returncode == 0:
         paths = [ROOT / line for line in listed.stdout.splitlines()]

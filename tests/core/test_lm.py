@@ -71,7 +71,7 @@ def test_a_conversation_is_metas_format_and_only_its_new_turns_are_fed() -> None
 
 
 def test_an_answer_ends_where_the_other_speaker_would_begin(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A base model's chat is plain text, whose next turn is not the model's to write."""
+    """A base model's chat is plain text, and the reply ends where the next turn would begin."""
     talk = [{"role": "user", "content": "Tell me of Tom."}]
     assert demo().tokenizer.decode(demo().prompt_ids(talk)) == "User: Tell me of Tom.\nAssistant:"
     free = demo().chat(talk, max_new_tokens=30)
@@ -80,7 +80,7 @@ def test_an_answer_ends_where_the_other_speaker_would_begin(monkeypatch: pytest.
     for text in (demo().chat(talk, max_new_tokens=30).text, "".join(demo().stream(talk, max_new_tokens=30))):
         assert text == free.text[: free.text.index(word)]
     ids = demo().generate("User: Tell me of Tom.\nAssistant:", max_new_tokens=30)
-    assert ids.text == free.text  # what is no chat does not end so
+    assert ids.text == free.text  # a completion that is not a chat does not end there
 
 
 @pytest.mark.parametrize("messages", [[], [{"role": "nobody", "content": "x"}]])

@@ -1,4 +1,4 @@
-"""The library under modes of jax that a program around it may have set, each in a process of its own."""
+"""The library under modes of jax that a user's program may set, each in its own process."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""`forward` over a paged cache gives what it gives over a contiguous one."""
+"""`forward` gives the same over a paged cache as over a contiguous one."""
 
 import functools
 

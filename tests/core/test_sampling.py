@@ -1,4 +1,4 @@
-"""Sampling against a plain numpy sampler that sorts, as Hugging Face's logits processors define every setting."""
+"""Sampling against a plain numpy sampler that sorts and defines every setting as Hugging Face does."""
 
 import functools
 from typing import Any
@@ -25,7 +25,7 @@ def cuts(sampling: Sampling) -> dict[str, Any]:
     return {name: getattr(sampling, name) for name in ("top_k", "top_p", "min_p")}
 
 
-# Settings of four rows. Every one of the three cuts is on in some row and may be off in others.
+# Settings of four rows. Each of the three cuts is on in some row and may be off in others.
 rows = {
     "temperature": st.floats(0.2, 3.0),
     "top_k": st.sampled_from([0, 0, 1, 2, 7, 49, 50, 1000]),
@@ -42,7 +42,7 @@ def test_truncate_keeps_what_the_sorting_sampler_keeps(
 ) -> None:
     logits = (np.random.RandomState(seed).standard_normal((ROWS, VOCAB)) * spread).astype(np.float32)
     sampling = make_sampling(ROWS, **given_rows)
-    # One structure, so one compilation: a setting that no row uses is an array of its off value, which must do nothing.
+    # One structure, so one compilation. A setting that no row uses is an array of its off value, which must do nothing.
     off = {"top_k": jnp.zeros(ROWS, jnp.int32), "top_p": jnp.ones(ROWS), "min_p": jnp.zeros(ROWS)}
     sampling = sampling.replace(**{name: v for name, v in off.items() if getattr(sampling, name) is None})
     warm = logits / np.float32(sampling.temperature)[:, None]
@@ -70,7 +70,7 @@ def test_truncation_stands_extreme_logits() -> None:
 
 
 def chi_square(counts: np.ndarray, probs: np.ndarray) -> float:
-    """How many standard deviations the statistic lies above its mean; tokens that are seldom expected count as one."""
+    """How many standard deviations the statistic is above its mean. Rarely expected tokens are counted as one."""
     assert counts[probs == 0].sum() == 0, "drew what has no probability"
     expected = probs * counts.sum()
     rare = expected < 5
@@ -86,7 +86,7 @@ LIMIT = 5.0  # standard deviations; seeds are fixed, so this never flickers
 
 @functools.partial(jax.jit, static_argnames="draws")
 def drawn(logits: jax.Array, sampling: Any, seen: jax.Array | None, *, draws: int = DRAWS) -> jax.Array:
-    """[B, V]: how often every token came in ``draws`` steps."""
+    """[B, V]: how often each token was drawn in ``draws`` steps."""
 
     def step(counts: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
         token, _ = sample(logits, sampling, jnp.full(logits.shape[0], i), seen)
@@ -264,7 +264,7 @@ def test_settings_and_seeds_may_be_traced() -> None:
         np.testing.assert_array_equal(jax.random.key_data(made.key), jax.random.key_data(plain.key))
         for name in settings_of_rows:
             np.testing.assert_array_equal(getattr(made, name), getattr(plain, name))
-    # What is not given is not compiled in; what is traced is, whatever it holds.
+    # Settings that are not given are not compiled in. Traced settings always are.
     alone = inside({"temperature": jnp.zeros(())})
     assert alone.temperature.tolist() == [0.0] * ROWS
     assert (alone.top_k, alone.top_p, alone.repetition_penalty) == (None,) * 3
@@ -287,7 +287,7 @@ def test_a_key_of_jax_takes_the_seeds_place() -> None:
     one, four = make_sampling(1, key=key, temperature=1.0), make_sampling(4, key=key, temperature=1.0)
     data = jax.random.key_data(four.key)
     assert len(np.unique(np.asarray(data), axis=0)) == 4
-    np.testing.assert_array_equal(jax.random.key_data(one.key), data[:1])  # whatever the neighbours
+    np.testing.assert_array_equal(jax.random.key_data(one.key), data[:1])  # independent of the other rows
     for same in (jax.random.PRNGKey(3), key):
         inside = jax.jit(lambda k: make_sampling(4, key=k, temperature=1.0))(same)
         np.testing.assert_array_equal(jax.random.key_data(inside.key), data)

@@ -20,7 +20,7 @@ def test_a_script_beside_modules_of_our_names(tmp_path: Path) -> None:
     for name in ("convert", "bench", "pallas_kernels"):
         (tmp_path / f"{name}.py").write_text(f"raise RuntimeError('{name}.py of the user was imported')\n")
     (tmp_path / "script.py").write_text(SCRIPT)
-    # The script's folder comes first on the path, ours behind it: as with an installed package.
+    # The script's folder comes first on the path, ours after it, as with an installed package.
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(tmp_path / "script.py")]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)

@@ -1,4 +1,4 @@
-"""What docs/sharding.md says works, run on four devices of a CPU."""
+"""The example of docs/sharding.md, run on four CPU devices."""
 
 import os
 import subprocess

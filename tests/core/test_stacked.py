@@ -1,4 +1,4 @@
-"""Layers on a leading axis: the same model as a tuple of layers, and a decode step in one launch."""
+"""Stacked layers: the same model as a tuple of layers, and a decode step in one launch."""
 
 import dataclasses
 import functools
@@ -129,7 +129,7 @@ def test_cache_writes_and_grows() -> None:
 
 
 def state_of(params: Params, batch: int, max_len: int, **sampling: Any) -> DecodeState:
-    """The shapes of a state; nothing is allocated."""
+    """The shapes of a state. Nothing is allocated."""
 
     def make() -> DecodeState:
         config = params.config
@@ -194,7 +194,7 @@ def test_why_a_step_goes_op_by_op() -> None:
     with jax.sharding.use_abstract_mesh(H200):
         assert choice(params) == Choice("pallas", "kernel runs here")
         assert choice(params, batch=9) == Choice("ops", "1 to 8 tokens a step, found 9 rows of 1")
-        for backend in ("auto", "pallas"):  # the smaller ops are kernels, too: nothing that was asked for is missing
+        for backend in ("auto", "pallas"):  # the smaller ops are kernels, too, as requested
             apart = choice(unstack(params), backend=backend)
             assert apart == Choice("ops", "weights are held layer by layer: jllama.stack joins them")
         tied = init(
@@ -208,7 +208,7 @@ def test_why_a_step_goes_op_by_op() -> None:
             jax.eval_shape(lambda p, t, c: forward(p, t, c), params, jnp.zeros((1, 3), jnp.int32),
                            init_cache(SMALL, 1, 64, jnp.bfloat16))  # fmt: skip
         assert "init_cache(..., stacked=True)" in choices["decode_step"].why
-        # Stacking would not help: the other reason is told.
+        # Stacking would not help, so the error gives the other reason.
         half = init(SMALL, jax.random.key(0), dtype=jnp.float16)
         assert choice(half) == Choice("ops", "x must be bfloat16, found float16")
         mixed = half.replace(layers=(half.layer(0), init(SMALL, jax.random.key(0), dtype=jnp.float32).layer(0)))
@@ -217,7 +217,7 @@ def test_why_a_step_goes_op_by_op() -> None:
 
 @pytest.mark.timeout(120)
 def test_steps_through_the_interpreted_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same draws as op by op, and a finished row, which is written to behind its length, changes nothing."""
+    """The draws are the same as op by op. A finished row, whose cache is written after its length, changes nothing."""
     params = tiny.model("bfloat16", SMALL)
     cache = init_cache(SMALL, 2, 64, jnp.bfloat16)
     prompt = jnp.asarray([tiny.prompt(12), tiny.prompt(12, 1)]) % SMALL.vocab_size
@@ -267,8 +267,8 @@ def test_a_chunk_lowers_to_one_launch_a_step_and_one_a_draw(
 
 
 def agree(params: Params, prompt: list[int], ids: list[int], rounding: float) -> None:
-    """Each of ``ids`` is what XLA would draw after the ones before, or as good as that but for rounding. On the 7B the
-    logits spread by 1.3 and the two ways differ by 0.03: of 256 draws 22 were others, the worst 0.14 behind."""
+    """Each of ``ids`` is XLA's draw after the previous ids, or differs from it only by rounding. On the 7B, logits have
+    a spread of 1.3 and the two ways differ by 0.03. Of 256 draws, 22 differed, the worst by 0.14."""
     tokens = jnp.asarray([prompt + ids])
     logits = jax.jit(functools.partial(forward, backend="xla"))(params, tokens)[0][0, len(prompt) - 1 : -1]
     drawn = np.take_along_axis(np.asarray(logits), np.asarray(ids)[:, None], axis=1)[:, 0]

@@ -1,4 +1,4 @@
-"""The pages about the engine: their code runs, and begins with five lines that show what it is about."""
+"""The pages about the engine: their code runs, and begins with an example of five lines."""
 
 from pathlib import Path
 

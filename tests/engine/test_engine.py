@@ -1,4 +1,4 @@
-"""The engine on a tiny model: whatever the neighbours, the order and the pool, a text is that of its request alone."""
+"""The engine on a tiny model. A request's text does not depend on other requests, their order, or the pool."""
 
 import functools
 import random
@@ -21,11 +21,11 @@ from jllama.errors import InputError
 from jllama.sampling import make_sampling
 from jllama.stream import pad
 
-SLOTS, PAGES, MAX_LEN = 4, 16, 256  # the same everywhere, so that the steps are compiled once
+SLOTS, PAGES, MAX_LEN = 4, 16, 256  # the same in all tests, so that the steps are compiled once
 
 
 def engine(pages: int = PAGES, **more: object) -> Engine:
-    """One that may use ``pages`` of its pool only, which has the same shape for every test."""
+    """An engine that may use only ``pages`` of its pool. The pool has the same shape in every test."""
     made = Engine(tiny.model(), slots=SLOTS, pages=PAGES, max_len=MAX_LEN, budget=2 * PIECE, **more)
     made._pages.take(PAGES - pages)
     return made
@@ -40,7 +40,7 @@ SETTINGS = [
 
 
 def requests(count: int, seed: int, limit: int = 24) -> list[Request]:
-    """Some that begin alike, some equal but for the seed, some that stop early."""
+    """Requests with common prefixes, some equal except for the seed, some that stop early."""
     rng = random.Random(seed)
     heads = [tiny.prompt(rng.choice((1, 5, 40, 64, 65, 100, 128))) for _ in range(3)]
     return [
@@ -295,7 +295,7 @@ def test_a_lost_state_is_made_anew_and_no_text_changes() -> None:
     handles = [e.submit(Request(tiny.prompt(9 + i), 40, SETTINGS[i], stop_ids=())) for i in range(3)]
     e.step()
     e.step()
-    e._device._state.k.delete()  # as where an interrupt falls between a donation and its result
+    e._device._state.k.delete()  # as if an interrupt came between a donation and its result
     drain(e)
     check(handles)
 

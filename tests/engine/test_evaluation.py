@@ -1,4 +1,4 @@
-"""What a harness asks of a model, answered by hand from a forward."""
+"""The requests of an evaluation harness, against results computed directly from a forward."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The scheduler and its pages on a device of plain Python, where the least confusion of pages changes a text."""
+"""The scheduler and its pages on a fake device in plain Python, where any confusion of pages changes a text."""
 
 import random
 import subprocess
@@ -39,7 +39,7 @@ def assert_as_alone(sequences: list[Sequence]) -> None:
 
 
 def requests(count: int, seed: int, longest: int = 20, limit: int = 20) -> list[Sequence]:
-    """Some that begin alike, some that are equal, some with stop tokens that do occur."""
+    """Requests with common prefixes, equal ones, and some with stop tokens that occur."""
     rng = random.Random(seed)
     heads = [text(rng.randrange(1, longest - 4), seed=i) for i in range(5)]
     return [

@@ -1,4 +1,4 @@
-"""Byte-level BPE vocabularies in GGUF metadata: what is wrong with one is said, what is right tokenises."""
+"""Byte-level BPE vocabularies in GGUF metadata: valid ones tokenise, invalid ones give a clear error."""
 
 import dataclasses
 from pathlib import Path

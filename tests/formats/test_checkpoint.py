@@ -1,4 +1,4 @@
-"""Checkpoints in and out: bit for bit, within the device's memory, and one line about whatever is wrong with one."""
+"""Checkpoints are loaded and saved bit for bit, within the device's memory; an invalid one gives a one-line error."""
 
 import json
 from pathlib import Path

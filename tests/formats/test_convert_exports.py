@@ -1,4 +1,4 @@
-"""Every form out: byte for byte where there is an original, and run by the programs that it is for."""
+"""Every export format: equal to the original byte for byte where there is one, and read by the program it is for."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Every form in: the same weights whatever they were stored as, and the logits of the models that they came from."""
+"""Every input format gives the same weights, and the logits of the original model."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ from jllama.model import forward
 from jllama.text.tokenizer import load_tokenizer, tokenizer_for
 
 FIXTURES = Path(__file__).parents[1] / "data"
-# Compiled once for all forms, whose parameters have the same shapes.
+# Compiled once for all formats, because the parameters have the same shapes.
 greedy = jax.jit(generate, static_argnames=("max_new_tokens", "stop_ids"))
 EXACT = ("hf", "sharded", "bin", "meta", "llama2c-0", "llama2c-1", "gguf")
 
@@ -80,11 +80,11 @@ def test_16_bit_weights_stay_as_they_are(form: str, dtype: str, tmp_path: Path) 
 
 @pytest.fixture(scope="module")
 def stories(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The same trained model in every form, all made here from the one that llama2.c published."""
+    """The same trained model in every format, all made here from the one that llama2.c published."""
     original = data / "weights" / "stories260K.bin"
     source, folder = open_source(original), tmp_path_factory.mktemp("stories")
     forms = {form: checkpoints.make(form, source, folder / form) for form in EXACT}
-    # With a scale for every weight, int8 is exact but for the last bit: what it is read as must make the same text.
+    # With one scale per weight, int8 is exact except for the last bit, so the text must be the same.
     save(llama2c(source, int8=True, group=1), folder / "version-2.bin")
     return {**forms, "published": original, "hf-published": data / "weights" / "stories260K_hf"} | {
         "llama2c-2": folder / "version-2.bin"

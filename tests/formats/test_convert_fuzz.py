@@ -1,4 +1,4 @@
-"""Damaged files from a seeded generator: whatever is opened is read to its end, or refused with an `InputError`.
+"""Damaged files from a seeded generator. Each is read to its end, or refused with an `InputError`.
 
 No other exception, no hang, and no memory beyond twice the file's size and a fixed allowance. JLLAMA_FUZZ says how
 many files of each format (default: 40; the full run: 2000).
@@ -43,7 +43,7 @@ def number(rng: random.Random, raw: bytearray, at: int) -> None:
 
 
 def digits(rng: random.Random, raw: bytearray, at: int) -> None:
-    """For JSON: another number where one is."""
+    """For JSON: replace a number by another."""
     found = next((i for i in range(at, min(at + 400, len(raw))) if chr(raw[i]).isdigit()), None)
     if found is not None:
         raw[found : found + 1] = str(rng.choice([*NUMBERS, 1e400, 0.5, "null", '"x"', "[]"])).encode()
@@ -90,7 +90,7 @@ MUTATIONS = (
 
 
 def mutated(rng: random.Random, content: bytes) -> bytes:
-    """A few changes, most of them near the beginning or the end, where headers are."""
+    """Make a few changes, most of them near the beginning or the end, where headers are."""
     raw = bytearray(content)
     for _ in range(rng.choice([1, 1, 1, 2, 4, 16])):
         if not raw:
@@ -106,7 +106,7 @@ def files(path: Path) -> list[Path]:
 
 
 def cases(path: Path, seed: str) -> Iterator[tuple[str, int]]:
-    """Damage one file of a checkpoint at a time; what was done, and how large the checkpoint is now."""
+    """Damage one file of a checkpoint at a time. Yields what was done, and the checkpoint's new size."""
     rng = random.Random(seed)
     originals = {file: file.read_bytes() for file in files(path)}
     for i in range(COUNT):
@@ -159,7 +159,7 @@ def encode(tokenizer: object) -> None:
 def test_damaged_checkpoints(form: str, tmp_path: Path) -> None:
     path = checkpoints.make(form, checkpoints.source(CONFIG), tmp_path / "model")
     refused = survives(path, form, read_all)
-    assert refused > COUNT // 10  # the damage was where it matters
+    assert refused > COUNT // 10  # the damage was in parts that are checked
 
 
 @pytest.mark.timeout(3600)

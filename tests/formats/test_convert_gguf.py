@@ -1,4 +1,4 @@
-"""GGUF in all its types, written by the gguf package; and ours read by it."""
+"""GGUF files of all types that the gguf package writes, and our files as the gguf package reads them."""
 
 import struct
 from pathlib import Path
@@ -21,7 +21,7 @@ from jllama.text.tokenizer import tokenizer_for
 
 gguf = pytest.importorskip("gguf")
 
-# One layer, whose rows hold whole blocks of every type.
+# One layer. Its rows hold whole blocks of every type.
 CONFIG = LlamaConfig(
     dim=256, n_layers=1, n_heads=4, n_kv_heads=2, hidden_dim=256, vocab_size=16, max_seq_len=32, tie_embeddings=True
 )
@@ -29,7 +29,7 @@ QUANTS = [kind for kind, elements, _ in BLOCKS.values() if elements > 1]
 
 
 def raw_blocks(kind: str, shape: tuple[int, int], seed: int) -> np.ndarray:
-    """Rows of random blocks. Half of any two bytes may be a scale: none with all exponent bits set."""
+    """Rows of random blocks. Any two bytes may be a float16 scale, so none has all exponent bits set."""
     elements, size = next((e, s) for name, e, s in BLOCKS.values() if name == kind)
     raw = np.random.RandomState(seed).randint(0, 256, (shape[0], shape[1] // elements * size)).astype(np.uint8)
     return raw & 0xBB
@@ -67,7 +67,7 @@ def write(path: Path, kind: str, **fields: Any) -> dict[str, np.ndarray]:
 
 
 def rotary_order(array: np.ndarray, heads: int) -> np.ndarray:
-    """Neighbouring pairs apart: written as transformers' converter for GGUF undoes it."""
+    """Move neighbouring pairs apart, as the inverse of transformers' permutation for GGUF."""
     return array.reshape(heads, -1, 2, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
 
 
@@ -92,7 +92,7 @@ def test_integers_of_our_own_kind_are_kept(kind: str, bits: int, tmp_path: Path)
     rows = source.tensors["layers.0.wo"].read()
     assert isinstance(rows, Integers)
     assert rows.scale.dtype == np.float16
-    # -8 is more than our own quantiser uses, and is kept all the same.
+    # -8 is outside the range of our own quantiser, but it is kept.
     assert rows.data.min() == (-8 if bits == 4 else rows.data.min())
     checkpoints.save(checkpoints.directory(source), tmp_path / "native")
     again = open_source(tmp_path / "native")

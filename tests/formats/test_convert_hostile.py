@@ -1,4 +1,4 @@
-"""Files that a stranger made to do harm: each refused in one line that names file and field, nothing executed."""
+"""Malicious files: each is refused with one line that names file and field, and none executes code."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Torch files and Meta's releases that a stranger made to do harm: refused in one line, nothing executed."""
+"""Malicious torch files and Meta releases: each is refused with one line, and none executes code."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from checkpoints import refused
 
 
 class Evil:
-    """What a pickle can do: call a function of its choice when it is read."""
+    """A pickle that calls a function of its choice when it is read."""
 
     def __init__(self, function: Any, *arguments: Any) -> None:
         self.function, self.arguments = function, arguments

@@ -1,6 +1,6 @@
-"""A checkpoint of 4 GB: how much memory and time its conversion takes, beside a plain copy of the same bytes.
+"""A checkpoint of 4 GB: the memory and time of its conversion, compared with a plain copy of the same bytes.
 
-Only where JLLAMA_LARGE names a folder with 15 GB to spare; the results go to bench/results/convert.jsonl.
+It runs only if JLLAMA_LARGE names a folder with 15 GB of free space. Results go to bench/results/convert.jsonl.
 """
 
 import math
@@ -40,7 +40,7 @@ REPEATS = 3
 
 
 def noise() -> np.ndarray:
-    """64 MB of plausible bfloat16 weights, which all tensors are cut from."""
+    """64 MB of plausible bfloat16 weights, from which all tensors are taken."""
     return (np.random.RandomState(0).randn(32 << 20) * 0.02).astype(np.float32).astype(DTYPES["bfloat16"])
 
 
@@ -63,7 +63,7 @@ def large() -> Source:
 
 
 def write_meta(path: Path) -> None:
-    """The same size as Meta would have released it, shard by shard, tensor by tensor."""
+    """A checkpoint of the same size in Meta's format, written shard by shard and tensor by tensor."""
     path.mkdir()
     values = noise()
     for i in range(SHARDS):

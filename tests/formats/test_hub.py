@@ -1,4 +1,4 @@
-"""Models by name: from the hub through huggingface_hub, whose two calls are played here; and from its cache."""
+"""Models by name: from the hub through a fake of huggingface_hub's two functions, and from its cache."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,7 +63,7 @@ def test_a_repository_without_a_model_says_what_is_missing(files: list[str], fil
 
 
 def cached(home: Path, made: Path, repo: str = "org--tiny") -> Path:
-    """A checkpoint as the hub's cache lays it: blobs, and links to them in a snapshot."""
+    """A checkpoint in the layout of the hub's cache: blobs, and links to them in a snapshot."""
     folder = home / f"models--{repo}"
     snapshot = folder / "snapshots" / COMMIT
     snapshot.mkdir(parents=True)
@@ -86,7 +86,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 class Hub:
-    """The two functions of huggingface_hub that are called, of a hub with one repository."""
+    """The two functions of huggingface_hub that are used, for a hub with one repository."""
 
     def __init__(self, cache: Path, made: Path) -> None:
         self.cache, self.made, self.asked = cache, made, list[Any]()

@@ -1,4 +1,4 @@
-"""LoRA adapters: a model with one gives the logits that transformers and peft give, however it is merged."""
+"""LoRA adapters: a model with one gives the logits of transformers and peft, for every way to merge it."""
 
 import json
 import shutil

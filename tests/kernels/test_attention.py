@@ -16,7 +16,7 @@ from pallas_kernels.attention import CASES, attention_reference
 from pallas_kernels.hopper.attention import decode as flash_decode
 from pallas_kernels.hopper.attention import prefill as flash_attention
 
-TOLERANCE = 5e-3  # of the norm, for 16-bit inputs and outputs
+TOLERANCE = 5e-3  # relative to the norm, for 16-bit inputs and outputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Case:
         return [q, k, v, jnp.array(self.start, jnp.int32)]
 
 
-# Small enough for the interpreter: one visit of everything a schedule can do, in a few tiles.
+# Small enough for the interpreter: a few tiles that cover every case of the schedule.
 PREFILL_SMALL = {
     "diagonal": Case(130, 136, 2, 1, 64, (0,)),
     "continued-ragged": Case(70, 300, 2, 2, 128, (100, 230), "float16"),
@@ -106,9 +106,9 @@ def error(out: jax.Array, arguments: list[jax.Array]) -> float:
 @pytest.mark.parametrize(("kind", "name"), SMALL)
 def test_interpreted(kind: str, name: str) -> None:
     case, kernel = find(kind, name)
-    # Small tiles and two stages: every slot of a ring is used again.
+    # Small tiles and two stages, so that every slot of the ring is reused.
     tiles = (
-        flash_attention.PrefillTiles(keys=64, stages=2, blocks=2)  # several items a block
+        flash_attention.PrefillTiles(keys=64, stages=2, blocks=2)  # several items per block
         if kind == "prefill"
         else flash_decode.DecodeTiles(keys=64, stages=2, blocks=8 * case.heads)
     )
@@ -134,7 +134,7 @@ def test_keys_behind_a_row_are_not_seen() -> None:
     out = flash_decode.flash_decode(q, k, v, start, tiles=tiles, interpret=interpret)
     behind = jnp.arange(case.S) > start[0]
     k, v = (jnp.where(behind[:, None], 1e4, x) for x in (k, v))
-    k, v = (x.at[:, :, 192:].set(jnp.nan) for x in (k, v))  # whole tiles behind the row are not even read
+    k, v = (x.at[:, :, 192:].set(jnp.nan) for x in (k, v))  # whole tiles after the row's end are not read
     again = flash_decode.flash_decode(q, k, v, start, tiles=tiles, interpret=interpret)
     np.testing.assert_array_equal(np.asarray(out, np.float32), np.asarray(again, np.float32))
 
@@ -144,7 +144,7 @@ def test_join(splits: int) -> None:
     random = np.random.default_rng(0)
     parts = random.standard_normal((2, 3, splits, 4, 8), np.float32)
     logs = 200 * random.standard_normal((2, 3, splits, 4, 1), np.float32)  # exp2 of these does not fit in float32
-    logs[0, 0, 1:] = -np.inf  # parts without a key
+    logs[0, 0, 1:] = -np.inf  # key splits without a key
     weights = np.exp2(logs.astype(np.float64) - logs.max(axis=2, keepdims=True))
     expected = (parts * weights).sum(axis=2) / weights.sum(axis=2)
     np.testing.assert_allclose(np.asarray(jax.jit(flash_decode.join)(parts, logs)), expected, rtol=1e-3, atol=1e-5)

@@ -1,9 +1,9 @@
-"""What every op promises whatever runs it: derivatives, batches, platforms, and what it says that it chose."""
+"""What every op promises on every implementation: derivatives, batches, platforms, and the reported choice."""
 
 import dataclasses
 import functools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -11,9 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from fake_kernels import GPU, faked, opaque
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.extend.core import Primitive
-from jax.interpreters import mlir
 
 from jllama.cache import init_cache
 from jllama.config import LlamaConfig
@@ -26,49 +25,15 @@ from jllama.stream import Session
 from pallas_kernels import OPS, Choice, Kernel, Op, Unsupported, arch, quantize, record, rms_norm
 from pallas_kernels.arch import HOPPER, arch_of, pinned
 
-GPU = types.SimpleNamespace(
-    id=0, platform="gpu", device_kind="NVIDIA H100 80GB HBM3", compute_capability="9.0", core_count=114
-)
 KERNEL = Choice("pallas", "kernel runs here")
-
-
-def opaque(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` as a kernel is to jax: a primitive without a derivative or a batch rule."""
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        leaves, tree = jax.tree.flatten((args, kwargs))
-        where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, (jax.Array, np.ndarray))]
-
-        def of_arrays(*arrays: Any) -> Any:
-            filled = list(leaves)
-            for i, array in zip(where, arrays, strict=True):
-                filled[i] = array
-            args, kwargs = jax.tree.unflatten(tree, filled)
-            return function(*args, **kwargs)
-
-        arrays = [leaves[i] for i in where]
-        out, out_tree = jax.tree.flatten(jax.eval_shape(of_arrays, *arrays))
-        flat = lambda *arrays: jax.tree.leaves(of_arrays(*arrays))  # noqa: E731
-        primitive = Primitive("opaque")
-        primitive.multiple_results = True
-        primitive.def_impl(flat)
-        primitive.def_abstract_eval(lambda *_: [jax.core.ShapedArray(a.shape, a.dtype) for a in out])  # type: ignore
-        mlir.register_lowering(primitive, mlir.lower_fun(flat, multiple_results=True))
-        return jax.tree.unflatten(out_tree, primitive.bind(*arrays))
-
-    return call
-
-
-def faked(op: Op) -> Op:
-    """The op with a kernel that takes anything and is its reference in disguise."""
-    return dataclasses.replace(op, kernels={"hopper": Kernel(opaque(op._reference))}, skip_reason=None)
 
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A device for which every op of a model has a kernel."""
-    for name in ("matmul", "qkv", "attention", "decode_attention", "ffn", "rms_norm"):
-        monkeypatch.setattr(f"jllama.model.{name}", faked(OPS[name]))
+    model = ("matmul", "qkv", "attention", "ffn", "rms_norm")
+    for name in (*(f"model.{op}" for op in model), "cache.attention", "cache.decode_attention"):
+        monkeypatch.setattr(f"jllama.{name}", faked(OPS[name.partition(".")[2]]))
     whole = faked(whole_step)
     needs_stacked = Kernel(whole.kernels["hopper"].run, lambda x, params, *_, **__: require_stacked(params))
     monkeypatch.setattr("jllama.model.whole_step", dataclasses.replace(whole, kernels={"hopper": needs_stacked}))
@@ -83,7 +48,7 @@ def require_stacked(params: Params) -> None:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that has a GPU, too, and whose arrays are on the CPU."""
+    """A process that has a GPU, but whose arrays are on the CPU."""
     monkeypatch.setattr(arch, "_gpu", lambda: GPU)
 
 
@@ -91,7 +56,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def example(name: str) -> tuple[Op, tuple[Any, ...], dict[str, Any]]:
-    """Arguments of an op, of which the first is a float array."""
+    """Arguments of an op. The first is a float array."""
     keys = iter(jax.random.split(jax.random.key(0), 32))
 
     def normal(*shape: int) -> jax.Array:
@@ -119,7 +84,7 @@ def same(found: Any, expected: Any) -> None:
 
 
 def total(tree: Any) -> jax.Array:
-    """A number that every float of the results is part of, each in its way."""
+    """A number that depends on every float of the results, each with its own weight."""
     floats = [a for a in jax.tree.leaves(tree) if jnp.issubdtype(a.dtype, jnp.floating)]
     return sum((jnp.sum(jnp.sin(a.astype(jnp.float32))) for a in floats), jnp.float32(0))
 
@@ -161,7 +126,7 @@ def test_transforms_of_an_op_with_a_kernel_are_the_references(name: str) -> None
 
 
 def test_the_fake_kernel_has_no_rules_of_its_own() -> None:
-    """Else the tests here would show nothing."""
+    """Without the rules a kernel has no derivative, so the tests above test the rules."""
     f = opaque(lambda x: 2 * x)
     assert f(jnp.float32(1)) == 2
     with pytest.raises(NotImplementedError, match="opaque"):
@@ -171,7 +136,7 @@ def test_the_fake_kernel_has_no_rules_of_its_own() -> None:
 
 
 def test_transforms_through_a_real_kernel() -> None:
-    """Interpreted: what Pallas gives a kernel in place of a derivative does not come through."""
+    """With interpreted kernels, Pallas's own rule for derivatives is not used."""
     real = rms_norm.kernels["hopper"]
     kernel = Kernel(functools.partial(real.run, interpret=plgpu.InterpretGPUParams()), real.check)
     op = dataclasses.replace(rms_norm, kernels={"hopper": kernel}, skip_reason=None)
@@ -229,9 +194,9 @@ def double() -> Op:
 
 
 def test_one_trace_runs_on_every_platform(gpu: None) -> None:
-    """Under jit a trace does not know where its arguments are: what is lowered for a CPU is the reference."""
+    """Under jit a trace does not know where its arguments are. Lowering for a CPU takes the reference."""
     x, op = jnp.ones(2), double()
-    assert op(x)[0] == 2  # outside jit, it is known
+    assert op(x)[0] == 2  # outside jit the device is known
     traced = jax.jit(op).trace(x)
     cpu, cuda = (traced.lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "cuda"))
     assert ("5.000000e-01" in cpu, "5.000000e-01" in cuda) == (False, True)
@@ -264,7 +229,7 @@ def test_smaller_ops_take_the_place_of_a_kernel_on_another_platform(gpu: None) -
     with pytest.raises(Unsupported, match="double: needs an NVIDIA Hopper GPU"):
         run(x, "pallas")
     text = run.trace(x, "pallas").lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("stablehlo.add") == 1  # the kernel's, and nothing of the other way
+    assert text.count("stablehlo.add") == 1  # the kernel's equations, and none of the reference's
 
 
 def test_a_model_on_the_cpu_of_a_machine_with_a_gpu(gpu: None) -> None:
@@ -295,8 +260,8 @@ def test_a_session_tells_what_ran_whether_it_was_traced_or_not() -> None:
         found.append(session.backends)
     assert found[0] == found[1]
     assert found[0].keys() == {"prefill", "decode"}
-    assert found[0]["prefill"].keys() == set(OPS) - {"decode_step", "decode_attention"}
-    assert found[0]["decode"].keys() == set(OPS) - {"attention"}
+    assert found[0]["prefill"].keys() == set(OPS) - {"decode_step", "decode_attention", "paged_attention"}
+    assert found[0]["decode"].keys() == set(OPS) - {"attention", "paged_attention"}
     assert found[0]["decode"]["draw"].why.startswith("greedy")
     assert found[2]["decode"]["draw"].why.startswith("a vocabulary of 96")
 

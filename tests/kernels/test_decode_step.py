@@ -1,7 +1,7 @@
 """The persistent decode step against its reference.
 
-Tiny models run in Pallas's GPU interpreter, a launch for every phase; the real shapes are lowered for an H200 without
-one, as the single launch that a GPU runs; on a Hopper GPU they run (marker gpu).
+Tiny models run in Pallas's GPU interpreter, with one launch per phase. Real shapes are lowered for an H200, as the
+single launch that a GPU runs; that needs no GPU. On a Hopper GPU they run (marker gpu).
 """
 
 import dataclasses
@@ -30,10 +30,10 @@ from pallas_kernels.hopper.decode_step.memory import buffer_shapes
 from pallas_kernels.hopper.decode_step.plan import StepTiles
 from pallas_kernels.hopper.decode_step.tuned import plan_for_device
 
-pytestmark = pytest.mark.timeout(240)  # a slow machine with two cores takes half of that
+pytestmark = pytest.mark.timeout(240)  # twice the time on a slow machine with two cores
 
 SMALL_CASES = {
-    "one-launch": Case((70,), 128, blocks=1, size=dict(layers=2)),  # all phases, the ring running ahead
+    "one-launch": Case((70,), 128, blocks=1, size=dict(layers=2)),  # all phases, while the producer runs ahead
     "one-launch-in-chunks": Case(
         (0, 65), 128, queries=3, blocks=1, size=dict(layers=2, hidden=1280), tiles=dict(chunk=1024, consumers=1)
     ),
@@ -68,8 +68,8 @@ def test_phases_interpreted(name: str) -> None:
 
 
 @pytest.mark.parametrize("size", [1.0, 1e-30, 1e30, 0.0])
-def test_digits_are_x(size: float) -> None:
-    """Two digits give back every bit of a bfloat16 that is not far below the largest of its block."""
+def test_limbs_add_up_to_x(size: float) -> None:
+    """Two limbs hold every bit of a bfloat16 that is not far below the largest of its block."""
     x = jax.random.normal(jax.random.key(0), (8, 256), jnp.float32).astype(jnp.bfloat16) * jnp.bfloat16(size)
     (first, second), scale = split_into_limbs(x)
     assert jnp.abs(first.astype(jnp.int32)).max() <= 127
@@ -79,10 +79,10 @@ def test_digits_are_x(size: float) -> None:
     assert np.linalg.norm(back - exact) <= 1e-4 * np.linalg.norm(exact)
 
 
-def test_digits_of_what_is_no_number_are_worth_none() -> None:
+def test_limbs_of_nan_and_infinity_are_not_finite() -> None:
     x = jnp.ones((2, 256), jnp.bfloat16).at[0, 3].set(jnp.nan).at[1, 5].set(jnp.inf)
-    digits, scale = split_into_limbs(x)
-    assert not jnp.isfinite(sum(d.astype(jnp.float32) for d in digits) * scale[:, None]).any()
+    limbs, scale = split_into_limbs(x)
+    assert not jnp.isfinite(sum(d.astype(jnp.float32) for d in limbs) * scale[:, None]).any()
 
 
 # The reference
@@ -146,7 +146,7 @@ def abstract(fmt: str, batch: int, queries: int, max_len: int, **size: int) -> t
 )  # fmt: skip
 def test_real_shapes_lower(case: str, fmt: str, batch: int, queries: int) -> None:
     size = CASES[case]
-    if case == "70b":  # all that is special in one tile a strip: the whole takes half a minute
+    if case == "70b":  # one N tile of each special case: all of them take half a minute
         size = size | dict(hidden=8192, vocab=8192)
     args = abstract(fmt, batch, queries, 1024, **size)
     with jax.sharding.use_abstract_mesh(H200):

@@ -1,4 +1,4 @@
-"""The persistent decode step on a GPU: shapes of real models, phase by phase, thousands of times, and when it hangs."""
+"""The persistent decode step on a GPU: real shapes, every phase over thousands of steps, and the hang detector."""
 
 import dataclasses
 import functools
@@ -48,7 +48,7 @@ def test_step_on_gpu(name: str, fmt: str) -> None:
 
 @pytest.mark.gpu
 def test_many_steps_on_gpu() -> None:
-    """A donated scan of steps, each with fresh inputs, that finds its own keys again: after every step the logits are
+    """A donated scan of steps, each with fresh inputs, reads the keys that it wrote. After every step the logits are
     those of the reference on the same cache."""
     size = dict(dim=512, hidden=1024, heads=8, kv_heads=2, head_dim=64, vocab=1000, layers=3)
     steps, D = 500, size["head_dim"]
@@ -72,8 +72,8 @@ def test_many_steps_on_gpu() -> None:
 
 
 def by_phase(args: tuple, done: StepBuffers) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """What each phase of a step left (one layer, one token a row), and what the reference makes of what the previous
-    phase left."""
+    """The output of each phase of a step (one layer, one token a row), and what the reference computes from the output
+    of the previous phase."""
     x, w, k, v, start, cos, sin = args
     B, D, kv_heads = x.shape[0], k.shape[4], k.shape[2]
     layer = jax.tree.map(lambda a: a[0], (w.attn_norm, w.wqkv, w.wo, w.ffn_norm, w.w_gate_up, w.w_down))
@@ -87,7 +87,7 @@ def by_phase(args: tuple, done: StepBuffers) -> dict[str, tuple[jax.Array, jax.A
     keys = k[0].at[here].set(rotate(k_new, cos, sin)[:, 0])
     values = v[0].at[here].set(v_new[:, 0])
     attended = attention_reference(rotate(q, cos, sin), keys, values, start).reshape(B, -1)
-    weights = jax.nn.softmax(done.logs[:, :B] * np.log(2), axis=0)  # of 8 columns each
+    weights = jax.nn.softmax(done.logs[:, :B] * np.log(2), axis=0)  # the other columns, up to 8, are padding
     parts = done.parts[:, :B].reshape(*weights.shape, 8)
     joined = (parts * weights[..., None]).sum(0).reshape(B, -1)[:, : wo.shape[1]].astype(jnp.bfloat16)
 
@@ -105,15 +105,15 @@ def by_phase(args: tuple, done: StepBuffers) -> dict[str, tuple[jax.Array, jax.A
 
 
 def worst(mine: jax.Array, wanted: jax.Array) -> jax.Array:
-    """The largest difference, as a share of the number and of the size of all: what one block read too early would
-    show, and rounding of a number far above the others does not."""
+    """The largest difference, relative to the number and to the mean magnitude. A value that a block read too early
+    shows; rounding of a number far above the others does not."""
     mine, wanted = mine.astype(jnp.float32), wanted.astype(jnp.float32)
     return (jnp.abs(mine - wanted) / (jnp.abs(wanted) + jnp.sqrt((wanted * wanted).mean()))).max()
 
 
-@pytest.mark.timeout(240)  # on a CPU, where compiling takes most of it
+@pytest.mark.timeout(240)  # on a CPU, mostly compilation
 def test_phases_are_compared_as_they_should() -> None:
-    """`by_phase` on an interpreted step: the stress test on a GPU compares with the right thing, and would notice."""
+    """`by_phase` on an interpreted step: the GPU stress test compares with the right values and detects an error."""
     case = Case((5, 9), 64, fmt="int8", blocks=2)
     args = case.arguments()
     tiles = StepTiles(depth=4, chunk=1024)
@@ -128,7 +128,7 @@ def test_phases_are_compared_as_they_should() -> None:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("fmt", ON_GPU)
 def test_every_phase_of_10000_steps_on_gpu(fmt: str) -> None:
-    """Fresh inputs at every step, so that whatever a block reads before it is there is from another step, and wrong."""
+    """Fresh inputs at every step, so a value that a block reads too early is one of another step, and wrong."""
     size = dict(dim=1024, hidden=2048, heads=16, kv_heads=8, head_dim=64, vocab=2048, layers=1)
     _, weights, k, v, *_ = arguments(fmt, (0, 0, 0), 1, 512, **size)
 
@@ -148,7 +148,7 @@ def test_every_phase_of_10000_steps_on_gpu(fmt: str) -> None:
 
 @pytest.mark.gpu
 def test_a_stalled_step_says_where_on_gpu(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
-    """With one block missing, a step with a spin limit ends, and names the first phase that nobody could enter."""
+    """With one block missing, a step with a spin limit ends, and names the first phase that no block could enter."""
     args = arguments("bf16", (3,), 1, 64, **(SMALL | dict(dim=1024, hidden=1024)))
     whole = launch.plgpu.kernel
 

@@ -1,4 +1,4 @@
-"""The table of phases: what entries must fulfil, the order that producer and consumers share, and a phase more."""
+"""The table of phases: the checks of its entries, the order of producer and consumers, and an added phase."""
 
 import dataclasses
 import functools
@@ -65,7 +65,7 @@ def test_phases_that_do_not_fit_are_refused(phases: tuple[Phase, ...], reason: s
 
 
 def test_counts_follow_from_the_table() -> None:
-    """Arrivals and fills before a phase are those of all phases before it, counted one by one."""
+    """The arrivals and fills before a phase are the sum over all earlier phases, counted one by one."""
     plan = plan_of("tinyllama", 132)
     arrivals, fills = 0, {0: 0, 1: 0}
     for layer in range(3):
@@ -91,8 +91,8 @@ def test_buffers_are_as_wide_as_they_are_read() -> None:
 @pytest.mark.parametrize("blocks", [66, 132, 200])
 @pytest.mark.parametrize("phase", [QKV, OUT, GATE_UP, DOWN, HEAD], ids=lambda phase: phase.name)
 def test_producer_and_consumers_walk_the_same_stages(phase: ProductPhase, blocks: int) -> None:
-    """The producer's order, of Python integers, and the consumers', of a loop's variables: every step of every K split
-    once, in one order."""
+    """The producer's order (Python integers) and the consumers' order (loop variables) are equal, and visit every step
+    of every K split once."""
     plan = plan_of("tinyllama", blocks, chunk=2048)
     b = Block(plan, *[None] * 4, index=blocks - 1, warpgroup=0)  # type: ignore[arg-type]
 

@@ -31,12 +31,12 @@ SETTINGS: dict[str, dict[str, Any]] = {  # of four rows
     ),
 }
 ROWS = 4
-NEAR, CLOSE = 1e-5, 3e-6  # of all mass: a sum's rounding, by which a cut may fall on either side of a token
+NEAR, CLOSE = 1e-5, 3e-6  # of the total mass: rounding of sums, which may put a cut on either side of a token
 jit_reference = jax.jit(draw_reference)
 
 
 def arguments(settings: str, vocab: int, *, seed: int = 0, spread: float = 2.0) -> tuple[Any, ...]:
-    """Logits, shares and the settings as arrays."""
+    """Logits, u and the settings as arrays."""
     random = np.random.RandomState(seed)
     logits = jnp.asarray(random.standard_normal((ROWS, vocab)) * spread, jnp.float32)
     u = jnp.asarray(random.rand(ROWS), jnp.float32)
@@ -59,7 +59,7 @@ def interpreted(*args: Any, races: bool = False, **given: Any) -> Any:
 
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_draw_interpreted(settings: str) -> None:
-    logits, u, given = arguments(settings, 1280)  # two warpgroups, an odd number for every thread
+    logits, u, given = arguments(settings, 1280)  # two warpgroups, an odd number of tokens per thread
     assert_drawn(interpreted(logits, u, **given, races=True), logits, u, given)
 
 
@@ -140,14 +140,14 @@ def test_draw_on_gpu(settings: str, vocab: int) -> None:
 
 
 def assert_near(token: np.ndarray, logits: np.ndarray, u: np.ndarray, given: dict[str, Any]) -> None:
-    """Every token is one that a sampler in float64 may draw, were u off by the rounding of float32 sums."""
+    """Every token is one that a float64 sampler may draw if u is off by the rounding of float32 sums."""
     for row, drawn in enumerate(token):
         own = {name: values[row].item() for name, values in given.items()}
         if own["temperature"] == 0:
             assert drawn == logits[row].argmax()
             continue
         probs, close = np_sampler(logits[row], **own)
-        # Top-p adds up what is rounded: a token on its cut may be the last, or the one before it is.
+        # Top-p sums rounded values, so the last token may be the one on the cut or the one before it.
         near = NEAR + (probs[probs > 0].min() if own.get("top_p", 1) < 1 and close < CLOSE else 0)
         reached = probs[: drawn + 1].sum()
         assert reached - probs[drawn] - near <= u[row] <= reached + near

@@ -1,15 +1,15 @@
-"""How much Mosaic has to do to lower a kernel, in operations and solver steps: seconds depend on the machine.
+"""Bounds Mosaic's work to lower a kernel, in operations and solver steps, because seconds depend on the machine.
 
-Mosaic infers layouts with a constraint solver in Python. After each layout that it guesses it goes through all
-equations of the kernel, so that a kernel whose layouts are not written down may take minutes: the step of the 70B in
-int4 took a minute and 1,456,000 visits of an equation. Now it takes 13,000.
+Mosaic infers layouts with a constraint solver in Python. After each layout that it guesses, it goes through all
+equations of the kernel. So a kernel without explicit layouts may take minutes: the step of the 70B in int4 took a
+minute and 1,456,000 visits of an equation. Now it takes 13,000.
 """
 
 import pytest
 
 from bench.lowered_modules import CASES, Case, Lowered, decode_step_case
 
-pytestmark = pytest.mark.timeout(240)  # a slow machine with two cores takes a tenth of that
+pytestmark = pytest.mark.timeout(240)  # ten times the time on a slow machine with two cores
 
 LARGE = {"matmul": "70b", "ffn": "70b", "qkv": "70b", "attention": "70b", "decode_attention": "70b"}
 

@@ -1,4 +1,4 @@
-"""Paged attention: wherever the pages lie, it is attention over the keys side by side."""
+"""Paged attention gives what attention over contiguous keys gives, for any order of pages."""
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,7 @@ def test_rows_share_pages_and_what_lies_behind_a_row_does_not_matter() -> None:
     table, start = jnp.asarray([[4, 0, 2], [4, 0, 1], [4, 99, 99]]), jnp.asarray([40, 20, 3])
     q = normal(1, 2, HEADS, D).repeat(3, 0)
     out = paged_attention(q, *pools, table, start, layer=1)
-    for row in range(3):  # pieces of one sequence, as rows of one call
+    for row in range(3):  # chunks of one sequence, as rows of one call
         wanted = attention_reference(q[:1], k, v, start[row : row + 1])
         np.testing.assert_allclose(out[row], wanted[0], atol=1e-6)
 

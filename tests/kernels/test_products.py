@@ -1,7 +1,8 @@
 """The product and feed-forward kernels against float32 references.
 
-Small shapes run in Pallas's GPU interpreter, with its race detector; the real shapes are lowered for an H200 without
-one, which finds what the interpreter cannot: layouts, tile sizes, shared memory; on a Hopper GPU they run (marker gpu).
+Small shapes run in Pallas's GPU interpreter, with its race detector. Real shapes are lowered for an H200, which needs
+no GPU and finds what the interpreter cannot: wrong layouts, tile sizes, shared memory. On a Hopper GPU they run (marker
+gpu).
 """
 
 import functools
@@ -49,7 +50,7 @@ def weight(fmt: str, *shape: int, seed: int = 1) -> Any:
 
 
 def abstract(fmt: str, *shape: int) -> Any:
-    """A weight of a real shape, without its gigabytes."""
+    """An abstract weight of a real shape, which takes no memory."""
     if not FORMATS[fmt]:
         return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
     group = FORMATS[fmt].get("group", shape[-1])
@@ -62,7 +63,7 @@ def abstract(fmt: str, *shape: int) -> Any:
 
 
 def exact(x: Array, w: Any, *, swiglu: bool = False, residual: Array | None = None, rounded: bool = False) -> Array:
-    """The product in float32; ``rounded``: of the weights that a group's scale makes once rounded to x's dtype."""
+    """The product in float32. With ``rounded``, the dequantised weights are first rounded to x's dtype."""
     if isinstance(w, QuantizedTensor):
         grouped = w.scale.shape[-1] > 1
         w = dequantize(w, x.dtype if rounded and grouped else jnp.float32)
@@ -84,7 +85,7 @@ def interpreter() -> Any:
 
 
 def race_free(y: Array) -> Array:
-    """``y``, once it is computed and no two warpgroups are known to have met on the way."""
+    """``y``, after a check that the race detector found no race between warpgroups."""
     y.block_until_ready()
     assert not interpret_pallas_call.get_races().races_found
     return y
@@ -97,9 +98,9 @@ def race_free(y: Array) -> Array:
     ("rows", "out", "tiles", "sms"),
     [
         (1, 192, SmallMTiles(step=128, consumers=2, n_tile=64, k_splits=1, depth=4), 3),  # finished in the kernel
-        (2, 160, SmallMTiles(step=128, consumers=1, n_tile=32, k_splits=1, depth=2), 3),  # less than a wgmma tile
+        (2, 160, SmallMTiles(step=128, consumers=1, n_tile=32, k_splits=1, depth=2), 3),  # fewer rows than a wgmma tile
         (8, 176, SmallMTiles(step=256, consumers=3, n_tile=88, k_splits=1, depth=3), 1),  # tiles that overlap
-        (33, 192, SmallMTiles(step=128, consumers=2, n_tile=64, depth=4), 3),  # parts
+        (33, 192, SmallMTiles(step=128, consumers=2, n_tile=64, depth=4), 3),  # K splits
     ],
 )
 @pytest.mark.parametrize("fmt", FORMATS)
@@ -111,10 +112,10 @@ def test_small_m_interpreted(fmt: str, rows: int, out: int, tiles: SmallMTiles, 
 
 @pytest.mark.parametrize("size", [1e-30, 1.0, 3e30])
 def test_three_limbs_are_a_row(size: float) -> None:
-    """Every bit of inputs that are a hundredth of the row's largest."""
+    """Inputs that are a hundredth of the row's largest keep every bit."""
     x = (normal(0, 4, 4096) * jnp.bfloat16(size)).at[:, 5].mul(100)
-    digits, scale = split_into_limbs(x, 3)
-    back = sum(np.asarray(d, np.float64) * 256 ** (2 - i) for i, d in enumerate(digits)) / 2**21
+    limbs, scale = split_into_limbs(x, 3)
+    back = sum(np.asarray(d, np.float64) * 256 ** (2 - i) for i, d in enumerate(limbs)) / 2**21
     small = np.delete(back * np.asarray(scale, np.float64)[:, None] - np.asarray(x, np.float64), 5, axis=1)
     assert np.abs(small).max() <= 2.0**-21 * np.abs(np.asarray(x, np.float64)).max()
     assert np.linalg.norm(small) <= 5e-5 * np.linalg.norm(np.delete(np.asarray(x, np.float64), 5, axis=1))
@@ -124,7 +125,7 @@ def test_three_limbs_are_a_row(size: float) -> None:
     ("rows", "out", "tiles", "sms"),
     [
         (1, 192, SmallMTiles(step=128, consumers=2, n_tile=64, k_splits=1, depth=4, limbs=True), 3),
-        # Less than a wgmma tile; several pieces a block; parts.
+        # Fewer rows than a wgmma tile; several work tiles per block; K splits.
         (2, 160, SmallMTiles(step=128, consumers=1, n_tile=32, k_splits=1, depth=2, limbs=True), 3),
         (2, 176, SmallMTiles(step=256, consumers=3, n_tile=88, k_splits=1, depth=3, limbs=True), 1),
         (1, 320, SmallMTiles(step=128, consumers=2, n_tile=64, depth=4, limbs=True), 4),
@@ -132,7 +133,7 @@ def test_three_limbs_are_a_row(size: float) -> None:
 )
 @pytest.mark.parametrize("fmt", ["int8", "int4-g128"])
 def test_small_m_interpreted_with_limbs(fmt: str, rows: int, out: int, tiles: SmallMTiles, sms: int) -> None:
-    """Whatever the largest input: one of the first row's is a hundred times the others."""
+    """The largest input does not matter: one in the first row is a hundred times the others."""
     x, w = normal(0, rows, 768).at[0, 5].mul(100), weight(fmt, out, 768)
     y = race_free(small_m_gemm(x, w, out_dtype=jnp.float32, tiles=tiles, sms=sms, interpret=interpreter()))
     assert error(y, exact(x, w)) < 1e-6
@@ -140,7 +141,7 @@ def test_small_m_interpreted_with_limbs(fmt: str, rows: int, out: int, tiles: Sm
 
 @pytest.mark.parametrize("fmt", ["bf16", "int8", "int4-g128"])
 def test_small_m_interpreted_with_everything_after_it(fmt: str) -> None:
-    """SwiGLU, a layer of a stack, strips that are no multiple of 64, float16, several pieces a block."""
+    """SwiGLU, a layer of a stack, N tiles that are no multiple of 64, float16, several work tiles per block."""
     x, w = normal(0, 2, 256, dtype=jnp.float16), weight(fmt, 3, 176, 256)
     w = w if isinstance(w, QuantizedTensor) else w.astype(jnp.float16)
     residual = normal(2, 2, 88, dtype=jnp.float16)
@@ -172,7 +173,7 @@ def test_small_m_interpreted_with_everything_after_it(fmt: str) -> None:
     ],
 )
 def test_large_m_interpreted(fmt: str, swiglu: bool, how: str) -> None:
-    """Every way in which the two consumers share a tile."""
+    """Every way in which the two consumers divide a tile."""
     x, w = normal(0, 100, 128), weight(fmt, 256 if swiglu else 128, 128)
     tiles = {
         "halves": LargeMTiles(out=128, rows=64, depth=2),
@@ -180,7 +181,7 @@ def test_large_m_interpreted(fmt: str, swiglu: bool, how: str) -> None:
         "exchange": LargeMTiles(out=64, rows=192, exchange=True, depth=2),
     }[how]
     y = race_free(large_m_gemm(x, w, swiglu=swiglu, out_dtype=jnp.float32, tiles=tiles, sms=2, interpret=interpreter()))
-    # What the consumers exchange is rounded to x's dtype, as the reference rounds gate and up.
+    # Consumers exchange values rounded to x's dtype, as the reference rounds gate and up.
     assert error(y, exact(x, w, swiglu=swiglu, rounded=True)) < (3e-3 if how == "exchange" else 1e-5)
 
 
@@ -188,7 +189,7 @@ def test_large_m_interpreted(fmt: str, swiglu: bool, how: str) -> None:
     ("tiles", "sms"),
     [
         (LargeMTiles(out=128, rows=64, depth=2), 1),
-        (LargeMTiles(out=128, rows=128, depth=3, row_splits=2), 2),  # two whole tiles of four, two cut
+        (LargeMTiles(out=128, rows=128, depth=3, row_splits=2), 2),  # two whole tiles of four, two partial ones
         (LargeMTiles(out=128, rows=128, depth=3, row_splits=2, pair=True), 4),
     ],
 )
@@ -229,7 +230,7 @@ def test_real_shapes_lower(fmt: str, case: str, rows: int) -> None:
 @pytest.mark.parametrize("rows", [512, 1024, 4096])
 @pytest.mark.parametrize("fmt", ["bf16", "int8"])
 def test_tiles_that_fill_the_gpu_lower(fmt: str, rows: int) -> None:
-    """Pairs of blocks, and halves of the tiles that are left over."""
+    """Pairs of blocks, and halves of the remaining tiles."""
     for out, swiglu in ((12288, False), (22016, True)):
         x, w = jax.ShapeDtypeStruct((rows, 4096), jnp.bfloat16), abstract(fmt, out, 4096)
         check_large_m(x, w, swiglu=swiglu)
@@ -260,7 +261,8 @@ def test_ffn_lowers(case: str, fmt: str, rows: int) -> None:
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("rows", [1, 8, 64])
 def test_plan_keeps_the_gpu_busy(case: str, fmt: str, rows: int) -> None:
-    """The busiest multiprocessor reads little over its share, and has enough copies in flight to wait for none."""
+    """The busiest multiprocessor reads little more than the mean, and has enough copies in flight to keep the memory
+    busy."""
     out, inner = CASES[case]["out"], CASES[case]["inner"]
     form = format_of(abstract(fmt, out, inner))
     p = plan(out, inner, rows, form, small_m_tiles_for(form, out, inner, rows), SMS)
@@ -353,7 +355,7 @@ def test_norm_on_gpu(dim: int, rows: int) -> None:
 @pytest.mark.parametrize("case", ["7b-down", "13b-down", "7b-head", "70b-gate-up"])
 def test_product_on_gpu(case: str, fmt: str, rows: int) -> None:
     out, inner = CASES[case]["out"], CASES[case]["inner"]
-    # One input is a hundred times the others: what is made of x must not be coarse for all.
+    # One input is a hundred times the others. The limbs of the others must still be precise.
     x, w = normal(0, rows, inner).at[0, 5].mul(100), jax.jit(lambda: weight(fmt, out, inner))()
     run = jax.jit(lambda x, w: matmul(x, w, out_dtype=jnp.float32, backend="pallas"))
     y, reference = run(x, w), jax.jit(functools.partial(exact, rounded=rows > 64))(x, w)

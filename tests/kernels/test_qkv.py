@@ -37,7 +37,7 @@ pytestmark = pytest.mark.timeout(120)
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One call: the sizes of a model and of a cache, and how many tokens come to each of its sequences."""
+    """One call: the sizes of a model and of a cache, and the number of new tokens per sequence."""
 
     start: tuple[int, ...]
     tokens: int
@@ -59,7 +59,7 @@ class Case:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Of a stack the last but one."""
+        """The layer that is used: the last but one."""
         return {} if self.layers is None else {"layer": self.layers - 2}
 
     def weight(self, w: Any) -> Any:
@@ -91,8 +91,8 @@ class Case:
 
 
 def check(case: Case, arguments: list[Any], found: tuple[jax.Array, ...]) -> None:
-    """Queries and new keys and values are the reference's; of the rest of the cache nothing has changed but slots of
-    the same heads that are free: up to a chunk behind the last token."""
+    """Queries, new keys and new values are the reference's. The rest of the cache is unchanged, except for free slots
+    of the same heads, up to a chunk after the last token."""
     x, w, *cache, start, cos, sin = materialize(arguments)
     if isinstance(w, QuantizedTensor):
         w = dequantize(w, x.dtype if w.scale.shape[-1] > 1 else jnp.float32)
@@ -117,7 +117,7 @@ def check(case: Case, arguments: list[Any], found: tuple[jax.Array, ...]) -> Non
 
 SMALL = {
     "odd-tokens": Case((37,), 100, 176),
-    "int8-one-layer-of-a-stack": Case((37,), 100, 144, fmt="int8", layers=3),  # of its last chunk a part has no room
+    "int8-one-layer-of-a-stack": Case((37,), 100, 144, fmt="int8", layers=3),  # the cache ends within the last chunk
     "int8-g32": Case((0,), 96, 96, fmt="int8-g32"),
     "int4-several-starts": Case((37, 2), 96, 144, kv_heads=2, fmt="int4-g128"),
     "no-room-for-the-last": Case((60, 0, 96), 64, 96, heads=1),
@@ -161,8 +161,8 @@ MODEL = LlamaConfig(
 
 @pytest.mark.parametrize("stacked", [False, True])
 def test_prompts_through_the_interpreted_kernel(monkeypatch: pytest.MonkeyPatch, stacked: bool) -> None:
-    """Two prompts of different lengths, each in two pieces: what the first wrote as padding, the second overwrites.
-    Large weights make much of bfloat16: the reference rounds before it turns, the kernel after."""
+    """Two prompts of different lengths, each in two pieces. The second piece overwrites the padding of the first.
+    Large weights amplify rounding to bfloat16: the reference rounds before the rotation, the kernel after it."""
     params = tiny.model("bfloat16", MODEL)
     params = stack(params) if stacked else params
     pieces = [jnp.asarray([tiny.prompt(64, seed), tiny.prompt(64, seed + 1)]) for seed in (0, 2)]
@@ -170,7 +170,7 @@ def test_prompts_through_the_interpreted_kernel(monkeypatch: pytest.MonkeyPatch,
     def try_kernel(_: Any, *arguments: Any, backend: str, **options: Any) -> Any:
         check_qkv(*arguments, **options)
         tiles = LargeMTiles(out=128, rows=128, depth=2)
-        # The interpreter's threads wait for one another: nothing else may be under way that has the machine's.
+        # The interpreter's threads wait for one another, so no other computation may occupy the machine's threads.
         jax.block_until_ready(arguments)
         out = qkv_kernel(*arguments, **options, tiles=tiles, sms=2, interpret=plgpu.InterpretGPUParams())
         return jax.block_until_ready(out)
@@ -189,7 +189,7 @@ def test_prompts_through_the_interpreted_kernel(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_a_prompt_of_the_7b_lowers_in_place() -> None:
-    """Each kernel once, whatever the number of layers, and the cache is nowhere copied."""
+    """Each kernel is lowered once, for any number of layers, and the cache is never copied."""
     config, tokens = preset("7b"), jax.ShapeDtypeStruct((1, 512), jnp.int32)
     params = jax.eval_shape(lambda: init(config, jax.random.key(0), dtype=jnp.bfloat16))
     cache = jax.eval_shape(lambda: init_cache(config, 1, 2048, jnp.bfloat16))
@@ -208,7 +208,7 @@ def test_a_prompt_of_the_7b_lowers_in_place() -> None:
 
 ROWS = Case((0,), 512, 1024)
 REFUSED = {
-    "few rows": (dataclasses.replace(ROWS, tokens=64), "64 rows: up to 64 have a product of their own"),
+    "few rows": (dataclasses.replace(ROWS, tokens=64), "64 rows: the small-M GEMM takes up to 64"),
     "head_dim": (dataclasses.replace(ROWS, head_dim=96), "head_dim must be 64 or 128, found 96"),
     "ragged": (dataclasses.replace(ROWS, start=(0, 3), tokens=70), "70 tokens of 2 sequences"),
     "outputs": (dataclasses.replace(ROWS, head_dim=64, heads=1), "192 outputs: must be a multiple of 128"),

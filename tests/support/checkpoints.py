@@ -32,7 +32,7 @@ STORAGES = {"float32": "FloatStorage", "bfloat16": "BFloat16Storage", "float16":
 
 
 def vocabulary(size: int = CONFIG.vocab_size) -> Vocabulary:
-    """Letters and pairs of them; early pairs are merged first."""
+    """A vocabulary of letters and pairs of letters. Earlier pairs are merged first."""
     letters = ["\u2581", *"abcdefghijklmnopqrstuvwxyz.,"]
     pairs = [a + b for a in "\u2581theo" for b in "etaonishrdlucm"]
     pieces = ["<unk>", "<s>", "</s>", *dict.fromkeys([*pairs, *letters])]
@@ -63,7 +63,7 @@ def source(config: LlamaConfig = CONFIG, dtype: str = "float32", seed: int = 0, 
 
 
 def make(form: str, source: Source, path: Path) -> Path:
-    """Write ``source`` in one of `FORMS`; what to open."""
+    """Write ``source`` in one of `FORMS`. Returns the path to open."""
     if form in ("hf", "sharded"):
         save(hf_directory(source, max_shard_bytes=20_000 if form == "sharded" else 1 << 40), path)
     elif form.startswith("native"):
@@ -96,7 +96,7 @@ def hf_arrays(source: Source) -> dict[str, np.ndarray]:
 
 
 def write_version_1(path: Path, source: Source) -> None:
-    """llama2.c's version 1, which nobody needs written but tests."""
+    """Write llama2.c's version 1, which only tests need."""
     c = source.config
     numbers = (c.dim, c.hidden_dim, c.n_layers, c.n_heads, c.n_kv_heads, c.vocab_size, c.max_seq_len)
     head = struct.pack("<Ii7iB", MAGIC, 1, *numbers, c.tie_embeddings).ljust(HEADER_BYTES, b"\0")
@@ -150,7 +150,7 @@ def pickled_tensor(
 
 
 def write_pth(path: Path, arrays: Mapping[str, np.ndarray], pickle: bytes | None = None) -> None:
-    """A file as torch.save writes it; ``pickle`` replaces the right one."""
+    """A file as torch.save writes it. ``pickle`` replaces its pickle."""
     items = [
         text(name) + pickled_tensor(str(i), str(array.dtype), array.shape, array.size)
         for i, (name, array) in enumerate(arrays.items())
@@ -165,7 +165,7 @@ def write_pth(path: Path, arrays: Mapping[str, np.ndarray], pickle: bytes | None
 
 
 def assert_same_tensors(a: Source, b: Source) -> None:
-    """Bit for bit, as floats."""
+    """Whether two sources are equal, bit for bit as floats."""
     assert expected_shapes(a.config) == expected_shapes(b.config)
     for name in expected_shapes(a.config):
         one, other = (s.tensors[name].floats(0, s.tensors[name].shape[0]) for s in (a, b))

@@ -1,4 +1,4 @@
-"""Twenty conversations of every sort, for chat templates: whatever typing brings, but no names of control tokens."""
+"""Twenty varied conversations for chat templates: all kinds of typed text, without names of control tokens."""
 
 SYSTEMS = (None, "You are a pirate.", "Answer briefly.\n\nIn two lines.  ", "")
 TURNS = (

@@ -1,4 +1,4 @@
-"""Decode steps to try: their arguments, what the reference makes of them, and how near to that a kernel must come."""
+"""Decode steps for tests: their arguments, the reference's results, and the tolerances for a kernel."""
 
 import dataclasses
 import functools
@@ -54,7 +54,7 @@ def rotations(start: jax.Array, queries: int, D: int) -> tuple[jax.Array, jax.Ar
 
 
 def exact(args: tuple) -> tuple:
-    """The reference in float32, of the weights that the quantised ones stand for."""
+    """The reference in float32, with dequantised weights."""
 
     def widen(a: Any) -> Any:
         if isinstance(a, QuantizedTensor):
@@ -72,7 +72,8 @@ def error(a: Any, reference: Any) -> float:
 
 
 def compare(out: tuple, args: tuple, tolerance: float = 2e-2) -> None:
-    """Logits and new keys within bf16's rounding of the residual stream; all else in the cache untouched."""
+    """Check that logits and new keys are within bf16's rounding of the residual stream, and the rest of the cache is
+    unchanged."""
     logits, k, v = out
     reference = exact(args)
     assert error(logits, reference[0]) < tolerance
@@ -90,8 +91,8 @@ def compare(out: tuple, args: tuple, tolerance: float = 2e-2) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One step of a tiny model, small enough for the interpreter. ``blocks`` that do not divide the outputs let two
-    blocks write the same values to the same place, which the race detector would report."""
+    """One step of a tiny model, small enough for the interpreter. ``blocks`` must divide the outputs. Otherwise two
+    blocks write the same values to the same place, and the race detector reports that."""
 
     start: tuple[int, ...]
     max_len: int = 64

@@ -1,5 +1,5 @@
-"""What an engine's device does to pages, in plain Python: a page is a list of tokens, and the next token of a text is a
-function of all that its pages hold. Whatever the scheduler confuses shows as another text."""
+"""A fake of the engine's device in plain Python. A page is a list of tokens, and the next token of a text is a function
+of all tokens in its pages. So any confusion of pages by the scheduler gives another text."""
 
 from collections.abc import Sequence as Ordered
 from itertools import pairwise
@@ -10,7 +10,7 @@ VOCAB = 50
 
 
 def next_token(tokens: Ordered[int]) -> int:
-    """The fake model: greedy, and sensitive to every token and its place."""
+    """The fake model: greedy, and its next token depends on every token and its position."""
     mixed = 17
     for token in tokens:
         mixed = (mixed * 31 + token + 7) % 1_000_003
@@ -18,7 +18,7 @@ def next_token(tokens: Ordered[int]) -> int:
 
 
 def alone(prompt: list[int], limit: int, stop_ids: frozenset[int] = frozenset()) -> list[int]:
-    """What a request draws where it has the device for itself."""
+    """The tokens of a request that runs alone."""
     drawn: list[int] = []
     while len(drawn) < limit and not (drawn and drawn[-1] in stop_ids):
         drawn.append(next_token(prompt + drawn))
@@ -26,7 +26,7 @@ def alone(prompt: list[int], limit: int, stop_ids: frozenset[int] = frozenset())
 
 
 class FakeDevice:
-    """Runs plans one behind the other, and hands results back one plan late, as the engine reads them."""
+    """Runs plans in order, and returns each result one plan later, as the engine reads them."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
@@ -36,7 +36,7 @@ class FakeDevice:
         self.fed = 0  # tokens of prompts
 
     def turn(self) -> bool:
-        """One turn of the engine; whether anything happened."""
+        """One turn of the engine. Returns whether it did any work."""
         plan = self.scheduler.plan()
         self.check()
         before, self.unread = self.unread, self.run(plan) if plan else []
@@ -60,7 +60,7 @@ class FakeDevice:
             tokens: list[int] = []
             for _ in range(plan.steps):
                 _, position, token, drawn, done = row
-                self.write(s, position, token)  # a row that is done writes behind its end
+                self.write(s, position, token)  # a finished row writes after its end
                 if done:
                     continue
                 token = next_token(self.read(s, position + 1))
@@ -78,7 +78,8 @@ class FakeDevice:
         return [t for page in s.pages for t in self.memory[page]][:count]
 
     def check(self) -> None:
-        """Every page has as many users as sequences name it; nobody is lost, and no slot is held twice."""
+        """Check that a page's count of users is the number of sequences that name it, that no page is lost, and that no
+        slot is held twice."""
         scheduler = self.scheduler
         named: dict[int, int] = {}
         for s in scheduler.running:

@@ -1,4 +1,4 @@
-"""An H200 to lower for, on a machine that has none."""
+"""Lowering for an H200 on a machine that has none."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""A plain sampler in float64 that sorts: what every setting means, as Hugging Face's logits processors define it."""
+"""A plain sampler in float64 that sorts. It defines every setting as Hugging Face's logits processors do."""
 
 import numpy as np
 
@@ -13,8 +13,8 @@ def np_sampler(
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
 ) -> tuple[np.ndarray, float]:
-    """The probabilities [V] that a row draws with, in float64, and how near its closest cut was: rounding may decide
-    a token that lies on a cut."""
+    """The probabilities [V] of a row in float64, and the distance to the closest cut, because rounding may decide about
+    a token on a cut."""
     logits = logits.astype(np.float64)
     if seen is not None:
         penalised = np.where(logits < 0, logits * repetition_penalty, logits / repetition_penalty)
@@ -28,7 +28,7 @@ def np_sampler(
     probs = np.exp(ranked - ranked[0])
     probs /= probs.sum()
     if top_p < 1:
-        before = np.concatenate([[0.0], np.cumsum(probs)[:-1]])  # the mass above each
+        before = np.concatenate([[0.0], np.cumsum(probs)[:-1]])  # the mass of the larger ones
         close = min(close, np.abs(before - top_p).min())
         probs[before >= top_p] = 0.0
     if min_p > 0:

@@ -1,4 +1,4 @@
-"""The reference engine: one request after another, no cache, every token from a forward over all that precedes it."""
+"""The reference engine: one request at a time, without a cache. Each token comes from a forward over the whole text."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from jllama.params import Params
 from jllama.sampling import NOTHING, History, Sampling, sample
 
 LONGEST = 256
-CLOSE = 1e-3  # a top-1 gap of logits that rounding may close
+CLOSE = 1e-3  # a gap between the two largest logits that rounding may close
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Alone:
 
 
 def alone(params: Params, request: Request) -> Alone:
-    """What a request gets where nobody else is."""
+    """The result of a request that runs alone."""
     tokens, out, s = list(request.prompt), Alone([], [], []), request.sampling
     stops = request.stops(params.config)
     for step in range(request.max_new_tokens):
@@ -51,7 +51,7 @@ def alone(params: Params, request: Request) -> Alone:
 
 
 def scores(params: Params, context: list[int], tokens: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """The log-probability of every one of ``tokens`` after all that precedes it, and the likeliest in its place."""
+    """The log-probability of each of ``tokens`` given all before it, and the most likely tokens at its position."""
     padded = np.zeros((1, LONGEST), np.int32)
     padded[0, : len(context) + len(tokens)] = context + tokens
     logprobs = np.asarray(_logprobs(params, padded))[len(context) - 1 : len(context) + len(tokens) - 1]
@@ -72,7 +72,7 @@ def _step(params, tokens, length, sampling: Sampling, step, history: History, st
 
 
 def assert_same(params: Params, request: Request, ids: list[int], logprobs: list[float], *, ended: bool = True) -> None:
-    """Whether an engine's text is that of the request alone; a greedy one may differ from a close decision on."""
+    """Whether an engine's text is that of the request alone. A greedy text may differ after a close decision."""
     wanted = alone(params, request)
     n = len(wanted.ids) if ended else len(ids)
     if ids != wanted.ids[:n]:

@@ -1,4 +1,4 @@
-"""The real model of the development environment: tests that need it are skipped where its package is missing."""
+"""SmolLM2, the real model of the development environment. Tests that need it are skipped if its package is missing."""
 
 import importlib.util
 

@@ -1,4 +1,4 @@
-"""Strings of every sort, always the same ones, for tokenizers: letters, digits, white space, emoji, code, anything."""
+"""A fixed set of varied strings for tokenizers: letters, digits, white space, emoji, code, random characters."""
 
 from collections.abc import Callable, Sequence
 from random import Random
@@ -46,7 +46,7 @@ def _anything(random: Random) -> str:
 
 
 def strings(count: int = 2000, seed: int = 7) -> list[str]:
-    """``count`` strings, of four sorts in turn."""
+    """``count`` strings, of four kinds in turn."""
     random = Random(seed)
     sorts: tuple[Callable[[Random], str], ...] = (_letters, _of_one_alphabet, _words, _anything)
     return [sorts[i % len(sorts)](random) for i in range(count)]

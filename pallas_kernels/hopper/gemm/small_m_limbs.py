@@ -27,7 +27,7 @@ from ..common.thread_ops import (
     store_per_thread,
     volatile_thread_in_warpgroup,
 )
-from ..common.tiles import WGMMA_ROWS, swizzled
+from ..common.tiles import WGMMA_ROWS, store, swizzled
 from .small_m_block import Block, LimbScratch, Ref
 from .small_m_plan import LIMBS, SmallMPlan
 from .small_m_prologue import WARPS, split_inputs
@@ -135,7 +135,7 @@ def _store_sums(sums: Ref, total: jax.Array, factors: Ref) -> None:
     """Write the sums of a wgmma tile [64, columns] to ``sums`` [columns, 64], times what each limb is worth."""
     worth = plgpu.load(factors, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
     total = total * lax.broadcast_in_dim(worth, total.shape, (1,))
-    sums.T[...] = plgpu.layout_cast(total, plgpu.Layout.WGMMA_TRANSPOSED)
+    store(sums.T, plgpu.layout_cast(total, plgpu.Layout.WGMMA_TRANSPOSED))
 
 
 def _ranges(p: SmallMPlan) -> list[tuple[int, int]]:

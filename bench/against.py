@@ -1,0 +1,183 @@
+"""``python -m bench.against OTHER``: this tree and another one measured in turns, in one run on one device.
+
+There is one worker process per tree and weight format. It loads random weights of a preset, compiles, and waits. Then
+all workers measure in turns, so that a device that becomes warmer or slower affects both trees alike. With ``--pause``
+the command waits for a line on standard input before the first turn, so that other work on the machine can end first.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.record import RESULTS, Record, append, package_versions, start_run
+
+PROMPT, NEW_TOKENS = 128, 129
+# This program runs in each tree. It uses only names that both trees have.
+WORKER = """
+import json, statistics, sys, time
+import jax, jax.numpy as jnp, numpy as np
+import jllama
+
+job = json.loads(sys.argv[1])
+config = jllama.preset(job["preset"])
+params = jllama.init(config, jax.random.key(0), dtype=jnp.bfloat16, quant=job["quant"], stacked=True)
+jax.block_until_ready(params)
+random = np.random.default_rng(0)
+
+
+def run(batch, length, new_tokens):
+    session = jllama.Session(params, length + new_tokens, batch, job["backend"], chunk=64)
+    prompts = [random.integers(3, config.vocab_size, length).tolist() for _ in range(batch)]
+    begin = time.perf_counter()
+    for _ in session.run(prompts, new_tokens):
+        pass
+    return session.timings, time.perf_counter() - begin
+
+
+def measure():
+    found = {}
+    for batch in job["batches"]:
+        rates = [run(batch, job["prompt"], job["new_tokens"])[0].decode_rate for _ in range(3)]
+        found[f"decode batch {batch}"] = statistics.median(rates)
+    for length in job["prefill"]:
+        seconds = [run(1, length, 1)[1] for _ in range(5)]
+        found[f"prefill {length}"] = length / statistics.median(seconds)
+    return found
+
+
+begin = time.perf_counter()
+run(1, job["prompt"], 1)
+cold = time.perf_counter() - begin
+measure()
+print(json.dumps({"device": jax.devices()[0].device_kind, "first token, cold": cold}), flush=True)
+for line in sys.stdin:
+    print(json.dumps(measure()), flush=True)
+"""
+
+
+@dataclass
+class Worker:
+    """A process that measures one format of weights in one tree."""
+
+    tree: Path
+    quant: str
+    process: subprocess.Popen[str]
+
+    def answer(self) -> dict[str, Any]:
+        """The worker's next line, decoded."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"bench.against: the worker of {self.tree}, {self.quant} ended with an error, see above")
+        return json.loads(line)
+
+    def measure(self) -> dict[str, float]:
+        """Run one turn of measurements."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return self.answer()
+
+
+def start(tree: Path, quant: str, job: dict[str, Any]) -> Worker:
+    """Start a worker. Its first line comes when it has compiled everything."""
+    environment = {**os.environ, "PYTHONPATH": str(tree), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    command = [sys.executable, "-c", WORKER, json.dumps(job | {"quant": quant})]
+    process = subprocess.Popen(
+        command, cwd=tree, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    return Worker(tree, quant, process)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser("python -m bench.against", description=(__doc__ or "").split("\n")[0])
+    p.add_argument("other", type=Path, metavar="OTHER", help="the folder of another checkout")
+    p.add_argument("--commit", required=True, metavar="NAME", help="the commit that OTHER holds, for the records")
+    p.add_argument("--preset", default="7b", help="the shape of the model (default: 7b)")
+    p.add_argument("--quant", default="none,int8,int4", help="formats of the weights (default: none,int8,int4)")
+    p.add_argument("--batch", default="1,8", help="batch sizes of decode (default: 1,8)")
+    p.add_argument("--prefill", default="512,2048", help="prompt lengths of prefill (default: 512,2048)")
+    p.add_argument("--backend", default="pallas", help="default: pallas")
+    p.add_argument("--turns", type=int, default=3, help="turns of every worker (default: 3)")
+    p.add_argument("--pause", action="store_true", help="measure after a line comes on standard input")
+    p.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="where records are appended")
+    return p
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure both trees, print the ratios, and append the records."""
+    args = parser().parse_args(argv)
+    job = {
+        "preset": args.preset,
+        "backend": args.backend,
+        "prompt": PROMPT,
+        "new_tokens": NEW_TOKENS,
+        "batches": [int(n) for n in args.batch.split(",")],
+        "prefill": [int(n) for n in args.prefill.split(",") if n],
+    }
+    here = Path(__file__).resolve().parents[1]
+    began = time.perf_counter()
+    workers = [start(tree, quant, job) for quant in args.quant.split(",") for tree in (here, args.other.resolve())]
+    ready = [worker.answer() for worker in workers]
+    print(f"ready after {time.perf_counter() - began:.0f} s", flush=True)
+    if args.pause:
+        sys.stdin.readline()
+    samples: list[dict[str, list[float]]] = [{} for _ in workers]
+    for turn in range(args.turns):
+        order = range(len(workers)) if turn % 2 == 0 else reversed(range(len(workers)))
+        for i in order:
+            for name, value in workers[i].measure().items():
+                samples[i].setdefault(name, []).append(value)
+    for line in compared(workers, samples):
+        print(line)
+    versions = package_versions(("jax", "jaxlib", "numpy", "jax-cuda13-plugin"))
+    run = start_run(ready[0]["device"], versions, {})
+    fields = [
+        record_fields(args.preset, worker, name, values, run.commit if worker.tree == here else args.commit)
+        for worker, found in zip(workers, samples, strict=True)
+        for name, values in found.items()
+    ]
+    append(args.results / "against.jsonl", [run.record(**f) | {"commit": f["of"]} for f in fields])
+    for worker in workers:
+        worker.process.kill()
+
+
+def record_fields(preset: str, worker: Worker, name: str, values: list[float], commit: str) -> Record:
+    """The record fields of one figure."""
+    kind, *_, size = name.split()
+    return {
+        "suite": "compare",
+        "case": f"against-{kind}",
+        "impl": "pallas",
+        "model": preset,
+        "dtype": {"none": "bf16", "int4": "int4-g128"}.get(worker.quant, worker.quant),
+        "batch": int(size) if kind == "decode" else 1,
+        "seq": PROMPT if kind == "decode" else int(size),
+        "context": PROMPT + NEW_TOKENS if kind == "decode" else int(size),
+        "metric": "tokens_per_s",
+        "value": statistics.median(values),
+        "samples": values,
+        "floor": None,
+        "of": commit,
+    }
+
+
+def compared(workers: list[Worker], samples: list[dict[str, list[float]]]) -> Iterator[str]:
+    """One line per figure: this tree, the other, and the ratio of the medians."""
+    for i in range(0, len(workers), 2):
+        for name, values in samples[i].items():
+            ours, theirs = statistics.median(values), statistics.median(samples[i + 1][name])
+            yield f"{workers[i].quant:5} {name:16} {ours:10.1f} {theirs:10.1f} tokens/s  {ours / theirs:.3f}"
+
+
+if __name__ == "__main__":
+    main()
