@@ -103,13 +103,8 @@ def _adds_bos(path: Path, values: dict[str, Any], config: LlamaConfig, links: bo
     said = None if notes is None else read_json(notes).get("add_bos_token")
     if isinstance(said, bool):
         return said
-    post: Any = values.get("post_processor") or {}
-    try:
-        for step in post["processors"] if post.get("type") == "Sequence" else [post]:
-            if step.get("type") == "TemplateProcessing" and (special := step["single"][0].get("SpecialToken")):
-                return step["special_tokens"][special["id"]]["ids"] == [config.bos_id]
-    except (AttributeError, IndexError, KeyError, TypeError):
-        raise InputError(
-            f"{path}: post_processor: expected one of the tokenizers library, found {label(post)}"
-        ) from None
+    post: Any = values.get("post_processor") or {"type": None}
+    for step in post["processors"] if post["type"] == "Sequence" else [post]:
+        if step["type"] == "TemplateProcessing" and (special := step["single"][0].get("SpecialToken")):
+            return step["special_tokens"][special["id"]]["ids"] == [config.bos_id]
     return False

@@ -60,6 +60,7 @@ def test_the_python_on_a_page_runs(page: str, capsys: pytest.CaptureFixture[str]
     text = (EXAMPLES.parent / page).read_text()
     blocks = text.split("```python\n")[1:]
     assert blocks
+    names: dict[str, object] = {}  # a page's blocks follow one another
     for block in blocks:
-        exec(block.split("```")[0], {})
+        exec(block.split("```")[0], names)
     assert capsys.readouterr().out.strip()

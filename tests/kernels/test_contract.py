@@ -80,7 +80,8 @@ def example(name: str) -> tuple[Op, tuple[Any, ...], dict[str, Any]]:
 def same(found: Any, expected: Any) -> None:
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+        # Relative to the largest value: on a CPU the reference multiplies integer weights by two limbs of x.
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * max(1.0, float(np.abs(b).max(initial=0))))
 
 
 def total(tree: Any) -> jax.Array:

@@ -22,7 +22,7 @@ from pallas_kernels.matmul import matmul_reference
 from pallas_kernels.qkv import rotate
 from pallas_kernels.rms_norm import rms_norm_reference
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(180)
 
 GPU_CASES = {
     "small": (dict(dim=512, hidden=1024, heads=8, kv_heads=2, head_dim=64, vocab=1000, layers=3), (5, 0, 300), 2),
