@@ -22,6 +22,7 @@ from jllama.config import LlamaConfig
 from jllama.model import forward
 from jllama.params import init, stack
 from jllama.rope import rotations as model_rotations
+from jllama.step import step_weights
 from pallas_kernels import QuantizedTensor, Unsupported
 from pallas_kernels.decode_step import CASES, StepWeights, check, decode_step, decode_step_kernel
 from pallas_kernels.hopper.common.limbs import split_into_limbs
@@ -92,9 +93,7 @@ def test_reference_is_the_models_forward() -> None:
     """Two steps of `jllama.model.forward` and of the reference, on stacked weights and cache."""
     config = LlamaConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=96, vocab_size=80)
     params = init(config, jax.random.key(0), dtype=jnp.float32)
-    layers = stack(params).layers
-    fields = {f.name: getattr(layers, f.name) for f in dataclasses.fields(layers)}
-    weights = StepWeights(**fields, norm=params.norm, head=params.head)
+    weights = step_weights(stack(params))
     cache = init_cache(config, 2, 16, jnp.float32).replace(lengths=jnp.array([3, 0], jnp.int32))
     k, v = jnp.stack(cache.k), jnp.stack(cache.v)
     for tokens in (jnp.array([[7, 9], [8, 1]]), jnp.array([[5], [6]])):
