@@ -77,11 +77,10 @@ def example(name: str) -> tuple[Op, tuple[Any, ...], dict[str, Any]]:
     }[name]
 
 
-def same(found: Any, expected: Any) -> None:
+def same(found: Any, expected: Any, scale: float = 1.0) -> None:
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        # Relative to the largest value: on a CPU the reference multiplies integer weights by two limbs of x.
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * max(1.0, float(np.abs(b).max(initial=0))))
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * scale)
 
 
 def total(tree: Any) -> jax.Array:
@@ -123,7 +122,8 @@ def test_transforms_of_an_op_with_a_kernel_are_the_references(name: str) -> None
         assert faked(op).choose("pallas", x, *rest, **kwargs).impl == "pallas"
         found = through(faked(op), "pallas")
     assert choices[op.name] == Choice("xla", "differentiated: the reference's rule")
-    same(found, through(op, "xla"))
+    # On a CPU the reference multiplies integer weights by two limbs of x: errors go with the largest sum, about 13.
+    same(found, through(op, "xla"), scale=13.0 if name in ("matmul-int8", "matmul-int4") else 1.0)
 
 
 def test_the_fake_kernel_has_no_rules_of_its_own() -> None:
