@@ -95,10 +95,9 @@ def _attend_item(b: Block, item: WorkItem) -> None:
     shape, keys, stages, s = b.plan.shape, b.plan.tiles.keys, b.plan.tiles.stages, b.attention
     scale = shape.head_dim**-0.5 * math.log2(math.e)
     # All loads before the first store, which they could not pass.
-    q = [rotated_head(b, item.head * shape.heads_per_key + g) for g in range(shape.heads_per_key)]
+    q = b.ops.rotate_heads(b, item.head * shape.heads_per_key, shape.heads_per_key)
     _store_new_tile(b, item.head)
-    for g in range(shape.heads_per_key):
-        s.q.at[pl.ds(g * MAX_TOKENS, MAX_TOKENS)][...] = q[g]
+    s.q.at[pl.ds(0, q.shape[0])][...] = q
     plgpu.commit_smem()
 
     def tile(j: Any) -> KeyValueTile:
@@ -132,39 +131,27 @@ def _attend_item(b: Block, item: WorkItem) -> None:
 def _store_output(b: Block, item: WorkItem) -> None:
     """Write the item's output, and log2 of its softmax sums, for the o product's prologue."""
     shape, parts, logs, D = b.plan.shape, b.buffers.parts, b.buffers.logs, b.plan.shape.head_dim
-    for g in range(shape.heads_per_key):
-        head = item.head * shape.heads_per_key + g
 
-        def one_token(t: Any, _: Any, g: int = g, head: Any = head) -> None:
-            token = item.row * shape.queries + t
-            output = b.ops.load(b.attention_output.at[g * MAX_TOKENS + token], one_per_thread(D))
+    def one_token(t: Any, _: Any) -> None:
+        token = item.row * shape.queries + t
+        rows = [g * MAX_TOKENS + token for g in range(shape.heads_per_key)]
+        outputs = b.ops.load_rows(b.attention_output, rows)
+        log_sums = b.ops.load_scalars(b.scratch.log_sums, [(row,) for row in rows])
+        for g, (output, log_sum) in enumerate(zip(outputs, log_sums, strict=True)):
+            head = item.head * shape.heads_per_key + g
             store(parts.at[item.split, token, pl.ds(head * D, D)], output)
             # Once for every 8 columns, as the prologue that joins the splits reads them.
-            log = jnp.full(D // 8, b.scratch.log_sums[g * MAX_TOKENS + token])
-            log = plgpu.layout_cast(log, one_per_lane(D // 8))
+            log = plgpu.layout_cast(jnp.full(D // 8, log_sum), one_per_lane(D // 8))
             store(logs.at[item.split, token, pl.ds(head * (D // 8), D // 8)], log)
 
-        lax.fori_loop(0, shape.queries, one_token, None)
-
-
-def rotated_head(b: Block, head: Any) -> jax.Array:
-    """One head of all tokens [8, head_dim], rotated by the tokens' positions; in float32, as the reference does it.
-    ``head`` counts the columns of ``qkv``: query heads, then key heads."""
-    D, layout = b.plan.shape.head_dim, pair_per_thread()
-    first, second = (
-        b.ops.load(b.buffers.qkv.at[:, pl.ds(head * D + half * (D // 2), D // 2)], layout).astype(jnp.float32)
-        for half in range(2)
-    )
-    cos, sin = b.ops.load(b.inputs.cos, layout), b.ops.load(b.inputs.sin, layout)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=1)
-    return rotated.astype(jnp.bfloat16)
+    lax.fori_loop(0, shape.queries, one_token, None)
 
 
 def _store_new_tile(b: Block, head: Any) -> None:
     """Put the new keys and values of a key head into the ring's last slot, as a tile of their own, and once more where
     they are written to the cache from."""
     shape, D = b.plan.shape, b.plan.shape.head_dim
-    k = rotated_head(b, shape.heads + head)
+    k = b.ops.rotate_heads(b, shape.heads + head, 1)
     column = (shape.heads + shape.kv_heads + head) * D
     v = b.ops.load(b.buffers.qkv.at[:, pl.ds(column, D)], pair_per_thread())
     # Softmax weights of missing tokens are zero, but zero times a stale NaN is NaN.
