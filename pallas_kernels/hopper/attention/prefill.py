@@ -8,6 +8,7 @@ turns scores into weights (`prefill_consumer`).
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +46,15 @@ def check(q: jax.Array, k: jax.Array | LayerView, v: jax.Array | LayerView, star
         raise Unsupported(f"q, k and v must all be bfloat16 or all float16, found {q.dtype}, {k.dtype}, {v.dtype}")
     if heads % kv_heads:
         raise Unsupported(f"{heads} query heads do not divide among {kv_heads} key heads")
+
+
+def check_paged(q: jax.Array, k: jax.Array, v: jax.Array, table: jax.Array, start: jax.Array, *, layer: Any) -> None:
+    """Raise `Unsupported` where `flash_attention_paged` cannot run these arguments."""
+    del table
+    check(q, LayerView(k, layer), LayerView(v, layer), start)
+    keys, size = TILES[q.shape[-1]].keys, k.shape[3]
+    if size % 8 or keys % size:
+        raise Unsupported(f"pages must hold a multiple of 8 positions that divides {keys}, found {size}")
 
 
 # A jit of its own: all layers of a model share one lowering and one compiled kernel.
