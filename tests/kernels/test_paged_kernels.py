@@ -17,6 +17,7 @@ from pallas_kernels import Unsupported, paged_attention
 from pallas_kernels.hopper.attention import decode, prefill
 from pallas_kernels.paged_attention import CASES, PAGE, gather, paged_attention_reference
 
+INTERPRET = plgpu.InterpretGPUParams()
 TOLERANCE = 5e-3  # relative to the norm, for 16-bit inputs and outputs
 
 
@@ -32,6 +33,7 @@ class Case:
     pages: int  # of a row
     dtype: str = "bfloat16"
     shared: int = 0  # how many first pages all rows share
+    keys: int = 128  # of a tile, interpreted
 
     @property
     def own(self) -> int:
@@ -57,7 +59,7 @@ class Case:
         numbers = np.random.RandomState(seed).permutation(self.pool).astype(np.int32)
         table = np.empty((len(self.start), self.pages), np.int32)
         table[:, : self.shared] = numbers[: self.shared]
-        table[:, self.shared :] = numbers[self.shared : -2].reshape(-1, self.own)
+        table[:, self.shared :] = numbers[self.shared : -2].reshape(len(self.start), self.own)
         for row, start in enumerate(self.start):
             table[row, (start + self.T - 1) // PAGE + 1 :] = (self.pool, -1, 1 << 30)[row % 3]
         unseen = np.setdiff1d(np.arange(self.pool), table)
@@ -67,32 +69,31 @@ class Case:
 
 # Small enough for the interpreter: a few tiles that cover every case of the schedule.
 DECODE_SMALL = {
-    "one-query": Case(1, 2, 2, 64, (150, 0), 3),
+    "one-query": Case(1, 1, 1, 64, (150, 0), 3, keys=64),
     "shared-8-to-1": Case(3, 8, 1, 128, (63, 290), 5, "float16", shared=1),
-    "shared-4-to-1": Case(2, 8, 2, 64, (126, 128, 5), 3),
-    "eight-queries": Case(8, 8, 1, 64, (0, 64), 2),
-    "many-parts": Case(1, 4, 1, 64, (1090,), 18),
+    "shared-4-to-1": Case(2, 8, 2, 64, (126, 5), 2),
+    "eight-queries": Case(8, 1, 1, 64, (0, 121), 2),
 }
 PREFILL_SMALL = {
-    "one-row": Case(130, 2, 1, 64, (0,), 3),
-    "pieces-of-one-prompt": Case(40, 2, 2, 128, (64, 104, 144), 3, "float16", shared=3),
-    "behind-a-prefix": Case(70, 4, 2, 64, (128, 230), 5, shared=2),
+    "one-row": Case(130, 1, 1, 64, (0,), 3),
+    "pieces-of-one-prompt": Case(40, 2, 1, 128, (64, 104), 3, "float16", shared=3),
+    "behind-a-prefix": Case(16, 1, 1, 64, (128, 230), 5, shared=2, keys=64),
 }
 SMALL = {**DECODE_SMALL, **PREFILL_SMALL}
 # Real sizes, compiled on the GPU.
 DECODE = {
     **DECODE_SMALL,
     "7b": Case(1, 32, 32, 128, (4095,), 64),
-    "7b-64-ragged-rows": Case(1, 32, 32, 128, tuple(range(3, 1283, 20)), 21, shared=0),
+    "7b-64-ragged-rows": Case(1, 32, 32, 128, tuple(range(3, 1283, 20)), 21),
     "70b": Case(8, 64, 8, 128, (0, 8000), 128),
     "tinyllama": Case(5, 32, 4, 64, (0, 500, 996), 16, "float16"),
     "tinyllama-64-rows": Case(1, 32, 4, 64, tuple(range(0, 640, 10)), 10),
 }
 PREFILL = {
     **PREFILL_SMALL,
-    "7b": Case(1024, 32, 32, 128, (0,), 16),
-    "70b": Case(500, 64, 8, 128, (0, 600), 18),
-    "tinyllama": Case(777, 32, 4, 64, (0, 500, 1271), 32, "float16"),
+    "7b-prompt": Case(1024, 32, 32, 128, (0,), 16),
+    "70b-prompt": Case(500, 64, 8, 128, (0, 600), 18),
+    "tinyllama-prompt": Case(777, 32, 4, 64, (0, 500, 1271), 32, "float16"),
     "packed-pieces": Case(128, 32, 32, 128, tuple(range(0, 2048, 128)), 32, shared=32),
 }
 FULL = {**DECODE, **PREFILL}
@@ -104,11 +105,12 @@ def kernel(case: Case, *, paged: bool = True) -> Any:
     return getattr(module, f"{name}_paged" if paged else name)
 
 
-def small_tiles(case: Case, keys: int) -> Any:
+def small_tiles(case: Case) -> Any:
     """Two stages, so that every slot of the ring is used again."""
-    if case.T <= 8:
-        return decode.DecodeTiles(keys=keys, stages=2, blocks=8 * case.heads)
-    return prefill.PrefillTiles(keys=keys, stages=2, blocks=2)  # several items a block
+    if case.T <= 8:  # tiles of one page: the keys of a row in two splits; of two pages: in one
+        blocks = len(case.start) * case.kv_heads * 128 // case.keys
+        return decode.DecodeTiles(keys=case.keys, stages=2, blocks=blocks)
+    return prefill.PrefillTiles(keys=case.keys, stages=2, blocks=1)  # several items a block
 
 
 def contiguous(arguments: list[jax.Array]) -> list[jax.Array]:
@@ -130,14 +132,96 @@ def assert_close(out: jax.Array, arguments: list[jax.Array]) -> None:
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("keys", [64, 128])
 @pytest.mark.parametrize("name", SMALL)
-def test_interpreted(name: str, keys: int) -> None:
-    case = SMALL[name]
-    arguments = case.arguments()
-    tiles, interpret = small_tiles(case, keys), plgpu.InterpretGPUParams(detect_races=True)
-    out = kernel(case)(*arguments, layer=1, tiles=tiles, interpret=interpret)
-    assert not gpu_callbacks.get_races().races_found
+def test_interpreted(name: str) -> None:
+    arguments = SMALL[name].arguments()
+    interpret = plgpu.InterpretGPUParams(detect_races=name in ("one-query", "pieces-of-one-prompt"))
+    out = kernel(SMALL[name])(*arguments, layer=1, tiles=small_tiles(SMALL[name]), interpret=interpret)
+    assert not interpret.detect_races or not gpu_callbacks.get_races().races_found
     assert_close(out, arguments)
-    same = kernel(case, paged=False)(*contiguous(arguments), tiles=tiles, interpret=plgpu.InterpretGPUParams())
-    np.testing.assert_array_equal(np.asarray(out, np.float32), np.asarray(same, np.float32))
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ["shared-4-to-1", "one-row"])
+def test_interpreted_pages_give_the_bits_of_contiguous_keys(name: str) -> None:
+    arguments, options = SMALL[name].arguments(), dict(tiles=small_tiles(SMALL[name]), interpret=INTERPRET)
+    # One after the other: two interpreted kernels at once would wait for each other's threads.
+    paged = np.asarray(kernel(SMALL[name])(*arguments, layer=1, **options), np.float32)
+    plain = np.asarray(kernel(SMALL[name], paged=False)(*contiguous(arguments), **options), np.float32)
+    np.testing.assert_array_equal(paged, plain)
+
+
+def test_the_page_of_a_bad_table_entry_is_one_of_the_pool() -> None:
+    """A row without pages, as the engine pads its calls, reads what is there: no address outside the pool."""
+    case = DECODE_SMALL["one-query"]
+    q, k, v, table, start = case.arguments()
+    k, v = (a.at[1, 0].set(1.0).at[1, -1].set(2.0) for a in (k, v))
+    bad = jnp.asarray([[-5] * 3, [1 << 30] * 3])
+    run = functools.partial(decode.flash_decode_paged, layer=1, tiles=small_tiles(case), interpret=INTERPRET)
+    out = run(q, k, v, bad, start)
+    np.testing.assert_array_equal(np.asarray(out[:, 0, 0, 0], np.float32), [1.0, 2.0])
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", [name for name in FULL if name not in SMALL])
+def test_lowers_for_hopper(name: str) -> None:
+    case = FULL[name]
+    run = jax.jit(functools.partial(kernel(case), layer=1))
+    with jax.sharding.use_abstract_mesh(H200):
+        text = run.trace(*case.shapes()).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == 1
+
+
+def test_nothing_stands_beside_the_kernel_where_rows_fill_the_device() -> None:
+    case = DECODE["7b-64-ragged-rows"]
+    run = jax.jit(functools.partial(decode.flash_decode_paged, layer=1))
+    with jax.sharding.use_abstract_mesh(H200):
+        text = run.trace(*case.shapes()).lower(lowering_platforms=("cuda",)).as_text()
+    operations = {line.split(" = ")[1].split()[0] for line in text.splitlines() if " = stablehlo." in line}
+    # Those of the layer's number are constants; a reshape is none at all.
+    assert operations == {"stablehlo.constant", "stablehlo.convert", "stablehlo.reshape", "stablehlo.custom_call"}
+
+
+@pytest.mark.parametrize("T", [1, 8, 9, 512])
+@pytest.mark.parametrize("name", CASES)
+def test_models_are_supported(name: str, T: int) -> None:
+    sizes = {key: CASES[name][key] for key in ("heads", "kv_heads", "head_dim")}
+    case = Case(T, start=(0,), pages=16, **sizes)
+    with jax.sharding.use_abstract_mesh(H200):
+        assert paged_attention.choose("pallas", *case.shapes(), layer=0).impl == "pallas"
+
+
+REFUSED = {
+    "bfloat16": Case(1, 2, 2, 64, (0,), 1, "float32"),
+    "head_dim": Case(1, 2, 2, 80, (0,), 1),
+    "do not divide": Case(1, 3, 2, 64, (0,), 1),
+    "64 query rows": Case(8, 16, 1, 64, (0,), 1),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_refused(reason: str) -> None:
+    with jax.sharding.use_abstract_mesh(H200), pytest.raises(Unsupported, match=f"paged_attention: .*{reason}"):
+        paged_attention.choose("pallas", *REFUSED[reason].shapes(), layer=0)
+
+
+def test_pages_that_do_not_fill_tiles_are_refused() -> None:
+    q, k, v, table, start = Case(1, 2, 2, 64, (0,), 1).shapes()
+    small = jax.ShapeDtypeStruct((*k.shape[:3], 48, 64), k.dtype)
+    with jax.sharding.use_abstract_mesh(H200), pytest.raises(Unsupported, match="divides 128, found 48"):
+        paged_attention.choose("pallas", q, small, small, table, start, layer=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("name", FULL)
+def test_compiled(name: str) -> None:
+    case = FULL[name]
+    op = jax.jit(functools.partial(paged_attention, backend="pallas"))
+    for seed in range(2):
+        arguments = case.arguments(seed)
+        out = op(*arguments, layer=1)
+        with jax.default_matmul_precision("highest"):
+            assert_close(out, arguments)
+        for other in (op(*arguments, layer=jnp.int32(1)), jax.jit(kernel(case, paged=False))(*contiguous(arguments))):
+            np.testing.assert_array_equal(np.asarray(out, np.float32), np.asarray(other, np.float32))

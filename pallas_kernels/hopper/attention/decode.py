@@ -174,8 +174,9 @@ def attend_splits(
     structure = jax.tree.structure(cache)
 
     def body(start_ref: Ref, q_ref: Ref, *refs: Ref) -> None:
-        leaves, outputs = refs[: structure.num_leaves], refs[structure.num_leaves : -1]
-        _block(start_ref, q_ref, jax.tree.unflatten(structure, leaves), outputs, refs[-1], tiles=tiles, splits=splits)
+        *refs, scratch = refs
+        leaves, outputs = refs[: structure.num_leaves], refs[structure.num_leaves :]
+        _block(start_ref, q_ref, jax.tree.unflatten(structure, leaves), outputs, scratch, tiles=tiles, splits=splits)
 
     return plgpu.kernel(
         body,
@@ -189,7 +190,7 @@ def attend_splits(
     )(start, q, *jax.tree.leaves(cache))
 
 
-def _block(start_ref: Ref, q_ref: Ref, cache: Cache, outputs: tuple[Ref, ...], scratch: Scratch,
+def _block(start_ref: Ref, q_ref: Ref, cache: Cache, outputs: list[Ref], scratch: Scratch,
            *, tiles: DecodeTiles, splits: int) -> None:  # fmt: skip
     """Attention over one split of the keys of one row of the batch and one key head."""
     (k_ring, v_ring), out_smem = scratch.rings_or_output
