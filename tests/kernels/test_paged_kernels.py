@@ -154,7 +154,7 @@ def test_interpreted_pages_give_the_bits_of_contiguous_keys(name: str) -> None:
 def test_the_page_of_a_bad_table_entry_is_one_of_the_pool() -> None:
     """A row without pages, as the engine pads its calls, reads what is there: no address outside the pool."""
     case = DECODE_SMALL["one-query"]
-    q, k, v, table, start = case.arguments()
+    q, k, v, _, start = case.arguments()
     k, v = (a.at[1, 0].set(1.0).at[1, -1].set(2.0) for a in (k, v))
     bad = jnp.asarray([[-5] * 3, [1 << 30] * 3])
     run = functools.partial(decode.flash_decode_paged, layer=1, tiles=small_tiles(case), interpret=INTERPRET)
@@ -206,7 +206,7 @@ def test_refused(reason: str) -> None:
 
 
 def test_pages_that_do_not_fill_tiles_are_refused() -> None:
-    q, k, v, table, start = Case(1, 2, 2, 64, (0,), 1).shapes()
+    q, k, _, table, start = Case(1, 2, 2, 64, (0,), 1).shapes()
     small = jax.ShapeDtypeStruct((*k.shape[:3], 48, 64), k.dtype)
     with jax.sharding.use_abstract_mesh(H200), pytest.raises(Unsupported, match="divides 128, found 48"):
         paged_attention.choose("pallas", q, small, small, table, start, layer=0)
