@@ -249,6 +249,15 @@ def attention_cases(op: str, lengths: tuple[int, ...]) -> Iterator[Case]:
             yield Case(f"{name}/{tokens}", op, args, {})
 
 
+def paged_attention_cases() -> Iterator[Case]:
+    for name, s in shapes_of("paged_attention").items():
+        for batch, tokens in ((2, 1), (64, 1), (2, 512)):
+            pages = array(2, 2048, s["kv_heads"], s["size"], s["head_dim"])
+            table, start = array(batch, 32, dtype=jnp.int32), array(batch, dtype=jnp.int32)
+            args = array(batch, tokens, s["heads"], s["head_dim"]), pages, pages, table, start
+            yield Case(f"{name}/{batch}x{tokens}", "paged_attention", args, dict(layer=1))
+
+
 def draw_cases() -> Iterator[Case]:
     everything = dict(temperature=jnp.float32, top_k=jnp.int32, top_p=jnp.float32, min_p=jnp.float32)
     for name, s in shapes_of("draw").items():
@@ -291,6 +300,7 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "qkv": qkv_cases,
     "attention": functools.partial(attention_cases, "attention", (512, 2000)),
     "decode_attention": functools.partial(attention_cases, "decode_attention", (1, 8)),
+    "paged_attention": paged_attention_cases,
     "draw": draw_cases,
     "decode_step": decode_step_cases,
 }

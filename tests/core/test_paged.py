@@ -1,18 +1,22 @@
 """`forward` gives the same over a paged cache as over a contiguous one."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from h200 import H200
 
 from jllama.cache import init_cache
+from jllama.config import LlamaConfig
 from jllama.errors import InputError
-from jllama.kernels import PAGE
+from jllama.kernels import PAGE, Choice, recorded
 from jllama.model import forward
 from jllama.paged import PagedCache, init_pages, page_bytes, pages_for
+from jllama.params import Params, init
 from jllama.stream import pad
 
 jit_forward = functools.partial(jax.jit, static_argnames="last_only")(forward)
@@ -50,6 +54,24 @@ def test_pieces_of_one_prompt_may_be_rows_of_one_call() -> None:
     rows = jnp.asarray(prompt + [0] * 10).reshape(5, 32)
     logits, _ = jit_forward(params, rows, cache)
     assert_close(logits.reshape(1, 160, -1)[:, :150], whole, "float32")
+
+
+@pytest.mark.parametrize("tokens", [1, 32])
+def test_forward_takes_the_kernel_where_there_is_one(tokens: int) -> None:
+    config = LlamaConfig(dim=256, n_layers=1, n_heads=4, n_kv_heads=2, hidden_dim=512, vocab_size=64)
+
+    def run(params: Params, cache: PagedCache, tokens: jax.Array) -> Any:
+        return recorded(forward)(params, tokens, cache)[1]
+
+    def trace() -> dict[str, Choice]:
+        params = jax.eval_shape(lambda key: init(config, key, dtype=jnp.bfloat16), jax.random.key(0))
+        pages = jax.eval_shape(lambda: init_pages(config, 8, jnp.bfloat16))
+        numbers = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((16, 2), (16,), (16, tokens))]
+        return jax.eval_shape(run, params, PagedCache(*pages, *numbers[:2]), numbers[2]).choices
+
+    assert trace()["paged_attention"].impl == "xla"
+    with jax.sharding.use_abstract_mesh(H200):
+        assert trace()["paged_attention"] == Choice("pallas", "kernel runs here")
 
 
 def test_sizes_are_what_they_are() -> None:

@@ -11,7 +11,14 @@ from bench.lowered_modules import CASES, Case, Lowered, decode_step_case
 
 pytestmark = pytest.mark.timeout(240)  # ten times the time on a slow machine with two cores
 
-LARGE = {"matmul": "70b", "ffn": "70b", "qkv": "70b", "attention": "70b", "decode_attention": "70b"}
+LARGE = {
+    "matmul": "70b",
+    "ffn": "70b",
+    "qkv": "70b",
+    "attention": "70b",
+    "decode_attention": "70b",
+    "paged_attention": "70b",
+}
 
 
 def work(case: Case) -> Lowered:
