@@ -17,9 +17,10 @@ from jllama.kernels import PAGE, paged_attention, write_pages
 @struct.dataclass
 class PagedCache:
     """Position ``p`` of row ``b`` is slot ``p % PAGE`` of page ``table[b, p // PAGE]``. A row is what one call of
-    `forward` continues; several rows may share pages. Several pieces of one prompt may be rows of one call, for every
-    layer writes its keys before it attends; but not pieces of up to `DECODE_QUERIES` tokens, which may run as one launch
-    that reads the cache as it was before the call. A page number past the last is none: what goes there is dropped."""
+    `forward` continues; several rows may share pages. Several pieces of one prompt may be rows of one call if they have
+    more than `DECODE_QUERIES` tokens: then every layer writes its keys before it attends. Shorter ones may run as one
+    launch, which reads the cache as it was before the call. A page number past the last is none: what goes there is
+    dropped."""
 
     k: jax.Array  # [layers, pages, kv_heads, PAGE, head_dim], after rotary
     v: jax.Array  # [layers, pages, kv_heads, PAGE, head_dim]

@@ -40,8 +40,8 @@ def decode_step_reference(
     float32 logits [B, T, vocab], and the cache with the new keys and values from ``start`` on.
 
     With a ``table`` [B, P] the cache is paged: k and v are [L, pages, kv_heads, size, D], as in `paged_attention`. Rows
-    may share pages, but none may read a position that another row of the same call writes: the kernel reads the cache as
-    it was before the step."""
+    may share pages, but none may read a position that another row of the same call writes: the kernel reads the cache
+    as it was before the step. Without a page, a new token's key and value are dropped, and its logits mean nothing."""
     w, (_, _, kv_heads, _, D) = weights, k.shape
     for i in range(k.shape[0]):
         h = rms_norm_reference(x, w.attn_norm[i], eps=eps)

@@ -8,19 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from decode_steps import EPS, ON_GPU, Case, arguments, compare_pages, error, exact, in_pages, rotations
-from h200 import H200, lower
+from h200 import H200
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from bench.lowered_modules import decode_step_case
+from bench.lowered_modules import decode_step_case, watched
 from pallas_kernels import Unsupported
-from pallas_kernels.decode_step import CASES, check, decode_step, decode_step_kernel, decode_step_reference
+from pallas_kernels.decode_step import CASES, check, decode_step, decode_step_kernel
 from pallas_kernels.hopper.decode_step.plan import StepTiles
 from pallas_kernels.paged_attention import PAGE
 
 pytestmark = pytest.mark.timeout(240)  # twice the time on a slow machine with two cores
 
 NONE = 99  # no page
+
 
 def interpreted(args: tuple, **how: Any) -> tuple:
     tiles, interpret = StepTiles(depth=4, chunk=2048, consumers=2), plgpu.InterpretGPUParams(detect_races=True)
@@ -57,14 +58,18 @@ def test_reference_over_pages_is_the_reference() -> None:
 # Lowered for an H200: the real shapes
 
 
-@pytest.mark.parametrize(("model", "fmt", "batch"), [("tinyllama", "bf16", 3), ("70b", "int8", 8)])
+@pytest.mark.parametrize(
+    ("model", "fmt", "batch"), [("7b", "int4-g128", 1), ("70b", "int8", 8), ("tinyllama", "bf16", 3)]
+)
 def test_real_shapes_over_pages_lower(model: str, fmt: str, batch: int) -> None:
     case = decode_step_case(model, fmt, batch, 1, paged=True)
     table = case.options["table"]
     with jax.sharding.use_abstract_mesh(H200):
         check(*case.args, eps=EPS, table=table)
         step = jax.jit(functools.partial(decode_step_kernel, eps=EPS), donate_argnums=(2, 3))
-        text = step.trace(*case.args, table=table).lower(lowering_platforms=("cuda",)).as_text()
+        with watched(hashes=False) as kernels:
+            text = step.trace(*case.args, table=table).lower(lowering_platforms=("cuda",)).as_text()
+    assert [k.equations < 15_000 for k in kernels] == [True]  # Mosaic's work: see test_lowering_work
     assert text.count("@mosaic_gpu") == 1
     entry = text[text.index("@main") :].splitlines()[0]
     assert entry.count("tf.aliasing_output") == 2

@@ -1,8 +1,8 @@
 """Where the cached keys and values of a row lie: in one array, or in pages that a table lists.
 
 `cached_row` is the only place where the kernel tells one from the other. Attention loads tiles of keys, and writes new
-ones, through what it returns. A page is a tile of keys, so both have the same tiles in the same order, and give the same
-bits.
+ones, through what it returns. A page is a tile of keys: both caches have the same tiles in the same order, and give the
+same bits.
 """
 
 from dataclasses import dataclass

@@ -20,9 +20,7 @@ PRODUCTS = tuple(phase for phase in (*LAYER_PHASES, HEAD) if isinstance(phase, P
 SIZES = {"q_width": "heads * head_dim", "qkv_width": "(heads + 2 * kv_heads) * head_dim"}  # as errors name them
 
 
-def shape_of(
-    x: jax.Array, weights: StepWeights, k: jax.Array, eps: float, table: jax.Array | None = None
-) -> StepShape:
+def shape_of(x: jax.Array, weights: StepWeights, k: jax.Array, eps: float, table: jax.Array | None = None) -> StepShape:
     """The sizes that the arrays have."""
     L, _, kv_heads, S, D = k.shape
     return StepShape(
