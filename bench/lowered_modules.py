@@ -273,9 +273,10 @@ def decode_step_cases() -> Iterator[Case]:
         for fmt in FORMATS:
             for batch, queries in ((1, 1), (1, 8), (8, 1)):
                 yield decode_step_case(name, fmt, batch, queries)
+            yield decode_step_case(name, fmt, 8, 1, paged=True)
 
 
-def decode_step_case(name: str, fmt: str, batch: int, queries: int) -> Case:
+def decode_step_case(name: str, fmt: str, batch: int, queries: int, *, paged: bool = False) -> Case:
     s = shapes_of("decode_step")[name]
     L, D, dim, hidden, heads, kv_heads = (s[k] for k in ("layers", "head_dim", "dim", "hidden", "heads", "kv_heads"))
     weights = StepWeights(
@@ -288,9 +289,10 @@ def decode_step_case(name: str, fmt: str, batch: int, queries: int) -> Case:
         norm=array(dim),
         head=weight(fmt, s["vocab"], dim),
     )
-    cache = array(L, batch, kv_heads, 1024, D)
+    cache = array(L, 100, kv_heads, 64, D) if paged else array(L, batch, kv_heads, 1024, D)
     args = array(batch, queries, dim), weights, cache, cache, *places(batch, queries, D)
-    return Case(f"{name}/{fmt}/{batch}x{queries}", "decode_step", args, dict(eps=1e-5))
+    options = dict(eps=1e-5) | (dict(table=array(batch, 16, dtype=jnp.int32)) if paged else {})
+    return Case(f"{name}/{fmt}/{batch}x{queries}{'-paged' * paged}", "decode_step", args, options)
 
 
 CASES: dict[str, Callable[[], Iterator[Case]]] = {

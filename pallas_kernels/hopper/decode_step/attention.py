@@ -22,7 +22,7 @@ from ..common.layouts import one_per_lane, one_per_thread, pair_per_thread
 from ..common.online_softmax import KeyValueTile, attend_tiles, empty_softmax
 from ..common.tiles import store
 from .block import Block
-from .memory import Ref
+from .cache import CachedRow, cached_row
 from .plan import MAX_TOKENS
 from .schedule import over_items
 
@@ -37,8 +37,7 @@ class WorkItem:
     start: Any
     low: Any
     high: Any
-    k: Ref  # [max_len, head_dim]
-    v: Ref
+    cache: CachedRow
 
     @staticmethod
     def of(b: Block, index: Any) -> "WorkItem":
@@ -49,26 +48,24 @@ class WorkItem:
         start = b.inputs.start[row]
         tiles = (start + keys - 1) // keys
         low, high = split * tiles // splits, (split + 1) * tiles // splits
-        k, v = (cache.at[b.layer, row, head] for cache in (b.buffers.k, b.buffers.v))
-        return WorkItem(row, head, split, start, low, high, k, v)
+        return WorkItem(row, head, split, start, low, high, cached_row(b, row, head))
 
-    def fetch(self, b: Block, j: Any) -> None:
-        """Start to load cached tile ``j``."""
-        tiles, s = b.plan.tiles, b.scratch
-        slot, keys = lax.rem(j - self.low, tiles.stages), pl.ds(j * tiles.keys, tiles.keys)
-        plgpu.copy_gmem_to_smem(self.k.at[keys], b.attention.k.at[slot], s.keys_full.at[slot])
-        plgpu.copy_gmem_to_smem(self.v.at[keys], b.attention.v.at[slot], s.keys_full.at[slot])
+    def fetch(self, b: Block, j: Any, found: Any) -> None:
+        """Start to load cached tile ``j``, which the cache ``found``."""
+        s, slot = b.scratch, lax.rem(j - self.low, b.plan.tiles.stages)
+        for cached, ring in zip(self.cache.tile(j, found), (b.attention.k, b.attention.v), strict=True):
+            plgpu.copy_gmem_to_smem(cached, ring.at[slot], s.keys_full.at[slot])
 
     def fetch_first(self, b: Block) -> None:
         """Start to load the first tiles. The ring's last slot is the new keys' first."""
         plgpu.commit_smem()  # ordinary accesses to what shares this memory are over before TMA writes it
         high = jnp.minimum(self.low + b.plan.tiles.stages - 1, self.high)
-        lax.fori_loop(self.low, high, lambda j, _: self.fetch(b, j), None)
+        lax.fori_loop(self.low, high, lambda j, _: self.fetch(b, j, self.cache.find(j)), None)
 
     def fetch_last_slot(self, b: Block) -> None:
         """Load a tile into the ring's last slot too, where the new keys do not take it."""
         j = self.low + b.plan.tiles.stages - 1
-        pl.when(j < self.high)(lambda: self.fetch(b, j))
+        pl.when(j < self.high)(lambda: self.fetch(b, j, self.cache.find(j)))
 
 
 def prefetch(b: Block) -> None:
@@ -104,13 +101,14 @@ def _attend_item(b: Block, item: WorkItem) -> None:
         """Cached tile ``j``; the one before the first is the new keys, in the ring's last slot."""
         new = j < item.low
         slot = jnp.where(new, stages - 1, lax.rem(j - item.low, stages))
+        next_found = item.cache.find(j + stages)  # on its way while this tile is multiplied
 
         def wait() -> None:  # one barrier for keys and values
             pl.when(j >= item.low)(lambda: plgpu.barrier_wait(b.scratch.keys_full.at[slot]))
 
         def release() -> None:
             pl.when(new)(plgpu.commit_smem)
-            pl.when(j + stages < item.high)(lambda: item.fetch(b, j + stages))
+            pl.when(j + stages < item.high)(lambda: item.fetch(b, j + stages, next_found))
 
         def mask(scores: jax.Array) -> jax.Array:
             return mask_tile(scores, new, item.start - 1 - j * keys, shape.queries)
@@ -168,15 +166,17 @@ def _store_new_tile(b: Block, head: Any) -> None:
 
 
 def _write_cache(b: Block, item: WorkItem) -> None:
-    """Write the new keys and values of a row of the batch at its length; what exceeds the cache is dropped."""
+    """Write the new keys and values of a row of the batch at its length; what the cache has no room for is dropped."""
     shape = b.plan.shape
 
     def one_token(t: Any, _: Any) -> None:
-        @pl.when(item.start + t < shape.max_len)
+        has_room, slots = item.cache.slot(item.start + t)
+
+        @pl.when(has_room)
         def _() -> None:
-            for cache, new in ((item.k, b.scratch.new_k), (item.v, b.scratch.new_v)):
+            for slot, new in zip(slots, (b.scratch.new_k, b.scratch.new_v), strict=True):
                 token = b.ops.load(new.at[item.row * shape.queries + t], one_per_thread(shape.head_dim))
-                store(cache.at[item.start + t], token)
+                store(slot, token)
 
     lax.fori_loop(0, shape.queries, one_token, None)
 
