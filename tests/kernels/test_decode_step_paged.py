@@ -69,7 +69,7 @@ def test_real_shapes_over_pages_lower(model: str, fmt: str, batch: int) -> None:
         step = jax.jit(functools.partial(decode_step_kernel, eps=EPS), donate_argnums=(2, 3))
         with watched(hashes=False) as kernels:
             text = step.trace(*case.args, table=table).lower(lowering_platforms=("cuda",)).as_text()
-    assert [k.equations < 15_000 for k in kernels] == [True]  # Mosaic's work: see test_lowering_work
+    assert [k.equations < 10_000 for k in kernels] == [True]  # Mosaic's work: see test_lowering_work
     assert text.count("@mosaic_gpu") == 1
     entry = text[text.index("@main") :].splitlines()[0]
     assert entry.count("tf.aliasing_output") == 2
