@@ -20,12 +20,11 @@ from jllama.decode import (
     jit_prefill,
     jit_sample_first,
     stop_table,
-    tokens_seen,
 )
 from jllama.errors import InputError
 from jllama.kernels import Choice, Recorded, known
 from jllama.params import Params
-from jllama.sampling import Sampling, make_sampling
+from jllama.sampling import Sampling, begin_history, make_sampling
 
 MIN_BUCKET = 16  # smallest padded length of a prompt
 MIN_CACHE = 128  # smallest length of a cache
@@ -113,9 +112,9 @@ class Session:
         limit = np.asarray([min(max_new_tokens, self.max_len - len(p)) for p in prompts], np.int32)
         logits, cache = self._prefill(prompts, int(limit.max()))
         sampling = make_sampling(self.batch) if sampling is None else sampling
-        seen = self._prompt_tokens_seen(prompts) if sampling.repetition_penalty is not None else None
+        history = begin_history(sampling, *pad(prompts), self.params.config.vocab_size)
         (state, output), choices = jit_sample_first(
-            logits, cache, sampling, limit, stop_table(self.batch, stop_ids), seen, **self._static
+            logits, cache, sampling, limit, stop_table(self.batch, stop_ids), history, **self._static
         )
         self._record("prefill", choices)
         left = int(limit.max()) - 1
@@ -185,10 +184,6 @@ class Session:
             params = self.params
             return init_cache(params.config, self.batch, size, params.dtype, stacked=params.stacked)
         return self._cache if size <= self._cache.max_len else grow(self._cache, size)
-
-    def _prompt_tokens_seen(self, prompts: Sequence[Sequence[int]]) -> jax.Array:
-        tokens, lengths = pad(prompts)
-        return tokens_seen(jnp.asarray(tokens), jnp.asarray(lengths), self.params.config.vocab_size)
 
 
 class _Clock:

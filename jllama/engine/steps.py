@@ -19,7 +19,7 @@ from jllama.kernels import log_probability
 from jllama.model import forward
 from jllama.paged import PagedCache
 from jllama.params import Params
-from jllama.sampling import History, Sampling, sample
+from jllama.sampling import History, Sampling, sample, top_logprobs
 
 # How rows are drawn, each more than the one before: the largest logit; by temperature; with cuts; all there is.
 KINDS = ("greedy", "plain", "cut", "full")
@@ -139,8 +139,9 @@ def decode(
         logits, cache = forward(
             params, rows.token[:, None], cache, lengths=alive.astype(jnp.int32), last_only=True, backend=backend
         )
-        token, logprob = sample(logits, sampling, rows.drawn, history=history, stop_ids=rows.stop_ids, backend=backend)
-        new = Drawn(jnp.where(alive, token, NO_TOKEN), jnp.where(alive, logprob, 0.0), _top(logits, out))
+        token, logprob = sample(logits, sampling, rows.drawn, history, stop_ids=rows.stop_ids, backend=backend)
+        likeliest = top_logprobs(logits, MAX_TOP_LOGPROBS) if kind == "full" else None
+        new = Drawn(jnp.where(alive, token, NO_TOKEN), jnp.where(alive, logprob, 0.0), likeliest)
         rows = advance(replace(rows, length=cache.lengths), token)
         out = jax.tree.map(lambda a, b: lax.dynamic_update_index_in_dim(a, b, i, 0), out, new)
         return i + 1, (cache.k, cache.v), rows, history.add(token, alive), out
@@ -171,14 +172,6 @@ def sampling_of(rows: Rows, keys: jax.Array, extras: Extras | None, kind: str) -
         return Sampling(keys, rows.temperature, rows.top_k, rows.top_p, rows.min_p)
     cuts = dict(temperature=rows.temperature, top_k=rows.top_k, top_p=rows.top_p, min_p=rows.min_p)
     return replace(extras.settings, key=keys, **cuts)
-
-
-def _top(logits: jax.Array, out: Drawn) -> tuple[jax.Array, jax.Array] | None:
-    if out.top is None:
-        return None
-    values, ids = lax.top_k(jax.nn.log_softmax(logits, axis=-1), min(MAX_TOP_LOGPROBS, logits.shape[-1]))
-    pad = ((0, 0), (0, MAX_TOP_LOGPROBS - values.shape[-1]))
-    return jnp.pad(ids, pad, constant_values=NO_TOKEN).astype(jnp.int32), jnp.pad(values, pad)
 
 
 def _jit(function, *static: str):

@@ -210,6 +210,32 @@ def test_every_setting_holds_row_by_row_also_after_a_preemption() -> None:
     assert plain.completion.top_logprobs == []
 
 
+def test_generate_takes_the_same_settings() -> None:
+    rows = dict(
+        temperature=(0.0, 0.0, 0.9, 0.0), seed=(0, 0, 3, 0), presence_penalty=(1.5, 0.0, 0.4, 0.0),
+        frequency_penalty=(0.0, 0.7, 0.3, 0.0), repetition_penalty=(1.0, 1.0, 1.1, 1.7), min_tokens=(6, 0, 3, 0),
+        logit_bias=({}, {11: 4.0, 12: float("-inf")}, {7: 2.0}, {}),
+    )  # fmt: skip
+    words, stops, prompt = ((14,), (20, 14), (63, 20, 9)), tuple(range(60, 66)), tiny.prompt(30)
+    out = generate(
+        tiny.model(),
+        np.asarray([prompt] * 4),
+        max_new_tokens=24,
+        sampling=make_sampling(4, bad_words=words, **rows),
+        stop_ids=stops,
+        top_logprobs=2,
+    )
+    assert out.top is not None
+    for i, n in enumerate(out.lengths.tolist()):
+        settings_ = SamplingSettings(bad_words=words, **{name: values[i] for name, values in rows.items()})
+        request, ids = Request(prompt, 24, settings_, stops), out.tokens[i, :n].tolist()
+        assert_same(tiny.model(), request, ids, out.logprobs[i, :n].tolist())
+        likeliest, values = (np.asarray(a[i, :n]) for a in out.top)
+        found = (likeliest == np.asarray(ids)[:, None]) * values
+        np.testing.assert_allclose(found.sum(1), np.where(found.any(1), out.logprobs[i, :n], 0), atol=1e-5)
+        assert (values[:, 0] >= values[:, 1]).all()
+
+
 def test_what_the_settings_are_for() -> None:
     e, prompt = engine(), tiny.prompt(20)
     free = e.generate([prompt], max_new_tokens=12, stop_ids=())[0].ids
