@@ -108,7 +108,7 @@ class Session:
         self._check(prompts)
         self.timings, self.backends = Timings(), {}
         self._static = {"backend": self.backend, "arch": known(self.params)}
-        clock = _Clock(self.timings)
+        clock = Clock(self.timings)
         limit = np.asarray([min(max_new_tokens, self.max_len - len(p)) for p in prompts], np.int32)
         logits, cache = self._prefill(prompts, int(limit.max()))
         sampling = make_sampling(self.batch) if sampling is None else sampling
@@ -128,7 +128,7 @@ class Session:
                     self._record("decode", choices)
                     left -= self.chunk
                 tokens = self._collect(output)
-                clock.tick(tokens, steps=output.tokens.size // self.batch)
+                clock.tick(sum(map(len, tokens.ids)), steps=output.tokens.size // self.batch)
                 yield tokens
                 if ahead is None or not any(tokens.ids):
                     break
@@ -186,16 +186,17 @@ class Session:
         return self._cache if size <= self._cache.max_len else grow(self._cache, size)
 
 
-class _Clock:
+class Clock:
     """Adds the time between two ticks to the right field of a `Timings`."""
 
     def __init__(self, timings: Timings) -> None:
         self._timings, self._since, self._compiled = timings, time.perf_counter(), compile_seconds()
 
-    def tick(self, tokens: TokenChunk, steps: int) -> None:
+    def tick(self, new: int, steps: int) -> None:
+        """Note that ``new`` tokens have come, from so many decode steps of all rows."""
         now, compiled, timings = time.perf_counter(), compile_seconds(), self._timings
         compiling = min(compiled - self._compiled, now - self._since)
-        spent, new = now - self._since - compiling, sum(map(len, tokens.ids))
+        spent = now - self._since - compiling
         timings.compile += compiling
         if timings.new_tokens == 0:
             timings.prefill += spent

@@ -1,6 +1,6 @@
 """``jllama perplexity --model M --text FILE``: measure how well a model predicts a text.
 
-The text is split into windows, which run in batches. Each window starts with a beginning-of-sequence token. Every token
+The text is split into windows, which an `Engine` scores. Each window starts with a beginning-of-sequence token. Every token
 is scored exactly once. If ``--stride`` is smaller than the window, windows overlap, so that a token has more context.
 Adjacent tokens are not independent, but windows nearly are. So the confidence interval is computed from windows.
 """
@@ -9,20 +9,19 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jllama.cli.inputs import read_text
 from jllama.cli.options import Parser, add_model_flags
+from jllama.cli.progress import Progress
 from jllama.errors import InputError, reported
 
 if TYPE_CHECKING:
-    from jllama.config import Backend
-    from jllama.params import Params
+    from jllama.engine.engine import Engine
 
-_LOGITS_BYTES = 256 << 20  # limit for the logits of one batch
 _Z = 1.959964  # 95 %
 
 
@@ -65,41 +64,20 @@ def cut(ids: list[int], window: int, stride: int | None = None, limit: int | Non
 
 
 def measure(
-    params: "Params",
-    windows: list[Window],
-    bos_id: int,
-    *,
-    batch: int | None = None,
-    backend: "Backend" = "auto",
-    progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda batches, _: batches,
+    engine: "Engine", windows: list[Window], *, progress: Callable[[int], None] = lambda finished: None
 ) -> Perplexity:
-    """The perplexity of ``windows``, which are run in batches."""
+    """The perplexity of ``windows``. ``progress`` is told how many windows are finished."""
+    from jllama.engine.request import Request
+
     if not windows:
         raise InputError("text: expected at least one token, found none")
-    width = max(len(window.ids) for window in windows)
-    batch = batch or max(1, min(16, len(windows), _LOGITS_BYTES // (4 * width * params.config.vocab_size)))
-    groups = [windows[i : i + batch] for i in range(0, len(windows), batch)]
-    sums: list[float] = []
-    for group in progress(groups, len(groups)):
-        sums += _sums(params, group, batch, width, bos_id, backend)
+    bos_id = engine.params.config.bos_id
+    requests = [Request([bos_id, *w.ids], score_from=1 + len(w.ids) - w.counted) for w in windows]
+    handles = engine.submit_all(requests)
+    for events in engine.follow(handles):
+        progress(len(events))  # a window has one event, at its end
+    sums = [-math.fsum(handle.completion.logprobs) for handle in handles]
     return summary(sums, [window.counted for window in windows])
-
-
-def _sums(
-    params: "Params", group: list[Window], batch: int, width: int, bos_id: int, backend: "Backend"
-) -> Iterator[float]:
-    """The summed negative log-likelihood of each window. The batch is padded, so that one program is compiled."""
-    import numpy as np
-
-    from jllama.scoring import token_logprobs
-
-    tokens = np.full((batch, width + 1), bos_id, np.int32)
-    for row, window in zip(tokens, group, strict=False):
-        row[1 : 1 + len(window.ids)] = window.ids
-    logprobs = np.asarray(token_logprobs(params, tokens, backend=backend), np.float64)
-    for row, window in zip(logprobs, group, strict=False):
-        end = len(window.ids)
-        yield -float(row[end - window.counted : end].sum())
 
 
 def summary(sums: list[float], counts: list[int]) -> Perplexity:
@@ -133,8 +111,8 @@ def parser() -> Parser:
     parser.add_argument("--window", type=int, metavar="N", help="tokens per window, including bos (default: 512)")
     parser.add_argument("--stride", type=int, metavar="N", help="tokens between window starts (default: no overlap)")
     parser.add_argument("--windows", type=int, metavar="N", help="maximum number of windows (default: all)")
-    help_batch = "windows per batch (default: as many as 256 MB of logits allow, at most 16)"
-    parser.add_argument("--batch-size", type=int, metavar="B", help=help_batch)
+    help_slots = "windows that run at a time (default: 16)"
+    parser.add_argument("--slots", "--batch-size", type=int, default=16, metavar="N", help=help_slots)
     add_model_flags(parser)
     parser.add_argument("--json", action="store_true", help="print a JSON object")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
@@ -145,9 +123,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command. Returns the exit code."""
     args = parser().parse_args(argv)
     with reported("jllama perplexity"):
-        for name in ("windows", "batch_size"):
+        for name in ("windows", "slots"):
             if (value := getattr(args, name)) is not None and value < 1:
-                raise InputError(f"--{name.replace('_', '-')}: expected at least 1, found {value}")
+                raise InputError(f"--{name}: expected at least 1, found {value}")
         text = read_text(args.text)
         from jllama.cli.runtime import as_input_error
 
@@ -157,9 +135,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace, text: str) -> str:
     """Load the model and measure. Returns the text to print."""
-    from tqdm import tqdm
-
     from jllama.cli.runtime import open_model
+    from jllama.engine.engine import Engine, pages_in_memory
+    from jllama.paged import pages_for
 
     lm = open_model(args, quiet=args.quiet).lm
     window = min(512, lm.max_len) if args.window is None else args.window
@@ -168,14 +146,16 @@ def run(args: argparse.Namespace, text: str) -> str:
     windows = cut(lm.tokenizer.encode(text, bos=False), window, args.stride, args.windows)
     if not windows:
         raise InputError(f"{args.text}: expected at least one token of text, found none")
-    result = measure(
-        lm.params,
-        windows,
-        lm.tokenizer.bos_id,
-        batch=args.batch_size,
-        backend=args.backend,
-        progress=lambda groups, total: tqdm(groups, total=total, unit="batch", disable=True if args.quiet else None),
+    slots = min(args.slots, len(windows))
+    pages = slots * pages_for(window)
+    engine = Engine(
+        lm.params, slots=slots, pages=min(pages, pages_in_memory(lm.params, 0.9)), max_len=window, backend=args.backend
     )
+    bar = Progress(len(windows), "window", quiet=args.quiet)
+    try:
+        result = measure(engine, windows, progress=bar.add)
+    finally:
+        bar.close()
     if args.json:
         # JSON has no inf and nan, so they become null.
         values = {key: _finite(value) for key, value in asdict(result).items()}

@@ -98,13 +98,15 @@ class Request:
 
 @dataclass
 class Completion:
-    """What a request got; it grows until ``finish_reason`` is there. ``ids`` has the stop token, too."""
+    """The completion of one prompt. It grows until ``finish_reason`` is set."""
 
-    ids: list[int] = field(default_factory=list)
+    prompt_ids: list[int]
+    ids: list[int] = field(default_factory=list)  # the new ids, including a stop token
     logprobs: list[float] = field(default_factory=list)  # under the model's own distribution
-    finish_reason: FinishReason | None = None
-    top_logprobs: list[dict[int, float]] = field(default_factory=list)  # by token, where asked for
-    greedy: list[bool] = field(default_factory=list)  # of what is scored: whether it was the likeliest
+    text: str = ""  # only where a tokenizer takes part: `jllama.LM` and `jllama.complete`
+    finish_reason: FinishReason | None = None  # "stop": a token or a text that ends it
+    top_logprobs: list[dict[int, float]] = field(default_factory=list)  # by token, the likeliest first; where asked for
+    greedy: list[bool] = field(default_factory=list)  # of `Engine.score`: whether the token is the likeliest
 
 
 @dataclass(eq=False)
@@ -113,7 +115,7 @@ class Handle:
 
     request: Request
     scheduled: Scheduled
-    completion: Completion = field(default_factory=Completion)
+    completion: Completion
 
     @property
     def finished(self) -> bool:

@@ -15,7 +15,7 @@ from jllama.config import Backend
 from jllama.decode import NO_TOKEN
 from jllama.engine.request import MAX_TOP_LOGPROBS
 from jllama.engine.state import EngineState, Extras, Rows
-from jllama.kernels import log_probability
+from jllama.kernels import log_probability, recorded
 from jllama.model import forward
 from jllama.paged import PagedCache
 from jllama.params import Params
@@ -45,7 +45,9 @@ def feed(
 ) -> EngineState:
     """Put keys and values of prompts into the cache. What fills a piece up comes behind its sequence's end, where it is
     overwritten before it is seen."""
-    _, cache = forward(params, tokens, PagedCache(state.k, state.v, table, start), last_only=True, backend=backend)
+    cache = PagedCache(state.k, state.v, table, start)
+    with jax.named_scope("jllama.feed"):
+        _, cache = forward(params, tokens, cache, last_only=True, backend=backend)
     return replace(state, k=cache.k, v=cache.v)
 
 
@@ -136,10 +138,12 @@ def decode(
         i, (k, v), rows, history, out = carry
         cache = PagedCache(k, v, table, rows.length)
         alive = ~rows.done
-        logits, cache = forward(
-            params, rows.token[:, None], cache, lengths=alive.astype(jnp.int32), last_only=True, backend=backend
-        )
-        token, logprob = sample(logits, sampling, rows.drawn, history, stop_ids=rows.stop_ids, backend=backend)
+        with jax.named_scope("jllama.decode"):
+            logits, cache = forward(
+                params, rows.token[:, None], cache, lengths=alive.astype(jnp.int32), last_only=True, backend=backend
+            )
+        with jax.named_scope("jllama.draw"):
+            token, logprob = sample(logits, sampling, rows.drawn, history, stop_ids=rows.stop_ids, backend=backend)
         likeliest = top_logprobs(logits, MAX_TOP_LOGPROBS) if kind == "full" else None
         new = Drawn(jnp.where(alive, token, NO_TOKEN), jnp.where(alive, logprob, 0.0), likeliest)
         rows = advance(replace(rows, length=cache.lengths), token)
@@ -178,5 +182,8 @@ def _jit(function, *static: str):
     return jax.jit(function, static_argnames=static, donate_argnames="state")
 
 
-jit_feed, jit_score, jit_decode = _jit(feed, "backend"), _jit(score, "backend"), _jit(decode, "most", "kind", "backend")
+# Those that run the model also take ``arch``, the device to compile for, and return the choices of their trace for
+# every op (see `recorded`). A profile shows them under their names: ``jit_feed``, ``jit_decode`` and so on.
+jit_feed, jit_score = (_jit(recorded(function), "backend", "arch") for function in (feed, score))
+jit_decode = _jit(recorded(decode), "most", "kind", "backend", "arch")
 jit_join, jit_join_extras, jit_copy = _jit(join), _jit(join_extras), _jit(copy)

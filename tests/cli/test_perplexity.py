@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import CONFIG, model, prompt
+from tiny import model, prompt
 
 from jllama.cli.perplexity import Perplexity, cut, main, measure, summary
+from jllama.engine.engine import Engine
 from jllama.errors import InputError
 from jllama.formats.checkpoint import load
 from jllama.model import forward
@@ -39,8 +40,8 @@ def test_it_is_what_the_definition_says(window: int, stride: int | None) -> None
     ids = prompt(50)
     windows = cut(ids, window, stride)
     assert sum(w.counted for w in windows) == len(ids)
-    for batch in (1, 3, None):
-        result = measure(model(), windows, CONFIG.bos_id, batch=batch)
+    for slots in (1, 3):
+        result = measure(Engine(model(), slots=slots, pages=slots * 4, budget=64), windows)
         assert result.mean_nll == pytest.approx(direct(ids, window, stride), rel=1e-5)
         assert result.perplexity == pytest.approx(math.exp(result.mean_nll))
         assert (result.tokens, result.windows) == (50, len(windows))
@@ -56,7 +57,7 @@ def test_windows_are_cut_as_asked() -> None:
         with pytest.raises(InputError, match="--stride: expected 1 to"):
             cut(ids, window, stride)
     with pytest.raises(InputError, match="expected at least one token"):
-        measure(model(), [], 1)
+        measure(Engine(model(), slots=1, pages=4, budget=64), [])
 
 
 def test_the_interval_covers_the_mean_as_often_as_it_says() -> None:
@@ -82,7 +83,7 @@ def test_a_trained_model_has_the_perplexity_of_float64(index: int, data: Path) -
     ids = load_tokenizer(data / "tokenizer" / "tok512.model").encode(path.read_text()[:200_000], bos=False)
     windows = cut(ids, 512, limit=case["windows"])
     params = load(data / "weights" / "stories260K_hf", dtype="float32")
-    result = measure(params, windows, 1)
+    result = measure(Engine(params, slots=8, pages=64, max_len=512), windows)
     assert (result.tokens, result.windows) == (case["targets"], case["windows"])
     assert result.perplexity == pytest.approx(case["ppl"], rel=1e-3)
 
@@ -120,7 +121,7 @@ def test_the_command(files: tuple[Path, Path], capsys: pytest.CaptureFixture[str
         (["--window", "1"], "--window: expected 2 to 64"),
         (["--window", "9", "--stride", "9"], "--stride: expected 1 to 8"),
         (["--windows", "0"], "--windows: expected at least 1"),
-        (["--batch-size", "-1"], "--batch-size: expected at least 1"),
+        (["--batch-size", "-1"], "--slots: expected at least 1"),
         (["--text", "nowhere.txt"], "nowhere.txt: cannot be read: No such file"),
     ],
 )

@@ -122,7 +122,7 @@ SETTINGS = {
         min_tokens=(0, 0, 9, 0),
         logit_bias=[{}, {}, {}, {11: 4.0, 12: float("-inf")}],
         bad_words=[[14], [20, 14]],
-    ),  # fmt: skip
+    ),
 }
 
 
