@@ -122,7 +122,6 @@ def run(args: argparse.Namespace, prompts: list[str], options: dict[str, Any]) -
     from jllama.decode import check_prompts
     from jllama.engine.request import Completion
 
-    count = len(prompts) * args.samples
     model = open_model(args, quiet=args.quiet)
     lm = model.lm
     ids = [lm.tokenizer.encode(text) for text in prompts]

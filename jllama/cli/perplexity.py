@@ -1,8 +1,9 @@
 """``jllama perplexity --model M --text FILE``: measure how well a model predicts a text.
 
-The text is split into windows, which an `Engine` scores. Each window starts with a beginning-of-sequence token. Every token
-is scored exactly once. If ``--stride`` is smaller than the window, windows overlap, so that a token has more context.
-Adjacent tokens are not independent, but windows nearly are. So the confidence interval is computed from windows.
+The text is split into windows, which an `Engine` scores. Each window starts with a beginning-of-sequence token. Every
+token is scored exactly once. If ``--stride`` is smaller than the window, windows overlap, so that a token has more
+context. Adjacent tokens are not independent, but windows nearly are. So the confidence interval is computed from
+windows.
 """
 
 import argparse

@@ -49,8 +49,8 @@ class Statistics:
 class Engine:
     """Many requests on one model: ``slots`` of them draw at a time, over a cache of ``pages`` pages of 64 positions, by
     default as many as fit into ``memory`` of the device's (on a CPU, at most what all slots can use). A request has at
-    most ``max_len`` tokens (default: the model's context). A turn feeds at most ``budget`` tokens of prompts. ``tuning``
-    are the sizes of launches (default: those for the device). One thread may use an engine at a time."""
+    most ``max_len`` tokens (default: the model's context). A turn feeds at most ``budget`` tokens of prompts.
+    ``tuning`` are the sizes of launches (default: those for the device). One thread may use an engine at a time."""
 
     def __init__(
         self,
