@@ -63,14 +63,16 @@ class History:
         )
 
 
-def begin_history(sampling: Sampling, tokens: jax.Array, lengths: jax.Array, vocab_size: int) -> History:
+def begin_history(
+    sampling: Sampling, tokens: jax.Array | np.ndarray, lengths: jax.Array | np.ndarray, vocab_size: int
+) -> History:
     """What the settings need to know of prompts ``tokens`` [B, T], of which the first ``lengths`` [B] tokens are real.
     Where no setting needs anything, nothing is computed."""
     counted = sampling.presence_penalty is not None or sampling.frequency_penalty is not None
     recent = None
     if sampling.bad_words is not None:
         back = lengths[:, None] - jnp.arange(sampling.bad_words.shape[-1] - 1, 0, -1)  # [B, m - 1]
-        recent = jnp.where(back >= 0, jnp.take_along_axis(tokens, jnp.maximum(back, 0), axis=1), NOTHING)
+        recent = jnp.where(back >= 0, jnp.take_along_axis(jnp.asarray(tokens), jnp.maximum(back, 0), axis=1), NOTHING)
     return History(
         seen=None if sampling.repetition_penalty is None else tokens_seen(tokens, lengths, vocab_size),
         counts=jnp.zeros((tokens.shape[0], vocab_size), jnp.int32) if counted else None,
@@ -78,7 +80,7 @@ def begin_history(sampling: Sampling, tokens: jax.Array, lengths: jax.Array, voc
     )
 
 
-def tokens_seen(tokens: jax.Array, lengths: jax.Array, vocab_size: int) -> jax.Array:
+def tokens_seen(tokens: jax.Array | np.ndarray, lengths: jax.Array | np.ndarray, vocab_size: int) -> jax.Array:
     """[B, V] bool: which ids occur in each row of ``tokens`` [B, T]. Only the first ``lengths`` [B] tokens count."""
     B, T = tokens.shape
     real = jnp.arange(T)[None] < lengths[:, None]

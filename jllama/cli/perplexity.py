@@ -21,8 +21,10 @@ from jllama.cli.progress import Progress
 from jllama.errors import InputError, reported
 
 if TYPE_CHECKING:
-    from jllama.engine.engine import Engine
+    from jllama.config import Backend
+    from jllama.params import Params
 
+SLOTS = 16  # windows at a time
 _Z = 1.959964  # 95 %
 
 
@@ -65,14 +67,25 @@ def cut(ids: list[int], window: int, stride: int | None = None, limit: int | Non
 
 
 def measure(
-    engine: "Engine", windows: list[Window], *, progress: Callable[[int], None] = lambda finished: None
+    params: "Params",
+    windows: list[Window],
+    bos_id: int,
+    *,
+    slots: int = SLOTS,
+    backend: "Backend" = "auto",
+    progress: Callable[[int], None] = lambda finished: None,
 ) -> Perplexity:
-    """The perplexity of ``windows``. ``progress`` is told how many windows are finished."""
+    """The perplexity of ``windows``, of which ``slots`` run at a time. ``progress`` is told how many more are
+    finished."""
+    from jllama.engine.engine import Engine, pages_in_memory
     from jllama.engine.request import Request
+    from jllama.paged import pages_for
 
     if not windows:
         raise InputError("text: expected at least one token, found none")
-    bos_id = engine.params.config.bos_id
+    longest, slots = 1 + max(len(window.ids) for window in windows), min(slots, len(windows))
+    pages = min(slots * pages_for(longest), pages_in_memory(params, 0.9))
+    engine = Engine(params, slots=slots, pages=pages, max_len=longest, backend=backend)
     requests = [Request([bos_id, *w.ids], score_from=1 + len(w.ids) - w.counted) for w in windows]
     handles = engine.submit_all(requests)
     for events in engine.follow(handles):
@@ -113,7 +126,7 @@ def parser() -> Parser:
     parser.add_argument("--stride", type=int, metavar="N", help="tokens between window starts (default: no overlap)")
     parser.add_argument("--windows", type=int, metavar="N", help="maximum number of windows (default: all)")
     help_slots = "windows that run at a time (default: 16)"
-    parser.add_argument("--slots", "--batch-size", type=int, default=16, metavar="N", help=help_slots)
+    parser.add_argument("--slots", "--batch-size", type=int, default=SLOTS, metavar="N", help=help_slots)
     add_model_flags(parser)
     parser.add_argument("--json", action="store_true", help="print a JSON object")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
@@ -137,8 +150,6 @@ def main(argv: list[str] | None = None) -> int:
 def run(args: argparse.Namespace, text: str) -> str:
     """Load the model and measure. Returns the text to print."""
     from jllama.cli.runtime import open_model
-    from jllama.engine.engine import Engine, pages_in_memory
-    from jllama.paged import pages_for
 
     lm = open_model(args, quiet=args.quiet).lm
     window = min(512, lm.max_len) if args.window is None else args.window
@@ -147,14 +158,10 @@ def run(args: argparse.Namespace, text: str) -> str:
     windows = cut(lm.tokenizer.encode(text, bos=False), window, args.stride, args.windows)
     if not windows:
         raise InputError(f"{args.text}: expected at least one token of text, found none")
-    slots = min(args.slots, len(windows))
-    pages = slots * pages_for(window)
-    engine = Engine(
-        lm.params, slots=slots, pages=min(pages, pages_in_memory(lm.params, 0.9)), max_len=window, backend=args.backend
-    )
     bar = Progress(len(windows), "window", quiet=args.quiet)
     try:
-        result = measure(engine, windows, progress=bar.add)
+        bos_id = lm.tokenizer.bos_id
+        result = measure(lm.params, windows, bos_id, slots=args.slots, backend=args.backend, progress=bar.add)
     finally:
         bar.close()
     if args.json:

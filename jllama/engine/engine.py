@@ -274,7 +274,7 @@ class Engine:
     def _read(self, launch: Launch) -> list[Event]:
         events: list[Event] = []
         drawn, scores = jax.device_get((launch.drawn, launch.scores))  # blocks
-        if drawn is not None:
+        if launch.rows:
             self._decode_steps += int((drawn.tokens != NO_TOKEN).any(axis=1).sum())
         for i, s in enumerate(launch.rows):
             count = int((drawn.tokens[:, i] != NO_TOKEN).sum())

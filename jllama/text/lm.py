@@ -30,6 +30,7 @@ from jllama.text.tokenizer import Tokenizer, tokenizer_for
 
 SLOTS = {"cpu": 16}  # rows of an engine at a time, by platform
 SLOTS_ELSEWHERE = 64  # a GPU reads all weights for each step, so that 64 rows take little longer than one
+MIN_PAGES = 16  # smallest pool
 MEMORY = 0.9  # of the free memory, at most, is for the pages of an engine
 
 
@@ -278,9 +279,9 @@ class LM:
         """An engine for requests of these lengths, prompts and new tokens together: the idle one if it fits, or a new
         one. Two runs at the same time have separate engines."""
         slots = SLOTS.get(default_device().platform, SLOTS_ELSEWHERE) if slots is None else slots
-        slots = min(slots, bucket(len(lengths), 1))
-        longest = min(bucket(max(lengths, default=1), MIN_CACHE), self.max_len)  # few shapes, so few compilations
-        pages = bucket(sum(sorted(map(pages_for, lengths))[-slots:]), 1)
+        # Few sizes, so that few shapes are compiled.
+        longest = min(bucket(max(lengths, default=1), MIN_CACHE), self.max_len)
+        pages = bucket(sum(sorted(map(pages_for, lengths))[-slots:]), MIN_PAGES)
         engine, self._idle_engine = self._idle_engine, None
         if engine is None or not _serves(engine, self, slots, longest, pages):
             del engine  # its pages are free before the new ones are made

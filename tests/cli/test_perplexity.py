@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import model, prompt
+from tiny import CONFIG, model, prompt
 
 from jllama.cli.perplexity import Perplexity, cut, main, measure, summary
-from jllama.engine.engine import Engine
 from jllama.errors import InputError
 from jllama.formats.checkpoint import load
 from jllama.model import forward
@@ -40,11 +39,12 @@ def test_it_is_what_the_definition_says(window: int, stride: int | None) -> None
     ids = prompt(50)
     windows = cut(ids, window, stride)
     assert sum(w.counted for w in windows) == len(ids)
-    for slots in (1, 3):
-        result = measure(Engine(model(), slots=slots, pages=slots * 4, budget=64), windows)
-        assert result.mean_nll == pytest.approx(direct(ids, window, stride), rel=1e-5)
-        assert result.perplexity == pytest.approx(math.exp(result.mean_nll))
-        assert (result.tokens, result.windows) == (50, len(windows))
+    finished: list[int] = []
+    result = measure(model(), windows, CONFIG.bos_id, slots=3, progress=finished.append)
+    assert result.mean_nll == pytest.approx(direct(ids, window, stride), rel=1e-5)
+    assert result.perplexity == pytest.approx(math.exp(result.mean_nll))
+    assert (result.tokens, result.windows) == (50, len(windows))
+    assert sum(finished) == len(windows)
 
 
 def test_windows_are_cut_as_asked() -> None:
@@ -57,7 +57,7 @@ def test_windows_are_cut_as_asked() -> None:
         with pytest.raises(InputError, match="--stride: expected 1 to"):
             cut(ids, window, stride)
     with pytest.raises(InputError, match="expected at least one token"):
-        measure(Engine(model(), slots=1, pages=4, budget=64), [])
+        measure(model(), [], 1)
 
 
 def test_the_interval_covers_the_mean_as_often_as_it_says() -> None:
@@ -83,7 +83,7 @@ def test_a_trained_model_has_the_perplexity_of_float64(index: int, data: Path) -
     ids = load_tokenizer(data / "tokenizer" / "tok512.model").encode(path.read_text()[:200_000], bos=False)
     windows = cut(ids, 512, limit=case["windows"])
     params = load(data / "weights" / "stories260K_hf", dtype="float32")
-    result = measure(Engine(params, slots=8, pages=64, max_len=512), windows)
+    result = measure(params, windows, 1)
     assert (result.tokens, result.windows) == (case["targets"], case["windows"])
     assert result.perplexity == pytest.approx(case["ppl"], rel=1e-3)
 
