@@ -140,7 +140,8 @@ def decode(
             params, rows.token[:, None], cache, lengths=alive.astype(jnp.int32), last_only=True, backend=backend
         )
         token, logprob = sample(logits, sampling, rows.drawn, history=history, stop_ids=rows.stop_ids, backend=backend)
-        new = Drawn(jnp.where(alive, token, NO_TOKEN), jnp.where(alive, logprob, 0.0), _top(logits, out))
+        best = None if out.top is None else top_logprobs(logits)
+        new = Drawn(jnp.where(alive, token, NO_TOKEN), jnp.where(alive, logprob, 0.0), best)
         rows = advance(replace(rows, length=cache.lengths), token)
         out = jax.tree.map(lambda a, b: lax.dynamic_update_index_in_dim(a, b, i, 0), out, new)
         return i + 1, (cache.k, cache.v), rows, history.add(token, alive), out
@@ -148,10 +149,15 @@ def decode(
     begin = (jnp.int32(0), (state.k, state.v), rows, extras.history if extras else History(), out)
     _, (k, v), rows, history, out = lax.while_loop(more, step, begin)
     if extras is not None:
-        assert state.extras is not None
-        merged = jax.tree.map(lambda a, b: a.at[slots].set(b, mode="drop"), state.extras.history, history)
-        state = replace(state, extras=replace(state.extras, history=merged))
+        state = put_history(state, slots, history)
     return replace(state, k=k, v=v, rows=state.rows.put(slots, rows)), out
+
+
+def put_history(state: EngineState, slots: jax.Array, history: History) -> EngineState:
+    """The state with the history of the rows in some slots; a slot past the last is dropped."""
+    assert state.extras is not None
+    merged = jax.tree.map(lambda a, b: a.at[slots].set(b, mode="drop"), state.extras.history, history)
+    return replace(state, extras=replace(state.extras, history=merged))
 
 
 def advance(rows: Rows, token: jax.Array) -> Rows:
@@ -173,9 +179,8 @@ def sampling_of(rows: Rows, keys: jax.Array, extras: Extras | None, kind: str) -
     return replace(extras.settings, key=keys, **cuts)
 
 
-def _top(logits: jax.Array, out: Drawn) -> tuple[jax.Array, jax.Array] | None:
-    if out.top is None:
-        return None
+def top_logprobs(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The likeliest tokens of logits [R, V] and their log-probabilities: [R, MAX_TOP_LOGPROBS]; NO_TOKEN fills up."""
     values, ids = lax.top_k(jax.nn.log_softmax(logits, axis=-1), min(MAX_TOP_LOGPROBS, logits.shape[-1]))
     pad = ((0, 0), (0, MAX_TOP_LOGPROBS - values.shape[-1]))
     return jnp.pad(ids, pad, constant_values=NO_TOKEN).astype(jnp.int32), jnp.pad(values, pad)
