@@ -13,13 +13,14 @@ import jax.numpy as jnp
 
 from jllama.config import Backend
 from jllama.decode import NO_TOKEN
+from jllama.engine.request import MAX_TOP_LOGPROBS
 from jllama.engine.state import EngineState
-from jllama.engine.steps import Drawn, advance, put_history, sampling_of, top_logprobs
-from jllama.kernels import log_probability
+from jllama.engine.steps import Drawn, advance, put_history, sampling_of
+from jllama.kernels import log_probability, recorded
 from jllama.model import forward
 from jllama.paged import PagedCache
 from jllama.params import Params
-from jllama.sampling import History, adjust, draw_adjusted
+from jllama.sampling import History, adjust, draw_adjusted, top_logprobs
 
 
 def look_ahead(
@@ -65,7 +66,7 @@ def draw_allowed(
     token = jnp.where(drawn_logit == -jnp.inf, jnp.argmax(allowed, axis=-1).astype(token.dtype), token)
     alive = ~rows.done
     logprob = jnp.where(alive, log_probability(own, token), 0.0)
-    top = top_logprobs(own) if kind == "full" else None
+    top = top_logprobs(own, MAX_TOP_LOGPROBS) if kind == "full" else None
     drawn = jax.tree.map(lambda a: a[None], Drawn(jnp.where(alive, token, NO_TOKEN), logprob, top))
     if extras is not None:
         state = put_history(state, slots, history.add(token, alive))
@@ -78,5 +79,9 @@ def unpack(mask: jax.Array, vocab: int) -> jax.Array:
     return bits.reshape(mask.shape[0], -1)[:, :vocab] == 1
 
 
-jit_look_ahead = jax.jit(look_ahead, static_argnames="backend", donate_argnames=("state", "logits"))
-jit_draw_allowed = jax.jit(draw_allowed, static_argnames=("kind", "backend"), donate_argnames="state")
+jit_look_ahead = jax.jit(
+    recorded(look_ahead), static_argnames=("backend", "arch"), donate_argnames=("state", "logits")
+)
+jit_draw_allowed = jax.jit(
+    recorded(draw_allowed), static_argnames=("kind", "backend", "arch"), donate_argnames="state"
+)

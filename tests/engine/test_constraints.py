@@ -12,20 +12,21 @@ from toy_grammar import BEGIN, Walk, walk
 from jllama import Engine, Request, SamplingSettings
 from jllama.engine import masked, steps
 from jllama.engine.constraint import masks_of
-from jllama.engine.device import PIECE
+from jllama.engine.tuning import Tuning
 from jllama.engine.request import Handle
 from jllama.engine.state import init_extras, init_state, rows_of
 from jllama.errors import InputError
 
 SLOTS, PAGES, MAX_LEN = 2, 8, 192  # few shapes: each is compiled
+TUNING = Tuning(piece=32, steps=(4, 16), rows=(SLOTS,), pieces=(2,))
 VOCAB = tiny.CONFIG.vocab_size
 GRAMMARS = [walk(VOCAB, 1), walk(VOCAB, 2, length=9), None, walk(VOCAB, 3, length=30), None]
-SETTINGS = [SamplingSettings(), SamplingSettings(temperature=0.8, top_k=20), SamplingSettings(1.2, min_p=0.01)]
+SETTINGS = [SamplingSettings(), SamplingSettings(0.8, top_k=20, min_p=0.01)]
 
 
 def engine(pages: int = PAGES) -> Engine:
     """An engine that may use only ``pages`` of its pool."""
-    made = Engine(tiny.model(), slots=SLOTS, pages=PAGES, max_len=MAX_LEN, budget=2 * PIECE)
+    made = Engine(tiny.model(), slots=SLOTS, pages=PAGES, max_len=MAX_LEN, budget=64, tuning=TUNING)
     made._pages.take(PAGES - pages)
     return made
 
@@ -34,8 +35,8 @@ def requests(count: int, seed: int) -> list[Request]:
     rng = random.Random(seed)
     return [
         Request(
-            tiny.prompt(rng.choice((1, 20, 64, 90)), seed=rng.randrange(3)),
-            max_new_tokens=rng.randrange(1, 90),
+            tiny.prompt(rng.choice((1, 20, 40, 50)), seed=rng.randrange(3)),
+            max_new_tokens=rng.choice((1, 9, 70, 90)),
             sampling=SamplingSettings(**vars(rng.choice(SETTINGS)) | {"seed": rng.randrange(100)}),
             stop_ids=rng.choice(((), tuple(range(3, 8)))),
             constraint=rng.choice(GRAMMARS),
@@ -58,7 +59,7 @@ def check(handles: list[Handle]) -> None:
 
 
 def test_texts_are_those_of_requests_alone_whatever_the_neighbours_arrivals_and_preemptions() -> None:
-    e, rng, queue, handles = engine(pages=3), random.Random(4), requests(30, seed=3), []
+    e, rng, queue, handles = engine(pages=3), random.Random(4), requests(24, seed=3), []
     while queue or e.busy:
         for _ in range(min(rng.choice((0, 1, 2)), len(queue))):
             handles.append(e.submit(queue.pop()))
@@ -82,7 +83,7 @@ def test_every_setting_holds_beside_a_constraint_also_after_a_preemption() -> No
     )  # fmt: skip
     grammar = Walk(VOCAB, {t: range(3, 60) for t in range(BEGIN, VOCAB)})
     asked = [
-        Request(tiny.prompt(50 + 9 * i), 70, SamplingSettings(**how, seed=i), (3, 4, 5), constraint=one)
+        Request(tiny.prompt(20 + 5 * i), 70, SamplingSettings(**how, seed=i), (3, 4, 5), constraint=one)
         for i, one in enumerate((grammar, None, grammar, None, grammar))
     ]
     handles = [e.submit(request) for request in asked]
@@ -120,7 +121,7 @@ def test_an_interrupt_in_a_step_changes_no_constrained_text(monkeypatch: pytest.
 
     for place in ("launch", "_look_ahead"):
         e = engine()
-        asked = [Request(tiny.prompt(9 + i), 20, SETTINGS[i], (), constraint=GRAMMARS[i]) for i in range(3)]
+        asked = [Request(tiny.prompt(9 + i), 20, SETTINGS[i % 2], (), constraint=GRAMMARS[i]) for i in range(3)]
         handles = [e.submit(request) for request in asked]
         for _ in range(4):
             e.step()
@@ -171,7 +172,7 @@ def test_a_draw_never_takes_a_masked_token(kind: str) -> None:
     logits = jnp.tile(jnp.linspace(-50, 50, VOCAB), (rows, 1)).at[:, 3].set(-1e30)
     mask = np.zeros((rows, 3), np.uint32)
     mask[0, 0], mask[1, 1], mask[2] = 1 << 3, 1, (0b110, 0, 1 << 31)  # tokens 3; 32; 1, 2 and 95; none
-    state, drawn = masked.jit_draw_allowed(state, logits, np.arange(rows), mask, kind=kind)
+    (state, drawn), _ = masked.jit_draw_allowed(state, logits, np.arange(rows), mask, kind=kind)
     tokens = drawn.tokens[0].tolist()
     assert tokens == [3, 32, 95, steps.NO_TOKEN]
     assert state.rows.done.tolist() == [False, False, False, True]
