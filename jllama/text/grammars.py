@@ -28,6 +28,7 @@ _GROWTH, _LEAST = 256, 64 << 10
 # Between the parts of a JSON text: a space, or a line break with its indentation. Bounded, so that a text ends.
 _JSON = dict(whitespace_pattern=r"( |\n {0,16})", lenient=False, coerce_one_of=False)
 _COUNTS = ("minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties")
+_MARK = "\x01"  # not part of any word, so no merge joins it with the text after it
 _LIMITS = dict(max_lexer_states=20_000, max_grammar_size=100_000, verbose_errors=False)
 
 
@@ -121,9 +122,33 @@ class _Named:
         self.tokens = tokenizer.token_bytes()
         self.eos_token_id, self.bos_token_id = eos_id, tokenizer.bos_id if tokenizer.bos_id >= 0 else None
         self.special_token_ids = sorted(tokenizer.control.ids)
+        self._marks = len(tokenizer.encode(_MARK, bos=False))
+        self._by_bytes = {name: i for i, name in enumerate(self.tokens) if name and i not in tokenizer.control.ids}
+        self._longest = max(map(len, self._by_bytes), default=0)
 
     def __call__(self, text: bytes | str) -> list[int]:
-        return self._tokenizer.encode(text.decode(errors="replace") if isinstance(text, bytes) else text, bos=False)
+        """The ids of text within a text. llguidance asks where only one text may come, and allows these tokens only; so
+        their bytes must be those of the text, without the space that a tokenizer puts before a text's first word."""
+        wanted = text.encode() if isinstance(text, str) else text
+        shown = wanted.decode(errors="replace")
+        ids = self._tokenizer.encode(shown, bos=False)
+        if not self._are(ids, wanted):
+            ids = self._tokenizer.encode(_MARK + shown, bos=False)[self._marks :]
+        return ids if self._are(ids, wanted) else self._greedy(wanted)
+
+    def _are(self, ids: list[int], wanted: bytes) -> bool:
+        return b"".join(self.tokens[i] for i in ids) == wanted
+
+    def _greedy(self, text: bytes) -> list[int]:
+        """The longest token that fits, again and again, up to a byte that no token has."""
+        ids, at = [], 0
+        while at < len(text):
+            found = next((e for e in range(at + self._longest, at, -1) if text[at:e] in self._by_bytes), None)
+            if found is None:
+                break
+            ids.append(self._by_bytes[text[at:found]])
+            at = min(found, len(text))
+        return ids
 
 
 def _source(kind: Kind, value: Any, where: str) -> str:
