@@ -263,9 +263,7 @@ class Engine:
         pairs = zip(prompts, completions, strict=True)
         return self._run([Request([*p, *c], score_from=len(p)) for p, c in pairs], 1)
 
-    def warm_up(
-        self, kinds: Sequence[str] = KINDS[:3], *, constraints: bool = False, progress: bool = False
-    ) -> None:
+    def warm_up(self, kinds: Sequence[str] = KINDS[:3], *, constraints: bool = False, progress: bool = False) -> None:
         """Compile every step for every number of rows, so that no request waits for it; ``kinds`` of drawing as in
         `jllama.engine.steps`, by default all but the one for penalties, biases and their like. ``constraints``: also
         the steps of turns in which some request has one."""

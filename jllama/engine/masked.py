@@ -79,9 +79,5 @@ def unpack(mask: jax.Array, vocab: int) -> jax.Array:
     return bits.reshape(mask.shape[0], -1)[:, :vocab] == 1
 
 
-jit_look_ahead = jax.jit(
-    recorded(look_ahead), static_argnames=("backend", "arch"), donate_argnames=("state", "logits")
-)
-jit_draw_allowed = jax.jit(
-    recorded(draw_allowed), static_argnames=("kind", "backend", "arch"), donate_argnames="state"
-)
+jit_look_ahead = jax.jit(recorded(look_ahead), static_argnames=("backend", "arch"), donate_argnames=("state", "logits"))
+jit_draw_allowed = jax.jit(recorded(draw_allowed), static_argnames=("kind", "backend", "arch"), donate_argnames="state")

@@ -53,7 +53,9 @@ class Options(TypedDict, total=False):
     seed: int  # 0; prompt i of several gets seed + i
     stop: str | Sequence[str]  # a completion ends before any of these texts
     ignore_eos: bool  # continue after end-of-sequence tokens
-    json_schema: Mapping[str, Any] | str  # the completion is JSON of this schema (JSON text or a dict); needs llguidance
+    json_schema: (
+        Mapping[str, Any] | str
+    )  # the completion is JSON of this schema (JSON text or a dict); needs llguidance
     regex: str  # the completion matches this expression as a whole; needs llguidance
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import jsonschema
 
-WORDS = ("red", "green", "a b", "q\"t", "é", "日本", "", "x/y", "null", "Tom")
+WORDS = ("red", "green", "a b", 'q"t', "é", "日本", "", "x/y", "null", "Tom")
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,9 @@ def regex(rng: random.Random, depth: int = 2) -> str:
     if kind == 0:
         return rng.choice(("cat", "do", "42", "é", r"\.", r"\$", " "))
     if kind == 1:
-        return rng.choice(("[a-z]", "[A-Z0-9]", "[^a-z\\x00-\\x1f]", "[0-9]", "[aeiou]")) + rng.choice(("", "{2}", "{1,4}"))
+        return rng.choice(("[a-z]", "[A-Z0-9]", "[^a-z\\x00-\\x1f]", "[0-9]", "[aeiou]")) + rng.choice(
+            ("", "{2}", "{1,4}")
+        )
     if kind == 2:
         return rng.choice((r"[0-9]{4}-[0-9]{2}", r"#[0-9a-f]{6}", r"[a-z]{1,8}@[a-z]{1,8}\.com", r"-?[1-9][0-9]{0,3}"))
     if kind == 3:
@@ -72,7 +74,10 @@ def string(rng: random.Random, _: int) -> dict[str, Any]:
 
 
 def pattern(rng: random.Random, _: int) -> dict[str, Any]:
-    return {"type": "string", "pattern": "^" + rng.choice(("[a-z]{1,6}", "[0-9]{3}-[0-9]{2}", "(on|off)", "x{2,4}")) + "$"}
+    return {
+        "type": "string",
+        "pattern": "^" + rng.choice(("[a-z]{1,6}", "[0-9]{3}-[0-9]{2}", "(on|off)", "x{2,4}")) + "$",
+    }
 
 
 def formatted(rng: random.Random, _: int) -> dict[str, Any]:

@@ -79,7 +79,9 @@ def test_the_shapes_notice_another_text() -> None:
 def test_the_demo_holds_schemas_and_expressions_at_temperature_1() -> None:
     chosen = [s for s in shapes() if s.kind in ("json_schema", "regex")][:40:4]
     for i, shape in enumerate(chosen):
-        out = lm().generate("Once upon a time, ", temperature=1.0, seed=i, max_new_tokens=200, **{shape.kind: shape.value})
+        out = lm().generate(
+            "Once upon a time, ", temperature=1.0, seed=i, max_new_tokens=200, **{shape.kind: shape.value}
+        )
         shape.check(out.text)
         assert out.finish_reason == "stop"
     many = lm().generate(["Tom", "A cat"], regex="(red|blue){2}", temperature=1.0, max_new_tokens=20)
