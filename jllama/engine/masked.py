@@ -1,9 +1,9 @@
 """A decode step in two programs, for turns in which some row has a constraint.
 
 The mask of a token depends on the token before it, so the host must see each one. `look_ahead` computes the logits of
-the next token, which needs no mask; `draw_allowed` draws from them. The host reads a drawn token and makes the next mask
-while `look_ahead` runs. All rows take part, so that a step reads the weights once; those without a constraint may draw
-any token.
+the next token, which needs no mask; `draw_allowed` draws from them. While `look_ahead` runs, the host reads the token
+before and makes the next mask. All rows take part, so that a step reads the weights once; those without a constraint
+may draw any token.
 """
 
 from dataclasses import replace

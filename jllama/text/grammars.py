@@ -1,7 +1,8 @@
 """Constraints on text from JSON schemas, regular expressions, lists of choices and Lark grammars, over llguidance.
 
-What is compiled here comes from requests. So its size and nesting are limited before it is read, llguidance's own limits
-bound the time and memory of each grammar and each mask, and whatever is wrong is an `InputError` that names the field.
+What is compiled here comes from requests. So its size and nesting are limited before it is read, llguidance's own
+limits bound the time and memory of each grammar and each mask, and whatever is wrong is an `InputError` that names the
+field.
 """
 
 import json

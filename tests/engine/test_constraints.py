@@ -1,4 +1,4 @@
-"""Constraints in the engine: no masked token is drawn, and neither a constraint nor its neighbours change another text."""
+"""Constraints in the engine: no masked token is drawn, and no constraint changes the text of a neighbour."""
 
 import random
 
@@ -12,9 +12,9 @@ from toy_grammar import BEGIN, Walk, walk
 from jllama import Engine, Request, SamplingSettings
 from jllama.engine import masked, steps
 from jllama.engine.constraint import masks_of
-from jllama.engine.tuning import Tuning
 from jllama.engine.request import Handle
 from jllama.engine.state import init_extras, init_state, rows_of
+from jllama.engine.tuning import Tuning
 from jllama.errors import InputError
 
 SLOTS, PAGES, MAX_LEN = 2, 8, 192  # few shapes: each is compiled
@@ -139,13 +139,16 @@ def test_the_device_looks_ahead_before_the_host_reads_and_a_warm_engine_compiles
     e, order = engine(), []
     e.warm_up(("greedy",), constraints=True)
     compiled = [f._cache_size() for f in (masked.jit_look_ahead, masked.jit_draw_allowed, steps.jit_decode)]
-    for name in ("_draw", "_look_ahead"):
-        monkeypatch.setattr(e._device, name, lambda *a, n=name, f=getattr(e._device, name): order.append(n) or f(*a))
-    read = e._read
-    monkeypatch.setattr(e, "_read", lambda launch: order.append("read") or read(launch))
+
+    def noted(owner: object, name: str) -> None:
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args: order.append(name) or real(*args))
+
+    for owner, name in ((e._device, "_draw"), (e._device, "_look_ahead"), (e, "_read")):
+        noted(owner, name)
     e.generate([tiny.prompt(5), tiny.prompt(6)], max_new_tokens=3, stop_ids=(), constraint=GRAMMARS[0])
-    first, turn = ["_look_ahead", "_draw", "_look_ahead", "read", "read"], ["_draw", "_look_ahead", "read"]
-    assert order == [*first, *turn, "_draw", "read"]
+    first, turn = ["_look_ahead", "_draw", "_look_ahead", "_read", "_read"], ["_draw", "_look_ahead", "_read"]
+    assert order == [*first, *turn, "_draw", "_read"]
     e.generate([tiny.prompt(5), tiny.prompt(6)], max_new_tokens=3, stop_ids=())
     assert [f._cache_size() for f in (masked.jit_look_ahead, masked.jit_draw_allowed, steps.jit_decode)] == compiled
 

@@ -1,4 +1,4 @@
-"""Constraints of many shapes, after those of the JSON-Schema test suite, all of bounded texts; and what each must hold."""
+"""Constraints of many shapes, after those of the JSON-Schema test suite, whose texts are bounded."""
 
 import json
 import random
