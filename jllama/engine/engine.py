@@ -1,6 +1,7 @@
 """The loop: requests go in, a plan a turn goes to the device, and what the turn before it drew comes out."""
 
 import time
+from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -174,8 +175,12 @@ class Engine:
         those that have not."""
         place = {handle: i // n for i, handle in enumerate(handles)}
         try:
-            left = [h for h in handles if not h.finished]
-            while left:
+            left = deque(handles)
+            while True:
+                while left and left[0].finished:  # the first ones end first, so that few are looked at
+                    left.popleft()
+                if not left:
+                    return
                 if self._paused:
                     raise InputError("engine: it is paused: resume it first")
                 events = [event for event in self.step() if event.handle in place]
@@ -184,7 +189,6 @@ class Engine:
                         why = "logits are NaN: the weights hold NaN or Inf, or overflow this dtype"
                         raise InputError(f"model: prompt {place[event.handle]}: {why}")
                 yield events
-                left = [h for h in left if not h.finished]
         finally:
             for handle in handles:
                 self.abort(handle)

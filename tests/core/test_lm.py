@@ -140,3 +140,31 @@ def test_bad_options_are_one_line() -> None:
         demo().generate(["a"], slots=0)
     with pytest.raises(TypeError, match="temprature"):
         demo().generate("a", temprature=1.0)
+
+
+def test_a_pool_is_as_large_as_the_requests_of_a_call_and_is_kept() -> None:
+    lm = LM(demo().params, demo().tokenizer, demo().max_len)
+    lm.generate(PROMPTS, max_new_tokens=4)
+    first = lm._idle_engine
+    assert first is not None
+    assert first.statistics.pages == 16
+    assert lm.timings.new_tokens == 12
+    assert lm.timings.prompt_tokens == sum(len(lm.tokenizer.encode(text)) for text in PROMPTS)
+    assert lm.backends.keys() == {"prefill", "decode"}
+    lm.generate(PROMPTS, max_new_tokens=4)
+    assert lm._idle_engine is first
+    pieces = lm.complete([jllama.Completion(lm.tokenizer.encode(text)) for text in PROMPTS], max_new_tokens=40)
+    next(pieces)
+    assert lm._idle_engine is None  # another run would have its own
+    pieces.close()
+    assert lm._idle_engine is first
+    assert not first.busy
+
+
+def test_top_log_probabilities_of_one_prompt_and_of_several() -> None:
+    several = demo().generate(PROMPTS, max_new_tokens=4, top_logprobs=3)
+    for text, completion in zip(PROMPTS, several, strict=True):
+        assert demo().generate(text, max_new_tokens=4, top_logprobs=3).ids == completion.ids
+        for token, logprob, top in zip(completion.ids, completion.logprobs, completion.top_logprobs, strict=True):
+            assert len(top) == 3
+            np.testing.assert_allclose(top[token], logprob, atol=1e-4)
