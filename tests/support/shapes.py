@@ -81,7 +81,7 @@ def pattern(rng: random.Random, _: int) -> dict[str, Any]:
 
 
 def formatted(rng: random.Random, _: int) -> dict[str, Any]:
-    return {"type": "string", "format": rng.choice(("date", "time", "uuid", "ipv4"))}
+    return {"type": "string", "format": rng.choice(("date", "uuid", "ipv4"))}
 
 
 def integer(rng: random.Random, _: int) -> dict[str, Any]:
@@ -95,7 +95,8 @@ def multiple(rng: random.Random, _: int) -> dict[str, Any]:
 
 
 def number(rng: random.Random, _: int) -> dict[str, Any]:
-    return {"type": "number", "minimum": rng.choice((-1, 0, 0.5)), "maximum": rng.choice((1, 2.5, 100))}
+    # Without the last, a number may have any number of digits.
+    return {"type": "number", "minimum": 0, "maximum": rng.choice((1, 2.5, 100)), "multipleOf": 0.25}
 
 
 def boolean_or_null(rng: random.Random, _: int) -> dict[str, Any]:
