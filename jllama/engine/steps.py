@@ -153,10 +153,15 @@ def decode(
     begin = (jnp.int32(0), (state.k, state.v), rows, extras.history if extras else History(), out)
     _, (k, v), rows, history, out = lax.while_loop(more, step, begin)
     if extras is not None:
-        assert state.extras is not None
-        merged = jax.tree.map(lambda a, b: a.at[slots].set(b, mode="drop"), state.extras.history, history)
-        state = replace(state, extras=replace(state.extras, history=merged))
+        state = put_history(state, slots, history)
     return replace(state, k=k, v=v, rows=state.rows.put(slots, rows)), out
+
+
+def put_history(state: EngineState, slots: jax.Array, history: History) -> EngineState:
+    """The state with the history of the rows in some slots; a slot past the last is dropped."""
+    assert state.extras is not None
+    merged = jax.tree.map(lambda a, b: a.at[slots].set(b, mode="drop"), state.extras.history, history)
+    return replace(state, extras=replace(state.extras, history=merged))
 
 
 def advance(rows: Rows, token: jax.Array) -> Rows:
