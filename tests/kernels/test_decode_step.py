@@ -93,13 +93,15 @@ def test_reference_is_the_models_forward() -> None:
     params = init(config, jax.random.key(0), dtype=jnp.float32)
     weights = step_weights(stack(params))
     cache = init_cache(config, 2, 16, jnp.float32).replace(lengths=jnp.array([3, 0], jnp.int32))
+    step = jax.jit(functools.partial(decode_step, eps=config.norm_eps, backend="xla"))
+    whole = jax.jit(functools.partial(forward, backend="xla"))
     k, v = jnp.stack(cache.k), jnp.stack(cache.v)
     for tokens in (jnp.array([[7, 9], [8, 1]]), jnp.array([[5], [6]])):
         start = cache.lengths
         cos, sin = model_rotations(start[:, None] + jnp.arange(tokens.shape[1]), config)
         x = params.embed[tokens]
-        logits, k, v = decode_step(x, weights, k, v, start, cos, sin, eps=config.norm_eps, backend="xla")
-        wanted, cache = forward(params, tokens, cache, backend="xla")
+        logits, k, v = step(x, weights, k, v, start, cos, sin)
+        wanted, cache = whole(params, tokens, cache)
         np.testing.assert_allclose(logits, wanted, rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(k, jnp.stack(cache.k), rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(v, jnp.stack(cache.v), rtol=1e-5, atol=1e-5)
