@@ -157,4 +157,4 @@ def test_a_stalled_step_says_where_on_gpu(monkeypatch: pytest.MonkeyPatch, capfd
 
     monkeypatch.setattr(launch.plgpu, "kernel", one_block_less)
     jax.block_until_ready(jax.jit(functools.partial(run_phases, eps=EPS, spin_limit=10_000))(*args))
-    assert "waited in vain for attend of layer 0" in capfd.readouterr().out
+    assert "stopped waiting for attend of layer 0" in capfd.readouterr().out
