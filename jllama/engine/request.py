@@ -110,7 +110,8 @@ class Completion:
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)  # under the model's own distribution
     finish_reason: FinishReason | None = None
-    top_logprobs: list[dict[int, float]] = field(default_factory=list)  # by token, where asked for
+    # By token, where asked for; of what is scored: the likeliest one.
+    top_logprobs: list[dict[int, float]] = field(default_factory=list)
     greedy: list[bool] = field(default_factory=list)  # of what is scored: whether it was the likeliest
 
 
