@@ -3,13 +3,9 @@
 import argparse
 import os
 import sys
-from typing import TYPE_CHECKING
 
 from jllama.cli.options import Parser, add_model_flags
 from jllama.errors import InputError, reported
-
-if TYPE_CHECKING:
-    from jllama.serve.settings import Settings
 
 KEY = "JLLAMA_API_KEY"
 EPILOG = f"""\
@@ -102,6 +98,7 @@ def run(args: argparse.Namespace, keys: tuple[str, ...]) -> int:
     from jllama.cli.runtime import device_line, open_model
     from jllama.engine.engine import Engine
     from jllama.serve.server import bind, say
+    from jllama.serve.settings import Settings
     from jllama.serve.start import compile_ahead
     from jllama.serve.start import run as serve
 
@@ -111,7 +108,13 @@ def run(args: argparse.Namespace, keys: tuple[str, ...]) -> int:
     engine = Engine(
         lm.params, slots=args.slots, pages=args.pages, memory=args.memory, max_len=lm.max_len, backend=lm.backend
     )
-    settings = settings_of(args, keys, opened.source.path.name)
+    settings = Settings(
+        names=tuple(args.served_model_name) or (opened.source.path.name,),
+        api_keys=keys,
+        origins=tuple(args.allow_origin),
+        queue=args.max_queue,
+        access_log=not args.no_access_log,
+    )
     if not args.quiet:
         pages, what = engine.statistics.pages, device_line(args.backend, lm.params)
         say(f"{settings.names[0]}, {what}, context {lm.max_len:,} tokens, {args.slots} slots, {pages:,} pages")
@@ -122,19 +125,6 @@ def run(args: argparse.Namespace, keys: tuple[str, ...]) -> int:
     if not args.no_warm_up:
         compile_ahead(engine, progress=not args.quiet and sys.stderr.isatty())
     return serve(lm, engine, settings, bound, slots=args.slots)
-
-
-def settings_of(args: argparse.Namespace, keys: tuple[str, ...], name: str) -> "Settings":
-    """What the flags decide."""
-    from jllama.serve.settings import Settings
-
-    return Settings(
-        names=tuple(args.served_model_name) or (name,),
-        api_keys=keys,
-        origins=tuple(args.allow_origin),
-        queue=args.max_queue,
-        access_log=not args.no_access_log,
-    )
 
 
 if __name__ == "__main__":

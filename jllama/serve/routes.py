@@ -92,8 +92,9 @@ async def stream(running: Running, answer: Answer, asked: Drawing) -> AsyncGener
         return answers.event(answer.chunk(choices, used, tells_usage=at_end or always))
 
     try:
-        opened = [answer.opening(row) for row in range(running.run.rows)]
-        yield b"".join(event([choice], tell=always) for choice in opened if choice is not None)
+        opened = [choice for row in range(running.run.rows) if (choice := answer.opening(row)) is not None]
+        if opened:
+            yield b"".join(event([choice], tell=always) for choice in opened)
         async for deltas in running.deltas():
             yield b"".join(event([answer.part(delta)], tell=always) for delta in deltas)
         if at_end:

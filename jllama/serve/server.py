@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import resource
 import signal
 import socket
 import sys
@@ -12,10 +13,12 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from jllama.errors import InputError
+from jllama.serve.connection import Connection
 from jllama.serve.routes import Service, create_app
 
 DIED = 70  # exit code where the engine's thread died of an error
 BACKLOG = 2048
+MAX_FILES = 1 << 16
 KEEP_ALIVE = 75  # seconds; longer than proxies keep idle connections, usually 60
 HEADER_BYTES = 32 << 10
 
@@ -33,7 +36,7 @@ def http_server(app: ASGIApp) -> HttpServer:
     """Uvicorn for the application. It logs errors only; the access log is ours."""
     config = uvicorn.Config(
         app,
-        http="h11",
+        http=Connection,
         ws="none",
         lifespan="off",
         log_level="error",
@@ -96,6 +99,8 @@ async def serve(service: Service, bound: socket.socket) -> int:
 
     drains: list[asyncio.Task[None]] = []
     service.engine.on_death = on_death
+    service.engine.start()
+    _allow_files()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
     running = loop.create_task(server.serve([bound]))
@@ -105,6 +110,13 @@ async def serve(service: Service, bound: socket.socket) -> int:
         say(f"ready at {url_of(bound)}")
     await running
     return code
+
+
+def _allow_files() -> None:
+    """Each client's connection is an open file, and the usual limit of 1024 is soft."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
 
 
 async def _drained(service: Service, end: Callable[[], None]) -> None:

@@ -18,7 +18,6 @@ def run(lm: LM, engine: Engine, settings: Settings, bound: socket.socket, *, slo
     """Serve a model until it ends. Returns the exit code."""
     thread = EngineThread(engine)
     service = Service(Model.of(lm, engine.max_len), thread, settings, slots=slots)
-    thread.start()
     try:
         return asyncio.run(serve(service, bound))
     finally:

@@ -9,6 +9,8 @@ from collections.abc import Callable
 import pytest
 from serving import Live, demo, http, wait_for
 
+from jllama.serve.connection import Connection
+
 LONG = {"prompt": "Once", "max_tokens": 500, "ignore_eos": True, "temperature": 0}
 
 
@@ -91,3 +93,39 @@ def test_what_is_no_http_ends_its_connection_only(live: Live, content: bytes) ->
         received = connection.recv(1 << 16)
         assert received.split(b"\r\n")[0] in (b"", b"HTTP/1.1 400 Bad Request", b"HTTP/1.1 501 Not Implemented")
     assert live.client.get("/health").status_code == 200
+
+
+def closes(connection: socket.socket, content: bytes = b"") -> bool:
+    """Whether the server closes a connection on which bytes come one by one."""
+    connection.settimeout(0.05)
+    for byte in content + b"x" * 200:
+        try:
+            connection.sendall(bytes([byte]))
+            if connection.recv(100) == b"":
+                return True
+        except TimeoutError:
+            continue
+        except ConnectionError:
+            return True
+    return False
+
+
+def test_a_head_must_come_in_time(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Connection, "head_seconds", 0.3)
+    head = b"GET /health HTTP/1.1\r\nhost: x\r\na: "
+    with live.raw(b"") as silent, live.raw(b"") as slow:
+        assert closes(slow, head)
+        assert closes(silent)
+    with live.raw(head + b"b\r\n\r\n") as second:  # a connection that has had its answer
+        assert b" 200 " in second.recv(4096)
+        time.sleep(0.5)  # idle ones stay
+        assert closes(second, head)
+
+
+def test_connections_are_bounded(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Connection, "max_connections", 5)
+    with contextlib.ExitStack() as held:
+        connections = [held.enter_context(live.raw(b"")) for _ in range(8)]
+        assert closes(connections[-1])
+    monkeypatch.undo()
+    wait_for(lambda: live.client.get("/health").status_code == 200)
