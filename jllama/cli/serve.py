@@ -102,29 +102,29 @@ def run(args: argparse.Namespace, keys: tuple[str, ...]) -> int:
     from jllama.serve.start import compile_ahead
     from jllama.serve.start import run as serve
 
-    bound = bind(args.host, args.port)
-    opened = open_model(args, quiet=args.quiet)
-    lm = opened.lm
-    engine = Engine(
-        lm.params, slots=args.slots, pages=args.pages, memory=args.memory, max_len=lm.max_len, backend=lm.backend
-    )
-    settings = Settings(
-        names=tuple(args.served_model_name) or (opened.source.path.name,),
-        api_keys=keys,
-        origins=tuple(args.allow_origin),
-        queue=args.max_queue,
-        access_log=not args.no_access_log,
-    )
-    if not args.quiet:
-        pages, what = engine.statistics.pages, device_line(args.backend, lm.params)
-        say(f"{settings.names[0]}, {what}, context {lm.max_len:,} tokens, {args.slots} slots, {pages:,} pages")
-        if lm.chat_format.note:
-            say(lm.chat_format.note)
-        if not keys and args.host not in ("127.0.0.1", "::1", "localhost"):
-            say(f"no API key is set, and {args.host} can be reached from other machines")
-    if not args.no_warm_up:
-        compile_ahead(engine, progress=not args.quiet and sys.stderr.isatty())
-    return serve(lm, engine, settings, bound, slots=args.slots)
+    with bind(args.host, args.port) as bound:
+        opened = open_model(args, quiet=args.quiet)
+        lm = opened.lm
+        engine = Engine(
+            lm.params, slots=args.slots, pages=args.pages, memory=args.memory, max_len=lm.max_len, backend=lm.backend
+        )
+        settings = Settings(
+            names=tuple(args.served_model_name) or (opened.source.path.name,),
+            api_keys=keys,
+            origins=tuple(args.allow_origin),
+            queue=args.max_queue,
+            access_log=not args.no_access_log,
+        )
+        if not args.quiet:
+            pages, what = engine.statistics.pages, device_line(args.backend, lm.params)
+            say(f"{settings.names[0]}, {what}, context {lm.max_len:,} tokens, {args.slots} slots, {pages:,} pages")
+            if lm.chat_format.note:
+                say(lm.chat_format.note)
+            if not keys and args.host not in ("127.0.0.1", "::1", "localhost"):
+                say(f"no API key is set, and {args.host} can be reached from other machines")
+        if not args.no_warm_up:
+            compile_ahead(engine, progress=not args.quiet and sys.stderr.isatty())
+        return serve(lm, engine, settings, bound, slots=args.slots)
 
 
 if __name__ == "__main__":

@@ -45,14 +45,13 @@ def bad(param: str, message: str, *, code: str | None = None) -> ApiError:
 def from_validation(error: ValidationError) -> ApiError:
     """The first thing that is wrong with a body."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    path = [str(part)[:MAX_NAME] for part in first["loc"]]
+    path = [label(str(part), MAX_NAME) for part in first["loc"]]
     if first["type"] == "extra_forbidden":
-        name = label(str(first["loc"][-1]))[:MAX_NAME]
-        param = ".".join([*map(label, path[:-1]), name])
+        param = ".".join(path)
         return ApiError(400, f"{param}: no such parameter of this server", param=param, code="unknown_parameter")
     message = first["msg"].removeprefix("Value error, ")
     named = re.match(r"(\w+): (.+)", message, re.DOTALL) if first["type"] == "value_error" else None
     if named is not None:  # a check of several fields names the one to change
         path, message = [*path, named[1]], named[2]
-    param = ".".join(label(part) for part in path) or None
+    param = ".".join(path) or None
     return ApiError(400, f"{param}: {message}" if param else message, param=param)

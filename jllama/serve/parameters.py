@@ -138,7 +138,7 @@ def _rows(prompts: list[list[int]], n: int, template: Request, limit: int, model
                 f"expected at most {model.max_len} tokens (the context), found {len(prompt)} of the prompt and {limit} "
                 "to be drawn"
             )
-            raise ApiError(400, message, param="max_tokens", code="context_length_exceeded")
+            raise bad("max_tokens", message, code="context_length_exceeded")
     if template.sampling.min_tokens > limit:
         raise bad("min_tokens", f"expected at most max_tokens ({limit}), found {template.sampling.min_tokens}")
     seed = template.sampling.seed

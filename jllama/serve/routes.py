@@ -67,8 +67,7 @@ class Service:
             answer = kind(self.settings.names[0], self.model.names, run.logprobs)
             if asked.stream:
                 await unless_gone(request.receive, running.start(), GONE)
-                events = stream(running, answer, asked)
-                return EventStream(events, exchange.close, write_seconds=self.settings.write_seconds)
+                return EventStream(stream(running, answer, asked), exchange.close)
             whole = await unless_gone(request.receive, self._whole(running, answer), GONE)
             exchange.close()
             return Response(whole, media_type="application/json")

@@ -19,6 +19,7 @@ from jllama.serve.routes import Service, create_app
 DIED = 70  # exit code where the engine's thread died of an error
 BACKLOG = 2048
 MAX_FILES = 1 << 16
+SEND_BUFFER = 128 << 10  # bytes that the system keeps for a client that does not read; its own default is megabytes
 KEEP_ALIVE = 75  # seconds; longer than proxies keep idle connections, usually 60
 HEADER_BYTES = 32 << 10
 
@@ -59,12 +60,16 @@ def bind(host: str, port: int) -> socket.socket:
     """A socket that does not listen yet: a port that is taken is known before anything is loaded."""
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        bound = socket.socket(family, socket.SOCK_STREAM)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    except OSError as error:
+        raise InputError(f"--host: expected an address or a name, found {host}: {error.strerror}") from None
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)  # connections inherit it
+    try:
         bound.bind(address)
-    except (OSError, OverflowError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise InputError(f"--host, --port: cannot bind {host} port {port}: {why}") from None
+    except OSError as error:
+        bound.close()
+        raise InputError(f"--host, --port: cannot bind {host} port {port}: {error.strerror}") from None
     return bound
 
 

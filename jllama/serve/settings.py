@@ -13,5 +13,4 @@ class Settings:
     queue: int = 256  # rows that may wait for a slot; more are refused with 429
     body_bytes: int = 4 << 20  # of a request
     body_seconds: float = 30.0  # in which a request's body must have come
-    write_seconds: float = 60.0  # in which a client must take what is sent
     access_log: bool = True

@@ -1,4 +1,4 @@
-"""A response of server-sent events, which ends when its client leaves or no longer reads."""
+"""A response of server-sent events, which ends when its client leaves."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine
@@ -35,10 +35,10 @@ async def unless_gone[T](receive: Receive, work: Coroutine[Any, Any, T], status:
 class EventStream(Response):
     """Sends what ``events`` yields. ``close`` is called at the end, however it comes."""
 
-    def __init__(self, events: AsyncGenerator[bytes], close: Callable[[], None], *, write_seconds: float) -> None:
+    def __init__(self, events: AsyncGenerator[bytes], close: Callable[[], None]) -> None:
         self.status_code, self.media_type, self.background = 200, "text/event-stream", None
         self.init_headers(HEADERS)
-        self._events, self._close, self._write_seconds = events, close, write_seconds
+        self._events, self._close = events, close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send until there is no more, or until the client is gone."""
@@ -56,14 +56,7 @@ class EventStream(Response):
             sending.result()
 
     async def _send(self, send: Send) -> None:
-        async def write(message: dict[str, Any]) -> None:
-            async with asyncio.timeout(self._write_seconds):
-                await send(message)
-
-        try:
-            await write({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            async for chunk in self._events:
-                await write({"type": "http.response.body", "body": chunk, "more_body": True})
-            await write({"type": "http.response.body", "body": b"", "more_body": False})
-        except TimeoutError:
-            return  # nobody reads: the connection closes, as the answer is not complete
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        async for chunk in self._events:
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})

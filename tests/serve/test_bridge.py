@@ -10,6 +10,8 @@ import tiny
 from jax.errors import JaxRuntimeError
 
 from jllama import Engine, Request
+from jllama.engine.device import Launch
+from jllama.engine.scheduler import Plan
 from jllama.errors import InputError
 from jllama.serve.bridge import EngineThread, Group, Progress
 
@@ -17,7 +19,7 @@ REQUEST = Request(tiny.prompt(5), 12, stop_ids=())
 
 
 def made() -> Engine:
-    return Engine(tiny.model(), slots=2, pages=8, max_len=64, budget=32)
+    return Engine(tiny.model(), slots=2, pages=16, max_len=256, budget=64)
 
 
 @pytest.fixture(scope="module")
@@ -54,17 +56,15 @@ def ids(found: list[Progress], row: int = 0) -> list[int]:
 
 
 def failing(engine: Engine, times: int, error: Exception) -> Engine:
-    """An engine whose next steps that have rows fail after their launch."""
-    step, left = engine.step, iter(range(times))
+    """An engine whose next launches with two rows fail."""
+    launch, left = engine._device.launch, iter(range(times))
 
-    def broken() -> list:
-        found = step()
-        if engine.statistics.running and next(left, None) is not None:
-            engine._torn = True  # as an error inside of the step leaves it
+    def broken(plan: Plan, requests: dict) -> Launch:
+        if len(plan.rows) == 2 and next(left, None) is not None:
             raise error
-        return found
+        return launch(plan, requests)
 
-    engine.step = broken
+    engine._device.launch = broken
     return engine
 
 

@@ -92,7 +92,7 @@ WRONG: list[tuple[str, Any]] = [
 def test_a_completion_is_refused_by_field(live: Live, field: str, value: Any) -> None:
     error = live.refused(COMPLETIONS, {"prompt": "a"} | {field: value})
     assert error["type"] == "invalid_request_error"
-    assert error["param"].split(".")[0] == field[:61] + "..." if len(field) > 64 else field
+    assert error["param"].split(".")[0] == field[: len(field) if len(field) <= 64 else 61]
     assert error["message"].startswith(error["param"])
 
 
@@ -229,9 +229,7 @@ VALUES = st.recursive(
 BODIES = st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=12), VALUES, max_size=6)
 
 
-@settings(
-    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(body=BODIES, chat=st.booleans())
 def test_any_body_gets_an_answer_or_an_error_object(live: Live, body: dict[str, Any], chat: bool) -> None:
     content = json.dumps({"max_tokens": 1} | body).encode()
