@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import jllama
+from jllama import __version__
 from jllama.serve.running import Delta
 from jllama.serve.text import Names, TokenLogprob, finite, likeliest
 
@@ -76,7 +76,7 @@ class Answer:
             "object": kind,
             "created": self.created,
             "model": self.model,
-            "system_fingerprint": f"jllama-{jllama.__version__}",
+            "system_fingerprint": f"jllama-{__version__}",
         }
 
 

@@ -1,5 +1,5 @@
-"""Uvicorn's connection, with bounds that it lacks: on the time for a request's head, on the time in which a client takes
-what is sent, and on the number of connections."""
+"""Uvicorn's connection, with bounds that it lacks: on the time for a request's head, on the time in which a client
+takes what is sent, and on the number of connections."""
 
 import asyncio
 

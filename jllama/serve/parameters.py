@@ -92,7 +92,7 @@ def _prompt_ids(prompt: str | tuple[int, ...], model: Model) -> list[int]:
 
 def _plain(message: Message) -> dict[str, Any]:
     """A message as templates know it. OpenAI's new name of the system's role is not known to them."""
-    found = {name: value for name, value in message.model_dump().items() if value is not None}
+    found = {name: value for name, value in message.model_dump(exclude={"type"}).items() if value is not None}
     return {"content": "", **found, "role": "system" if message.role == "developer" else message.role}
 
 

@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Scope
 
-import jllama
+from jllama import __version__
 from jllama.serve import answers, body
 from jllama.serve.answers import Answer, ChatAnswer, TextAnswer
 from jllama.serve.bridge import EngineThread
@@ -84,7 +84,7 @@ class Service:
 async def stream(running: Running, answer: Answer, asked: Drawing) -> AsyncGenerator[bytes]:
     """The events of a stream. What fails on the way is told in an event, as the status has gone out."""
     options = asked.stream_options
-    at_end, always = (options.include_usage, options.continuous_usage_stats) if options else (False, False)
+    at_end, always = (bool(options.include_usage), bool(options.continuous_usage_stats)) if options else (False, False)
 
     def event(choices: list[dict[str, Any]], *, tell: bool) -> bytes:
         used = answers.usage(running.prompt_tokens, running.completion_tokens) if tell else None
@@ -105,7 +105,7 @@ async def stream(running: Running, answer: Answer, asked: Drawing) -> AsyncGener
 
 def create_app(service: Service) -> ASGIApp:
     """The application for an HTTP server."""
-    app = FastAPI(title="jllama", version=jllama.__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(title="jllama", version=__version__, docs_url=None, redoc_url=None)
     _handle_errors(app)
     _add_model_routes(app, service)
     _add_state_routes(app, service)
@@ -186,7 +186,7 @@ def _add_state_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/version")
     async def version() -> Response:
-        return JSONResponse({"version": jllama.__version__})
+        return JSONResponse({"version": __version__})
 
     @app.get("/metrics")
     async def metrics() -> Response:

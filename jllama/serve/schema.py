@@ -123,8 +123,8 @@ Count = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
 class StreamOptions(Strict):
     """What a stream tells beside the text."""
 
-    include_usage: bool = False
-    continuous_usage_stats: bool = False
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
     include_obfuscation: Literal[False] | None = None
 
 
@@ -140,7 +140,7 @@ class Drawing(Strict):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Stop = ()
     stop_token_ids: Annotated[list[int], Field(max_length=MAX_STOP_IDS)] | None = None
-    ignore_eos: bool = False
+    ignore_eos: bool | None = None
     min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
@@ -188,6 +188,7 @@ class Message(Strict):
     name: Name | None = None
     tool_calls: Annotated[list[dict[str, Any]], Field(max_length=MAX_ROWS)] | None = None
     tool_call_id: Name | None = None
+    type: Literal["text"] | None = None  # of lm-eval's messages
     refusal: None = None
     audio: None = None
     function_call: None = None

@@ -65,7 +65,10 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("jllama/engine/scheduler.py", ("jllama.errors", "jllama.engine.pages")),
     ("jllama/engine/*", (*CORE, "jllama.engine")),
     ("jllama/evaluation.py", (*CORE, "jllama.engine", "jllama.text", "jllama.formats")),
-    ("jllama/serve/**", (*CORE, "jllama.engine", "jllama.text", "jllama.formats", "jllama.serve")),
+    (
+        "jllama/serve/**",
+        (*CORE, "jllama.engine", "jllama.text", "jllama.formats", "jllama.serve", "jllama.__version__"),
+    ),
     ("jllama/cli/*", ("jllama",)),
     *((f"{name.replace('.', '/')}.py", PURE) for name in PURE),
     ("jllama/*", CORE),

@@ -229,7 +229,7 @@ VALUES = st.recursive(
 BODIES = st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=12), VALUES, max_size=6)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(body=BODIES, chat=st.booleans())
 def test_any_body_gets_an_answer_or_an_error_object(live: Live, body: dict[str, Any], chat: bool) -> None:
     content = json.dumps({"max_tokens": 1} | body).encode()
