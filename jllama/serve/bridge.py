@@ -44,8 +44,8 @@ class Group:
         self.handles: list[Handle] = []  # of the engine's thread
 
 
-Message = tuple[Group, Progress | InputError | None]
-Command = Callable[[], None]
+type Message = tuple[Group, Progress | InputError | None]
+type Command = Callable[[], None]
 
 
 class EngineThread:
