@@ -13,7 +13,8 @@ import numpy as np
 from bench.roofline import BYTES, Work
 
 Case = dict[str, Any]
-OPS = ("attention", "decode-attention", "ffn", "layer", "matmul")
+OPS = ("attention", "decode-attention", "paged-decode-attention", "ffn", "layer", "matmul")
+PAGE = 64  # positions of a page of the cache
 TOLERANCE = {"f32": 2e-5, "f16": 4e-3, "bf16": 2e-2, "int8": 3e-2, "int4": 1.5e-1}
 
 
@@ -34,7 +35,7 @@ def cases(
     if op == "layer":
         size = {"dim": sizes["dim"], "hidden": sizes["hidden"], **heads}
         return [base | {"name": "layer", "batch": b, "seq": s, "context": s, **size} for b in batches for s in seqs]
-    queries = {"attention": None, "decode-attention": 1}[op]
+    queries = None if op == "attention" else 1
     name = "attention-prefill" if queries is None else op
     return [
         base | {"name": name, "batch": b, "seq": queries or s, "context": s, **heads} for b in batches for s in seqs
@@ -49,6 +50,9 @@ def shapes(case: Case) -> dict[str, tuple[int, ...]]:
     if case["op"] in ("attention", "decode-attention"):
         keys = (b, case["kv_heads"], s, case["head_dim"])
         return {"x": (b, t, case["heads"], case["head_dim"]), "k": keys, "v": keys}
+    if case["op"] == "paged-decode-attention":  # one layer of a pool that the rows fill; `table_of` says whose pages
+        pages = (1, b * -(-s // PAGE), case["kv_heads"], PAGE, case["head_dim"])
+        return {"x": (b, t, case["heads"], case["head_dim"]), "k": pages, "v": pages}
     dim, hidden = case["dim"], case["hidden"]
     block = {"x": (b, t, dim)}
     if case["op"] == "layer":
@@ -87,6 +91,12 @@ def _drawn(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
         # Values get a mean other than 0, so that attention's output is as large as its input and can be its next query.
         made += draw.standard_normal((*shape[:-2], 1, shape[-1]), np.float32)
     return made
+
+
+def table_of(case: Case) -> np.ndarray:
+    """The pages of every row of a paged case, in no order."""
+    pages = shapes(case)["k"][1]
+    return np.random.default_rng(case["seed"]).permutation(pages).astype(np.int32).reshape(case["batch"], -1)
 
 
 def nbytes(case: Case) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from bench.compare import DTYPES, integers, names, peers_of, pythons
 from jllama.errors import InputError, reported
 
-OPS = ("attention", "decode-attention", "ffn", "layer", "matmul")
+OPS = ("attention", "decode-attention", "paged-decode-attention", "ffn", "layer", "matmul")
 
 
 def parser() -> argparse.ArgumentParser:

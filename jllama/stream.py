@@ -88,6 +88,7 @@ class Session:
         # Allocated once: the device idles during all host work before the first operation of a prompt.
         self._no_logits = jnp.zeros((self.batch, self.params.config.vocab_size), jnp.float32)
         self.backends: dict[str, dict[str, Choice]] = {}
+        self._compiled: set[object] = set()  # programs of decode chunks that ran in this session
         self._drop_cache()
 
     def _record(self, phase: str, ran: Recorded) -> None:
@@ -119,18 +120,30 @@ class Session:
         )
         self._record("prefill", choices)
         left = int(limit.max()) - 1
+        program = cache.max_len, jax.tree.structure(sampling)
+
+        def launch() -> StepOutput | None:
+            """The next chunk, if one is wanted."""
+            nonlocal state, left
+            if left <= 0:
+                return None
+            (state, ahead), choices = jit_decode_chunk(self.params, state, steps=self.chunk, **self._static)
+            self._record("decode", choices)
+            self._compiled.add(program)
+            left -= self.chunk
+            return ahead
+
         try:
             self._cached_ids = [list(p) for p in prompts]
             while True:
-                # The next chunk is launched before this one is read, so that the device does not wait for the host.
-                ahead = None
-                if left > 0:
-                    (state, ahead), choices = jit_decode_chunk(self.params, state, steps=self.chunk, **self._static)
-                    self._record("decode", choices)
-                    left -= self.chunk
+                # The next chunk is launched before this one is read, so that the device does not wait for the host. If
+                # its program must be compiled, it is launched after: the first token is there long before.
+                compiled = program in self._compiled
+                ahead = launch() if compiled else None
                 tokens = self._collect(output)
                 clock.tick(tokens, steps=output.tokens.size // self.batch)
                 yield tokens
+                ahead = ahead if compiled or not any(tokens.ids) else launch()
                 if ahead is None or not any(tokens.ids):
                     break
                 output = ahead

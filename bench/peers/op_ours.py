@@ -69,7 +69,7 @@ def build(case: opcases.Case, backend: str) -> Callable[..., Any]:
     from jllama.model import attend
     from jllama.params import Layer
     from jllama.rope import rotations
-    from pallas_kernels import attention, decode_attention, ffn, matmul
+    from pallas_kernels import attention, decode_attention, ffn, matmul, paged_attention
 
     batch, seq = case["batch"], case["seq"]
     start = jnp.full(batch, case["context"] - seq, jnp.int32)
@@ -80,6 +80,9 @@ def build(case: opcases.Case, backend: str) -> Callable[..., Any]:
     if case["op"] in ("attention", "decode-attention"):
         op = attention if case["op"] == "attention" else decode_attention
         return lambda x, k, v: op(x, k, v, start, backend=backend)
+    if case["op"] == "paged-decode-attention":
+        table = jnp.asarray(opcases.table_of(case))
+        return lambda x, k, v: paged_attention(x, k, v, table, start, layer=0, backend=backend)
 
     sizes = dict(n_heads=case["heads"], n_kv_heads=case["kv_heads"], head_dim=case["head_dim"])
     config = LlamaConfig(dim=case["dim"], hidden_dim=case["hidden"], n_layers=1, vocab_size=32, norm_eps=EPS, **sizes)

@@ -34,9 +34,10 @@ class Rows:
     min_p: jax.Array  # [S] float32
 
     def take(self, slots: jax.Array) -> "Rows":
-        """Those of some slots. A slot past the last is a row that is done."""
+        """Those of some slots. A slot past the last is a row that is done, and empty: it reads no keys."""
         rows = jax.tree.map(lambda a: a.at[slots].get(mode="clip"), self)
-        return replace(rows, done=rows.done | (slots >= self.done.shape[0]))
+        none = slots >= self.done.shape[0]
+        return replace(rows, done=rows.done | none, length=jnp.where(none, 0, rows.length))
 
     def put(self, slots: jax.Array, rows: "Rows") -> "Rows":
         """With others in some slots; a slot past the last is dropped."""

@@ -157,6 +157,17 @@ def test_a_stream_closed_early_leaves_a_session_that_goes_on_rightly() -> None:
     assert session.timings.prompt_tokens == 2  # 33, and the last one drawn, which was not in the cache
 
 
+def test_the_first_token_does_not_wait_for_the_program_of_the_next_chunk() -> None:
+    session, launched = Session(tiny.model(), max_len=64, chunk=4), []
+    for _ in range(2):
+        run = session.run([tiny.prompt(9)], 8)
+        next(run)
+        launched.append("decode" in session.backends)
+        next(run)
+        assert "decode" in session.backends
+    assert launched == [False, True]  # the second run finds the program, and launches before it reads
+
+
 def test_the_cache_grows_with_need_and_not_to_the_context_at_once() -> None:
     session, prompt = Session(tiny.model(), max_len=200), tiny.prompt(9)
     answer = collect(session, [prompt], 8)[0]
