@@ -14,7 +14,7 @@ from jllama.decode import generate, jit_decode_chunk, jit_prefill, jit_sample_fi
 from jllama.errors import InputError
 from jllama.model import forward
 from jllama.params import Params, stack, unstack
-from jllama.sampling import make_sampling
+from jllama.sampling import History, make_sampling
 from jllama.stream import Session, pad
 
 LENGTHS = (3, 17, 9, 1)
@@ -116,6 +116,13 @@ SETTINGS = {
     "greedy": {},
     "sampled": dict(temperature=(0.0, 0.8, 1.2, 1.0), top_k=(0, 0, 20, 0), top_p=(1.0, 0.9, 1.0, 0.8), seed=7),
     "penalty": dict(repetition_penalty=(1.0, 1.5, 1.0, 5.0)),
+    "further": dict(
+        presence_penalty=(1.5, 0.0, 0.0, 0.0),
+        frequency_penalty=(0.0, 0.7, 0.0, 0.0),
+        min_tokens=(0, 0, 9, 0),
+        logit_bias=[{}, {}, {}, {11: 4.0, 12: float("-inf")}],
+        bad_words=[[14], [20, 14]],
+    ),
 }
 
 
@@ -193,7 +200,7 @@ def test_what_is_handed_over_is_donated() -> None:
     before, given = jnp.zeros((4, 96)), init_cache(tiny.CONFIG, 4, 64, jnp.float32)
     (logits, cache), _ = jit_prefill(params, tokens, lengths, before, given)
     limit, stops = jnp.full(4, 9), jnp.asarray(stop_table(4, ()))
-    (state, _), _ = jit_sample_first(logits, cache, make_sampling(4), limit, stops, jnp.zeros((4, 96), bool))
+    (state, _), _ = jit_sample_first(logits, cache, make_sampling(4), limit, stops, History(jnp.zeros((4, 96), bool)))
     (last, _), _ = jit_decode_chunk(params, state, steps=2)
     for gone in (given, cache, state):
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(gone))
