@@ -77,8 +77,8 @@ class Service:
 
     async def _whole(self, running: Running, answer: Answer) -> bytes:
         await running.start()
-        found = await collect(running)
-        return answers.encode(answer.whole(*found, answers.usage(running.prompt_tokens, running.completion_tokens)))
+        rows = await collect(running)
+        return answers.encode(answer.whole(rows, answers.usage(running.prompt_tokens, running.completion_tokens)))
 
 
 async def stream(running: Running, answer: Answer, asked: Drawing) -> AsyncGenerator[bytes]:
