@@ -85,9 +85,7 @@ def conversation_ids(
         return chat_prompt_ids(plain, model.tokenizer, model.chat, answer, listed)
     except InputError as error:
         param, _, rest = str(error).partition(": ")
-        raise (
-            bad(param, rest) if param == "tools" else bad("messages", str(error).removeprefix("messages: "))
-        ) from None
+        raise (bad(param, rest) if param in ("messages", "tools") else bad("messages", str(error))) from None
 
 
 def _ends(request: Request, model: Model) -> frozenset[int]:

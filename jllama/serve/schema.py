@@ -163,11 +163,9 @@ class StructuredOutputs(Strict):
 
     @validated(mode="after")
     def _one_kind(self) -> Self:
-        given = [
-            v for v in (self.value, self.json_object or None, self.regex, self.choice, self.grammar) if v is not None
-        ]
-        if len(given) != 1:
-            raise ValueError(f"expected one of json, json_object, regex, choice and grammar, found {len(given)}")
+        kinds = (self.value, self.json_object or None, self.regex, self.choice, self.grammar)
+        if (given := sum(kind is not None for kind in kinds)) != 1:
+            raise ValueError(f"expected one of json, json_object, regex, choice and grammar, found {given}")
         return self
 
 
