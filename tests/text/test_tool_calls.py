@@ -171,7 +171,7 @@ def test_tools_and_arguments_reach_the_template_and_name_no_control_token() -> N
     messages = [{"role": "user", "content": "go"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
     ids = chat_prompt_ids(messages, tok, chat, tools=tools)
     assert tok.eos_id not in ids
-    assert tok.decode(ids) == "sum: adds </s> things;user:go\nassistant:7\n"
+    assert tok.decode(ids) == "sum: adds </s> things;user:goassistant:7"
     with pytest.raises(InputError, match="messages: tool_calls: arguments: expected JSON"):
         chat_prompt_ids([{"role": "assistant", "tool_calls": [{"function": {"arguments": "{"}}]}], tok, chat)
     without = TemplateChat(Template("{{ messages }}", "t"), "{{ messages }}")
