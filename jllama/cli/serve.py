@@ -111,8 +111,10 @@ def run(args: argparse.Namespace, keys: tuple[str, ...]) -> int:
         engine = Engine(
             lm.params, slots=slots, pages=args.pages, memory=args.memory, max_len=lm.max_len, backend=lm.backend
         )
+        path = opened.source.path
+        name = path.stem if path.is_file() else path.name
         settings = Settings(
-            names=tuple(args.served_model_name) or (opened.source.path.name,),
+            names=tuple(args.served_model_name) or (name,),
             api_keys=keys,
             origins=tuple(args.allow_origin),
             queue=args.max_queue,
@@ -126,6 +128,8 @@ def run(args: argparse.Namespace, keys: tuple[str, ...]) -> int:
             if not keys and args.host not in ("127.0.0.1", "::1", "localhost"):
                 say(f"no API key is set, and {args.host} can be reached from other machines")
         if not args.no_warm_up:
+            if not args.quiet:
+                say("compiles all programs ahead")
             compile_ahead(engine, progress=not args.quiet and sys.stderr.isatty())
         return serve(lm, engine, settings, bound, slots=slots)
 

@@ -1,5 +1,6 @@
 """What limits an answer: formats, schemas and grammars of a request, and the tools that it may or must call."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,7 +83,7 @@ def _calls(tools: Tools | None, model: Model) -> Asked | None:
     return "grammar", grammar, "tools"
 
 
-def _checked[T](param: str, check: Any, *args: Any) -> T:
+def _checked[T](param: str, check: Callable[..., T], *args: Any) -> T:
     """What a check returns; its error as one of the API."""
     try:
         return check(*args)
