@@ -289,8 +289,9 @@ class Engine:
 
     def _read(self, launch: Launch) -> list[Event]:
         events: list[Event] = []
-        drawn, scores = jax.device_get((launch.drawn, launch.scores))  # blocks
+        parts, scores = jax.device_get((launch.drawn, launch.scores))  # blocks
         if launch.rows:
+            drawn = jax.tree.map(lambda *part: np.concatenate(part), *parts)
             self._decode_steps += int((drawn.tokens != NO_TOKEN).any(axis=1).sum())
         for i, s in enumerate(launch.rows):
             count = int((drawn.tokens[:, i] != NO_TOKEN).sum())
