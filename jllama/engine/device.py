@@ -33,7 +33,7 @@ class Launch:
     rows: list[Scheduled]
     drawn: list[steps.Drawn]  # of one program after another
     pieces: list[tuple[int, Piece]]  # those that are scored, with their places in the scores
-    scores: tuple[jax.Array, jax.Array] | None
+    scores: steps.Scores | None
     masked: bool = False  # whether the next masks depend on what is drawn
 
 
@@ -132,7 +132,7 @@ class Device:
         self.programs.add(("copy", COPIES, ""))
         self._state = steps.jit_copy(self._state, source, target)
 
-    def _feed(self, pieces: list[Piece], size: int, scored: bool) -> tuple[jax.Array, jax.Array] | None:
+    def _feed(self, pieces: list[Piece], size: int, scored: bool) -> steps.Scores | None:
         tokens, start = np.zeros((size, self.tuning.piece + 1), np.int32), np.zeros(size, np.int32)
         for i, p in enumerate(pieces):
             real = p.sequence.tokens[p.start : p.start + p.count + 1]

@@ -150,7 +150,8 @@ class Engine:
         handle = self._handles[sequence] = Handle(request, sequence, Completion(sequence.tokens[:]), progress)
         if (first := request.score_from) is not None:
             ids, n = sequence.tokens[first:], len(request.prompt) - first
-            handle.completion = Completion(sequence.tokens[:first], ids, [0.0] * n, greedy=[False] * n)
+            handle.completion = Completion(sequence.tokens[:first], ids, [0.0] * n)
+            handle.completion.top_logprobs, handle.completion.greedy = [{}] * n, [False] * n
         if request.sampling.kind == "full":
             self._device.add_extras()
         return handle
@@ -292,7 +293,7 @@ class Engine:
         if parts:
             events = self._read_drawn(launch.rows, jax.tree.map(lambda *part: np.concatenate(part), *parts))
         for place, piece in launch.pieces:
-            self._read_scores(piece, scores[0][place], scores[1][place])
+            self._read_scores(piece, *(found[place] for found in scores))
             if piece.sequence.finish and (handle := self._handles.get(piece.sequence)):
                 events.append(Event(handle, [], [], piece.sequence.finish))  # pyright: ignore[reportArgumentType]
         seen = {*launch.rows, *(piece.sequence for _, piece in launch.pieces)}
@@ -327,14 +328,15 @@ class Engine:
             events.append(Event(handle, ids, logprobs, s.finish))  # pyright: ignore[reportArgumentType]
         return events
 
-    def _read_scores(self, piece: Piece, logprobs: np.ndarray, greedy: np.ndarray) -> None:
+    def _read_scores(self, piece: Piece, logprobs: np.ndarray, best: np.ndarray, values: np.ndarray) -> None:
         s, handle = piece.sequence, self._handles.get(piece.sequence)
         if handle is not None and not self._broken(s, logprobs[: piece.count]):
             assert s.score_from is not None
             for i in range(max(0, s.score_from - piece.start - 1), piece.count):
                 place = piece.start + 1 + i - s.score_from
                 handle.completion.logprobs[place] = float(logprobs[i])
-                handle.completion.greedy[place] = bool(greedy[i])
+                handle.completion.greedy[place] = bool(best[i] == handle.completion.ids[place])
+                handle.completion.top_logprobs[place] = {int(best[i]): float(values[i])}
         self._scheduler.read_scores(s, 1)
 
     def _broken(self, sequence: Scheduled, logprobs: np.ndarray) -> bool:
