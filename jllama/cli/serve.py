@@ -34,7 +34,8 @@ def parser() -> Parser:
     group.add_argument("--api-key", action="append", default=[], metavar="KEY", help=help_key)
     group.add_argument("--no-access-log", action="store_true", help="print no JSON line for each request on stdout")
     group = parser.add_argument_group("engine")
-    group.add_argument("--slots", type=int, default=16, metavar="N", help="texts drawn at a time (default: 16)")
+    help_slots = "texts drawn at a time (default: 16 on a CPU, else 64)"
+    group.add_argument("--slots", type=int, metavar="N", help=help_slots)
     help_queue = "texts that may wait for a slot; more are refused with 429 (default: 256)"
     group.add_argument("--max-queue", type=int, default=256, metavar="N", help=help_queue)
     help_pages = "pages of 64 tokens in the cache (default: as many as fit)"
@@ -73,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
 def check(args: argparse.Namespace) -> tuple[str, ...]:
     """Raise `InputError` for flags that cannot be meant, before anything is loaded. Returns the keys."""
     for name, least in (("slots", 1), ("max_queue", 0)):
-        if (found := getattr(args, name)) < least:
+        if (found := getattr(args, name)) is not None and found < least:
             raise InputError(f"--{name.replace('_', '-')}: expected at least {least}, found {found}")
     if not 0 <= args.port < 2**16:
         raise InputError(f"--port: expected 0 to 65535, found {args.port}")
@@ -101,15 +102,19 @@ def run(args: argparse.Namespace, keys: tuple[str, ...]) -> int:
     from jllama.serve.settings import Settings
     from jllama.serve.start import compile_ahead
     from jllama.serve.start import run as serve
+    from jllama.text.lm import default_slots
 
     with bind(args.host, args.port) as bound:
         opened = open_model(args, quiet=args.quiet)
         lm = opened.lm
+        slots = default_slots() if args.slots is None else args.slots
         engine = Engine(
-            lm.params, slots=args.slots, pages=args.pages, memory=args.memory, max_len=lm.max_len, backend=lm.backend
+            lm.params, slots=slots, pages=args.pages, memory=args.memory, max_len=lm.max_len, backend=lm.backend
         )
+        path = opened.source.path
+        name = path.stem if path.is_file() else path.name
         settings = Settings(
-            names=tuple(args.served_model_name) or (opened.source.path.name,),
+            names=tuple(args.served_model_name) or (name,),
             api_keys=keys,
             origins=tuple(args.allow_origin),
             queue=args.max_queue,
@@ -117,14 +122,16 @@ def run(args: argparse.Namespace, keys: tuple[str, ...]) -> int:
         )
         if not args.quiet:
             pages, what = engine.statistics.pages, device_line(args.backend, lm.params)
-            say(f"{settings.names[0]}, {what}, context {lm.max_len:,} tokens, {args.slots} slots, {pages:,} pages")
+            say(f"{settings.names[0]}, {what}, context {lm.max_len:,} tokens, {slots} slots, {pages:,} pages")
             if lm.chat_format.note:
                 say(lm.chat_format.note)
             if not keys and args.host not in ("127.0.0.1", "::1", "localhost"):
                 say(f"no API key is set, and {args.host} can be reached from other machines")
         if not args.no_warm_up:
+            if not args.quiet:
+                say("compiles all programs ahead")
             compile_ahead(engine, progress=not args.quiet and sys.stderr.isatty())
-        return serve(lm, engine, settings, bound, slots=args.slots)
+        return serve(lm, engine, settings, bound, slots=slots)
 
 
 if __name__ == "__main__":

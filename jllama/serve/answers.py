@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jllama import __version__
-from jllama.serve.running import Delta
+from jllama.serve.running import Delta, Whole
 from jllama.serve.text import Names, TokenLogprob, finite, likeliest
+from jllama.text.tool_calls import ToolCall
 
 DONE = b"data: [DONE]\n\n"
 
@@ -42,23 +43,16 @@ class Answer:
 
     kind = chunk_kind = prefix = ""
 
-    def whole(
-        self,
-        texts: Sequence[str],
-        tokens: Sequence[Sequence[TokenLogprob]],
-        finishes: Sequence[str],
-        used: dict[str, int],
-    ) -> dict[str, Any]:
+    def whole(self, rows: Sequence[Whole], used: dict[str, int]) -> dict[str, Any]:
         """The answer of a request that does not stream."""
-        rows = zip(texts, tokens, finishes, strict=True)
-        choices = [self.choice(i, *row) for i, row in enumerate(rows)]
+        choices = [self.choice(i, row) for i, row in enumerate(rows)]
         return {**self._head(self.kind), "choices": choices, "usage": used}
 
     def chunk(self, choices: list[dict[str, Any]], used: dict[str, int] | None, *, tells_usage: bool) -> dict[str, Any]:
         """A chunk of a stream. Where usage is told at the end, the chunks before say that it is not there yet."""
         return {**self._head(self.chunk_kind), "choices": choices, **({"usage": used} if tells_usage else {})}
 
-    def choice(self, index: int, text: str, tokens: Sequence[TokenLogprob], finish: str) -> dict[str, Any]:
+    def choice(self, index: int, row: Whole) -> dict[str, Any]:
         """One text of a whole answer."""
         raise NotImplementedError
 
@@ -86,14 +80,17 @@ class TextAnswer(Answer):
     kind = chunk_kind = "text_completion"
     prefix = "cmpl"
 
-    def choice(self, index: int, text: str, tokens: Sequence[TokenLogprob], finish: str | None) -> dict[str, Any]:
-        return {"index": index, "text": text, "logprobs": self._logprobs(tokens), "finish_reason": finish}
+    def choice(self, index: int, row: Whole) -> dict[str, Any]:
+        return self._choice(index, row.text, row.tokens, row.finish)
 
     def opening(self, index: int) -> None:
         return None
 
     def part(self, delta: Delta) -> dict[str, Any]:
-        return self.choice(delta.row, delta.text, delta.tokens, delta.finish)
+        return self._choice(delta.row, delta.text, delta.tokens, delta.finish)
+
+    def _choice(self, index: int, text: str, tokens: Sequence[TokenLogprob], finish: str | None) -> dict[str, Any]:
+        return {"index": index, "text": text, "logprobs": self._logprobs(tokens), "finish_reason": finish}
 
     def _logprobs(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
         if self.logprobs is None:
@@ -119,15 +116,19 @@ class ChatAnswer(Answer):
     kind, chunk_kind = "chat.completion", "chat.completion.chunk"
     prefix = "chatcmpl"
 
-    def choice(self, index: int, text: str, tokens: Sequence[TokenLogprob], finish: str) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text, "refusal": None}
-        return {"index": index, "message": message, "logprobs": self._logprobs(tokens), "finish_reason": finish}
+    def choice(self, index: int, row: Whole) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": row.text, "refusal": None}
+        if row.calls:
+            message |= {"content": row.text if row.text.strip() else None, "tool_calls": list(map(_call, row.calls))}
+        return {"index": index, "message": message, "logprobs": self._logprobs(row.tokens), "finish_reason": row.finish}
 
     def opening(self, index: int) -> dict[str, Any]:
         return self._part(index, {"role": "assistant", "content": ""}, None, None)
 
     def part(self, delta: Delta) -> dict[str, Any]:
-        content = {"content": delta.text} if delta.text else {}
+        content: dict[str, Any] = {"content": delta.text} if delta.text else {}
+        if delta.calls:
+            content["tool_calls"] = [{"index": i, **_call(call)} for i, call in delta.calls]
         return self._part(delta.row, content, self._logprobs(delta.tokens) if delta.tokens else None, delta.finish)
 
     def _part(self, index: int, delta: dict[str, Any], logprobs: Any, finish: str | None) -> dict[str, Any]:
@@ -146,3 +147,8 @@ class ChatAnswer(Answer):
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
         names = self.names
         return {"token": names.text(token), "logprob": finite(logprob), "bytes": names.bytes_of(token)}
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}

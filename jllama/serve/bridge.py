@@ -116,14 +116,11 @@ class EngineThread:
 
     def _submit(self, group: Group) -> None:
         try:
-            for row, request in enumerate(group.requests):
-                handle = self._engine.submit(request)
-                group.handles.append(handle)
-                self._rows[handle] = group, row
+            group.handles = self._engine.submit_all(group.requests)
         except InputError as error:
-            self._abort(group, None)
             self._out.append((group, error))
             return
+        self._rows |= {handle: (group, row) for row, handle in enumerate(group.handles)}
         self._out.append((group, None))
 
     def _abort(self, group: Group, row: int | None) -> None:

@@ -50,6 +50,7 @@ def from_validation(error: ValidationError) -> ApiError:
         param = ".".join(path)
         return ApiError(400, f"{param}: no such parameter of this server", param=param, code="unknown_parameter")
     message = first["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
     named = re.match(r"(\w+): (.+)", message, re.DOTALL) if first["type"] == "value_error" else None
     if named is not None:  # a check of several fields names the one to change
         path, message = [*path, named[1]], named[2]

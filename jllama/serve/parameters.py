@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from jllama.engine.constraint import Constraint
 from jllama.engine.request import MAX_STOP_IDS, Request, SamplingSettings
 from jllama.errors import InputError
+from jllama.serve.constraints import Tools, constraint_of, tools_of
 from jllama.serve.errors import ApiError, bad
 from jllama.serve.model import Model
 from jllama.serve.schema import MAX_ROWS, ChatBody, CompletionBody, Drawing, Message, TokenizeBody
@@ -27,6 +29,8 @@ class Run:
     scores: list[Request]
     stop: tuple[str, ...]
     logprobs: int | None  # how many of the likeliest tokens beside each; None: no log-probabilities at all
+    ends: frozenset[int]  # tokens that are no part of a text whose last they are
+    tools: Tools | None = None
 
     @property
     def rows(self) -> int:
@@ -45,37 +49,48 @@ def completion_run(body: CompletionBody, model: Model, tenant: str) -> Run:
         raise bad("max_tokens", "expected at least 1, or echo to be true with it, found 0")
     if echo and (body.logprobs or 0) > 1:
         raise bad("logprobs", f"expected at most 1 with echo (a prompt's likeliest tokens), found {body.logprobs}")
-    template = _request(body, model, tenant, body.logprobs)
+    template = _request(body, model, tenant, body.logprobs, constraint_of(body, None, model))
     scored = [p for p in prompts if len(p) > 1] if echo and body.logprobs is not None else []
     return Run(
         prompts,
         [p if isinstance(p, str) else model.tokenizer.decode(list(p)) for p in body.prompt] if echo else [],
         n,
         _rows(prompts, n, template, limit, model) if limit else [],
-        [replace(template, prompt=p, score_from=1) for p in scored],
+        [replace(template, prompt=p, score_from=1, constraint=None) for p in scored],
         body.stop,
         body.logprobs,
+        _ends(template, model),
     )
 
 
 def chat_run(body: ChatBody, model: Model, tenant: str) -> Run:
     """Of ``/v1/chat/completions``."""
-    prompt = conversation_ids(body.messages, model)
+    tools = tools_of(body, model)
+    prompt = conversation_ids(body.messages, model, tools=tools)
     limit = body.max_completion_tokens or body.max_tokens or max(1, model.max_len - len(prompt))
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     ends = () if body.ignore_eos else model.chat.stop_ids(model.tokenizer)
-    template = _request(body, model, tenant, logprobs, ends)
+    template = _request(body, model, tenant, logprobs, constraint_of(body, tools, model), ends)
     n = body.n or 1
-    stop = (*body.stop, *model.chat.stop)
-    return Run([prompt], [], n, _rows([prompt], n, template, limit, model), [], stop, logprobs)
+    rows, stop = _rows([prompt], n, template, limit, model), (*body.stop, *model.chat.stop)
+    return Run([prompt], [], n, rows, [], stop, logprobs, _ends(template, model), tools)
 
 
-def conversation_ids(messages: Sequence[Message], model: Model, *, answer: bool = True) -> list[int]:
+def conversation_ids(
+    messages: Sequence[Message], model: Model, *, answer: bool = True, tools: Tools | None = None
+) -> list[int]:
     """The ids of a conversation in the model's own chat format."""
+    plain, listed = [_plain(message) for message in messages], tools.listed if tools else None
     try:
-        return chat_prompt_ids([_plain(message) for message in messages], model.tokenizer, model.chat, answer)
+        return chat_prompt_ids(plain, model.tokenizer, model.chat, answer, listed)
     except InputError as error:
-        raise bad("messages", str(error).removeprefix("messages: ")) from None
+        param, _, rest = str(error).partition(": ")
+        raise (bad(param, rest) if param in ("messages", "tools") else bad("messages", str(error))) from None
+
+
+def _ends(request: Request, model: Model) -> frozenset[int]:
+    """The tokens that may end a text of a request. A grammar ends with any of the model's."""
+    return frozenset((*(request.stop_ids or ()), *(model.ends if request.constraint else ())))
 
 
 def ids_to_count(body: TokenizeBody, model: Model) -> list[int]:
@@ -96,15 +111,15 @@ def _plain(message: Message) -> dict[str, Any]:
     return {"content": "", **found, "role": "system" if message.role == "developer" else message.role}
 
 
-def _request(body: Drawing, model: Model, tenant: str, logprobs: int | None, ends: tuple[int, ...] = ()) -> Request:
+def _request(
+    body: Drawing,
+    model: Model,
+    tenant: str,
+    logprobs: int | None,
+    constraint: Constraint | None,
+    ends: tuple[int, ...] = (),
+) -> Request:
     """What all rows of a body have in common."""
-    for name in ("response_format", "structured_outputs"):
-        value = getattr(body, name)
-        if value is not None and value != {"type": "text"}:
-            raise bad(name, "this server cannot constrain its output", code="unsupported_parameter")
-    for name in ("tools", "tool_choice"):
-        if (value := getattr(body, name, None)) and value not in ("none", "auto"):
-            raise bad(name, "this server calls no tools", code="unsupported_parameter")
     own = () if body.ignore_eos else model.config.eos_ids
     stop_ids = tuple(dict.fromkeys((*own, *ends, *(body.stop_token_ids or ()))))
     if len(stop_ids) > MAX_STOP_IDS:
@@ -122,7 +137,8 @@ def _request(body: Drawing, model: Model, tenant: str, logprobs: int | None, end
         min_tokens=body.min_tokens or 0,
         top_logprobs=logprobs or 0,
     )
-    request = Request((0,), 1, settings, stop_ids, salt=model.salt(tenant, body.cache_salt))
+    salt = model.salt(tenant, body.cache_salt)
+    request = Request((0,), 1, settings, stop_ids, salt=salt, constraint=constraint)
     try:
         settings.check(model.config)
     except InputError as error:

@@ -13,10 +13,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Scope
 
 from jllama import __version__
+from jllama.formats.files import label
 from jllama.serve import answers, body, page
 from jllama.serve.answers import Answer, ChatAnswer, TextAnswer
 from jllama.serve.bridge import EngineThread
-from jllama.serve.errors import ApiError
+from jllama.serve.errors import MAX_NAME, ApiError
 from jllama.serve.exchange import Exchange
 from jllama.serve.front import GONE, Front, error_response
 from jllama.serve.gate import Gate
@@ -77,8 +78,8 @@ class Service:
 
     async def _whole(self, running: Running, answer: Answer) -> bytes:
         await running.start()
-        found = await collect(running)
-        return answers.encode(answer.whole(*found, answers.usage(running.prompt_tokens, running.completion_tokens)))
+        rows = await collect(running)
+        return answers.encode(answer.whole(rows, answers.usage(running.prompt_tokens, running.completion_tokens)))
 
 
 async def stream(running: Running, answer: Answer, asked: Drawing) -> AsyncGenerator[bytes]:
@@ -209,7 +210,8 @@ def _handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def no_route(request: Request, error: HTTPException) -> Response:
-        return error_response(ApiError(error.status_code, f"{request.method}: {error.detail}"))
+        found = label(f"{request.method} {request.url.path}", MAX_NAME)
+        return error_response(ApiError(error.status_code, f"{found}: {error.detail.lower()}"))
 
     @app.exception_handler(Exception)  # the error itself goes to the log, not to the client
     async def failed(request: Request, error: Exception) -> Response:

@@ -2,15 +2,19 @@
 
 import time
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jllama.engine.request import Completion
 from jllama.errors import InputError
 from jllama.serve.bridge import EngineThread, Group, Progress
+from jllama.serve.constraints import Tools
 from jllama.serve.errors import ApiError
 from jllama.serve.model import Model
 from jllama.serve.parameters import Run
 from jllama.serve.text import RowText, TokenLogprob, scored_tokens
+from jllama.text.tool_calls import ToolCall, ToolCallParser, with_marks
+
+DEAD_END = "the request's constraint and settings leave no token that might come next"
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,30 @@ class Delta:
     row: int
     text: str
     tokens: list[TokenLogprob]
-    finish: str | None = None  # "stop" or "length", with the row's last
+    finish: str | None = None  # "stop", "length" or "tool_calls", with the row's last
+    calls: tuple[tuple[int, ToolCall], ...] = ()  # with their places among the row's calls
+
+
+class RowCalls:
+    """The calls of tools in one row's text."""
+
+    def __init__(self, tools: Tools) -> None:
+        self._parser = ToolCallParser(tools.style, tools.functions)
+        self._limit = None if tools.parallel else 1
+        self._count = 0
+
+    def push(self, text: str, finish: str | None) -> tuple[str, tuple[tuple[int, ToolCall], ...], str | None]:
+        """Add text: what is for the reader, the calls that are complete, and the finish reason, if any."""
+        found = self._parser.push(text)
+        content, calls = found.content, found.calls
+        if finish is not None:
+            rest = self._parser.finish()
+            content, calls = content + rest.content, calls + rest.calls
+        if self._limit is not None:
+            calls = calls[: self._limit - self._count]
+        numbered = tuple(enumerate(calls, self._count))
+        self._count += len(calls)
+        return content, numbered, "tool_calls" if finish == "stop" and self._count else finish
 
 
 class Running:
@@ -29,11 +56,13 @@ class Running:
     def __init__(self, run: Run, model: Model, engine: EngineThread) -> None:
         self.run, self.model, self._engine = run, model, engine
         self.group = Group([*run.requests, *run.scores])
+        tokenizer = with_marks(model.tokenizer) if run.tools else model.tokenizer
         ahead = [len(text) for text in run.echoes for _ in range(run.n)] or [0] * len(run.requests)
         self._rows = [
-            RowText(model.tokenizer, list(r.prompt), run.stop, logprobs=run.logprobs is not None, ahead=n)
+            RowText(tokenizer, list(r.prompt), run.stop, logprobs=run.logprobs is not None, ahead=n)
             for r, n in zip(run.requests, ahead, strict=False)
         ]
+        self._calls = [RowCalls(run.tools) for _ in run.requests] if run.tools else []
         self.finishes: dict[int, str] = {}
         self.began = time.perf_counter()
         self.first: float | None = None  # when the first token came
@@ -109,8 +138,11 @@ class Running:
             return None
         if progress.error is not None:
             raise ApiError(500, progress.error)
+        if progress.finish == "dead_end":
+            raise ApiError(400, DEAD_END, code="dead_end")
         self._note(row, len(progress.ids))
-        text_of, last = self._rows[row], progress.finish == "stop"
+        text_of = self._rows[row]
+        last = progress.finish == "stop" and progress.ids[-1:] != [] and progress.ids[-1] in self.run.ends
         text, tokens = text_of.push(progress.ids, progress.logprobs, progress.top, last_is_stop=last)
         finish = progress.finish
         if text_of.stopped:
@@ -120,8 +152,12 @@ class Running:
         if finish is not None:
             rest, more = text_of.finish()
             text, tokens = text + rest, tokens + more
+        calls: tuple[tuple[int, ToolCall], ...] = ()
+        if self._calls:
+            text, calls, finish = self._calls[row].push(text, finish)
+        if finish is not None:
             self.finishes[row] = finish
-        return Delta(row, text, tokens, finish) if text or tokens or finish else None
+        return Delta(row, text, tokens, finish, calls) if text or tokens or finish or calls else None
 
     def _note(self, row: int, count: int) -> None:
         """Note when tokens came."""
@@ -135,13 +171,24 @@ class Running:
         self._last[row] = now
 
 
-async def collect(running: Running) -> tuple[list[str], list[list[TokenLogprob]], list[str]]:
-    """Run to the end: every row's text, tokens and finish reason."""
-    count = running.run.rows
-    texts, tokens, finishes = [""] * count, [[] for _ in range(count)], ["length"] * count
-    async for some in running.deltas():
-        for delta in some:
-            texts[delta.row] += delta.text
-            tokens[delta.row] += delta.tokens
-            finishes[delta.row] = delta.finish or finishes[delta.row]
-    return texts, tokens, finishes
+@dataclass
+class Whole:
+    """All that came for one row."""
+
+    text: str = ""
+    tokens: list[TokenLogprob] = field(default_factory=list)
+    calls: list[ToolCall] = field(default_factory=list)
+    finish: str = "length"
+
+
+async def collect(running: Running) -> list[Whole]:
+    """Run to the end."""
+    rows = [Whole() for _ in range(running.run.rows)]
+    async for deltas in running.deltas():
+        for delta in deltas:
+            row = rows[delta.row]
+            row.text += delta.text
+            row.tokens += delta.tokens
+            row.calls += [call for _, call in delta.calls]
+            row.finish = delta.finish or row.finish
+    return rows

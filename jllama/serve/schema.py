@@ -9,7 +9,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, Pla
 from pydantic import model_validator as validated
 
 from jllama.engine.request import MAX_BIAS, MAX_STOP_IDS, MAX_TOP_LOGPROBS
+from jllama.text.grammars import MAX_CHOICES
 from jllama.text.templates import ROLES
+from jllama.text.tool_choice import MAX_TOOLS
 
 MAX_ROWS = 128  # texts that one request may draw: prompts times n
 MAX_MESSAGES = 4096
@@ -128,6 +130,45 @@ class StreamOptions(Strict):
     include_obfuscation: Literal[False] | None = None
 
 
+class JsonSchema(Strict):
+    """A schema of OpenAI's ``response_format``. It is always held, ``strict`` or not."""
+
+    name: Name | None = None
+    description: str | None = None
+    value: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Strict):
+    """OpenAI's constraints."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @validated(mode="after")
+    def _has_its_schema(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema: expected one with type json_schema, and only then")
+        return self
+
+
+class StructuredOutputs(Strict):
+    """vLLM's constraints: one of them."""
+
+    value: Any = Field(None, alias="json")  # a schema, or its text
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES)] | None = None
+    grammar: str | None = None
+
+    @validated(mode="after")
+    def _one_kind(self) -> Self:
+        kinds = (self.value, self.json_object or None, self.regex, self.choice, self.grammar)
+        if (given := sum(kind is not None for kind in kinds)) != 1:
+            raise ValueError(f"expected one of json, json_object, regex, choice and grammar, found {given}")
+        return self
+
+
 class Drawing(Strict):
     """What both kinds of completion share: how texts are drawn, and how they end."""
 
@@ -150,8 +191,8 @@ class Drawing(Strict):
     stream_options: StreamOptions | None = None
     user: Name | None = None
     cache_salt: Name | None = None
-    response_format: dict[str, Any] | None = None
-    structured_outputs: dict[str, Any] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     # Known to OpenAI's clients, and here only at values that ask for nothing.
     store: Literal[False] | None = None
     service_tier: Literal["auto", "default"] | None = None
@@ -210,8 +251,8 @@ class ChatBody(Drawing):
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    tools: Annotated[list[dict[str, Any]], Field(max_length=MAX_ROWS)] | None = None
-    tool_choice: str | dict[str, Any] | None = None
+    tools: Annotated[list[dict[str, Any]], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Any = None
     parallel_tool_calls: bool | None = None
     modalities: list[Literal["text"]] | None = None
     functions: None = None

@@ -26,7 +26,7 @@ def run(lm: LM, engine: Engine, settings: Settings, bound: socket.socket, *, slo
 
 def compile_ahead(engine: Engine, *, progress: bool) -> None:
     """Compile all that requests can need, so that no client waits for it."""
-    engine.warm_up(KINDS, progress=progress)
+    engine.warm_up(KINDS, constraints=True, progress=progress)
     everything = SamplingSettings(temperature=1.0, top_p=0.9, presence_penalty=0.1, top_logprobs=1)
     bos = engine.params.config.bos_id
     handle = engine.submit(Request((bos,), 1, everything, salt="warm up"))  # also what only such a row needs

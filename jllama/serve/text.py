@@ -82,15 +82,15 @@ class Names:
         self._before = tokenizer.encode("a", bos=False)[-1:]
         self._skip = len(tokenizer.decode(self._before))
         self.text = functools.lru_cache(maxsize=1 << 16)(self._text)
+        self._bytes = tokenizer.token_bytes()
 
     def _text(self, token: int) -> str:
         name = self._tokenizer.control.name_of(token)
         return name if name is not None else self._tokenizer.decode([*self._before, token])[self._skip :]
 
-    def bytes_of(self, token: int) -> list[int] | None:
-        """A token's bytes, where its text shows them: None for a part of a character."""
-        text = self.text(token)
-        return None if "\ufffd" in text else list(text.encode())
+    def bytes_of(self, token: int) -> list[int]:
+        """A token's bytes. Its text shows a part of a character as U+FFFD; the bytes are exact."""
+        return list(self._bytes[token]) if 0 <= token < len(self._bytes) else []
 
 
 def finite(logprob: float) -> float:

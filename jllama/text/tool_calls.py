@@ -106,6 +106,8 @@ class ToolCallParser:
                 text = ""
             found.content, self._held = found.content + text, self._held[at:]
             end = self._held.find(_END, max(len(begin), self._scanned)) if whole else -1
+            while end >= 0 and _in_string(self._held[len(begin) : end]):
+                end = self._held.find(_END, end + 1)
             if end < 0:
                 self._scanned = len(self._held) - len(_END)
                 return
@@ -165,6 +167,11 @@ def _loaded(text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         return None
+
+
+def _in_string(text: str) -> bool:
+    """Whether the end of JSON text is within a string."""
+    return re.sub(r"\\.", "", text, flags=re.DOTALL).count('"') % 2 == 1
 
 
 def _values(text: str) -> list[Any]:

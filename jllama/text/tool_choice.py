@@ -70,7 +70,8 @@ def call_grammar(
         one = f'{mark("<tool_call>")} "\\n" ({one}) "\\n" {mark("</tool_call>")}'
     elif style == "mistral":
         begin, end = f'{mark("[TOOL_CALLS]")} "["', lark_text("]")
-    lines = [f"start: {begin} call ({between} call){{0,{MAX_CALLS - 1 if parallel else 0}}} {end}", f"call: {one}"]
+    more = f" ({between} call){{0,{MAX_CALLS - 1}}}" if parallel else ""
+    lines = [f"start: {begin} call{more} {end}", f"call: {one}"]
     for i, name in enumerate(names):
         # The arguments are a JSON text of their own: references in a schema begin at its root.
         head = lark_text(f'{{"name": {json.dumps(name)}, "{key}": ')

@@ -69,7 +69,6 @@ def test_texts_are_those_of_requests_alone_whatever_the_neighbours_arrivals_and_
     check([h for h in handles if h.completion.finish_reason != "abort"])
     assert e.statistics.preemptions > 3
     assert e._pages.free == 3
-    assert sum(h.completion.finish_reason == "abort" for h in handles) < 5
     ended = [h for h in handles if h.request.constraint is GRAMMARS[1] and len(h.completion.ids) == 9]
     assert ended
     assert all(h.completion.finish_reason == "stop" for h in ended)  # as the grammar ends, also at the limit

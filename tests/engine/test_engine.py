@@ -2,8 +2,6 @@
 
 import functools
 import random
-from dataclasses import replace
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +16,7 @@ from jllama import Engine, Request, SamplingSettings
 from jllama.decode import generate
 from jllama.engine import steps
 from jllama.engine.request import Handle
-from jllama.engine.tuning import sizes, tuning_for
+from jllama.engine.tuning import tuning_for
 from jllama.errors import InputError
 from jllama.sampling import make_sampling
 from jllama.stream import pad
@@ -213,32 +211,6 @@ def test_every_setting_holds_row_by_row_also_after_a_preemption() -> None:
     assert plain.completion.top_logprobs == []
 
 
-def test_generate_takes_the_same_settings() -> None:
-    rows = dict(
-        temperature=(0.0, 0.0, 0.9, 0.0), seed=(0, 0, 3, 0), presence_penalty=(1.5, 0.0, 0.4, 0.0),
-        frequency_penalty=(0.0, 0.7, 0.3, 0.0), repetition_penalty=(1.0, 1.0, 1.1, 1.7), min_tokens=(6, 0, 3, 0),
-        logit_bias=({}, {11: 4.0, 12: float("-inf")}, {7: 2.0}, {}),
-    )  # fmt: skip
-    words, stops, prompt = ((14,), (20, 14), (63, 20, 9)), tuple(range(60, 66)), tiny.prompt(30)
-    out = generate(
-        tiny.model(),
-        np.asarray([prompt] * 4),
-        max_new_tokens=24,
-        sampling=make_sampling(4, bad_words=words, **rows),
-        stop_ids=stops,
-        top_logprobs=2,
-    )
-    assert out.top is not None
-    for i, n in enumerate(out.lengths.tolist()):
-        settings_ = SamplingSettings(bad_words=words, **{name: values[i] for name, values in rows.items()})
-        request, ids = Request(prompt, 24, settings_, stops), out.tokens[i, :n].tolist()
-        assert_same(tiny.model(), request, ids, out.logprobs[i, :n].tolist())
-        likeliest, values = (np.asarray(a[i, :n]) for a in out.top)
-        found = (likeliest == np.asarray(ids)[:, None]) * values
-        np.testing.assert_allclose(found.sum(1), np.where(found.any(1), out.logprobs[i, :n], 0), atol=1e-5)
-        assert (values[:, 0] >= values[:, 1]).all()
-
-
 def test_what_the_settings_are_for() -> None:
     e, prompt = engine(), tiny.prompt(20)
     free = e.generate([prompt], max_new_tokens=12, stop_ids=())[0].ids
@@ -280,30 +252,6 @@ def test_the_number_of_programs_is_bounded_and_warm_up_makes_them_all(capsys: py
     check(handles)
     assert e.programs == programs
     assert [f._cache_size() for f in (steps.jit_decode, steps.jit_feed, steps.jit_score)] == compiled
-
-
-def test_sizes_of_launches_depend_on_the_device() -> None:
-    gpu = tuning_for(SimpleNamespace(platform="gpu"))
-    assert (CPU.piece, gpu.piece) == (32, 128)
-    assert sizes(gpu.rows, 64) == [1, 8, 64]
-    assert sizes(gpu.rows, 600) == [1, 8, 64, 128, 256, 512, 600]
-    assert sizes(CPU.rows, 4) == [1, 4]
-    assert sizes(CPU.rows, 1) == [1]
-    e = Engine(tiny.model(), slots=2, pages=4, tuning=replace(CPU, piece=8, steps=(2, 3)), budget=16)
-    check([h for h in e.submit_all([Request(tiny.prompt(20), 9, stop_ids=())]) for _ in e.follow([h])])
-
-
-def test_what_one_request_breaks_aborts_the_others() -> None:
-    e = engine()
-    with pytest.raises(InputError, match="prompt 1: request: expected at most 256 tokens"):
-        e.submit_all([Request([5], 4), Request([5], 256)])
-    assert not e.busy
-    handles = e.submit_all([Request([5], 40, stop_ids=()) for _ in range(2)])
-    turns = e.follow(handles)
-    next(turns)
-    turns.close()
-    assert [h.completion.finish_reason for h in handles] == ["abort"] * 2
-    assert e._pages.free == PAGES
 
 
 def test_the_next_plan_is_launched_before_the_last_is_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,7 @@ class Case:
 
     @property
     def pool(self) -> int:
-        return self.shared + self.own * len(self.start) + 2  # two belong to nobody
+        return self.shared + self.own * len(self.start) + 2  # the first and the last belong to nobody
 
     def shapes(self) -> list[jax.ShapeDtypeStruct]:
         """q, k, v, table and start."""
@@ -56,10 +56,11 @@ class Case:
         q, k, v, _, _ = self.shapes()
         keys = jax.random.split(jax.random.key(seed), 3)
         q, k, v = (jax.random.normal(key, a.shape, self.dtype) for key, a in zip(keys, (q, k, v), strict=True))
-        numbers = np.random.RandomState(seed).permutation(self.pool).astype(np.int32)
+        # A number outside the pool is clamped to its first or last page, which nobody has.
+        numbers = 1 + np.random.RandomState(seed).permutation(self.pool - 2).astype(np.int32)
         table = np.empty((len(self.start), self.pages), np.int32)
         table[:, : self.shared] = numbers[: self.shared]
-        table[:, self.shared :] = numbers[self.shared : -2].reshape(len(self.start), self.own)
+        table[:, self.shared :] = numbers[self.shared :].reshape(len(self.start), self.own)
         for row, start in enumerate(self.start):
             table[row, (start + self.T - 1) // PAGE + 1 :] = (self.pool, -1, 1 << 30)[row % 3]
         unseen = np.setdiff1d(np.arange(self.pool), table)
@@ -75,7 +76,8 @@ DECODE_SMALL = {
     "eight-queries": Case(8, 1, 1, 64, (0, 121), 2),
 }
 PREFILL_SMALL = {
-    "one-row": Case(130, 1, 1, 64, (0,), 3),
+    # The last query has the last key of a page. The queries that fill up to 136 have none.
+    "one-row": Case(130, 1, 1, 64, (62,), 4),
     "pieces-of-one-prompt": Case(40, 2, 1, 128, (64, 104), 3, "float16", shared=3),
     "behind-a-prefix": Case(16, 1, 1, 64, (128, 230), 5, shared=2, keys=64),
 }

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,10 +60,10 @@ def failing(engine: Engine, times: int, error: Exception) -> Engine:
     """An engine whose next launches with two rows fail."""
     launch, left = engine._device.launch, iter(range(times))
 
-    def broken(plan: Plan, requests: dict) -> Launch:
+    def broken(plan: Plan, *more: Any) -> Launch:
         if len(plan.rows) == 2 and next(left, None) is not None:
             raise error
-        return launch(plan, requests)
+        return launch(plan, *more)
 
     engine._device.launch = broken
     return engine

@@ -48,7 +48,7 @@ def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     made.process.communicate()
 
 
-def test_the_official_client_and_a_drain(process: Process) -> None:
+def test_the_official_client_and_a_drain(process: Process, capsys: pytest.CaptureFixture[str]) -> None:
     openai = pytest.importorskip("openai")
     client = openai.OpenAI(base_url=f"{process.url}/v1", api_key=KEY, max_retries=0)
     assert [model.id for model in client.models.list()] == ["demo"]
@@ -69,6 +69,13 @@ def test_the_official_client_and_a_drain(process: Process) -> None:
         client.with_options(api_key="sk-wrong").models.list()
     with pytest.raises(openai.NotFoundError):
         client.completions.create(model="gpt", prompt="x")
+
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    code = page.partition("```python\n")[2].partition("```")[0]
+    assert 'api_key="none"' in code
+    code = code.replace("http://127.0.0.1:8000", process.url).replace('"none"', repr(KEY))
+    exec(code, {})
+    assert len(capsys.readouterr().out) > 20
 
     body = {"prompt": "Once", "max_tokens": 300, "temperature": 0, "stream": True, "ignore_eos": True}
     headers = {"authorization": f"Bearer {KEY}"}

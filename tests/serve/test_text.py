@@ -50,5 +50,6 @@ def test_names_of_tokens_join_to_the_text() -> None:
     ids = demo().tokenizer.encode("Once upon a time", bos=False)
     assert "".join(map(names.text, ids)).strip() == "Once upon a time"
     assert names.text(demo().tokenizer.bos_id) == "<s>"
-    part = demo().tokenizer.encode("🍣", bos=False)[-1]
-    assert names.bytes_of(part) is None or bytes(names.bytes_of(part) or ()).decode()
+    fish = demo().tokenizer.encode("🍣", bos=False)
+    assert bytes(b for token in fish for b in names.bytes_of(token)).decode().strip() == "🍣"
+    assert names.text(fish[-1]) == "\ufffd"

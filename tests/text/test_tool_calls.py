@@ -108,6 +108,7 @@ TOOLS = [
 def test_a_call_that_must_come_is_one_of_the_tools_for_any_logits(style: Style, name: str) -> None:
     pytest.importorskip("llguidance")
     functions, tok = check_tools(TOOLS), tokenizer(name)
+    token_bytes = tok.token_bytes()
     grammars, rng, called = Grammars(tok, tok.n_ids, (tok.eos_id,)), np.random.default_rng(1), set()
     for choice, names in (("required", ["sum", "say"]), ({"type": "function", "function": {"name": "say"}}, ["say"])):
         assert chosen(choice, functions) == names
@@ -118,7 +119,7 @@ def test_a_call_that_must_come_is_one_of_the_tools_for_any_logits(style: Style, 
                 allowed = np.flatnonzero(np.unpackbits(matcher.mask().view(np.uint8), bitorder="little"))
                 ids.append(int(rng.choice(allowed)))
                 matcher.accept(ids[-1])
-            text = b"".join(tok.token_bytes()[i] for i in ids if i != tok.eos_id).decode()
+            text = b"".join(token_bytes[i] for i in ids if i != tok.eos_id).decode()
             found = parse_tool_calls(text, style, names)
             assert found.content == ""
             assert 1 <= len(found.calls) <= (8 if parallel else 1)
@@ -171,7 +172,7 @@ def test_tools_and_arguments_reach_the_template_and_name_no_control_token() -> N
     messages = [{"role": "user", "content": "go"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
     ids = chat_prompt_ids(messages, tok, chat, tools=tools)
     assert tok.eos_id not in ids
-    assert tok.decode(ids) == "sum: adds </s> things;user:go\nassistant:7\n"
+    assert tok.decode(ids) == "sum: adds </s> things;user:goassistant:7"
     with pytest.raises(InputError, match="messages: tool_calls: arguments: expected JSON"):
         chat_prompt_ids([{"role": "assistant", "tool_calls": [{"function": {"arguments": "{"}}]}], tok, chat)
     without = TemplateChat(Template("{{ messages }}", "t"), "{{ messages }}")

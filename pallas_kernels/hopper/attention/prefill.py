@@ -124,7 +124,7 @@ def _attend(
 
     def body(start: Ref, items: Ref, q: Ref, *refs: Ref) -> None:
         *leaves, out, scratch = refs
-        run_block(start, items, q, jax.tree.unflatten(structure, leaves), out, scratch)
+        run_block(start, items, q, jax.tree.unflatten(structure, leaves), out, scratch, queries=T)
 
     out = plgpu.kernel(
         body,

@@ -78,6 +78,7 @@ class Block:
     cache: Cache
     out: Ref  # [B, T, heads, D]
     scratch: Scratch
+    queries: int  # how many of T are real; those that fill up may stand where their row has no page
 
     @property
     def tile_keys(self) -> int:
@@ -86,13 +87,13 @@ class Block:
 
     def item(self, nth: jax.Array) -> Item:
         """The ``nth`` item of this block."""
-        T, heads, S = self.q.shape[1], self.q.shape[2], self.cache.positions
-        index, q_tiles = self.items[self.index, 1 + nth], pl.cdiv(T, ITEM_QUERIES)
+        heads, S = self.q.shape[2], self.cache.positions
+        index, q_tiles = self.items[self.index, 1 + nth], pl.cdiv(self.queries, ITEM_QUERIES)
         row, tile = lax.div(index, q_tiles), lax.rem(index, q_tiles)
         b, head, first = lax.div(row, heads), lax.rem(row, heads), tile * ITEM_QUERIES
         start = self.start[b]
         whole = lax.div(jnp.minimum(start + first + 1, S), self.tile_keys)
-        last = jnp.minimum(start + jnp.minimum(first + ITEM_QUERIES, T), S) - 1
+        last = jnp.minimum(start + jnp.minimum(first + ITEM_QUERIES, self.queries), S) - 1
         return Item(b, head, first, start, last, whole, lax.div(last, self.tile_keys) + 1)
 
     def each_item(self, visit: Callable[[Item, jax.Array, jax.Array], None]) -> Any:
@@ -107,10 +108,10 @@ class Block:
         return lax.fori_loop(0, self.items[self.index, 0], one, jnp.int32(0))
 
 
-def run_block(start: Ref, items: Ref, q: Ref, cache: Cache, out: Ref, scratch: Scratch) -> None:
-    """What the three warpgroups of a block do."""
+def run_block(start: Ref, items: Ref, q: Ref, cache: Cache, out: Ref, scratch: Scratch, *, queries: int) -> None:
+    """What the three warpgroups of a block do. ``queries`` of a row are real; the rest of q fills up."""
     me, index = lax.axis_index("warpgroup"), lax.axis_index("block")
-    block = Block(me, index, start, items, q, cache, out, scratch)
+    block = Block(me, index, start, items, q, cache, out, scratch, queries)
     warp_specialize(
         me,
         functools.partial(_produce, block),
