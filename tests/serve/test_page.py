@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from browser import Chat, launch, stream
+from browser import Chat, stream
 from serving import Live, http, wait_for
 
 from jllama.serve import page as chat_page
@@ -15,11 +15,6 @@ from jllama.serve.bridge import EngineThread
 KEY = "sk-secret"
 QUESTION = "Once upon a time"
 LONG = "Tell me a long story about a bird"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    yield from launch()
 
 
 @pytest.fixture

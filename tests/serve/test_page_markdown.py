@@ -6,15 +6,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from browser import Chat, launch, stream
+from browser import Chat, stream
 from serving import Live
 
 from jllama.serve import page as chat_page
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    yield from launch()
 
 
 @pytest.fixture

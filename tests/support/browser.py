@@ -1,5 +1,6 @@
 """Chromium on the chat page, and what a test needs to see of it."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -13,8 +14,9 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 TIMEOUT = 20_000.0  # milliseconds in which what is expected must be there
 
 
-def launch() -> Iterator[Any]:
-    """A browser, for a fixture. Skips where there is none."""
+@contextlib.contextmanager
+def browser() -> Iterator[Any]:
+    """A browser that the machine has. Skips the test where there is none."""
     api = pytest.importorskip("playwright.sync_api", reason="needs the package playwright (make setup)")
     path = next(filter(None, map(shutil.which, BROWSERS)), None)
     if path is None:
@@ -22,9 +24,9 @@ def launch() -> Iterator[Any]:
     api.expect.set_options(timeout=TIMEOUT)
     args = ["--no-sandbox"] if os.geteuid() == 0 else []  # chromium's sandbox does not run as root
     with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=args)
-        yield browser
-        browser.close()
+        found = playwright.chromium.launch(executable_path=path, args=args)
+        yield found
+        found.close()
 
 
 class Chat:
