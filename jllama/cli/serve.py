@@ -36,8 +36,8 @@ def parser() -> Parser:
     group = parser.add_argument_group("engine")
     help_slots = "texts drawn at a time (default: 16 on a CPU, else 64)"
     group.add_argument("--slots", type=int, metavar="N", help=help_slots)
-    help_queue = "texts that may wait for a slot; more are refused with 429 (default: 256)"
-    group.add_argument("--max-queue", type=int, default=256, metavar="N", help=help_queue)
+    help_queue = "texts that may wait for a slot; more are refused with 429 (default: 1024)"
+    group.add_argument("--max-queue", type=int, default=1024, metavar="N", help=help_queue)
     help_pages = "pages of 64 tokens in the cache (default: as many as fit)"
     group.add_argument("--pages", type=int, metavar="N", help=help_pages)
     help_memory = "part of the device's free memory for the cache (default: 0.9)"

@@ -31,7 +31,7 @@ class Launch:
     """What a plan will bring, once it has run."""
 
     rows: list[Scheduled]
-    drawn: steps.Drawn | None
+    drawn: list[steps.Drawn]  # of one program after another
     pieces: list[tuple[int, Piece]]  # those that are scored, with their places in the scores
     scores: steps.Scores | None
     masked: bool = False  # whether the next masks depend on what is drawn
@@ -82,7 +82,7 @@ class Device:
         for at in range(0, len(plan.copies), COPIES):
             self._copy(plan.copies[at : at + COPIES])
         scored = [(i, p) for i, p in enumerate(plan.pieces) if p.sequence.limit == 0]
-        scores = drawn = None
+        scores, drawn = None, []
         if plan.pieces:
             size = next(b for b in self._of_pieces if b >= len(plan.pieces))
             scores = self._feed(plan.pieces, size, bool(scored))
@@ -94,7 +94,7 @@ class Device:
             if plan.steps:
                 drawn = self._decode(plan.rows, size, kind, plan.steps)
             else:
-                drawn = self._draw(plan.rows, size, kind, [matchers.get(s) for s in plan.rows])
+                drawn = [self._draw(plan.rows, size, kind, [matchers.get(s) for s in plan.rows])]
         if plan.ahead:
             self._look_ahead(plan.ahead, next(b for b in self._of_rows if b >= len(plan.ahead)))
         for array in jax.tree.leaves((scores, drawn)):
@@ -116,7 +116,7 @@ class Device:
                 self._feed([], size, scored)
                 bar.update()
             for size, kind in decodes:
-                self._decode([], size, kind, 0)
+                self._decode([], size, kind, self.tuning.steps[0])
                 bar.update()
                 if constraints:
                     self._draw([], size, kind, [])
@@ -167,12 +167,17 @@ class Device:
                 text = tokens, np.int32(s.prompt), np.int32(len(s.tokens))
                 self._state = steps.jit_join_extras(self._state, *where, *text)
 
-    def _decode(self, rows: list[Scheduled], size: int, kind: str, count: int) -> steps.Drawn:
+    def _decode(self, rows: list[Scheduled], size: int, kind: str, count: int) -> list[steps.Drawn]:
+        """``count`` steps. The program has the smaller number of steps that a turn may have, and runs as often as needed.
+        So one program for every kind and number of rows is enough."""
         self.programs.add(("decode", size, kind))
-        where = self._slots_of(rows, size), self._table(rows, size), np.int32(count)
-        how = dict(most=max(self.tuning.steps), kind=kind, **self._static)
-        (self._state, drawn), ran = steps.jit_decode(self.params, self._state, *where, **how)
-        self._record("decode", ran)
+        where = self._slots_of(rows, size), self._table(rows, size)
+        unit, drawn = self.tuning.steps[0], []
+        for _ in range(count // unit):
+            found, ran = steps.jit_decode(self.params, self._state, *where, steps=unit, kind=kind, **self._static)
+            self._state, part = found
+            drawn.append(part)
+            self._record("decode", ran)
         return drawn
 
     def _look_ahead(self, rows: list[Scheduled], size: int) -> None:

@@ -145,7 +145,7 @@ class Engine:
             score_from=request.score_from,
             constrained=request.constraint is not None,
         )
-        progress = request.constraint and Progress(request.constraint, len(request.prompt))
+        progress = None if request.constraint is None else Progress(request.constraint, len(request.prompt))
         self._scheduler.add(sequence)
         handle = self._handles[sequence] = Handle(request, sequence, Completion(sequence.tokens[:]), progress)
         if (first := request.score_from) is not None:
@@ -289,8 +289,9 @@ class Engine:
 
     def _read(self, launch: Launch) -> list[Event]:
         events: list[Event] = []
-        drawn, scores = jax.device_get((launch.drawn, launch.scores))  # blocks
+        parts, scores = jax.device_get((launch.drawn, launch.scores))  # blocks
         if launch.rows:
+            drawn = jax.tree.map(lambda *part: np.concatenate(part), *parts)
             self._decode_steps += int((drawn.tokens != NO_TOKEN).any(axis=1).sum())
         for i, s in enumerate(launch.rows):
             count = int((drawn.tokens[:, i] != NO_TOKEN).sum())

@@ -115,31 +115,22 @@ def decode(
     state: EngineState,
     slots: jax.Array,  # [R]: the rows to run; a slot past the last is none
     table: jax.Array,  # [R, P]: the pages of each row
-    steps: jax.Array,  # how many steps
     *,
-    most: int,  # of steps, whenever compiled
+    steps: int,
     kind: str,  # one of KINDS
     backend: Backend = "auto",
 ) -> tuple[EngineState, Drawn]:
-    """Some tokens for every row, in one loop that ends early where all are done."""
-    rows, R = state.rows.take(slots), slots.shape[0]
+    """Some tokens for every row that is not done. The number of steps is fixed: a GPU would wait for the host at every
+    turn of a loop that ends on a condition."""
+    rows = state.rows.take(slots)
     keys = jax.vmap(jax.random.key)(rows.seed)
     extras = None
     if kind == "full":
         extras = jax.tree.map(lambda a: a.at[slots].get(mode="clip"), state.extras)
     sampling = sampling_of(rows, keys, extras, kind)
-    top = None
-    if kind == "full":
-        shape = (most, R, MAX_TOP_LOGPROBS)
-        top = jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
-    out = Drawn(jnp.full((most, R), NO_TOKEN, jnp.int32), jnp.zeros((most, R), jnp.float32), top)
 
-    def more(carry: tuple) -> jax.Array:
-        i, _, rows, _, _ = carry
-        return (i < steps) & ~rows.done.all()
-
-    def step(carry: tuple) -> tuple:
-        i, (k, v), rows, history, out = carry
+    def step(carry: tuple, _: None) -> tuple[tuple, Drawn]:
+        (k, v), rows, history = carry
         cache = PagedCache(k, v, table, rows.length)
         alive = ~rows.done
         with jax.named_scope("jllama.decode"):
@@ -149,16 +140,15 @@ def decode(
         with jax.named_scope("jllama.draw"):
             token, logprob = sample(logits, sampling, rows.drawn, history, stop_ids=rows.stop_ids, backend=backend)
         likeliest = top_logprobs(logits, MAX_TOP_LOGPROBS) if kind == "full" else None
-        new = Drawn(jnp.where(alive, token, NO_TOKEN), jnp.where(alive, logprob, 0.0), likeliest)
+        drawn = Drawn(jnp.where(alive, token, NO_TOKEN), jnp.where(alive, logprob, 0.0), likeliest)
         rows = advance(replace(rows, length=cache.lengths), token)
-        out = jax.tree.map(lambda a, b: lax.dynamic_update_index_in_dim(a, b, i, 0), out, new)
-        return i + 1, (cache.k, cache.v), rows, history.add(token, alive), out
+        return ((cache.k, cache.v), rows, history.add(token, alive)), drawn
 
-    begin = (jnp.int32(0), (state.k, state.v), rows, extras.history if extras else History(), out)
-    _, (k, v), rows, history, out = lax.while_loop(more, step, begin)
+    begin = (state.k, state.v), rows, extras.history if extras else History()
+    ((k, v), rows, history), drawn = lax.scan(step, begin, length=steps)
     if extras is not None:
         state = put_history(state, slots, history)
-    return replace(state, k=k, v=v, rows=state.rows.put(slots, rows)), out
+    return replace(state, k=k, v=v, rows=state.rows.put(slots, rows)), drawn
 
 
 def put_history(state: EngineState, slots: jax.Array, history: History) -> EngineState:
@@ -194,5 +184,5 @@ def _jit(function, *static: str):
 # Those that run the model also take ``arch``, the device to compile for, and return the choices of their trace for
 # every op (see `recorded`). A profile shows them under their names: ``jit_feed``, ``jit_decode`` and so on.
 jit_feed, jit_score = (_jit(recorded(function), "backend", "arch") for function in (feed, score))
-jit_decode = _jit(recorded(decode), "most", "kind", "backend", "arch")
+jit_decode = _jit(recorded(decode), "steps", "kind", "backend", "arch")
 jit_join, jit_join_extras, jit_copy = _jit(join), _jit(join_extras), _jit(copy)

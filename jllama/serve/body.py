@@ -2,47 +2,56 @@
 
 import asyncio
 import json
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from typing import Any, NoReturn
 
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
 from jllama.serve.errors import ApiError, from_validation
+from jllama.serve.gate import Gate
 from jllama.serve.settings import Settings
 
 MAX_DEPTH = 64  # of nested lists and objects
 
 
-async def read[B: BaseModel](request: Request, schema: type[B], settings: Settings) -> B:
-    """The body of a request as an object of ``schema``."""
+@asynccontextmanager
+async def reading[B: BaseModel](request: Request, schema: type[B], settings: Settings, gate: Gate) -> AsyncGenerator[B]:
+    """The body of a request as an object of ``schema``. Its bytes count as held until the context ends."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # what a web page may send anywhere without asking is no JSON
         raise ApiError(415, "content-type: expected application/json", code="unsupported_media_type")
-    value = parse(await _bytes(request, settings))
+    parts: list[bytes] = []
     try:
-        return schema.model_validate(value)
-    except ValidationError as error:
-        raise from_validation(error) from None
+        await _receive(request, settings, gate, parts)
+        try:
+            asked = schema.model_validate(parse(b"".join(parts)))
+        except ValidationError as error:
+            raise from_validation(error) from None
+        yield asked
+    finally:
+        gate.give_back(sum(map(len, parts)))
 
 
-async def _bytes(request: Request, settings: Settings) -> bytes:
+async def _receive(request: Request, settings: Settings, gate: Gate, parts: list[bytes]) -> None:
     too_large = ApiError(413, f"body: expected at most {settings.body_bytes} bytes, found more", code="too_large")
     length = request.headers.get("content-length", "")
     if length.isdigit() and int(length[:20]) > settings.body_bytes:
         raise too_large
-    parts, size = [], 0
+    left = settings.body_bytes
     try:
         async with asyncio.timeout(settings.body_seconds):
             async for part in request.stream():
-                size += len(part)
-                if size > settings.body_bytes:
+                left -= len(part)
+                if left < 0:
                     raise too_large
+                gate.take(len(part))
                 parts.append(part)
     except TimeoutError:
         raise ApiError(408, f"body: expected it within {settings.body_seconds:g} s", code="timeout") from None
     except ClientDisconnect:
         raise ApiError(400, "body: the client left before its end") from None
-    return b"".join(parts)
 
 
 def parse(content: bytes) -> dict[str, Any]:

@@ -137,7 +137,7 @@ class EngineThread:
             return
         self._out += [message for event in events if (message := self._message(event)) is not None]
 
-    def _shed(self, error: JaxRuntimeError) -> bool:
+    def _shed(self, error: RuntimeError) -> bool:
         """After a step that failed, as for want of memory, end the newest row that runs. The engine computes the others
         anew. False if nothing runs."""
         running = [handle for handle in self._rows if handle.scheduled.slot is not None]

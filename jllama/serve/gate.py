@@ -1,4 +1,4 @@
-"""Who is let in: a bounded number of rows, and nobody while the server drains."""
+"""Who is let in: a bounded number of rows and of bytes, and nobody while the server drains."""
 
 import asyncio
 from dataclasses import dataclass, field
@@ -8,10 +8,12 @@ from jllama.serve.errors import ApiError
 
 @dataclass
 class Gate:
-    """Counts the rows of all requests that are answered; at most ``limit`` at a time."""
+    """Counts the rows and the bodies' bytes of all requests that are answered; at most so many at a time."""
 
     limit: int
+    bytes_limit: int
     rows: int = 0
+    bytes: int = 0
     draining: bool = False
     empty: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -31,6 +33,16 @@ class Gate:
             raise ApiError(429, message, code="queue_full")
         self.rows += rows
         self.empty.clear()
+
+    def take(self, count: int) -> None:
+        """Count bytes of a body that has come, or raise `ApiError`."""
+        if self.bytes + count > self.bytes_limit:
+            raise ApiError(429, "the server reads too many requests at a time", code="busy")
+        self.bytes += count
+
+    def give_back(self, count: int) -> None:
+        """Bytes of a body are no longer held."""
+        self.bytes -= count
 
     def leave(self, rows: int) -> None:
         """Those of a request are answered."""

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -25,7 +26,7 @@ from jllama.serve.metrics import Metrics
 from jllama.serve.model import Model
 from jllama.serve.parameters import Run, chat_run, completion_run, ids_to_count
 from jllama.serve.running import Running, collect
-from jllama.serve.schema import ChatBody, CompletionBody, DetokenizeBody, Drawing, TokenizeBody
+from jllama.serve.schema import ChatBody, CompletionBody, DetokenizeBody, Drawing, StreamOptions, TokenizeBody
 from jllama.serve.settings import Settings
 from jllama.serve.stream import EventStream, unless_gone
 
@@ -37,7 +38,7 @@ class Service:
 
     def __init__(self, model: Model, engine: EngineThread, settings: Settings, *, slots: int) -> None:
         self.model, self.engine, self.settings = model, engine, settings
-        self.gate = Gate(slots + settings.queue)
+        self.gate = Gate(slots + settings.queue, settings.bodies_bytes)
         self.metrics = Metrics(settings.names[0], lambda: engine.statistics)
         self._workers = ThreadPoolExecutor(WORKERS, "text")
 
@@ -45,15 +46,16 @@ class Service:
         """Call a function that may take a while, such as a tokenizer on a long text, off the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self._workers, function, *args)
 
-    async def read[B: BaseModel](self, request: Request, schema: type[B]) -> B:
+    @asynccontextmanager
+    async def reading[B: BaseModel](self, request: Request, schema: type[B]) -> AsyncGenerator[B]:
         """The body of a request, for the model that is here."""
         self.gate.check()
-        asked = await body.read(request, schema, self.settings)
-        name = getattr(asked, "model", None)
-        if name is not None and name not in self.settings.names:
-            known = ", ".join(self.settings.names)
-            raise ApiError(404, f"model: expected {known}, found another", param="model", code="model_not_found")
-        return asked
+        async with body.reading(request, schema, self.settings, self.gate) as asked:
+            name = getattr(asked, "model", None)
+            if name is not None and name not in self.settings.names:
+                known = ", ".join(self.settings.names)
+                raise ApiError(404, f"model: expected {known}, found another", param="model", code="model_not_found")
+            yield asked
 
     async def answer(
         self, request: Request, asked: Drawing, rows: int, build: Callable[..., Run], kind: type[Answer]
@@ -68,7 +70,7 @@ class Service:
             answer = kind(self.settings.names[0], self.model.names, run.logprobs)
             if asked.stream:
                 await unless_gone(request.receive, running.start(), GONE)
-                return EventStream(stream(running, answer, asked), exchange.close)
+                return EventStream(stream(running, answer, asked.stream_options), exchange.close)
             whole = await unless_gone(request.receive, self._whole(running, answer), GONE)
             exchange.close()
             return Response(whole, media_type="application/json")
@@ -82,9 +84,8 @@ class Service:
         return answers.encode(answer.whole(rows, answers.usage(running.prompt_tokens, running.completion_tokens)))
 
 
-async def stream(running: Running, answer: Answer, asked: Drawing) -> AsyncGenerator[bytes]:
+async def stream(running: Running, answer: Answer, options: StreamOptions | None) -> AsyncGenerator[bytes]:
     """The events of a stream. What fails on the way is told in an event, as the status has gone out."""
-    options = asked.stream_options
     at_end, always = (bool(options.include_usage), bool(options.continuous_usage_stats)) if options else (False, False)
 
     def event(choices: list[dict[str, Any]], *, tell: bool) -> bytes:
@@ -129,26 +130,26 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/completions", openapi_extra=_body_of(CompletionBody))
     async def completions(request: Request) -> Response:
-        asked = await service.read(request, CompletionBody)
-        rows = len(asked.prompt) * (asked.n or 1)
-        return await service.answer(request, asked, rows, completion_run, TextAnswer)
+        async with service.reading(request, CompletionBody) as asked:
+            rows = len(asked.prompt) * (asked.n or 1)
+            return await service.answer(request, asked, rows, completion_run, TextAnswer)
 
     @app.post("/v1/chat/completions", openapi_extra=_body_of(ChatBody))
     async def chat_completions(request: Request) -> Response:
-        asked = await service.read(request, ChatBody)
-        return await service.answer(request, asked, asked.n or 1, chat_run, ChatAnswer)
+        async with service.reading(request, ChatBody) as asked:
+            return await service.answer(request, asked, asked.n or 1, chat_run, ChatAnswer)
 
     @app.post("/tokenize", openapi_extra=_body_of(TokenizeBody))
     async def tokenize(request: Request) -> Response:
-        asked = await service.read(request, TokenizeBody)
-        ids = await service.work(ids_to_count, asked, model)
-        texts = [model.names.text(i) for i in ids] if asked.return_token_strs else None
+        async with service.reading(request, TokenizeBody) as asked:
+            ids = await service.work(ids_to_count, asked, model)
+            texts = [model.names.text(i) for i in ids] if asked.return_token_strs else None
         return JSONResponse({"count": len(ids), "max_model_len": model.max_len, "tokens": ids, "token_strs": texts})
 
     @app.post("/detokenize", openapi_extra=_body_of(DetokenizeBody))
     async def detokenize(request: Request) -> Response:
-        asked = await service.read(request, DetokenizeBody)
-        return JSONResponse({"prompt": await service.work(model.tokenizer.decode, asked.tokens)})
+        async with service.reading(request, DetokenizeBody) as asked:
+            return JSONResponse({"prompt": await service.work(model.tokenizer.decode, asked.tokens)})
 
     def card(name: str) -> dict[str, Any]:
         made = {"id": name, "object": "model", "created": model.created, "owned_by": "jllama"}

@@ -96,6 +96,18 @@ def test_a_body_has_a_limit_of_bytes(make_live: Callable[..., Live]) -> None:
         assert b" 413 " in connection.recv(4096)
 
 
+def test_all_bodies_together_have_a_limit_of_bytes(make_live: Callable[..., Live]) -> None:
+    narrow = make_live(body_bytes=1000, bodies_bytes=1500)
+    half = http("/v1/completions", {"prompt": "a" * 900})[:-10]
+    with narrow.raw(half):
+        wait_for(lambda: narrow.service.gate.bytes > 900)
+        error = narrow.refused("/tokenize", {"prompt": "a" * 900}, 429)
+        assert (error["code"], error["type"]) == ("busy", "rate_limit_error")
+        assert narrow.post("/tokenize", {"prompt": "a"}).status_code == 200
+    wait_for(lambda: narrow.service.gate.bytes == 0)
+    assert narrow.post("/tokenize", {"prompt": "a" * 900}).status_code == 200
+
+
 def test_a_body_must_come_in_time(make_live: Callable[..., Live]) -> None:
     hasty = make_live(body_seconds=0.2)
     with hasty.raw(http("/v1/completions", {"prompt": "a"})[:-3]) as connection:

@@ -93,7 +93,7 @@ class Live:
     def idle(self) -> bool:
         """Whether nothing runs, waits or is counted."""
         now, gate = self.service.engine.statistics, self.service.gate
-        return (now.running, now.waiting, gate.rows) == (0, 0, 0)
+        return (now.running, now.waiting, gate.rows, gate.bytes) == (0, 0, 0, 0)
 
 
 def messages(*turns: str) -> list[dict[str, str]]:
