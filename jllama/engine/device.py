@@ -168,8 +168,8 @@ class Device:
                 self._state = steps.jit_join_extras(self._state, *where, *text)
 
     def _decode(self, rows: list[Scheduled], size: int, kind: str, count: int) -> list[steps.Drawn]:
-        """``count`` steps. The program has the smaller number of steps that a turn may have, and runs as often as needed.
-        So one program for every kind and number of rows is enough."""
+        """``count`` steps. The program has the smaller number of steps that a turn may have, and runs as often as that
+        takes. So one program for every kind and number of rows is enough."""
         self.programs.add(("decode", size, kind))
         where = self._slots_of(rows, size), self._table(rows, size)
         unit, drawn = self.tuning.steps[0], []

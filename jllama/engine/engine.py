@@ -16,7 +16,7 @@ from jllama.engine.pages import Pages
 from jllama.engine.request import Completion, Event, Handle, Request, SamplingSettings, per_prompt
 from jllama.engine.scheduler import Piece, Plan, Scheduler
 from jllama.engine.scheduler import Sequence as Scheduled
-from jllama.engine.steps import KINDS, NO_TOKEN
+from jllama.engine.steps import KINDS, NO_TOKEN, Drawn
 from jllama.engine.tuning import Tuning, tuning_for
 from jllama.errors import InputError
 from jllama.kernels import PAGE, Choice
@@ -288,12 +288,26 @@ class Engine:
         return [h.completion for h in handles]
 
     def _read(self, launch: Launch) -> list[Event]:
-        events: list[Event] = []
         parts, scores = jax.device_get((launch.drawn, launch.scores))  # blocks
-        if launch.rows:
-            drawn = jax.tree.map(lambda *part: np.concatenate(part), *parts)
-            self._decode_steps += int((drawn.tokens != NO_TOKEN).any(axis=1).sum())
-        for i, s in enumerate(launch.rows):
+        events: list[Event] = []
+        if parts:
+            events = self._read_drawn(launch.rows, jax.tree.map(lambda *part: np.concatenate(part), *parts))
+        for place, piece in launch.pieces:
+            self._read_scores(piece, *(found[place] for found in scores))
+            if piece.sequence.finish and (handle := self._handles.get(piece.sequence)):
+                events.append(Event(handle, [], [], piece.sequence.finish))  # pyright: ignore[reportArgumentType]
+        seen = {*launch.rows, *(piece.sequence for _, piece in launch.pieces)}
+        for s in seen:
+            if s.finish is not None and s in self._handles:
+                self._finish(self._handles[s])
+        if any(s.finish == "error" for s in seen):
+            self._restart()  # the cache may hold NaN, which no mask hides
+        return [e for e in events if e.ids or e.finish_reason]
+
+    def _read_drawn(self, rows: list[Scheduled], drawn: Drawn) -> list[Event]:
+        events: list[Event] = []
+        self._decode_steps += int((drawn.tokens != NO_TOKEN).any(axis=1).sum())
+        for i, s in enumerate(rows):
             count = int((drawn.tokens[:, i] != NO_TOKEN).sum())
             ids, logprobs = drawn.tokens[:count, i].tolist(), drawn.logprobs[:count, i].tolist()
             handle = self._handles.get(s)
@@ -312,17 +326,7 @@ class Engine:
                 names, values = (a[:count, i, :asked].tolist() for a in drawn.top)
                 completion.top_logprobs += [dict(zip(*pair, strict=True)) for pair in zip(names, values, strict=True)]
             events.append(Event(handle, ids, logprobs, s.finish))  # pyright: ignore[reportArgumentType]
-        for place, piece in launch.pieces:
-            self._read_scores(piece, *(found[place] for found in scores))
-            if piece.sequence.finish and (handle := self._handles.get(piece.sequence)):
-                events.append(Event(handle, [], [], piece.sequence.finish))  # pyright: ignore[reportArgumentType]
-        seen = {*launch.rows, *(piece.sequence for _, piece in launch.pieces)}
-        for s in seen:
-            if s.finish is not None and s in self._handles:
-                self._finish(self._handles[s])
-        if any(s.finish == "error" for s in seen):
-            self._restart()  # the cache may hold NaN, which no mask hides
-        return [e for e in events if e.ids or e.finish_reason]
+        return events
 
     def _read_scores(self, piece: Piece, logprobs: np.ndarray, best: np.ndarray, values: np.ndarray) -> None:
         s, handle = piece.sequence, self._handles.get(piece.sequence)
