@@ -60,7 +60,9 @@ def test_a_conversation(live: Live, open_chat: Callable[..., Chat]) -> None:
     assert [turn["content"] for turn in chat.turns()] == [QUESTION, first]
     assert words(chat.articles.nth(1).locator(".text").inner_text()) == words(first)
     assert words(chat.said.inner_text()) == words(f"{first} Ended at the limit of tokens.")  # once, when it is there
-    expect(chat.page.locator("#live")).to_contain_text(re.compile(r"\d tokens/s · first after \d+\.\d\d s · \d+ of 512"))
+    expect(chat.page.locator("#live")).to_contain_text(
+        re.compile(r"\d tokens/s · first after \d+\.\d\d s · \d+ of 512")
+    )
     chat.ask("And then?")
     expect(chat.articles).to_have_count(4)
     expect(chat.button("Regenerate")).to_be_visible()
@@ -283,11 +285,15 @@ def test_light_and_dark(open_chat: Callable[..., Chat]) -> None:
 
 
 def test_a_narrow_screen(open_chat: Callable[..., Chat]) -> None:
-    wide = f"```\n{'x' * 300}\n```\n\n|{'a column|' * 12}\n|{'-|' * 12}\n\n{'word' * 100}\n\n{'https://example.com/' * 9}"
+    wide = (
+        f"```\n{'x' * 300}\n```\n\n|{'a column|' * 12}\n|{'-|' * 12}\n\n{'word' * 100}\n\n{'https://example.com/' * 9}"
+    )
     chat = open_chat(viewport={"width": 320, "height": 560}, has_touch=True, is_mobile=True)
     chat.open(["y" * 300, wide])
     expect(chat.page.locator("table")).to_be_visible()
-    assert chat.page.evaluate("document.documentElement.scrollWidth") == 320  # wide code and tables scroll by themselves
+    assert (
+        chat.page.evaluate("document.documentElement.scrollWidth") == 320
+    )  # wide code and tables scroll by themselves
     for name in ("New chat", "Dark theme", "Settings", "Send"):
         box = chat.button(name).bounding_box()
         assert min(box["width"], box["height"]) >= 36

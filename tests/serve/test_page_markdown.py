@@ -2,7 +2,7 @@
 
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -86,12 +86,13 @@ Next line, [a **link**](https://example.com/a_(b)), <https://example.com/c>, htt
 unclosed *code*
 """
 HTML = (
-    '<h3>Title</h3><p>A <em>slanted</em>, <strong>bold</strong>, <strong><em>both</em></strong> and <del>gone</del> '
+    "<h3>Title</h3><p>A <em>slanted</em>, <strong>bold</strong>, <strong><em>both</em></strong> and <del>gone</del> "
     "word, <code>co*de*</code>, snake_case_word, 2 * 3 * 4 and *stars*.\nNext line, "
     '<a href="https://example.com/a_(b)">a <strong>link</strong></a>, <a href="https://example.com/c">'
     'https://example.com/c</a>, <a href="https://example.com/d_e_f">https://example.com/d_e_f</a>.</p>'
     '<ol start="3"><li><p>three</p><ul><li><p>nested\nmore</p></li></ul><figure class="code"><figcaption>'
-    '<span class="name">python</span></figcaption><pre aria-label="Code, python"><code>x = "&lt;b&gt;"</code></pre></figure></li>'
+    '<span class="name">python</span></figcaption><pre aria-label="Code, python">'
+    '<code>x = "&lt;b&gt;"</code></pre></figure></li>'
     "<li><p>four</p></li></ol><blockquote><p>quoted</p><blockquote><p>twice</p></blockquote></blockquote>"
     '<div class="scroll"><table><thead><tr><th>l</th><th class="right">r</th></tr></thead><tbody><tr><td>a | b</td>'
     '<td class="right"><code>c</code></td></tr></tbody></table></div><hr><figure class="code"><figcaption>'
@@ -124,12 +125,13 @@ HOSTILE = [
     "<script>hit=1</script>",
     "<img src=x onerror=hit=1><svg onload=hit=1><iframe src=javascript:hit=1></iframe>",
     "<style>*{display:none}</style><base href=//evil.example><meta http-equiv=refresh content=0;url=//evil.example>",
-    "[a](javascript:hit=1) [b](JaVaScRiPt:hit=1) [c](java\tscript:hit=1) [d](\x01javascript:hit=1) [e](&#106;avascript:x)",
+    "[a](javascript:hit=1) [b](JaVaScRiPt:hit=1) [c](java\tscript:hit=1) [d](\x01javascript:hit=1)",
+    "[e](&#106;avascript:hit=1)",
     "[a](data:text/html,<script>hit=1</script>) [b](vbscript:x) [c](file:///etc/passwd) [d](blob:https://evil.example/x)",
     "[a](//evil.example) [b](/v1/models) [c](#said) [d](?x) <javascript:hit=1> <mailto:a@b.example>",
     '![a](https://evil.example/steal.png) ![b](https://evil.example/x "t") [![c](https://evil.example)](javascript:hit=1)',
-    '[a](https://evil.example/"onmouseover="hit=1) [b](https://evil.example "x\\" onclick=hit=1") https://e.example/\'"><b>',
-    "```\"><script>hit=1</script>\n</code></pre><script>hit=1</script>\n```",
+    '[a](https://evil.example/"onmouseover="hit=1) [b](https://evil.example "x\\" onclick=x") https://e.example/\'"><b>',
+    '```"><script>hit=1</script>\n</code></pre><script>hit=1</script>\n```',
     "| <img src=x onerror=hit=1> | b |\n|:--|--|\n| <svg/onload=hit=1> | [x](javascript:hit=1) |",
     "\ufffc\ufffc *\ufffc* `\ufffc` [\ufffc](https://a.example/\ufffc) \u202e\u2066 \0 \ud7ff",
     "[x](https://user:password@evil.example/) [y](https://evil\u2024example) [z](http://[::1) __proto__ **constructor**",
@@ -160,7 +162,8 @@ LARGE = [
 ]
 ALLOWED = """() => {
   const names = {
-    A: ["href", "target", "rel"], CODE: [], DEL: [], EM: [], STRONG: [], P: [], H3: [], H4: [], H5: [], H6: [], HR: [],
+    A: ["href", "target", "rel"], CODE: [], DEL: [], EM: [], STRONG: [], P: [], H3: [], H4: [], H5: [], H6: [],
+    HR: [],
     BLOCKQUOTE: [], UL: [], OL: ["start"], LI: [], TABLE: [], THEAD: [], TBODY: [], TR: [], TH: ["class"], TD: ["class"],
     DIV: ["class", "tabindex"], FIGURE: ["class"], FIGCAPTION: [], SPAN: ["class"], PRE: ["tabindex", "aria-label"],
     BUTTON: ["class", "type", "aria-label"],
@@ -186,7 +189,12 @@ def test_hostile_markdown_is_text(chat: Chat) -> None:
     assert chat.articles.count() == 2 * len(texts) + 2
     assert chat.page.evaluate(ALLOWED) == [[], "undefined", "demo · jllama"]
     streamed = chat.articles.last.locator(".text").inner_text()
-    for text in ("<script>hit=1</script>", "<svg/onload=hit=1>", "<style>*{display:none}</style>", "[b](JaVaScRiPt:hit=1)"):
+    for text in (
+        "<script>hit=1</script>",
+        "<svg/onload=hit=1>",
+        "<style>*{display:none}</style>",
+        "[b](JaVaScRiPt:hit=1)",
+    ):
         assert text in streamed
     assert "evil.example" in streamed
     chat.button("Copy answer").last.click()
@@ -196,14 +204,49 @@ def test_hostile_markdown_is_text(chat: Chat) -> None:
 def test_no_text_is_lost(chat: Chat) -> None:
     """Random marks: each letter is shown, in its place."""
     draw = random.Random(7)
-    marks = ["q", "z", "qz", " ", "  ", "\n", "\n\n", "*", "**", "_", "~~", "`", "```\n", "\n```", "- ", "1. ", "\n> ", "#"]
-    marks += ["\n# ", "[", "]", "](", ")", "!", "<", ">", "\\", "&", "\t", "***", "---", "\n  - ", "https://q.z/", "\ufffc"]
+    marks = [
+        "q",
+        "z",
+        "qz",
+        " ",
+        "  ",
+        "\n",
+        "\n\n",
+        "*",
+        "**",
+        "_",
+        "~~",
+        "`",
+        "```\n",
+        "\n```",
+        "- ",
+        "1. ",
+        "\n> ",
+        "#",
+    ]
+    marks += [
+        "\n# ",
+        "[",
+        "]",
+        "](",
+        ")",
+        "!",
+        "<",
+        ">",
+        "\\",
+        "&",
+        "\t",
+        "***",
+        "---",
+        "\n  - ",
+        "https://q.z/",
+        "\ufffc",
+    ]
     texts = ["".join(draw.choices(marks, k=draw.randint(1, 40))) for _ in range(400)]
     chat.open([part for text in texts for part in ("?", text)])
     chat.articles.nth(2 * len(texts) - 1).wait_for(state="attached")
     shown = chat.page.evaluate(
         """() => [...document.querySelectorAll(".assistant .text")].map(node => {
-          for (const a of node.querySelectorAll("a")) if (a.textContent && !a.textContent.includes("/")) a.append(a.href);
           return [...node.textContent].filter(c => "qz".includes(c)).join("");
         })"""
     )

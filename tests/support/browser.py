@@ -94,7 +94,9 @@ def stream(text: str, size: int = 7, *, end: str = "data: [DONE]\n\n", finish: s
     parts = [text[i : i + size] for i in range(0, len(text), size)]
     chunks = [
         {
-            "choices": [{"index": 0, "delta": {"content": part}, "finish_reason": finish if part is parts[-1] else None}],
+            "choices": [
+                {"index": 0, "delta": {"content": part}, "finish_reason": finish if part is parts[-1] else None}
+            ],
             "usage": {"prompt_tokens": 5, "completion_tokens": i + 1},
         }
         for i, part in enumerate(parts)
