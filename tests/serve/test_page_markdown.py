@@ -134,7 +134,7 @@ HOSTILE = [
     '```"><script>hit=1</script>\n</code></pre><script>hit=1</script>\n```',
     "| <img src=x onerror=hit=1> | b |\n|:--|--|\n| <svg/onload=hit=1> | [x](javascript:hit=1) |",
     "\ufffc\ufffc *\ufffc* `\ufffc` [\ufffc](https://a.example/\ufffc) \u202e\u2066 \0 \ud7ff",
-    "[x](https://user:password@evil.example/) [y](https://evil\u2024example) [z](http://[::1) __proto__ **constructor**",
+    "[x](https://user:pw@evil.example/) [y](https://evil\u2024example) [z](http://[::1) __proto__ **constructor**",
 ]
 LARGE = [
     "> " * 9000 + "x",
@@ -164,7 +164,8 @@ ALLOWED = """() => {
   const names = {
     A: ["href", "target", "rel"], CODE: [], DEL: [], EM: [], STRONG: [], P: [], H3: [], H4: [], H5: [], H6: [],
     HR: [],
-    BLOCKQUOTE: [], UL: [], OL: ["start"], LI: [], TABLE: [], THEAD: [], TBODY: [], TR: [], TH: ["class"], TD: ["class"],
+    BLOCKQUOTE: [], UL: [], OL: ["start"], LI: [], TABLE: [], THEAD: [], TBODY: [], TR: [], TH: ["class"],
+    TD: ["class"],
     DIV: ["class", "tabindex"], FIGURE: ["class"], FIGCAPTION: [], SPAN: ["class"], PRE: ["tabindex", "aria-label"],
     BUTTON: ["class", "type", "aria-label"],
   };
