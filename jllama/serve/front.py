@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from jllama.formats.files import label
 from jllama.serve.errors import ApiError
 
-OPEN = ("/health",)  # routes that need no key
+OPEN = ("/", "/health")  # routes that need no key: the page asks for one, and holds nothing that is secret
 GONE = 499  # logged where a client went away before its answer began
 
 

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Scope
 
 from jllama import __version__
 from jllama.formats.files import label
-from jllama.serve import answers, body
+from jllama.serve import answers, body, page
 from jllama.serve.answers import Answer, ChatAnswer, TextAnswer
 from jllama.serve.bridge import EngineThread
 from jllama.serve.errors import MAX_NAME, ApiError
@@ -172,6 +172,10 @@ def _add_state_routes(app: FastAPI, service: Service) -> None:
         if not service.engine.alive:
             return "dead"
         return "draining" if service.gate.draining else "ok"
+
+    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
+    async def chat_page() -> Response:
+        return page.response()
 
     @app.get("/health")
     async def health() -> Response:

@@ -8,6 +8,7 @@ import pytest
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
 
+import browser as browsers
 from serving import SLOTS, Live, demo
 
 from jllama import Engine
@@ -42,6 +43,13 @@ def make_live(engine: EngineThread) -> Iterator[Callable[..., Live]]:
     yield make
     for live in made:
         live.stop()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium, no longer than one module: Playwright's event loop runs in this thread while it is open."""
+    with browsers.browser() as found:
+        yield found
 
 
 @pytest.fixture(scope="session")
