@@ -1,8 +1,8 @@
 """``python -m convert.quantize SRC DST``: quantise a checkpoint of any format to a native one (int8 or int4 weights).
 
 Tensors are processed in blocks of rows, so neither the source nor the result is in memory as a whole. The result is the
-same as that of ``--quant`` at load. As there, the embedding and the norms stay floats. The head is quantised unless it
-is tied to the embedding.
+same as that of ``--quant`` at load. As there, the norms stay floats, and so does the embedding. One that is the head,
+too, becomes int8.
 """
 
 import contextlib
@@ -49,12 +49,18 @@ def quantised(
     """The checkpoint with its matrices quantised when they are read. Their errors are then added to ``errors``."""
     if source.quant is not None:
         raise InputError(f"{source.path}: expected float weights, found {source.quant.bits} bits already")
+    from jllama.params import check_group
+
+    check_group(source.config, quant, group)
     group = DEFAULT_GROUP[quant] if group is None else group
-    tensors = {
-        name: tensor if name == "embed" or len(tensor.shape) == 1 else _quantised(name, tensor, quant, group, errors)
-        for name, tensor in source.tensors.items()
-    }
-    return dataclasses.replace(source, tensors=tensors)
+
+    def one(name: str, tensor: "Tensor") -> "Tensor":
+        if len(tensor.shape) == 1 or (name == "embed" and not source.config.tie_embeddings):
+            return tensor
+        form = ("int8", None) if name == "embed" else (quant, group)  # as `jllama.params.table_quantizer`
+        return _quantised(name, tensor, *form, errors)
+
+    return dataclasses.replace(source, tensors={name: one(name, t) for name, t in source.tensors.items()})
 
 
 def _quantised(
