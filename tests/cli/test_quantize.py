@@ -74,7 +74,7 @@ def test_the_command_makes_the_numbers_of_quant_at_load(
     lines = capsys.readouterr().out.splitlines()
     assert (
         len(lines) == 2 + 7 + 1
-    )  # a head and a sum; seven matrices of the layer; the head, or the embedding that is the head
+    )  # a head and a sum; seven matrices of the layer; the model's head, which may be the embedding
     assert lines[-1].startswith("all")
     made, loaded = load(tmp_path / "out", dtype="float32"), load(path, quant=quant, group=group, dtype="float32")
     assert jax.tree.structure(made) == jax.tree.structure(loaded)
