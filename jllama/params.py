@@ -163,7 +163,7 @@ def quantizer(quant: Quant, group: int | None = None) -> Callable[[jax.Array], W
 
 
 def check_group(config: LlamaConfig, quant: Quant, group: int | None) -> None:
-    """Raise `InputError` if ``group`` does not divide every row. Only the default group is reduced where it does not."""
+    """Raise `InputError` if ``group`` does not divide every row. (The default group is reduced where it does not.)"""
     if group is None:
         return
     if quant == "none":

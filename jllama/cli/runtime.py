@@ -102,10 +102,9 @@ def figures(params: Params, timings: Timings) -> str:
     device = default_device()
     peak = bandwidth(device)
     percent = f" ({100 * rate / peak:.0f} % of {device.device_kind})" if peak else ""
-    return (
-        f"{_tokens(timings.new_tokens)}, {timings.decode_rate:.1f} tokens/s, {rate / 1e9:.1f} GB/s of weights{percent}; "
-        f"prefill {_tokens(timings.prompt_tokens)} in {timings.prefill:.3f} s"
-    )
+    speed = f"{timings.decode_rate:.1f} tokens/s, {rate / 1e9:.1f} GB/s of weights{percent}"
+    prefill = f"prefill {_tokens(timings.prompt_tokens)} in {timings.prefill:.3f} s"
+    return f"{_tokens(timings.new_tokens)}, {speed}; {prefill}"
 
 
 def _tokens(count: int) -> str:
