@@ -80,8 +80,8 @@ def _dot(x: jax.Array, w: jax.Array, dtype: jnp.dtype | type) -> jax.Array:
 
 @dataclass(frozen=True)
 class Entry:
-    """``run`` is the faster product for weights in ``form`` with ``size`` elements at most and ``inner`` inputs at least,
-    while it multiplies ``least`` to ``rows`` rows (the two limbs of each group count as rows of their own)."""
+    """``run`` is the faster product for weights in ``form`` with ``size`` elements at most and ``inner`` inputs at
+    least, while it multiplies ``least`` to ``rows`` rows (the two limbs of each group count as rows of their own)."""
 
     form: str
     size: float
@@ -95,12 +95,13 @@ class Entry:
 TABLE = (
     Entry("int8", math.inf, math.inf, by_limbs),
     Entry("int4", math.inf, math.inf, by_limbs),
-    Entry("int8-groups", 2**22, 64, by_blocks),
+    Entry("int8-groups", 2**22, 256, by_blocks),
     Entry("int8-groups", math.inf, 512, by_blocks),
     Entry("int4-groups", 2**22, 0, by_blocks),  # never: unpacking takes longer than the whole product
     Entry("int4-groups", math.inf, 512, by_blocks),
     Entry("bfloat16", math.inf, 1, by_two_rows),
     Entry("float32", math.inf, 16, by_sums, least=2, inner=1024),
+    Entry("float32", math.inf, 2, by_sums, least=2),
 )
 
 
