@@ -5,8 +5,6 @@ same as that of ``--quant`` at load. As there, the norms stay floats, and so doe
 too, becomes int8.
 """
 
-import contextlib
-import ctypes
 import dataclasses
 import math
 import sys
@@ -69,6 +67,7 @@ def _quantised(
     import jax.numpy as jnp
     import numpy as np
 
+    from jllama.device import trim_heap
     from jllama.formats.source import Integers, Quantization, Tensor
     from jllama.kernels import group_size
 
@@ -82,7 +81,7 @@ def _quantised(
     def rows(begin: int, end: int) -> Integers:
         # Each row is quantised independently, so the result does not depend on the blocks.
         blocks = [quantised_block(*block) for block in _row_blocks(begin, end, width)]
-        _trim_heap()
+        trim_heap()
         if len(blocks) == 1:
             return blocks[0]
         return Integers(np.concatenate([b.data for b in blocks]), np.concatenate([b.scale for b in blocks]))
@@ -96,13 +95,6 @@ def _quantised(
 
     dtype = "float32" if size == width else "float16"
     return Tensor(tensor.shape, dtype, tensor.where, rows, Quantization(BITS[quant], None if size == width else size))
-
-
-def _trim_heap() -> None:
-    """Return freed memory to the system. glibc keeps freed blocks of a few megabytes, and each thread of XLA has its
-    own heap. For a large model, this adds up to gigabytes of unused memory."""
-    with contextlib.suppress(OSError, AttributeError):  # other C libraries have no malloc_trim
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _row_blocks(begin: int, end: int, width: int) -> list[tuple[int, int]]:

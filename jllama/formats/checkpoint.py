@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 
 from jllama.cache import cache_bytes
 from jllama.config import LlamaConfig, Quant
-from jllama.device import default_device, free_bytes
+from jllama.device import default_device, free_bytes, trim_heap
 from jllama.errors import InputError
 from jllama.formats import open_source
 from jllama.formats.layout import FUSED, expected_shapes, fused
@@ -74,7 +74,9 @@ def load(
         stacked = _uniform(source) and runs_whole(source.config, dtype, *form, batch=batch, max_len=max_len)
     elif stacked and not _uniform(source):
         raise InputError(f"{source.path}: stacked: expected every layer in the format of the first, found another")
-    return _assemble(source, dtype, quant, group, progress or (lambda names, _: names), stacked)
+    params = _assemble(source, dtype, quant, group, progress or (lambda names, _: names), stacked)
+    trim_heap()  # what quantising freed would otherwise stay beside the weights
+    return params
 
 
 def dtype_name(dtype: DTypeLike) -> str:
