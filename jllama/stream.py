@@ -20,12 +20,11 @@ from jllama.decode import (
     jit_prefill,
     jit_sample_first,
     stop_table,
-    tokens_seen,
 )
 from jllama.errors import InputError
 from jllama.kernels import Choice, Recorded, known
 from jllama.params import Params
-from jllama.sampling import Sampling, make_sampling
+from jllama.sampling import Sampling, begin_history, make_sampling
 
 MIN_BUCKET = 16  # smallest padded length of a prompt
 MIN_CACHE = 128  # smallest length of a cache
@@ -110,13 +109,13 @@ class Session:
         self._check(prompts)
         self.timings, self.backends = Timings(), {}
         self._static = {"backend": self.backend, "arch": known(self.params)}
-        clock = _Clock(self.timings)
+        clock = Clock(self.timings)
         limit = np.asarray([min(max_new_tokens, self.max_len - len(p)) for p in prompts], np.int32)
         logits, cache = self._prefill(prompts, int(limit.max()))
         sampling = make_sampling(self.batch) if sampling is None else sampling
-        seen = self._prompt_tokens_seen(prompts) if sampling.repetition_penalty is not None else None
+        history = begin_history(sampling, *pad(prompts), self.params.config.vocab_size)
         (state, output), choices = jit_sample_first(
-            logits, cache, sampling, limit, stop_table(self.batch, stop_ids), seen, **self._static
+            logits, cache, sampling, limit, stop_table(self.batch, stop_ids), history, **self._static
         )
         self._record("prefill", choices)
         left = int(limit.max()) - 1
@@ -141,7 +140,7 @@ class Session:
                 compiled = program in self._compiled
                 ahead = launch() if compiled else None
                 tokens = self._collect(output)
-                clock.tick(tokens, steps=output.tokens.size // self.batch)
+                clock.tick(sum(map(len, tokens.ids)), steps=output.tokens.size // self.batch)
                 yield tokens
                 ahead = ahead if compiled or not any(tokens.ids) else launch()
                 if ahead is None or not any(tokens.ids):
@@ -199,21 +198,18 @@ class Session:
             return init_cache(params.config, self.batch, size, params.dtype, stacked=params.stacked)
         return self._cache if size <= self._cache.max_len else grow(self._cache, size)
 
-    def _prompt_tokens_seen(self, prompts: Sequence[Sequence[int]]) -> jax.Array:
-        tokens, lengths = pad(prompts)
-        return tokens_seen(jnp.asarray(tokens), jnp.asarray(lengths), self.params.config.vocab_size)
 
-
-class _Clock:
+class Clock:
     """Adds the time between two ticks to the right field of a `Timings`."""
 
     def __init__(self, timings: Timings) -> None:
         self._timings, self._since, self._compiled = timings, time.perf_counter(), compile_seconds()
 
-    def tick(self, tokens: TokenChunk, steps: int) -> None:
+    def tick(self, new: int, steps: int) -> None:
+        """Note that ``new`` tokens have come, from so many decode steps of all rows."""
         now, compiled, timings = time.perf_counter(), compile_seconds(), self._timings
         compiling = min(compiled - self._compiled, now - self._since)
-        spent, new = now - self._since - compiling, sum(map(len, tokens.ids))
+        spent = now - self._since - compiling
         timings.compile += compiling
         if timings.new_tokens == 0:
             timings.prefill += spent

@@ -69,12 +69,15 @@ def build(case: opcases.Case, backend: str) -> Callable[..., Any]:
     from jllama.model import attend
     from jllama.params import Layer
     from jllama.rope import rotations
-    from pallas_kernels import attention, decode_attention, ffn, matmul, paged_attention
+    from pallas_kernels import attention, decode_attention, draw, ffn, matmul, paged_attention
 
     batch, seq = case["batch"], case["seq"]
     start = jnp.full(batch, case["context"] - seq, jnp.int32)
     if case["op"] == "matmul":
         return lambda x, w: matmul(x, w, backend=backend)
+    if case["op"] == "draw":
+        settings = dict(temperature=jnp.full(batch, 0.8), top_p=jnp.full(batch, 0.9))
+        return lambda x, u: draw(x, u, **settings, backend=backend)[1]
     if case["op"] == "ffn":
         return lambda x, norm, gate_up, down: ffn(x, norm, gate_up, down, eps=EPS, backend=backend)
     if case["op"] in ("attention", "decode-attention"):

@@ -5,22 +5,25 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
 from jllama.config import Backend
-from jllama.engine import steps
+from jllama.engine import masked, steps
+from jllama.engine.constraint import Matcher, masks_of
 from jllama.engine.request import Request
 from jllama.engine.scheduler import Piece, Plan
 from jllama.engine.scheduler import Sequence as Scheduled
 from jllama.engine.state import EngineState, extra_settings, init_extras, init_state, rows_of
+from jllama.engine.tuning import Tuning, sizes
+from jllama.kernels import Choice, Recorded, known
 from jllama.params import Params
 
-PIECE = 32  # tokens a piece of a prompt
-STEPS = (4, 16)  # decode steps a turn: while somebody waits, and while nobody does
 COPIES = 16  # pages a launch
 
 Requests = dict[Scheduled, Request]
+Matchers = dict[Scheduled, Matcher]
 
 
 @dataclass(frozen=True)
@@ -28,26 +31,33 @@ class Launch:
     """What a plan will bring, once it has run."""
 
     rows: list[Scheduled]
-    drawn: steps.Drawn | None
+    drawn: list[steps.Drawn]  # of one program after another
     pieces: list[tuple[int, Piece]]  # those that are scored, with their places in the scores
-    scores: tuple[jax.Array, jax.Array] | None
-
-
-def buckets(most: int) -> list[int]:
-    """Powers of two, and the number itself: padded shapes are few, so compilations are."""
-    return [1 << i for i in range((most - 1).bit_length())] + [most]
+    scores: steps.Scores | None
+    masked: bool = False  # whether the next masks depend on what is drawn
 
 
 class Device:
     """The state of ``slots`` rows over a pool of ``pages``, and the weights of every step."""
 
     def __init__(
-        self, params: Params, *, slots: int, pages: int, width: int, max_len: int, pieces: int, backend: Backend
+        self,
+        params: Params,
+        *,
+        slots: int,
+        pages: int,
+        width: int,
+        max_len: int,
+        pieces: int,
+        tuning: Tuning,
+        backend: Backend,
     ) -> None:
         self.params, self.slots, self.pages = params, slots, pages
-        self.max_len, self.backend = max_len, backend
+        self.max_len, self.tuning, self.backend = max_len, tuning, backend
         self.programs: set[tuple[str, int, str]] = set()  # used so far: name, rows or pieces, kind
-        self._width, self._of_pieces, self._of_rows = width, buckets(pieces), buckets(slots)
+        self.backends: dict[str, dict[str, Choice]] = {}  # of "prefill" and "decode": the choice for every op
+        self._static = {"backend": backend, "arch": known(params)}
+        self._width, self._of_pieces, self._of_rows = width, sizes(tuning.pieces, pieces), sizes(tuning.rows, slots)
         self.reset()
 
     @property
@@ -58,6 +68,7 @@ class Device:
     def reset(self, *, extras: bool = False) -> None:
         """An empty cache, and no row."""
         self._state: EngineState = init_state(self.params.config, self.slots, self.pages, self.params.dtype)
+        self._logits: jax.Array | None = None  # [slots, vocabulary]: of next tokens, while there are constraints
         if extras:
             self.add_extras()
 
@@ -66,12 +77,12 @@ class Device:
         if self._state.extras is None:
             self._state = replace(self._state, extras=init_extras(self.params.config, self.slots))
 
-    def launch(self, plan: Plan, requests: Requests) -> Launch:
-        """Start everything; nothing is waited for."""
+    def launch(self, plan: Plan, requests: Requests, matchers: Matchers) -> Launch:
+        """Start everything; nothing is waited for. ``matchers`` are those of rows with a constraint."""
         for at in range(0, len(plan.copies), COPIES):
             self._copy(plan.copies[at : at + COPIES])
         scored = [(i, p) for i, p in enumerate(plan.pieces) if p.sequence.limit == 0]
-        scores = drawn = None
+        scores, drawn = None, []
         if plan.pieces:
             size = next(b for b in self._of_pieces if b >= len(plan.pieces))
             scores = self._feed(plan.pieces, size, bool(scored))
@@ -80,16 +91,23 @@ class Device:
         if plan.rows:
             size = next(b for b in self._of_rows if b >= len(plan.rows))
             kind = max((requests[s].sampling.kind for s in plan.rows), key=steps.KINDS.index)
-            drawn = self._decode(plan.rows, size, kind, plan.steps)
+            if plan.steps:
+                drawn = self._decode(plan.rows, size, kind, plan.steps)
+            else:
+                drawn = [self._draw(plan.rows, size, kind, [matchers.get(s) for s in plan.rows])]
+        if plan.ahead:
+            self._look_ahead(plan.ahead, next(b for b in self._of_rows if b >= len(plan.ahead)))
         for array in jax.tree.leaves((scores, drawn)):
             array.copy_to_host_async()
-        return Launch(plan.rows, drawn, scored, scores)
+        return Launch(plan.rows, drawn, scored, scores, bool(plan.rows) and not plan.steps)
 
-    def warm_up(self, kinds: Sequence[str], *, progress: bool) -> None:
+    def warm_up(self, kinds: Sequence[str], *, constraints: bool, progress: bool) -> None:
         """Compile every step for every number of rows: each runs once, on nothing."""
         feeds = [(size, scored) for size in self._of_pieces for scored in (False, True)]
         decodes = [(size, kind) for size in self._of_rows for kind in kinds]
-        with tqdm(total=2 + len(feeds) + len(decodes), unit="program", disable=not progress) as bar:
+        ahead = self._of_rows if constraints else []
+        count = 2 + len(feeds) + (1 + constraints) * len(decodes) + len(ahead)
+        with tqdm(total=count, unit="program", disable=not progress) as bar:
             self._copy([])
             bar.update()
             self._join([], {})
@@ -98,7 +116,13 @@ class Device:
                 self._feed([], size, scored)
                 bar.update()
             for size, kind in decodes:
-                self._decode([], size, kind, 0)
+                self._decode([], size, kind, self.tuning.steps[0])
+                bar.update()
+                if constraints:
+                    self._draw([], size, kind, [])
+                    bar.update()
+            for size in ahead:
+                self._look_ahead([], size)
                 bar.update()
 
     def _copy(self, copies: list[tuple[int, int]]) -> None:
@@ -108,18 +132,21 @@ class Device:
         self.programs.add(("copy", COPIES, ""))
         self._state = steps.jit_copy(self._state, source, target)
 
-    def _feed(self, pieces: list[Piece], size: int, scored: bool) -> tuple[jax.Array, jax.Array] | None:
-        tokens, start = np.zeros((size, PIECE + 1), np.int32), np.zeros(size, np.int32)
+    def _feed(self, pieces: list[Piece], size: int, scored: bool) -> steps.Scores | None:
+        tokens, start = np.zeros((size, self.tuning.piece + 1), np.int32), np.zeros(size, np.int32)
         for i, p in enumerate(pieces):
             real = p.sequence.tokens[p.start : p.start + p.count + 1]
             tokens[i, : len(real)], start[i] = real, p.start
         table = self._table([p.sequence for p in pieces], size)
-        how: dict[str, Any] = dict(start=start, table=table, backend=self.backend)
+        how: dict[str, Any] = dict(start=start, table=table, **self._static)
         self.programs.add(("score" if scored else "feed", size, ""))
-        if not scored:
-            self._state = steps.jit_feed(self.params, self._state, tokens[:, :-1], **how)
-            return None
-        self._state, scores = steps.jit_score(self.params, self._state, tokens[:, :-1], targets=tokens[:, 1:], **how)
+        scores = None
+        if scored:
+            found, ran = steps.jit_score(self.params, self._state, tokens[:, :-1], targets=tokens[:, 1:], **how)
+            self._state, scores = found
+        else:
+            self._state, ran = steps.jit_feed(self.params, self._state, tokens[:, :-1], **how)
+        self._record("prefill", ran)
         return scores
 
     def _join(self, joins: list[Scheduled], requests: Requests) -> None:
@@ -140,12 +167,41 @@ class Device:
                 text = tokens, np.int32(s.prompt), np.int32(len(s.tokens))
                 self._state = steps.jit_join_extras(self._state, *where, *text)
 
-    def _decode(self, rows: list[Scheduled], size: int, kind: str, count: int) -> steps.Drawn:
+    def _decode(self, rows: list[Scheduled], size: int, kind: str, count: int) -> list[steps.Drawn]:
+        """``count`` steps. The program has the smaller number of steps that a turn may have, and runs as often as that
+        takes. So one program for every kind and number of rows is enough."""
         self.programs.add(("decode", size, kind))
-        where = self._slots_of(rows, size), self._table(rows, size), np.int32(count)
-        how = dict(most=max(STEPS), kind=kind, backend=self.backend)
-        self._state, drawn = steps.jit_decode(self.params, self._state, *where, **how)
+        where = self._slots_of(rows, size), self._table(rows, size)
+        unit, drawn = self.tuning.steps[0], []
+        for _ in range(count // unit):
+            found, ran = steps.jit_decode(self.params, self._state, *where, steps=unit, kind=kind, **self._static)
+            self._state, part = found
+            drawn.append(part)
+            self._record("decode", ran)
         return drawn
+
+    def _look_ahead(self, rows: list[Scheduled], size: int) -> None:
+        self.programs.add(("look_ahead", size, ""))
+        where = self._known_logits(), self._slots_of(rows, size), self._table(rows, size)
+        found, ran = masked.jit_look_ahead(self.params, self._state, *where, **self._static)
+        self._state, self._logits = found
+        self._record("decode", ran)
+
+    def _draw(self, rows: list[Scheduled], size: int, kind: str, matchers: list[Matcher | None]) -> steps.Drawn:
+        self.programs.add(("draw_allowed", size, kind))
+        where = self._slots_of(rows, size), masks_of(matchers, size, self.params.config.vocab_size)
+        how = dict(kind=kind, **self._static)
+        (self._state, drawn), ran = masked.jit_draw_allowed(self._state, self._known_logits(), *where, **how)
+        self._record("decode", ran)
+        return drawn
+
+    def _known_logits(self) -> jax.Array:
+        if self._logits is None:  # made at the first request with a constraint
+            self._logits = jnp.zeros((self.slots, self.params.config.vocab_size), jnp.float32)
+        return self._logits
+
+    def _record(self, phase: str, ran: Recorded) -> None:
+        self.backends.setdefault(phase, {}).update(ran.choices)
 
     def _table(self, sequences: Sequence[Scheduled], size: int) -> np.ndarray:
         table = np.full((size, self._width), self.pages, np.int32)

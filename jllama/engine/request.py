@@ -1,6 +1,5 @@
 """What goes into an engine and what comes out."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -9,11 +8,13 @@ from typing import Any, Literal
 import numpy as np
 
 from jllama.config import LlamaConfig
+from jllama.engine.constraint import Constraint, Progress
 from jllama.engine.scheduler import Sequence as Scheduled
 from jllama.errors import InputError
-from jllama.sampling import check_setting
+from jllama.sampling import CHECKED, check_bias, check_setting
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+# "dead_end": the request's constraint and settings left no token that might come next.
+FinishReason = Literal["stop", "length", "abort", "error", "dead_end"]
 
 # What a row's state has room for.
 MAX_STOP_IDS = 16
@@ -42,12 +43,8 @@ class SamplingSettings:
 
     def check(self, config: LlamaConfig) -> None:
         """Raise `InputError` for what cannot be meant."""
-        for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
+        for name in CHECKED:
             check_setting(name, getattr(self, name))
-        for name in ("presence_penalty", "frequency_penalty"):
-            if not math.isfinite(value := getattr(self, name)):
-                raise InputError(f"{name}: expected a number, found {value}")
-        _within("min_tokens", self.min_tokens, 0, 2**31 - 1)
         _within("top_logprobs", self.top_logprobs, 0, MAX_TOP_LOGPROBS)
         _within("logit_bias: entries", len(self.logit_bias), 0, MAX_BIAS)
         _within("bad_words: sequences", len(self.bad_words), 0, MAX_BAD_WORDS)
@@ -55,9 +52,7 @@ class SamplingSettings:
             _within("bad_words: tokens of a sequence", len(word), 1, MAX_BAD_WORD_TOKENS)
             check_ids("bad_words", word, config)
         check_ids("logit_bias", self.logit_bias, config)
-        for token, bias in self.logit_bias.items():
-            if math.isnan(bias) or bias == math.inf:
-                raise InputError(f"logit_bias: token {token}: expected a number, found {bias}")
+        check_bias(self.logit_bias)
 
     @property
     def kind(self) -> str:
@@ -75,6 +70,8 @@ class Request:
     """A prompt, and how to go on. ``stop_ids`` None: the model's end-of-sequence tokens. Requests of a higher
     ``priority`` go first. Only requests of one ``salt`` share what is computed of their prompts.
 
+    With a ``constraint`` the text is one of its grammar, and ends where that ends.
+
     With ``score_from`` nothing is drawn: `Completion.logprobs` are those of ``prompt[score_from:]``."""
 
     prompt: Sequence[int]
@@ -84,6 +81,7 @@ class Request:
     priority: int = 0
     salt: str = ""
     score_from: int | None = None
+    constraint: Constraint | None = None
 
     def check(self, config: LlamaConfig) -> None:
         """Raise `InputError` for what cannot be meant."""
@@ -93,6 +91,8 @@ class Request:
         _within("stop_ids: entries", len(self.stops(config)), 0, MAX_STOP_IDS)
         if self.score_from is None:
             _within("max_new_tokens", self.max_new_tokens, 1, 2**31 - 1)
+        elif self.constraint is not None:
+            raise InputError("constraint: expected none with score_from, found one")
         elif not 1 <= self.score_from < len(self.prompt):
             expected = f"1 to {len(self.prompt) - 1} (the prompt's tokens but the first)"
             raise InputError(f"score_from: expected {expected}, found {self.score_from}")
@@ -105,13 +105,16 @@ class Request:
 
 @dataclass
 class Completion:
-    """What a request got; it grows until ``finish_reason`` is there. ``ids`` has the stop token, too."""
+    """The completion of one prompt. It grows until ``finish_reason`` is set."""
 
-    ids: list[int] = field(default_factory=list)
+    prompt_ids: list[int]
+    ids: list[int] = field(default_factory=list)  # the new ids, including a stop token
     logprobs: list[float] = field(default_factory=list)  # under the model's own distribution
-    finish_reason: FinishReason | None = None
-    top_logprobs: list[dict[int, float]] = field(default_factory=list)  # by token, where asked for
-    greedy: list[bool] = field(default_factory=list)  # of what is scored: whether it was the likeliest
+    text: str = ""  # only where a tokenizer takes part: `jllama.LM` and `jllama.complete`
+    finish_reason: FinishReason | None = None  # "stop": a token or a text that ends it
+    # By token, the likeliest first, where asked for; of `Engine.score`: the likeliest.
+    top_logprobs: list[dict[int, float]] = field(default_factory=list)
+    greedy: list[bool] = field(default_factory=list)  # of `Engine.score`: whether the token is the likeliest
 
 
 @dataclass(eq=False)
@@ -120,7 +123,8 @@ class Handle:
 
     request: Request
     scheduled: Scheduled
-    completion: Completion = field(default_factory=Completion)
+    completion: Completion
+    progress: Progress | None = None  # in the grammar of its constraint
 
     @property
     def finished(self) -> bool:

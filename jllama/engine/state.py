@@ -12,9 +12,7 @@ from flax import struct
 from jllama.config import LlamaConfig
 from jllama.engine.request import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_BIAS, MAX_STOP_IDS, Request
 from jllama.paged import init_pages
-from jllama.sampling import NOTHING, History, Sampling
-
-NO_ID = 2**31 - 1  # in a table of ids: none
+from jllama.sampling import NO_ID, NOTHING, History, Sampling, bias_table, word_table
 
 
 @struct.dataclass
@@ -103,12 +101,8 @@ def rows_of(requests: Sequence[tuple[Request, Sequence[int], int]], stops: Seque
 def extra_settings(request: Request) -> Sampling:
     """The settings of one request that `Rows` does not hold, as numpy arrays without the slots' axis."""
     settings = request.sampling
-    ids, bias = np.full(MAX_BIAS, NO_ID, np.int32), np.zeros(MAX_BIAS, np.float32)
-    ids[: len(settings.logit_bias)] = list(settings.logit_bias)
-    bias[: len(settings.logit_bias)] = list(settings.logit_bias.values())
-    words = np.full((MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS), NOTHING, np.int32)
-    for row, word in zip(words, settings.bad_words, strict=False):
-        row[-len(word) :] = word
+    ids, bias = (table[0] for table in bias_table([settings.logit_bias], MAX_BIAS))
+    words = word_table(settings.bad_words, MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS)
     fields: dict[str, Any] = {
         name: np.float32(getattr(settings, name))
         for name in ("repetition_penalty", "presence_penalty", "frequency_penalty")

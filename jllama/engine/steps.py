@@ -15,11 +15,11 @@ from jllama.config import Backend
 from jllama.decode import NO_TOKEN
 from jllama.engine.request import MAX_TOP_LOGPROBS
 from jllama.engine.state import EngineState, Extras, Rows
-from jllama.kernels import log_probability
+from jllama.kernels import log_probability, recorded
 from jllama.model import forward
 from jllama.paged import PagedCache
 from jllama.params import Params
-from jllama.sampling import History, Sampling, sample
+from jllama.sampling import History, Sampling, sample, top_logprobs
 
 # How rows are drawn, each more than the one before: the largest logit; by temperature; with cuts; all there is.
 KINDS = ("greedy", "plain", "cut", "full")
@@ -34,6 +34,9 @@ class Drawn:
     top: tuple[jax.Array, jax.Array] | None  # ids and log-probabilities [steps, R, MAX_TOP_LOGPROBS]
 
 
+Scores = tuple[jax.Array, jax.Array, jax.Array]
+
+
 def feed(
     params: Params,
     state: EngineState,
@@ -45,7 +48,9 @@ def feed(
 ) -> EngineState:
     """Put keys and values of prompts into the cache. What fills a piece up comes behind its sequence's end, where it is
     overwritten before it is seen."""
-    _, cache = forward(params, tokens, PagedCache(state.k, state.v, table, start), last_only=True, backend=backend)
+    cache = PagedCache(state.k, state.v, table, start)
+    with jax.named_scope("jllama.feed"):
+        _, cache = forward(params, tokens, cache, last_only=True, backend=backend)
     return replace(state, k=cache.k, v=cache.v)
 
 
@@ -58,11 +63,12 @@ def score(
     targets: jax.Array,  # [B, T]: the token that follows each
     *,
     backend: Backend = "auto",
-) -> tuple[EngineState, tuple[jax.Array, jax.Array]]:
-    """`feed`, and the log-probability [B, T] of every target, and whether it is the likeliest."""
+) -> tuple[EngineState, Scores]:
+    """`feed`, and the log-probability [B, T] of every target, the likeliest token, and its log-probability."""
     logits, cache = forward(params, tokens, PagedCache(state.k, state.v, table, start), backend=backend)
     flat, wanted = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
-    found = log_probability(flat, wanted), jnp.argmax(flat, axis=-1) == wanted
+    best = jnp.argmax(flat, axis=-1).astype(jnp.int32)
+    found = log_probability(flat, wanted), best, log_probability(flat, best)
     return replace(state, k=cache.k, v=cache.v), jax.tree.map(lambda a: a.reshape(targets.shape), found)
 
 
@@ -109,49 +115,47 @@ def decode(
     state: EngineState,
     slots: jax.Array,  # [R]: the rows to run; a slot past the last is none
     table: jax.Array,  # [R, P]: the pages of each row
-    steps: jax.Array,  # how many steps
     *,
-    most: int,  # of steps, whenever compiled
+    steps: int,
     kind: str,  # one of KINDS
     backend: Backend = "auto",
 ) -> tuple[EngineState, Drawn]:
-    """Some tokens for every row, in one loop that ends early where all are done."""
-    rows, R = state.rows.take(slots), slots.shape[0]
+    """Some tokens for every row that is not done. The number of steps is fixed: a GPU would wait for the host at every
+    turn of a loop that ends on a condition."""
+    rows = state.rows.take(slots)
     keys = jax.vmap(jax.random.key)(rows.seed)
     extras = None
     if kind == "full":
         extras = jax.tree.map(lambda a: a.at[slots].get(mode="clip"), state.extras)
     sampling = sampling_of(rows, keys, extras, kind)
-    top = None
-    if kind == "full":
-        shape = (most, R, MAX_TOP_LOGPROBS)
-        top = jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
-    out = Drawn(jnp.full((most, R), NO_TOKEN, jnp.int32), jnp.zeros((most, R), jnp.float32), top)
 
-    def more(carry: tuple) -> jax.Array:
-        i, _, rows, _, _ = carry
-        return (i < steps) & ~rows.done.all()
-
-    def step(carry: tuple) -> tuple:
-        i, (k, v), rows, history, out = carry
+    def step(carry: tuple, _: None) -> tuple[tuple, Drawn]:
+        (k, v), rows, history = carry
         cache = PagedCache(k, v, table, rows.length)
         alive = ~rows.done
-        logits, cache = forward(
-            params, rows.token[:, None], cache, lengths=alive.astype(jnp.int32), last_only=True, backend=backend
-        )
-        token, logprob = sample(logits, sampling, rows.drawn, history=history, stop_ids=rows.stop_ids, backend=backend)
-        new = Drawn(jnp.where(alive, token, NO_TOKEN), jnp.where(alive, logprob, 0.0), _top(logits, out))
+        with jax.named_scope("jllama.decode"):
+            logits, cache = forward(
+                params, rows.token[:, None], cache, lengths=alive.astype(jnp.int32), last_only=True, backend=backend
+            )
+        with jax.named_scope("jllama.draw"):
+            token, logprob = sample(logits, sampling, rows.drawn, history, stop_ids=rows.stop_ids, backend=backend)
+        likeliest = top_logprobs(logits, MAX_TOP_LOGPROBS) if kind == "full" else None
+        drawn = Drawn(jnp.where(alive, token, NO_TOKEN), jnp.where(alive, logprob, 0.0), likeliest)
         rows = advance(replace(rows, length=cache.lengths), token)
-        out = jax.tree.map(lambda a, b: lax.dynamic_update_index_in_dim(a, b, i, 0), out, new)
-        return i + 1, (cache.k, cache.v), rows, history.add(token, alive), out
+        return ((cache.k, cache.v), rows, history.add(token, alive)), drawn
 
-    begin = (jnp.int32(0), (state.k, state.v), rows, extras.history if extras else History(), out)
-    _, (k, v), rows, history, out = lax.while_loop(more, step, begin)
+    begin = (state.k, state.v), rows, extras.history if extras else History()
+    ((k, v), rows, history), drawn = lax.scan(step, begin, length=steps)
     if extras is not None:
-        assert state.extras is not None
-        merged = jax.tree.map(lambda a, b: a.at[slots].set(b, mode="drop"), state.extras.history, history)
-        state = replace(state, extras=replace(state.extras, history=merged))
-    return replace(state, k=k, v=v, rows=state.rows.put(slots, rows)), out
+        state = put_history(state, slots, history)
+    return replace(state, k=k, v=v, rows=state.rows.put(slots, rows)), drawn
+
+
+def put_history(state: EngineState, slots: jax.Array, history: History) -> EngineState:
+    """The state with the history of the rows in some slots; a slot past the last is dropped."""
+    assert state.extras is not None
+    merged = jax.tree.map(lambda a, b: a.at[slots].set(b, mode="drop"), state.extras.history, history)
+    return replace(state, extras=replace(state.extras, history=merged))
 
 
 def advance(rows: Rows, token: jax.Array) -> Rows:
@@ -173,17 +177,12 @@ def sampling_of(rows: Rows, keys: jax.Array, extras: Extras | None, kind: str) -
     return replace(extras.settings, key=keys, **cuts)
 
 
-def _top(logits: jax.Array, out: Drawn) -> tuple[jax.Array, jax.Array] | None:
-    if out.top is None:
-        return None
-    values, ids = lax.top_k(jax.nn.log_softmax(logits, axis=-1), min(MAX_TOP_LOGPROBS, logits.shape[-1]))
-    pad = ((0, 0), (0, MAX_TOP_LOGPROBS - values.shape[-1]))
-    return jnp.pad(ids, pad, constant_values=NO_TOKEN).astype(jnp.int32), jnp.pad(values, pad)
-
-
 def _jit(function, *static: str):
     return jax.jit(function, static_argnames=static, donate_argnames="state")
 
 
-jit_feed, jit_score, jit_decode = _jit(feed, "backend"), _jit(score, "backend"), _jit(decode, "most", "kind", "backend")
+# Those that run the model also take ``arch``, the device to compile for, and return the choices of their trace for
+# every op (see `recorded`). A profile shows them under their names: ``jit_feed``, ``jit_decode`` and so on.
+jit_feed, jit_score = (_jit(recorded(function), "backend", "arch") for function in (feed, score))
+jit_decode = _jit(recorded(decode), "steps", "kind", "backend", "arch")
 jit_join, jit_join_extras, jit_copy = _jit(join), _jit(join_extras), _jit(copy)

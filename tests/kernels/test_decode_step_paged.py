@@ -31,6 +31,13 @@ def interpreted(args: tuple, **how: Any) -> tuple:
     return out
 
 
+def same_bits(found: Any, wanted: Any) -> None:
+    """Bits, because a bfloat16 NaN, which pages of nobody hold, does not equal itself."""
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(*(np.asarray(x).view(np.dtype(f"u{x.dtype.itemsize}")) for x in (a, b)))
+
+
 def test_pages_interpreted() -> None:
     """Rows 0 and 1 share a page, row 1 ends at the end of its table, row 2 is empty, row 3 has lost its pages."""
     case = Case((64, 127, 0, 70), queries=2, size=dict(layers=2))
@@ -69,7 +76,7 @@ def test_real_shapes_over_pages_lower(model: str, fmt: str, batch: int) -> None:
         step = jax.jit(functools.partial(decode_step_kernel, eps=EPS), donate_argnums=(2, 3))
         with watched(hashes=False) as kernels:
             text = step.trace(*case.args, table=table).lower(lowering_platforms=("cuda",)).as_text()
-    assert [k.equations < 15_000 for k in kernels] == [True]  # Mosaic's work: see test_lowering_work
+    assert [k.equations < 10_000 for k in kernels] == [True]  # Mosaic's work: see test_lowering_work
     assert text.count("@mosaic_gpu") == 1
     entry = text[text.index("@main") :].splitlines()[0]
     assert entry.count("tf.aliasing_output") == 2
@@ -124,7 +131,7 @@ def test_pages_on_gpu(name: str, fmt: str) -> None:
     alive = max(len(start) - 1, 1)
     assert error(out[0][:alive], exact(paged, listed)[0][:alive]) < 2e-2
     for _ in range(20):
-        jax.tree.map(np.testing.assert_array_equal, step(*paged, table=listed), out)
+        same_bits(step(*paged, table=listed), out)
 
 
 @pytest.mark.gpu
@@ -150,7 +157,7 @@ def test_many_steps_over_pages_on_gpu(fmt: str) -> None:
         return logits, k, v
 
     first, again = (jax.jit(run)(*paged[2:4], table=listed) for _ in range(2))
-    jax.tree.map(np.testing.assert_array_equal, first, again)
+    same_bits(first, again)
     np.testing.assert_array_equal(first[0], jax.jit(run)(*contiguous[2:4])[0])
     donated = jax.jit(run, donate_argnums=(0, 1))(*paged[2:4], table=listed)
-    jax.tree.map(np.testing.assert_array_equal, first, donated)
+    same_bits(first, donated)
