@@ -112,7 +112,8 @@ def prepared(params: "Params", dtype: str, impl: str) -> "Params":
     if params.lm_head is not None:
         return dataclasses.replace(params, layers=layers, lm_head=rounded(params.lm_head))
     # An embedding that is the head, too, has 8 bits in every format: `jllama.params.table_quantizer`.
-    return dataclasses.replace(params, layers=layers, embed=quantize(params.embed, "int8", ratios=ratios))
+    embed: Any = params.embed
+    return dataclasses.replace(params, layers=layers, embed=quantize(embed, "int8", ratios=ratios))
 
 
 def table(records: list[dict[str, Any]]) -> str:
