@@ -98,17 +98,22 @@ def prepared(params: "Params", dtype: str, impl: str) -> "Params":
     if quant == "none":
         return params
 
+    ratios = (1.0,) if impl == "absmax" else CLIP_RATIOS
+
     def rounded(w: Any) -> Any:
         size = None if group is None else group_size(w.shape[-1], group)
-        return quantize(w, quant, group=size, ratios=(1.0,) if impl == "absmax" else CLIP_RATIOS)
+        return quantize(w, quant, group=size, ratios=ratios)
 
     names = ("wqkv", "wo", "w_gate_up", "w_down")
     layers = tuple(
         dataclasses.replace(layer, **{name: rounded(getattr(layer, name)) for name in names})
         for layer in map(params.layer, range(params.config.n_layers))
     )
-    head = None if params.lm_head is None else rounded(params.lm_head)
-    return dataclasses.replace(params, layers=layers, lm_head=head)
+    if params.lm_head is not None:
+        return dataclasses.replace(params, layers=layers, lm_head=rounded(params.lm_head))
+    # An embedding that is the head, too, has 8 bits in every format: `jllama.params.table_quantizer`.
+    embed: Any = params.embed
+    return dataclasses.replace(params, layers=layers, embed=quantize(embed, "int8", ratios=ratios))
 
 
 def table(records: list[dict[str, Any]]) -> str:

@@ -1,12 +1,10 @@
 """``python -m convert.quantize SRC DST``: quantise a checkpoint of any format to a native one (int8 or int4 weights).
 
 Tensors are processed in blocks of rows, so neither the source nor the result is in memory as a whole. The result is the
-same as that of ``--quant`` at load. As there, the embedding and the norms stay floats. The head is quantised unless it
-is tied to the embedding.
+same as that of ``--quant`` at load. As there, the norms stay floats, and so does the embedding. One that is the head,
+too, becomes int8.
 """
 
-import contextlib
-import ctypes
 import dataclasses
 import math
 import sys
@@ -49,12 +47,18 @@ def quantised(
     """The checkpoint with its matrices quantised when they are read. Their errors are then added to ``errors``."""
     if source.quant is not None:
         raise InputError(f"{source.path}: expected float weights, found {source.quant.bits} bits already")
+    from jllama.params import check_group
+
+    check_group(source.config, quant, group)
     group = DEFAULT_GROUP[quant] if group is None else group
-    tensors = {
-        name: tensor if name == "embed" or len(tensor.shape) == 1 else _quantised(name, tensor, quant, group, errors)
-        for name, tensor in source.tensors.items()
-    }
-    return dataclasses.replace(source, tensors=tensors)
+
+    def one(name: str, tensor: "Tensor") -> "Tensor":
+        if len(tensor.shape) == 1 or (name == "embed" and not source.config.tie_embeddings):
+            return tensor
+        form = ("int8", None) if name == "embed" else (quant, group)  # as `jllama.params.table_quantizer`
+        return _quantised(name, tensor, *form, errors)
+
+    return dataclasses.replace(source, tensors={name: one(name, t) for name, t in source.tensors.items()})
 
 
 def _quantised(
@@ -63,6 +67,7 @@ def _quantised(
     import jax.numpy as jnp
     import numpy as np
 
+    from jllama.device import trim_heap
     from jllama.formats.source import Integers, Quantization, Tensor
     from jllama.kernels import group_size
 
@@ -76,7 +81,7 @@ def _quantised(
     def rows(begin: int, end: int) -> Integers:
         # Each row is quantised independently, so the result does not depend on the blocks.
         blocks = [quantised_block(*block) for block in _row_blocks(begin, end, width)]
-        _trim_heap()
+        trim_heap()
         if len(blocks) == 1:
             return blocks[0]
         return Integers(np.concatenate([b.data for b in blocks]), np.concatenate([b.scale for b in blocks]))
@@ -90,13 +95,6 @@ def _quantised(
 
     dtype = "float32" if size == width else "float16"
     return Tensor(tensor.shape, dtype, tensor.where, rows, Quantization(BITS[quant], None if size == width else size))
-
-
-def _trim_heap() -> None:
-    """Return freed memory to the system. glibc keeps freed blocks of a few megabytes, and each thread of XLA has its
-    own heap. For a large model, this adds up to gigabytes of unused memory."""
-    with contextlib.suppress(OSError, AttributeError):  # other C libraries have no malloc_trim
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _row_blocks(begin: int, end: int, width: int) -> list[tuple[int, int]]:

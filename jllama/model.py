@@ -69,7 +69,7 @@ def forward(
     lengths = jnp.full(B, T, jnp.int32) if lengths is None else lengths
     positions = start[:, None] + jnp.arange(T)[None]  # [B, T]
     op_by_op = functools.partial(blocks, backend=backend)
-    arguments = params.embed[tokens], params, cache, *rotations(positions, params.config), lengths
+    arguments = params.embedded(tokens), params, cache, *rotations(positions, params.config), lengths
     if cache is not None and T <= DECODE_QUERIES:  # one launch, if a kernel supports it
         logits, cache = whole_step.try_kernel(op_by_op, *arguments, last_only=last_only, backend=backend)
     else:

@@ -17,7 +17,17 @@ from jax.typing import DTypeLike
 
 from jllama.config import LlamaConfig, Quant
 from jllama.errors import InputError
-from jllama.kernels import LayerView, QuantizedTensor, Weight, WeightFormat, group_size, materialize, quantize
+from jllama.kernels import (
+    GROUPS,
+    LayerView,
+    QuantizedTensor,
+    Weight,
+    WeightFormat,
+    dequantize,
+    group_size,
+    materialize,
+    quantize,
+)
 
 
 @struct.dataclass
@@ -47,7 +57,7 @@ class Params:
     ``config`` is static: it is part of the tree's structure.
     """
 
-    embed: jax.Array  # [vocab_size, dim]
+    embed: Weight  # [vocab_size, dim]; integers only where it is the head, too
     layers: tuple[Layer, ...] | Layer
     norm: jax.Array  # [dim]
     lm_head: Weight | None  # [vocab_size, dim]; None: tied to embed
@@ -76,7 +86,14 @@ class Params:
     @property
     def dtype(self) -> jnp.dtype:
         """The dtype of activations, cache and unquantised weights."""
-        return self.embed.dtype
+        return self.norm.dtype
+
+    def embedded(self, tokens: jax.Array) -> jax.Array:
+        """The rows of the embedding for ``tokens`` [...], as activations [..., dim]."""
+        if isinstance(self.embed, QuantizedTensor):
+            rows = QuantizedTensor(self.embed.data[tokens], self.embed.scale[tokens])
+            return dequantize(rows, self.dtype)
+        return self.embed[tokens]
 
 
 def _is_weight(x: Any) -> bool:
@@ -145,6 +162,26 @@ def quantizer(quant: Quant, group: int | None = None) -> Callable[[jax.Array], W
     return apply
 
 
+def check_group(config: LlamaConfig, quant: Quant, group: int | None) -> None:
+    """Raise `InputError` if ``group`` does not divide every row. (The default group is reduced where it does not.)"""
+    if group is None:
+        return
+    if quant == "none":
+        raise InputError(f"group: expected quant='int8' or 'int4' with it, found quant='none' and group={group}")
+    widths = sorted({shape[1] for shape in layer_shapes(config).values() if len(shape) == 2})
+    fits = [str(size) for size in GROUPS if all(width % size == 0 for width in widths)]
+    if str(group) not in fits:
+        rows = f"rows of {' and '.join(map(str, widths))} inputs"
+        expected = f"one of {', '.join(fits)}" if fits else "none"
+        raise InputError(f"group: expected {expected} ({rows}), found {group}")
+
+
+def table_quantizer(quant: Quant, config: LlamaConfig) -> Callable[[jax.Array], Weight]:
+    """`quantizer` for the embedding. A lookup table stays floats. One that is the head, too, is read whole at every
+    step: with int8 or int4 layers it is int8, one scale a row, because 4 bits would lose too much in the logits."""
+    return quantizer("none" if quant == "none" or not config.tie_embeddings else "int8")
+
+
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _quantize(w: jax.Array, fmt: WeightFormat, group: int | None) -> QuantizedTensor:
     return quantize(w, fmt, group=group)
@@ -198,7 +235,7 @@ def init(
     vocabulary = (config.vocab_size, config.dim)
     layers = (one_layer(jax.random.fold_in(layers_key, i)) for i in range(config.n_layers))
     return Params(
-        embed=normal(embed_key, vocabulary),
+        embed=table_quantizer(quant, config)(normal(embed_key, vocabulary)),
         layers=_stack_one_by_one(layers, config.n_layers) if stacked else tuple(layers),
         norm=jnp.ones(config.dim, dtype),
         lm_head=None if config.tie_embeddings else to_weight(normal(head_key, vocabulary)),

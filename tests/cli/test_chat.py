@@ -1,11 +1,14 @@
 """``jllama chat`` as users drive it: typed, pasted, piped, interrupted."""
 
+import fcntl
 import json
 import os
 import pty
 import select
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -147,8 +150,9 @@ def test_a_line_that_ends_with_a_backslash_goes_on(module, tmp_path: Path) -> No
 class Terminal:
     """``jllama chat`` in its own terminal. Its state is in ``home``."""
 
-    def __init__(self, home: Path, *flags: str) -> None:
+    def __init__(self, home: Path, *flags: str, columns: int = 80) -> None:
         ours, theirs = pty.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
         environment = os.environ | {"XDG_STATE_HOME": str(home), "TERM": "xterm"}
         chat = [sys.executable, "-m", "jllama.cli.chat", "-q", "-n", "2", "--no-compilation-cache", *flags]
         # The terminal must be the program's own, otherwise Ctrl-C would not interrupt it.
@@ -156,7 +160,7 @@ class Terminal:
         command = [sys.executable, "-c", own, *chat]
         self.process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
         os.close(theirs)
-        self.at, self.shown = ours, b""
+        self.at, self.shown, self.passed = ours, b"", b""
 
     def expect(self, text: bytes, again: bytes = b"") -> None:
         """Wait until the terminal shows a text after what was expected before. Meanwhile type ``again`` repeatedly."""
@@ -170,7 +174,8 @@ class Terminal:
                 self.shown += os.read(self.at, 4096)
             except OSError:  # the program has gone
                 raise AssertionError(self.shown) from None
-        self.shown = self.shown.partition(text)[2]
+        before, _, self.shown = self.shown.partition(text)
+        self.passed += before + text
 
     def type(self, text: bytes) -> None:
         os.write(self.at, text)
@@ -226,3 +231,25 @@ def test_in_a_terminal_a_paste_is_one_message_and_the_history_lasts(tmp_path: Pa
         third.expect(b"(cut off after 2 tokens)")
         assert third.leave() == 0
     assert "hello" not in file.read_text()
+
+
+@pytest.mark.parametrize(("columns", "rows_up"), [(40, 3), (200, 0)])
+def test_a_long_line_wraps_at_the_width_of_the_terminal_and_stays_one_message(
+    columns: int, rows_up: int, tmp_path: Path
+) -> None:
+    saved, question = tmp_path / "talk.json", " ".join(f"word-{n:04}" for n in range(13))  # 129 characters
+    with Terminal(tmp_path, "--no-history", columns=columns) as terminal:
+        terminal.expect(b"> ")
+        terminal.type(question.encode())
+        terminal.expect(b"12")
+        terminal.type(b"\x01first ")  # Ctrl-A: to the start of the line
+        terminal.expect(b"first ")
+        terminal.type(b"\r")
+        terminal.expect(b"(cut off after 2 tokens)")
+        assert terminal.passed.count(b"\x1b[A") >= rows_up
+        assert (b"\x1b[A" in terminal.passed) == (rows_up > 0)  # the cursor goes up over the wrapped rows
+        terminal.expect(b"> ")
+        terminal.type(f"/save {saved}\r".encode())
+        terminal.expect(b"saved 1 exchanges")
+        assert terminal.leave() == 0
+    assert json.loads(saved.read_text())["exchanges"][0]["question"] == f"first {question}"

@@ -11,7 +11,7 @@ import pytest
 from convert.quantize import main, quantised, report
 from jllama.formats import open_source
 from jllama.formats.checkpoint import load
-from jllama.formats.source import Integers
+from jllama.formats.source import Integers, Quantization
 from pallas_kernels.quantized import CLIP_RATIOS, dequantize, quantize
 
 
@@ -61,17 +61,20 @@ def test_what_is_not_finite_shows_and_is_counted(
 
 
 @pytest.mark.parametrize(
-    ("quant", "group", "dtype"), [("int8", None, "float32"), ("int8", 32, "bfloat16"), ("int4", 32, "float32")]
+    ("quant", "group", "dtype", "tied"),
+    [("int8", None, "float32", False), ("int8", 32, "bfloat16", True), ("int4", 32, "float32", False)],
 )
 def test_the_command_makes_the_numbers_of_quant_at_load(
-    quant: str, group: int | None, dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    quant: str, group: int | None, dtype: str, tied: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = checkpoints.UNTIED.replace(n_layers=1)
+    config = checkpoints.CONFIG.replace(n_layers=1, tie_embeddings=tied)
     path = checkpoints.make("hf", checkpoints.source(config, dtype), tmp_path / "model")
     flags = [] if group is None else ["--group", str(group)]
     assert main([str(path), str(tmp_path / "out"), "--format", quant, *flags]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 + 7 + 1  # a head and a sum; seven matrices of the layer; the head of the model
+    assert (
+        len(lines) == 2 + 7 + 1
+    )  # a head and a sum; seven matrices of the layer; the model's head, which may be the embedding
     assert lines[-1].startswith("all")
     made, loaded = load(tmp_path / "out", dtype="float32"), load(path, quant=quant, group=group, dtype="float32")
     assert jax.tree.structure(made) == jax.tree.structure(loaded)
@@ -99,11 +102,13 @@ def test_blocks_of_rows_are_rounded_as_the_whole_is(monkeypatch: pytest.MonkeyPa
     assert any("layers.0.w_up" in line for line in report(errors))
 
 
-def test_embedding_and_norms_stay_floats_and_an_untied_head_does_not(tmp_path: Path) -> None:
-    for config in (checkpoints.CONFIG, checkpoints.UNTIED):
-        source = quantised(checkpoints.source(config), "int8")
+def test_norms_stay_floats_and_an_embedding_that_is_not_the_head() -> None:
+    for config, table in ((checkpoints.CONFIG, set[str]()), (checkpoints.UNTIED, {"embed"})):
+        source = quantised(checkpoints.source(config), "int4", 32)
         floats = {name for name, tensor in source.tensors.items() if tensor.quant is None}
-        assert floats == {"embed", "norm"} | {f"layers.{i}.{n}_norm" for i in (0, 1) for n in ("attn", "ffn")}
+        assert floats == {"norm"} | table | {f"layers.{i}.{n}_norm" for i in (0, 1) for n in ("attn", "ffn")}
+    tied = quantised(checkpoints.source(), "int4", 32).tensors["embed"].quant
+    assert tied == Quantization(8, None)  # 4 bits would lose too much in the logits
 
 
 def test_it_refuses_as_the_other_commands_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

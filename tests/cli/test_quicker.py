@@ -1,4 +1,4 @@
-"""What `jllama generate` says of weights that would have been quicker."""
+"""The last line of `jllama generate`: the figures, and weights that would have been quicker."""
 
 from types import SimpleNamespace
 
@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jllama.cli.runtime import quicker
+from jllama.cli.runtime import figures, quicker
 from jllama.config import Quant
 from jllama.device import quicker_format
 from jllama.kernels import QuantizedTensor
 from jllama.params import init, unpacked
+from jllama.stream import Timings
 from tests.support.tiny import CONFIG
 
 
@@ -28,6 +29,15 @@ def test_the_line_names_the_flag(quant: Quant, said: str, monkeypatch: pytest.Mo
     monkeypatch.setattr("jllama.cli.runtime.default_device", lambda: SimpleNamespace(platform="cpu"))
     line = quicker(unpacked(init(CONFIG, jax.random.key(0), quant=quant)))
     assert said in line if said else line == ""
+
+
+@pytest.mark.parametrize(("count", "said"), [(1, "1 token"), (2, "2 tokens")])
+def test_the_figures_count_one_token_as_one(count: int, said: str) -> None:
+    params = init(CONFIG, jax.random.key(0))
+    timings = Timings(prefill=1.0, decode=1.0, prompt_tokens=count, new_tokens=count, decode_steps=1, decoded=count)
+    assert figures(params, timings).startswith(f"{said}, ")
+    assert f"; prefill {said} in 1.000 s" in figures(params, timings)
+    assert figures(params, Timings(new_tokens=count)) == said
 
 
 def test_unpacked_weights_are_the_same_numbers() -> None:

@@ -1,6 +1,8 @@
 """Checkpoints are loaded and saved bit for bit, within the device's memory; an invalid one gives a one-line error."""
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,9 @@ from jllama.config import LlamaConfig, RopeScaling, from_hf, preset, to_hf
 from jllama.errors import InputError
 from jllama.formats.checkpoint import check_memory, load, model_bytes, save
 from jllama.formats.source import Quantization, Source, Tensor
+from jllama.model import forward
 from jllama.params import init, weight_bytes
-from pallas_kernels import QuantizedTensor
+from pallas_kernels import QuantizedTensor, dequantize
 
 CONFIG = LlamaConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=96, vocab_size=80, max_seq_len=128)
 CONFIGS = {
@@ -63,13 +66,48 @@ def test_integers_and_scales_come_back_bit_for_bit(quant: str, group: int | None
 
 
 @pytest.mark.parametrize(("quant", "group"), [("none", None), ("int8", None), ("int4", None), ("int4", 32)])
+@pytest.mark.parametrize("tied", [False, True])
 def test_quantising_while_loading_equals_quantising_what_was_loaded(
-    quant: str, group: int | None, tmp_path: Path
+    quant: str, group: int | None, tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save(init(CONFIG, jax.random.key(1)), tmp_path / "model")
+    config = CONFIG.replace(tie_embeddings=tied)
+    expected = init(config, jax.random.key(1), quant=quant, group=group)
+    save(init(config, jax.random.key(1)), tmp_path / "model")
     loaded = load(tmp_path / "model", quant=quant, group=group)
-    assert_bits_equal(loaded, init(CONFIG, jax.random.key(1), quant=quant, group=group))
-    assert weight_bytes(loaded) == model_bytes(CONFIG, "float32", quant, group)
+    assert_bits_equal(loaded, expected)
+    assert weight_bytes(loaded) == model_bytes(config, "float32", quant, group)
+    assert isinstance(loaded.embed, QuantizedTensor) == (tied and quant != "none")
+    save(loaded, tmp_path / "again")
+    assert_bits_equal(load(tmp_path / "again"), expected)
+    monkeypatch.setattr("jllama.formats.checkpoint.BLOCK_BYTES", 1000)  # matrices by blocks of rows
+    assert_bits_equal(load(tmp_path / "model", quant=quant, group=group), expected)
+
+
+def test_a_quantised_embedding_gives_the_rows_and_logits_of_its_floats() -> None:
+    params = init(CONFIG.replace(tie_embeddings=True, n_layers=1), jax.random.key(1), quant="int4", group=32)
+    assert isinstance(params.embed, QuantizedTensor)
+    floats = dataclasses.replace(params, embed=dequantize(params.embed))
+    tokens = jnp.asarray([[1, 5, 2, 63]])
+    np.testing.assert_array_equal(params.embedded(tokens), floats.embedded(tokens))
+    expected = forward(floats, tokens)[0]
+    np.testing.assert_allclose(forward(params, tokens)[0], expected, atol=2e-4 * float(jnp.abs(expected).max()))
+
+
+@pytest.mark.parametrize(
+    ("quant", "group", "message"),
+    [
+        ("int8", 128, "group: expected one of 64, 32 (rows of 64 and 192 inputs), found 128"),
+        ("int4", 48, "group: expected one of 64, 32 (rows of 64 and 192 inputs), found 48"),
+        ("none", 32, "group: expected quant='int8' or 'int4' with it, found quant='none' and group=32"),
+    ],
+)
+def test_a_group_that_does_not_divide_every_row_is_refused(
+    quant: str, group: int, message: str, tmp_path: Path
+) -> None:
+    config = CONFIG.replace(dim=64, n_heads=4, n_kv_heads=2, head_dim=16, hidden_dim=192, n_layers=1)
+    save(init(config, jax.random.key(1)), tmp_path / "model")
+    with pytest.raises(InputError, match=re.escape(message)):
+        load(tmp_path / "model", quant=quant, group=group)
 
 
 def test_16_bit_weights_become_float32_on_a_cpu_unless_asked(tmp_path: Path) -> None:

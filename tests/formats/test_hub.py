@@ -35,6 +35,12 @@ FILES = [
 ]
 
 
+@pytest.mark.parametrize("name", ["SmolLM2", "SMOLLM2"])
+def test_another_case_of_smollm2_is_told_the_name(name: str) -> None:
+    with pytest.raises(InputError, match=f"^{name}: no such file or directory .*'smollm2'"):
+        open_source(name)
+
+
 def test_only_what_is_read_is_wanted() -> None:
     assert sorted(needed(FILES, "a/b")) == sorted(
         ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]

@@ -1,4 +1,4 @@
-"""Products on a CPU: by limbs or with a second row, held to the product in floats."""
+"""Products on a CPU: by limbs, by sums or with a second row, held to the product in floats."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import pytest
 
 from pallas_kernels import Arch, QuantizedTensor, matmul, pinned, quantize
 from pallas_kernels.arch import ELSEWHERE
-from pallas_kernels.cpu import TABLE, by_blocks, by_limbs, by_two_rows, choose, limbs
+from pallas_kernels.cpu import TABLE, Entry, by_blocks, by_limbs, by_sums, by_two_rows, choose, limbs
 from pallas_kernels.matmul import float_product
 
 CPU = Arch("cpu", "cpu")
@@ -60,6 +60,14 @@ def test_two_rows_of_bf16_are_the_product_of_one() -> None:
     assert relative(by_two_rows(x, w), float_product(x, w)) < 1e-6
 
 
+@pytest.mark.parametrize("rows", [2, 16])
+def test_sums_are_the_product_in_floats(rows: int) -> None:
+    x, w = normal(rows, 1024), normal(96, 1024, seed=1)
+    assert choose(x, w) is by_sums
+    assert relative(by_sums(x, w), float_product(x, w)) < 1e-6
+    np.testing.assert_array_equal(jax.jit(matmul)(x, w), jax.jit(by_sums)(x, w))
+
+
 @pytest.mark.parametrize(("fmt", "group"), [("int8", None), ("int8", 64)])
 def test_gradient_and_vmap_are_those_of_the_product_in_floats(fmt: str, group: int | None) -> None:
     w, xs = quantised(fmt, group), normal(3, 1, 256)
@@ -98,7 +106,8 @@ def test_limbs_run_where_it_is_traced_for_a_cpu_and_nowhere_else() -> None:
         (1, ("int8", 4096, 4096, 1), by_limbs),
         (512, ("int8", 576, 576, 1), by_limbs),
         (1, ("int8", 3072, 576, 9), by_blocks),
-        (128, ("int8", 3072, 576, 9), None),
+        (14, ("int8", 3072, 576, 9), by_blocks),
+        (15, ("int8", 3072, 576, 9), None),
         (4, ("int8", 4096, 8192, 32), by_blocks),
         (1, ("int4", 3072, 576, 9), None),
         (1, ("int4", 4096, 4096, 32), by_blocks),
@@ -106,7 +115,12 @@ def test_limbs_run_where_it_is_traced_for_a_cpu_and_nowhere_else() -> None:
         (1, ("int8", 8, 2**17 + 8, 1), None),
         (1, ("bfloat16", 576, 576, 0), by_two_rows),
         (2, ("bfloat16", 576, 576, 0), None),
-        (1, ("float32", 576, 576, 0), None),
+        (1, ("float32", 576, 1536, 0), None),
+        (2, ("float32", 576, 576, 0), by_sums),
+        (4, ("float32", 576, 576, 0), None),
+        (4, ("float32", 576, 1536, 0), by_sums),
+        (16, ("float32", 2048, 8192, 0), by_sums),
+        (17, ("float32", 2048, 8192, 0), None),
     ],
 )
 def test_the_table_by_shape(rows: int, w: tuple[str, int, int, int], expected: object) -> None:
@@ -119,4 +133,7 @@ def test_the_table_by_shape(rows: int, w: tuple[str, int, int, int], expected: o
 
 
 def test_every_entry_of_the_table_can_be_reached() -> None:
-    assert [e for i, e in enumerate(TABLE) if any(b.form == e.form and b.size >= e.size for b in TABLE[:i])] == []
+    def hides(before: Entry, entry: Entry) -> bool:
+        return before.form == entry.form and before.size >= entry.size and before.inner <= entry.inner
+
+    assert [e for i, e in enumerate(TABLE) if any(hides(before, e) for before in TABLE[:i])] == []
