@@ -1,15 +1,18 @@
 """The key/value cache: the keys and values of every layer, and the length of every row."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from jllama.config import LlamaConfig
 from jllama.kernels import DECODE_QUERIES, LayerView, attention, decode_attention, write
+from jllama.mesh.layout import DATA, MODEL, AnyMesh, axis_size, spec
 
 Layers = tuple[jax.Array, ...] | jax.Array  # one array per layer, or one stacked array with a leading layer axis
 
@@ -73,10 +76,33 @@ def _replaced(arrays: Layers, index: int, new: jax.Array) -> Layers:
     return (*arrays[:index], new, *arrays[index + 1 :])
 
 
-def init_cache(config: LlamaConfig, batch: int, max_len: int, dtype: DTypeLike, *, stacked: bool = False) -> KVCache:
-    """An empty cache with room for at least ``max_len`` positions per row. ``stacked`` must be as in the params."""
-    shape = (batch, config.n_kv_heads, _whole_tiles(max_len), config.head_dim)
-    return _empty(config.n_layers, shape, jnp.dtype(dtype), stacked)
+def init_cache(
+    config: LlamaConfig,
+    batch: int,
+    max_len: int,
+    dtype: DTypeLike,
+    *,
+    stacked: bool = False,
+    mesh: Mesh | None = None,
+) -> KVCache:
+    """An empty cache with room for at least ``max_len`` positions per row. ``stacked`` and ``mesh`` must be as in the
+    params. On a mesh, rows are divided over ``data`` and heads over ``model``."""
+    kv_heads = max(config.n_kv_heads, axis_size(mesh, MODEL))  # a key head that several shards have is there as often
+    shape = (batch, kv_heads, _whole_tiles(max_len), config.head_dim)
+    empty = _empty if mesh is None else _empty_on(mesh, stacked)
+    return empty(config.n_layers, shape, jnp.dtype(dtype), stacked)
+
+
+@functools.cache
+def _empty_on(mesh: Mesh, stacked: bool) -> Callable[..., KVCache]:
+    layers = NamedSharding(mesh, cache_spec(mesh, stacked=stacked))
+    lies = KVCache(layers, layers, NamedSharding(mesh, spec(mesh, DATA)))  # pyright: ignore[reportArgumentType]
+    return jax.jit(_empty.__wrapped__, static_argnums=(0, 1, 2, 3), out_shardings=lies)
+
+
+def cache_spec(mesh: AnyMesh, *, stacked: bool) -> PartitionSpec:
+    """How the keys, and the values, of a layer or of all stacked layers are divided."""
+    return spec(mesh, *(None,) * stacked, DATA, MODEL)
 
 
 # One program allocates all layers. One allocation per layer would take longer than the prefill of a short prompt.

@@ -4,9 +4,12 @@
 calls the compiled pieces chunk by chunk, for callers that want text while it is generated.
 """
 
+import dataclasses
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from numbers import Integral
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +17,14 @@ import numpy as np
 from flax import struct
 from jax import lax
 from jax.core import Tracer
+from jax.sharding import Mesh
 
 from jllama.cache import KVCache, init_cache
 from jllama.config import Backend, LlamaConfig
 from jllama.errors import InputError
 from jllama.kernels import known, recorded, vary_with
+from jllama.mesh.layout import DATA, model_axis, spec
+from jllama.mesh.run import on_shards, over, specs
 from jllama.model import forward
 from jllama.params import Params
 from jllama.sampling import Sampling, make_sampling, sample
@@ -75,9 +81,16 @@ def sample_first(
     stop_ids: jax.Array,
     seen: jax.Array | None,
     *,
+    mesh: Mesh | None = None,
+    axis: str | None = None,
     backend: Backend = "auto",
 ) -> tuple[DecodeState, StepOutput]:
-    """Draw the first token of every row from the logits of the prompt."""
+    """Draw the first token of every row from the logits of the prompt. ``mesh`` and ``axis`` are those of the params
+    (see `Params`)."""
+    if mesh is not None:
+        of_shard = functools.partial(sample_first, axis=model_axis(mesh), backend=backend)
+        arguments = logits, cache, sampling, limit, stop_ids, seen
+        return over(mesh, of_shard, *arguments, out=(state_specs(cache, mesh), spec(mesh, DATA)))
     B = logits.shape[0]
     state = DecodeState(
         cache=cache,
@@ -89,7 +102,7 @@ def sample_first(
         seen=seen,
         sampling=sampling,
     )
-    return _draw(state, logits, backend)
+    return _draw(state, logits, axis, backend)
 
 
 def decode_step(params: Params, state: DecodeState, *, backend: Backend = "auto") -> tuple[DecodeState, StepOutput]:
@@ -104,11 +117,13 @@ def decode_step(params: Params, state: DecodeState, *, backend: Backend = "auto"
         last_only=True,
         backend=backend,
     )
-    return _draw(replace(state, cache=cache), logits, backend)
+    return _draw(replace(state, cache=cache), logits, params.axis, backend)
 
 
-def _draw(state: DecodeState, logits: jax.Array, backend: Backend) -> tuple[DecodeState, StepOutput]:
-    token, logprob = sample(logits, state.sampling, state.drawn, state.seen, backend=backend)
+def _draw(
+    state: DecodeState, logits: jax.Array, axis: str | None, backend: Backend
+) -> tuple[DecodeState, StepOutput]:
+    token, logprob = sample(logits, state.sampling, state.drawn, state.seen, axis=axis, backend=backend)
     output = StepOutput(jnp.where(state.done, NO_TOKEN, token), jnp.where(state.done, 0.0, logprob))
     drawn = state.drawn + ~state.done
     stopped = jnp.any(token[:, None] == state.stop_ids, axis=-1) | (drawn >= state.limit)
@@ -122,6 +137,10 @@ def decode_chunk(
     params: Params, state: DecodeState, *, steps: int, backend: Backend = "auto"
 ) -> tuple[DecodeState, StepOutput]:
     """Run ``steps`` decode steps as one `lax.scan`. The arrays of the `StepOutput` are [steps, B]."""
+    if params.mesh is not None:
+        of_shard = functools.partial(decode_chunk, steps=steps, backend=backend)
+        out = state_specs(state.cache, params.mesh), spec(params.mesh, None, DATA)
+        return on_shards(of_shard, params, state, out=out)
 
     def step(state: DecodeState, _: None) -> tuple[DecodeState, StepOutput]:
         return decode_step(params, state, backend=backend)
@@ -129,6 +148,13 @@ def decode_chunk(
     if jax.sharding.get_abstract_mesh().manual_axes:  # under shard_map, a carry must have the type of the result
         state = jax.tree.map(vary_with, state, jax.eval_shape(step, state, None)[0])
     return lax.scan(step, state, length=steps)
+
+
+def state_specs(cache: KVCache, mesh: Mesh) -> Any:
+    """The `PartitionSpec` of every array of a `DecodeState` with such a cache, as a prefix of the state."""
+    rows = spec(mesh, DATA)
+    fields = {field.name: rows for field in dataclasses.fields(DecodeState)}
+    return DecodeState(**fields | {"cache": specs(cache, mesh)})
 
 
 def tokens_seen(tokens: jax.Array, lengths: jax.Array, vocab_size: int) -> jax.Array:
@@ -206,14 +232,17 @@ def _generate(
     max_new_tokens: int,
     backend: Backend,
 ) -> Generated:
+    if params.mesh is not None:
+        of_shard = functools.partial(_generate, max_new_tokens=max_new_tokens, backend=backend)
+        return on_shards(of_shard, params, tokens, lengths, sampling, stops, out=spec(params.mesh, DATA))
     B, T = tokens.shape
     config = params.config
     seen = tokens_seen(tokens, lengths, config.vocab_size) if sampling.repetition_penalty is not None else None
     cache = init_cache(config, B, T + max_new_tokens, params.dtype, stacked=params.stacked)
-    logits = jnp.zeros((B, config.vocab_size), jnp.float32)
+    logits = jnp.zeros((B, params.embed.shape[0]), jnp.float32)
     logits, cache = prefill(params, tokens, lengths, logits, cache, backend=backend)
     limit = jnp.full(B, max_new_tokens, jnp.int32)
-    state, first = sample_first(logits, cache, sampling, limit, stops, seen, backend=backend)
+    state, first = sample_first(logits, cache, sampling, limit, stops, seen, axis=params.axis, backend=backend)
     state, rest = decode_chunk(params, state, steps=max_new_tokens - 1, backend=backend)
     drawn = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]).T, first, rest)
     return Generated(drawn.tokens, drawn.logprobs, state.drawn)
@@ -270,7 +299,7 @@ def _known(x: jax.Array | np.ndarray) -> bool:
 # (see `recorded`).
 jit_prefill = jax.jit(recorded(prefill), static_argnames=("backend", "arch"), donate_argnames="cache")
 jit_sample_first = jax.jit(
-    recorded(sample_first), static_argnames=("backend", "arch"), donate_argnames=("cache", "seen")
+    recorded(sample_first), static_argnames=("mesh", "axis", "backend", "arch"), donate_argnames=("cache", "seen")
 )
 _jit_generate = jax.jit(recorded(_generate), static_argnames=("max_new_tokens", "backend", "arch"))
 jit_decode_chunk = jax.jit(

@@ -5,6 +5,7 @@ temperature, top-k, top-p, min-p. `pallas_kernels.draw` does the last four.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from jax.core import Tracer
 from jllama.config import Backend
 from jllama.errors import InputError
 from jllama.kernels import draw, log_probability
+from jllama.mesh.vocabulary import gather, greedy
 
 
 @struct.dataclass
@@ -180,9 +182,17 @@ def sample(
     *,
     history: History | None = None,  # everything that the settings need; replaces ``seen``
     stop_ids: jax.Array | None = None,  # [B, n]: the stop tokens of each row, for `Sampling.min_tokens`
+    axis: str | None = None,
     backend: Backend = "auto",
 ) -> tuple[jax.Array, jax.Array]:
-    """Draw one token per row. Returns the tokens [B] and their log-probabilities [B] under the unmodified logits."""
+    """Draw one token per row. Returns the tokens [B] and their log-probabilities [B] under the unmodified logits.
+
+    With ``axis``, inside `jax.shard_map`, ``logits`` [B, V / shards] are this shard's part of the vocabulary. They are
+    gathered only if a setting needs them, so that the draw is the same as on one device."""
+    if axis is not None:
+        if not jax.tree.leaves(replace(sampling, key=None)):
+            return greedy(logits, axis)
+        logits = gather(logits, axis)
     history = History(seen=seen) if history is None else history
     u = None
     if sampling.temperature is not None:
