@@ -97,7 +97,7 @@ def init_cache(
 def _empty_on(mesh: Mesh, stacked: bool) -> Callable[..., KVCache]:
     layers = NamedSharding(mesh, cache_spec(mesh, stacked=stacked))
     lies = KVCache(layers, layers, NamedSharding(mesh, spec(mesh, DATA)))  # pyright: ignore[reportArgumentType]
-    return jax.jit(_empty.__wrapped__, static_argnums=(0, 1, 2, 3), out_shardings=lies)
+    return jax.jit(_new, static_argnums=(0, 1, 2, 3), out_shardings=lies)
 
 
 def cache_spec(mesh: AnyMesh, *, stacked: bool) -> PartitionSpec:
@@ -105,15 +105,17 @@ def cache_spec(mesh: AnyMesh, *, stacked: bool) -> PartitionSpec:
     return spec(mesh, *(None,) * stacked, DATA, MODEL)
 
 
-# One program allocates all layers. One allocation per layer would take longer than the prefill of a short prompt.
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _empty(n_layers: int, shape: tuple[int, ...], dtype: jnp.dtype, stacked: bool) -> KVCache:
+def _new(n_layers: int, shape: tuple[int, ...], dtype: jnp.dtype, stacked: bool) -> KVCache:
     def arrays() -> Layers:
         if stacked:
             return jnp.zeros((n_layers, *shape), dtype)
         return tuple(jnp.zeros(shape, dtype) for _ in range(n_layers))
 
     return KVCache(arrays(), arrays(), jnp.zeros(shape[0], jnp.int32))
+
+
+# One program allocates all layers. One allocation per layer would take longer than the prefill of a short prompt.
+_empty = jax.jit(_new, static_argnums=(0, 1, 2, 3))
 
 
 def _whole_tiles(max_len: int) -> int:

@@ -120,9 +120,7 @@ def decode_step(params: Params, state: DecodeState, *, backend: Backend = "auto"
     return _draw(replace(state, cache=cache), logits, params.axis, backend)
 
 
-def _draw(
-    state: DecodeState, logits: jax.Array, axis: str | None, backend: Backend
-) -> tuple[DecodeState, StepOutput]:
+def _draw(state: DecodeState, logits: jax.Array, axis: str | None, backend: Backend) -> tuple[DecodeState, StepOutput]:
     token, logprob = sample(logits, state.sampling, state.drawn, state.seen, axis=axis, backend=backend)
     output = StepOutput(jnp.where(state.done, NO_TOKEN, token), jnp.where(state.done, 0.0, logprob))
     drawn = state.drawn + ~state.done
@@ -152,8 +150,8 @@ def decode_chunk(
 
 def state_specs(cache: KVCache, mesh: Mesh) -> Any:
     """The `PartitionSpec` of every array of a `DecodeState` with such a cache, as a prefix of the state."""
-    rows = spec(mesh, DATA)
-    fields = {field.name: rows for field in dataclasses.fields(DecodeState)}
+    rows: Any = spec(mesh, DATA)
+    fields: dict[str, Any] = {field.name: rows for field in dataclasses.fields(DecodeState)}
     return DecodeState(**fields | {"cache": specs(cache, mesh)})
 
 

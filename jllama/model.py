@@ -7,6 +7,7 @@ from typing import Any, overload
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 
 from jllama.cache import KVCache
 from jllama.config import Backend, LlamaConfig
@@ -72,7 +73,9 @@ def forward(
     was given.
     """
     if params.mesh is not None:
-        return _on_mesh(params, tokens, cache, lengths, last_only=last_only, backend=backend)
+        traced = any(isinstance(a, Tracer) for a in jax.tree.leaves((params, tokens, cache, lengths)))
+        run = _on_mesh if traced else _jit_on_mesh  # without jit, every operation would be a program of all devices
+        return run(params, tokens, cache, lengths, last_only=last_only, backend=backend)
     B, T = tokens.shape
     start = jnp.zeros(B, jnp.int32) if cache is None else cache.lengths
     lengths = jnp.full(B, T, jnp.int32) if lengths is None else lengths
@@ -96,6 +99,9 @@ def _on_mesh(params: Params, tokens: jax.Array, cache: Cache | None, lengths: ja
         return forward(shard, tokens, cache, lengths=lengths, **how)
 
     return on_shards(of_shard, params, tokens, cache, lengths, out=(logits, specs(cache, mesh)))
+
+
+_jit_on_mesh = jax.jit(_on_mesh, static_argnames=("last_only", "backend"))
 
 
 def blocks(

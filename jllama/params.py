@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 
 from jllama.config import LlamaConfig, Quant, layer_shapes
 from jllama.errors import InputError
+from jllama.kernels import LayerView, QuantizedTensor, Weight, WeightFormat, group_size, materialize, quantize
 from jllama.mesh.layout import (
     MODEL,
     auto,
@@ -31,7 +32,6 @@ from jllama.mesh.layout import (
     take_rows,
     weight_spec,
 )
-from jllama.kernels import LayerView, QuantizedTensor, Weight, WeightFormat, group_size, materialize, quantize
 
 
 @struct.dataclass
@@ -213,13 +213,14 @@ class _Fields:
 
     def __init__(self, config: LlamaConfig, dtype: jnp.dtype, quant: Quant, group: int | None, mesh: Mesh | None):
         self._config, self._dtype, self._mesh = config, dtype, mesh
-        self._quant, self._group = quant, group
+        self._quant: Quant = quant
+        self._group = group
         self._shards = axis_size(mesh, MODEL)
         self._compiled: dict[str, Callable[[jax.Array], Weight]] = {}
         if mesh is not None:
             check_mesh(config, mesh)
 
-    def make(self, field: str, shape: tuple[int, ...], key: jax.Array) -> Weight:
+    def make(self, field: str, shape: tuple[int, ...], key: jax.Array) -> Any:
         """A weight of this field."""
         whole = functools.partial(self._whole, field, shape)
         if self._mesh is None:

@@ -1,10 +1,10 @@
 """Which part of every weight a device holds.
 
 A shard is a smaller model: it has some of the query heads with their key heads, some of the hidden units, some of the
-vocabulary, and all layers. Its ``wqkv`` holds its own rows of q, k and v, and its ``w_gate_up`` its own rows of gate and
-up. A fused weight on a mesh is the concatenation of these, shard by shard. So its rows are in another order than on one
-device: `order` gives it, and `part_rows` where to find the rows of wq, wk and so on. Where a model has fewer key heads
-than the axis ``model`` has devices, several shards hold the same key head, and the fused weight holds copies of it.
+vocabulary, and all layers. Its ``wqkv`` holds its own rows of q, k and v, and its ``w_gate_up`` its own rows of gate
+and up. A fused weight on a mesh is the concatenation of these, shard by shard. So its rows are in another order than on
+one device: `order` gives it, and `part_rows` says where the rows of wq, wk and so on are. Where a model has fewer key
+heads than the axis ``model`` has devices, several shards hold the same key head, and the fused weight holds copies.
 """
 
 from collections.abc import Mapping
@@ -141,8 +141,9 @@ def take_rows(field: str, weight: Weight, index: np.ndarray) -> Weight:
 
 
 def part_rows(config: LlamaConfig, shards: int, field: str) -> dict[str, np.ndarray]:
-    """For every part of a fused weight, where each of its rows lies in the weight as ``shards`` shards hold it."""
-    rows = {name: np.zeros(_part_size(config, name), np.int64) for name in FUSED_PARTS[field]}
+    """For every part of a fused weight, where each of its rows lies in the weight as ``shards`` shards hold it. Empty
+    for fields that are not fused."""
+    rows = {name: np.zeros(_part_size(config, name), np.int64) for name in FUSED_PARTS.get(field, ())}
     at = 0
     for shard in parts_of_shard(config, shards, field) or ():
         for name, begin, end in shard:

@@ -1,12 +1,14 @@
 """Puts params on a mesh, and takes them off again."""
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding
 
 from jllama.config import LlamaConfig, Quant
@@ -119,7 +121,7 @@ def placed(params: Params) -> Params:
     """Params whose arrays lie as `shardings` says. Others are moved, with a warning that says so. Traced ones stay as
     they are, and so do params without a mesh."""
     leaves = jax.tree.leaves(params)
-    if params.mesh is None or any(isinstance(a, jax.core.Tracer) for a in leaves):
+    if params.mesh is None or any(isinstance(a, Tracer) for a in leaves):
         return params
     wanted = named(params.mesh, param_specs(params))
     moved = sum(a.nbytes for a, s in zip(leaves, jax.tree.leaves(wanted), strict=True) if not _lies(a, s))
@@ -134,7 +136,7 @@ def _lies(array: jax.Array, sharding: NamedSharding) -> bool:
     return array.sharding.is_equivalent_to(sharding, array.ndim)
 
 
-def _with_rows(params: Params, rows: dict[str, np.ndarray | None]) -> Params:
+def _with_rows(params: Params, rows: Mapping[str, np.ndarray | None]) -> Params:
     """Params with the rows of fused weights taken in another order."""
 
     def one(field: str, weight: Weight) -> Weight:

@@ -18,17 +18,18 @@ from jllama.params import Params
 def specs(tree: Any, mesh: AnyMesh) -> Any:
     """The `PartitionSpec` of every array of a tree. Params and caches are divided as they are made; the first axis of
     any other array is rows, over ``data``."""
-    rows = spec(mesh, DATA)
+    rows: Any = spec(mesh, DATA)
 
     def one(a: Any) -> Any:
         if isinstance(a, Params):
             return param_specs(a)
         if isinstance(a, KVCache):
-            layers = cache_spec(mesh, stacked=a.stacked)
-            return KVCache(*jax.tree.map(lambda _: layers, (a.k, a.v)), rows)  # pyright: ignore[reportArgumentType]
+            layers: Any = cache_spec(mesh, stacked=a.stacked)
+            k, v = jax.tree.map(lambda _: layers, (a.k, a.v))
+            return KVCache(k, v, rows)
         if isinstance(a, PagedCache):  # pages, too, belong to the rows of some devices
-            pages = spec(mesh, None, DATA, MODEL)
-            return PagedCache(pages, pages, rows, rows)  # pyright: ignore[reportArgumentType]
+            pages: Any = spec(mesh, None, DATA, MODEL)
+            return PagedCache(pages, pages, rows, rows)
         return rows
 
     return jax.tree.map(one, tree, is_leaf=lambda a: isinstance(a, Params | KVCache | PagedCache))
@@ -69,4 +70,6 @@ def one_shard(params: Params) -> Params:
 def _check_rows(array: Any, layout: PartitionSpec, mesh: AnyMesh) -> None:
     rows = axis_size(mesh, DATA)
     if len(layout) == 1 and layout[0] == DATA and array.shape[0] % rows:
-        raise InputError(f"mesh: {DATA!r} has {rows} devices: expected a multiple of {rows} rows, found {array.shape[0]}")
+        raise InputError(
+            f"mesh: {DATA!r} has {rows} devices: expected a multiple of {rows} rows, found {array.shape[0]}"
+        )

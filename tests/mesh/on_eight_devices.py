@@ -1,0 +1,237 @@
+"""Everything that a mesh of eight CPU devices shows: results equal one device's. `test_mesh.py` runs this file."""
+
+import contextlib
+import functools
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import jllama
+from jllama.decode import jit_decode_chunk, jit_sample_first
+from jllama.formats import open_source
+from jllama.formats.checkpoint import load, save
+from jllama.formats.source import Tensor
+from jllama.mesh.place import shard, shardings, unshard
+from jllama.params import Params, init
+from jllama.scoring import token_logprobs
+
+# Fewer key heads than the four devices of `model`, so that each is on two.
+CONFIG = jllama.LlamaConfig(
+    dim=32, n_layers=2, n_heads=8, n_kv_heads=2, hidden_dim=128, vocab_size=96, max_seq_len=64, eos_ids=(2,)
+)
+TIED = CONFIG.replace(tie_embeddings=True, n_kv_heads=8, attention_bias=True, mlp_bias=True)
+TOKENS = np.random.RandomState(0).randint(3, 96, (4, 7))
+LENGTHS = np.array([7, 5, 3, 6])
+KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
+
+
+@functools.cache
+def mesh(data: int = 2, model: int = 4, kind: str = "auto") -> jax.sharding.Mesh:
+    return jax.make_mesh((data, model), ("data", "model"), axis_types=(KINDS[kind],) * 2)
+
+
+@functools.cache
+def model(config: jllama.LlamaConfig = CONFIG, **how: Any) -> Params:
+    """Weights larger than those of `init`, so that logits differ; biases are not zero."""
+    params = init(config, jax.random.key(0), **how)
+    noise = jax.random.key(1)
+
+    def larger(path: Any, w: jax.Array) -> jax.Array:
+        if jnp.issubdtype(w.dtype, jnp.integer):
+            return w
+        if w.ndim > 1:
+            return (w * 8).astype(w.dtype)
+        return w + 0.1 * jax.random.normal(jax.random.fold_in(noise, len(str(path))), w.shape, w.dtype)
+
+    return jax.tree_util.tree_map_with_path(larger, params)
+
+
+def same(a: Any, b: Any) -> None:
+    """Whether two trees are equal, bit for bit."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+@functools.cache
+def generated(config: jllama.LlamaConfig = CONFIG, sampled: bool = False, **how: Any) -> jllama.Generated:
+    return run(model(config, **how), sampled)
+
+
+def run(params: Params, sampled: bool = False) -> jllama.Generated:
+    sampling = jllama.make_sampling(4, seed=3, temperature=[0.9, 0.0, 1.2, 0.7], top_p=0.9) if sampled else None
+    return jllama.generate(params, TOKENS, lengths=LENGTHS, max_new_tokens=6, sampling=sampling)
+
+
+def same_text(a: jllama.Generated, b: jllama.Generated, tolerance: float = 1e-5) -> None:
+    np.testing.assert_array_equal(a.tokens, b.tokens)
+    np.testing.assert_allclose(a.logprobs, b.logprobs, atol=tolerance)
+
+
+VARIANTS: dict[str, tuple[jllama.LlamaConfig, dict[str, Any]]] = {
+    "float": (CONFIG, {}),
+    "stacked": (CONFIG, {"stacked": True}),
+    "tied-biases": (TIED, {}),
+    "int8": (CONFIG, {"quant": "int8"}),
+    "int4": (CONFIG, {"quant": "int4", "group": 32, "stacked": True}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_model_divided_gives_the_logits_and_text_of_one_device(variant: str) -> None:
+    config, how = VARIANTS[variant]
+    if variant == "int4":  # the row of wo has one group, which no four devices can share
+        config = CONFIG.replace(head_dim=16)
+    params = model(config, **how)
+    on_mesh = shard(params, mesh())
+    wanted = shardings(config, mesh(), quant=how.get("quant", "none"), group=how.get("group"), stacked="stacked" in how)
+    assert jax.tree.structure(on_mesh) == jax.tree.structure(wanted)
+    jax.tree.map(lambda a, s: s == a.sharding or pytest.fail(f"{s} {a.sharding}"), on_mesh, wanted)
+    same(unshard(on_mesh), params)
+    # Products with integers round x on a CPU, to a step that depends on the row's part: pallas_kernels/cpu.py.
+    same_text(run(on_mesh), run(params), 1e-3 if "quant" in how else 1e-5)
+    if variant == "float":
+        logits, _ = jllama.forward(params, TOKENS)
+        divided, _ = jllama.forward(on_mesh, TOKENS)
+        assert divided.sharding.spec == PartitionSpec("data", None, "model")
+        np.testing.assert_allclose(divided, logits, atol=1e-5)
+        scores = token_logprobs(on_mesh, TOKENS)
+        np.testing.assert_allclose(scores, token_logprobs(params, TOKENS), atol=1e-5)
+
+
+@pytest.mark.parametrize(("data", "model_devices"), [(1, 8), (4, 1), (1, 2), (4, 2)])
+def test_sampled_text_is_the_same_on_any_mesh(data: int, model_devices: int) -> None:
+    devices = np.array(jax.devices()[: data * model_devices]).reshape(data, model_devices)
+    other = jax.sharding.Mesh(devices, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    same_text(run(shard(model(), other), sampled=True), generated(sampled=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("context", [False, True])
+def test_axes_of_any_type_with_and_without_a_mesh_that_is_set(kind: str, context: bool) -> None:
+    on_mesh = shard(model(), mesh(kind=kind))
+    with jax.set_mesh(mesh(kind=kind)) if context else contextlib.nullcontext():
+        same_text(run(on_mesh, sampled=True), generated(sampled=True))
+        rows = jax.device_put(TOKENS, NamedSharding(mesh(kind=kind), PartitionSpec("data")))
+        divided, cache = jax.jit(jllama.forward)(on_mesh, rows)
+        assert cache is None
+    np.testing.assert_allclose(divided, jllama.forward(model(), TOKENS)[0], atol=1e-5)
+
+
+def test_one_axis_is_enough() -> None:
+    for name in ("data", "model"):
+        one = jax.make_mesh((4,), (name,), devices=jax.devices()[:4])
+        same_text(run(shard(model(), one)), generated())
+
+
+def test_only_sums_cross_devices_two_a_layer() -> None:
+    on_mesh = shard(model(), mesh())
+    for settings, gathered in (({}, 3 * 2 * 4), ({"temperature": 0.8}, 2 * 96)):
+        cache = jllama.init_cache(CONFIG, 4, 64, jnp.float32, mesh=mesh())
+        logits = np.zeros((4, CONFIG.vocab_size), np.float32)
+        sampling = jllama.make_sampling(4, **settings)
+        begin = logits, cache, sampling, np.full(4, 9, np.int32), np.full((4, 4), -1, np.int32), None
+        (state, _), _ = jit_sample_first(*begin, mesh=mesh())
+        text = jit_decode_chunk.lower(on_mesh, state, steps=3).compile().as_text()
+        found = crossings(text)
+        # One sum for each half of a layer, one for the embedding, and what the draw needs.
+        assert Counter(name for name, _ in found) == {"all-reduce": 2 * CONFIG.n_layers + 1, "all-gather": 1}
+        assert [size for name, size in found if name == "all-gather"] == [gathered]
+
+
+def crossings(hlo: str) -> list[tuple[str, int]]:
+    """Every collective operation of a compiled program, and how many elements it gives."""
+    names = "all-reduce|all-gather|all-to-all|collective-permute|collective-broadcast|reduce-scatter|ragged-all-to-all"
+    found = re.findall(rf"= \(?\w+\[([\d,]*)\]\S* ({names})(?:-start)?\(", hlo)
+    assert len(found) == len(re.findall(rf" (?:{names})(?:-start)?\(", hlo))
+    return [(name, int(np.prod([int(n) for n in shape.split(",") if n]))) for shape, name in found]
+
+
+def test_init_on_a_mesh_gives_the_weights_of_one_device() -> None:
+    for kind in KINDS:
+        for how in ({}, {"quant": "int8", "stacked": True}):
+            found = init(CONFIG, jax.random.key(5), mesh=mesh(kind=kind), **how)
+            alone = init(CONFIG, jax.random.key(5), **how)
+            wanted = shard(alone, mesh(kind=kind))
+            if how:  # a scale of a row that several devices share may differ where two are equally good
+                jax.tree.map(lambda a, b: np.testing.assert_allclose(np.float32(a), np.float32(b)), found, wanted)
+            else:
+                same(found, wanted)
+            jax.tree.map(lambda a, b: a.sharding == b.sharding or pytest.fail(f"{a.sharding}"), found, wanted)
+
+
+@pytest.mark.parametrize("form", checkpoints.FORMS)
+def test_load_gives_every_format_divided(form: str, tmp_path: Path) -> None:
+    config = checkpoints.CONFIG.replace(dim=64, head_dim=16, hidden_dim=128)
+    path = checkpoints.make(form, checkpoints.source(config), tmp_path / "model")
+    two = mesh(4, 2, "explicit")
+    loaded = load(path, mesh=two)
+    same(loaded, shard(load(path), two))
+    save(loaded, tmp_path / "saved")
+    same(load(tmp_path / "saved"), load(path))
+
+
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+def test_load_quantises_on_a_mesh(quant: Any, tmp_path: Path) -> None:
+    path = checkpoints.make("hf", checkpoints.source(CONFIG.replace(head_dim=16)), tmp_path / "model")
+    how = dict(quant=quant, group=32 if quant == "int4" else None, stacked=True)
+    same(load(path, mesh=mesh(4, 2), **how), shard(load(path, **how), mesh(4, 2)))
+
+
+@pytest.mark.parametrize("form", ["hf", "native-int8", "native-int4", "meta", "llama2c-0", "llama2c-2", "gguf"])
+def test_each_shard_is_read_once(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = checkpoints.UNTIED.replace(dim=64, head_dim=16, hidden_dim=128)
+    source = open_source(checkpoints.make(form, checkpoints.source(config), tmp_path / "model"))
+    read: Counter[str] = Counter()
+    plain = Tensor.part
+
+    def part(self: Tensor, begin: int, end: int, left: int, right: int) -> Any:
+        read[self.where] += (end - begin) * (right - left)
+        return plain(self, begin, end, left, right)
+
+    monkeypatch.setattr(Tensor, "part", part)
+    load(source, mesh=mesh(2, 4))
+    sizes = {t.where: int(np.prod(t.shape)) for t in source.tensors.values() if len(t.shape) == 2}
+    twice = {t.where for name, t in source.tensors.items() if name.endswith((".wk", ".wv"))}  # two heads, four shards
+    assert read == {where: size * (2 if where in twice else 1) for where, size in sizes.items()}
+
+
+UNEVEN: dict[str, tuple[Callable[[], Any], str]] = {
+    "heads": (
+        lambda: shardings(CONFIG.replace(n_heads=6, head_dim=8), mesh()),
+        "'model' has 4 devices, which do not divide n_heads 6; this model divides over 1, 2$",
+    ),
+    "all": (
+        lambda: shardings(jllama.preset("demo"), mesh()),
+        "do not divide n_heads 3; this model divides over 1$",
+    ),
+    "groups": (
+        lambda: shard(model(CONFIG.replace(head_dim=8), quant="int4", group=32), mesh()),
+        "do not divide the 2 groups of 32 inputs of wo; they divide over 1, 2$",
+    ),
+    "rows": (
+        lambda: jllama.generate(shard(model(), mesh()), TOKENS[:3], max_new_tokens=2),
+        "'data' has 2 devices: expected a multiple of 2 rows, found 3",
+    ),
+    "axis": (
+        lambda: shardings(CONFIG, jax.make_mesh((8,), ("tensor",))),
+        "expected the axes 'data' and 'model', found 'tensor'$",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNEVEN)
+def test_what_does_not_divide_is_named(case: str) -> None:
+    attempt, message = UNEVEN[case]
+    with pytest.raises(jllama.InputError, match=message):
+        attempt()
