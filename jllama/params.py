@@ -27,7 +27,6 @@ from jllama.mesh.layout import (
     check_mesh,
     divisor,
     named,
-    on_mesh,
     order,
     take_rows,
     weight_spec,
@@ -136,6 +135,33 @@ def _put(stacked: Any, entry: Any, index: int) -> Any:
     return jax.tree.map(lambda s, a: lax.dynamic_update_index_in_dim(s, a, index, 0), stacked, entry)
 
 
+def param_specs(params: Params) -> Params:
+    """The `PartitionSpec` of every array of params that have a mesh; their arrays may be any shapes."""
+    assert params.mesh is not None
+    mesh, stacked = params.mesh, params.stacked
+
+    def of_layer(layer: Layer) -> Layer:
+        return each_field(layer, lambda field, weight: weight_spec(mesh, field, weight, stacked=stacked))
+
+    layers = of_layer(params.layers) if isinstance(params.layers, Layer) else tuple(map(of_layer, params.layers))
+    model = {field: getattr(params, field) for field in ("embed", "norm", "lm_head")}
+    specs = {field: weight_spec(mesh, field, weight) for field, weight in model.items() if weight is not None}
+    return replace(params, layers=layers, **specs)
+
+
+def laid_out(params: Params, mesh: Mesh) -> Params:
+    """Params whose arrays have the shapes that the mesh needs, with the arrays where it needs them. What lies there
+    already is not copied."""
+    params = replace(params, mesh=mesh)
+    return jax.device_put(params, named(mesh, param_specs(params)))
+
+
+def each_field(layer: Layer, function: Callable[[str, Weight], Any]) -> Layer:
+    """A layer with ``function(field, weight)`` in place of every weight that it has."""
+    fields = {name: value for name, value in vars(layer).items() if value is not None}
+    return Layer(**{name: function(name, value) for name, value in fields.items()})
+
+
 def weight_bytes(params: Params, *, per_token: bool = False) -> int:
     """Bytes of all weights. With ``per_token``, bytes that one decode step reads: an untied embedding does not count,
     because a step reads only a few of its rows."""
@@ -205,7 +231,7 @@ def init(
         lm_head=None if config.tie_embeddings else fields.make("lm_head", vocabulary, head_key),
         config=config,
     )
-    return params if mesh is None else replace(on_mesh(params, mesh), mesh=mesh)
+    return params if mesh is None else laid_out(params, mesh)
 
 
 class _Fields:

@@ -5,7 +5,6 @@ quantised and copied to the device, one at a time. The files are mapped, so the 
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,8 @@ from jllama.formats.native import save as write
 from jllama.formats.sharded import Shards
 from jllama.formats.source import Integers, Quantization, Source, Tensor
 from jllama.kernels import QuantizedTensor, Weight, materialize
-from jllama.mesh.layout import DATA, MODEL, auto, axis_size, on_mesh, part_rows
-from jllama.params import Layer, Params, put, quantizer
+from jllama.mesh.layout import DATA, MODEL, auto, axis_size, part_rows
+from jllama.params import Layer, Params, laid_out, put, quantizer
 from jllama.step import runs_whole
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -85,7 +84,7 @@ def load(
         raise InputError(f"{source.path}: stacked: expected every layer in the format of the first, found another")
     put_weight = _on_one_device(dtype, quantizer(quant, group)) if shards is None else shards.put
     params = _assemble(source, put_weight, progress or (lambda names, _: names), stacked)
-    return params if mesh is None else replace(on_mesh(params, mesh), mesh=mesh)
+    return params if mesh is None else laid_out(params, mesh)
 
 
 def dtype_name(dtype: DTypeLike) -> str:
@@ -175,7 +174,7 @@ def _unfused(params: Params) -> Iterator[tuple[str, Tensor]]:
     """Name and tensor of every weight, unfused, as in a source. A tensor is copied to the host when it is read."""
     shards = axis_size(params.mesh, MODEL)
     if params.mesh is not None:
-        params = on_mesh(params, auto(params.mesh))
+        params = laid_out(params, auto(params.mesh))
     for name in ("embed", "norm", "lm_head"):
         if (weight := getattr(params, name)) is not None:
             yield name, _tensor(name, weight)

@@ -181,8 +181,3 @@ def weight_spec(mesh: AnyMesh, field: str, weight: Weight, *, stacked: bool = Fa
 def named(mesh: AnyMesh, specs: object) -> object:
     """A tree of `NamedSharding` for a tree of `PartitionSpec`."""
     return jax.tree.map(lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
-
-
-def on_mesh[T](tree: T, mesh: Mesh) -> T:
-    """Arrays that lie on `auto` of a mesh, as arrays on the mesh itself. Nothing is copied."""
-    return jax.tree.map(lambda a: jax.device_put(a, NamedSharding(mesh, a.sharding.spec)), tree)

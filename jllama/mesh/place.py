@@ -25,9 +25,8 @@ from jllama.mesh.layout import (
     part_rows,
     shard_shapes,
     take_rows,
-    weight_spec,
 )
-from jllama.params import Layer, Params, quant_group
+from jllama.params import Layer, Params, each_field, laid_out, param_specs, quant_group
 
 
 def shardings(
@@ -80,20 +79,6 @@ def abstract_params(
     )
 
 
-def param_specs(params: Params) -> Params:
-    """The `PartitionSpec` of every array of params that have a mesh; their arrays may be any shapes."""
-    assert params.mesh is not None
-    mesh, stacked = params.mesh, params.stacked
-
-    def of_layer(layer: Layer) -> Layer:
-        return _each_field(layer, lambda field, weight: weight_spec(mesh, field, weight, stacked=stacked))
-
-    layers = of_layer(params.layers) if isinstance(params.layers, Layer) else tuple(map(of_layer, params.layers))
-    model = {field: getattr(params, field) for field in ("embed", "norm", "lm_head")}
-    specs = {field: weight_spec(mesh, field, weight) for field, weight in model.items() if weight is not None}
-    return replace(params, layers=layers, **specs)
-
-
 def shard(params: Params, mesh: Mesh) -> Params:
     """The same model on a mesh. Arrays that lie there already, as `shardings` says, are not copied. Each device gets
     its part of every weight; the rows of fused weights are put in the order of the shards."""
@@ -103,8 +88,7 @@ def shard(params: Params, mesh: Mesh) -> Params:
     if params.mesh is None:
         rows = {f: order(params.config, axis_size(mesh, MODEL), f) for f in FUSED_PARTS}
         params = _with_rows(params, rows)
-    params = replace(params, mesh=mesh)
-    return jax.device_put(params, named(mesh, param_specs(params)))
+    return laid_out(params, mesh)
 
 
 def unshard(params: Params) -> Params:
@@ -144,10 +128,5 @@ def _with_rows(params: Params, rows: Mapping[str, np.ndarray | None]) -> Params:
         return weight if index is None else take_rows(field, weight, index)
 
     if isinstance(params.layers, Layer):
-        return replace(params, layers=_each_field(params.layers, one))
-    return replace(params, layers=tuple(_each_field(layer, one) for layer in params.layers))
-
-
-def _each_field(layer: Layer, function: Any) -> Layer:
-    fields = {name: value for name, value in vars(layer).items() if value is not None}
-    return Layer(**{name: function(name, value) for name, value in fields.items()})
+        return replace(params, layers=each_field(params.layers, one))
+    return replace(params, layers=tuple(each_field(layer, one) for layer in params.layers))

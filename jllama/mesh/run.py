@@ -10,9 +10,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jllama.cache import KVCache, cache_spec
 from jllama.errors import InputError
 from jllama.mesh.layout import DATA, MODEL, AnyMesh, axis_size, model_axis, shard_config, spec
-from jllama.mesh.place import param_specs
 from jllama.paged import PagedCache
-from jllama.params import Params
+from jllama.params import Params, param_specs
 
 
 def specs(tree: Any, mesh: AnyMesh) -> Any:

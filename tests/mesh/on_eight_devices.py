@@ -190,7 +190,7 @@ def test_load_quantises_on_a_mesh(quant: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["hf", "native-int8", "native-int4", "meta", "llama2c-0", "llama2c-2", "gguf"])
 def test_each_shard_is_read_once(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = checkpoints.UNTIED.replace(dim=64, head_dim=16, hidden_dim=128)
+    config = checkpoints.UNTIED.replace(dim=128, head_dim=32, hidden_dim=128)
     source = open_source(checkpoints.make(form, checkpoints.source(config), tmp_path / "model"))
     read: Counter[str] = Counter()
     plain = Tensor.part
