@@ -6,7 +6,7 @@
 Needs no GPU: the kernels are lowered for an H200 that is not there. A line has
 
 * ``ops``: operations of the module for which Mosaic infers layouts,
-* ``equations`` and ``tries``: the constraint solver's work, see `Lowered`,
+* ``equations``, ``tries`` and ``printed``: the constraint solver's work, see `Lowered`,
 * ``layouts``: a hash of the module once layouts are inferred,
 * ``code``: a hash of the module that goes to the compiler, and ``lines``, its length. Equal hashes: equal GPU code.
 
@@ -47,19 +47,24 @@ class Lowered:
     """One lowered kernel, and the work that lowering took.
 
     The solver tries layouts. After each try it goes through the remaining equations repeatedly, until none changes.
-    ``equations`` counts every visit of an equation."""
+    ``equations`` counts every visit of an equation.
+
+    JAX 0.11 sorts the variables that equal one another by their text, and MLIR numbers all operations of the kernel to
+    print one. ``printed`` is the number of these variables times that of all operations, those inside a
+    `plgpu.inline_mgpu` included: most of the time to lower a large kernel is proportional to it."""
 
     ops: int = 0
     equations: int = 0
     tries: int = 0
+    printed: int = 0
     layouts: str = "-"
     code: str = "-"
     lines: int = 0
     text: str = ""
 
     def line(self) -> str:
-        return f"ops {self.ops} equations {self.equations} tries {self.tries} layouts {self.layouts} " + (
-            f"code {self.code} lines {self.lines}"
+        return f"ops {self.ops} equations {self.equations} tries {self.tries} printed {self.printed} " + (
+            f"layouts {self.layouts} code {self.code} lines {self.lines}"
         )
 
 
@@ -93,8 +98,10 @@ def watched(hashes: bool = True) -> Iterator[list[Lowered]]:
     """Collect the kernels that are lowered inside the ``with`` block. This replaces private functions of JAX, which may
     change with any version."""
     kernels: list[Lowered] = []
+    all_ops = 0
     lower, infer = core.lower_mgpu_module, layout_inference.infer_layout
     reduce, once = constraints.reduce, constraints._reduce_system_once
+    equal = constraints.compute_transitively_equal_vars
 
     @functools.wraps(lower)
     def lower_watched(module: Any, *args: Any, **kwargs: Any) -> None:
@@ -107,10 +114,17 @@ def watched(hashes: bool = True) -> Iterator[list[Lowered]]:
 
     @functools.wraps(infer)
     def infer_watched(module: Any, *args: Any, **kwargs: Any) -> None:
-        kernels[-1].ops = count_ops(module.operation)
+        nonlocal all_ops
+        kernels[-1].ops, all_ops = count_ops(module.operation), count_ops(module.operation, inside=True)
         infer(module, *args, **kwargs)
         if hashes:
             kernels[-1].layouts = digest(normal_text(module.operation))
+
+    @functools.wraps(equal)
+    def equal_watched(system: Any) -> Any:
+        variables = equal(system)
+        kernels[-1].printed += len(variables) * all_ops
+        return variables
 
     @functools.wraps(reduce)
     def reduce_watched(system: Any) -> Any:
@@ -124,11 +138,13 @@ def watched(hashes: bool = True) -> Iterator[list[Lowered]]:
 
     core.lower_mgpu_module, layout_inference.infer_layout = lower_watched, infer_watched
     constraints.reduce, constraints._reduce_system_once = reduce_watched, once_watched
+    constraints.compute_transitively_equal_vars = equal_watched
     try:
         yield kernels
     finally:
         core.lower_mgpu_module, layout_inference.infer_layout = lower, infer
         constraints.reduce, constraints._reduce_system_once = reduce, once
+        constraints.compute_transitively_equal_vars = equal
 
 
 def simplified(module: Any) -> ir.Operation:
@@ -147,12 +163,13 @@ def normal_text(operation: ir.Operation) -> str:
     return re.sub(r"@[\w$.-]+", lambda found: names.setdefault(found[0], f"@{len(names)}"), inside)
 
 
-def count_ops(operation: ir.Operation) -> int:
-    """The number of operations whose layouts are inferred. A `plgpu.inline_mgpu` counts as one."""
-    if operation.name == "mosaic_gpu.custom_primitive":
+def count_ops(operation: ir.Operation, *, inside: bool = False) -> int:
+    """The number of operations whose layouts are inferred. A `plgpu.inline_mgpu` counts as one, unless what is
+    ``inside`` counts too."""
+    if operation.name == "mosaic_gpu.custom_primitive" and not inside:
         return 1
     inner = (op for region in operation.regions for block in region for op in block)
-    return 1 + sum(count_ops(op.operation) for op in inner)
+    return 1 + sum(count_ops(op.operation, inside=inside) for op in inner)
 
 
 def digest(text: str) -> str:
@@ -232,6 +249,15 @@ def attention_cases(op: str, lengths: tuple[int, ...]) -> Iterator[Case]:
             yield Case(f"{name}/{tokens}", op, args, {})
 
 
+def paged_attention_cases() -> Iterator[Case]:
+    for name, s in shapes_of("paged_attention").items():
+        for batch, tokens in ((2, 1), (64, 1), (2, 512)):
+            pages = array(2, 2048, s["kv_heads"], s["size"], s["head_dim"])
+            table, start = array(batch, 32, dtype=jnp.int32), array(batch, dtype=jnp.int32)
+            args = array(batch, tokens, s["heads"], s["head_dim"]), pages, pages, table, start
+            yield Case(f"{name}/{batch}x{tokens}", "paged_attention", args, dict(layer=1))
+
+
 def draw_cases() -> Iterator[Case]:
     everything = dict(temperature=jnp.float32, top_k=jnp.int32, top_p=jnp.float32, min_p=jnp.float32)
     for name, s in shapes_of("draw").items():
@@ -247,9 +273,10 @@ def decode_step_cases() -> Iterator[Case]:
         for fmt in FORMATS:
             for batch, queries in ((1, 1), (1, 8), (8, 1)):
                 yield decode_step_case(name, fmt, batch, queries)
+            yield decode_step_case(name, fmt, 8, 1, paged=True)
 
 
-def decode_step_case(name: str, fmt: str, batch: int, queries: int) -> Case:
+def decode_step_case(name: str, fmt: str, batch: int, queries: int, *, paged: bool = False) -> Case:
     s = shapes_of("decode_step")[name]
     L, D, dim, hidden, heads, kv_heads = (s[k] for k in ("layers", "head_dim", "dim", "hidden", "heads", "kv_heads"))
     weights = StepWeights(
@@ -262,9 +289,10 @@ def decode_step_case(name: str, fmt: str, batch: int, queries: int) -> Case:
         norm=array(dim),
         head=weight(fmt, s["vocab"], dim),
     )
-    cache = array(L, batch, kv_heads, 1024, D)
+    cache = array(L, 100, kv_heads, 64, D) if paged else array(L, batch, kv_heads, 1024, D)
     args = array(batch, queries, dim), weights, cache, cache, *places(batch, queries, D)
-    return Case(f"{name}/{fmt}/{batch}x{queries}", "decode_step", args, dict(eps=1e-5))
+    options = dict(eps=1e-5) | (dict(table=array(batch, 16, dtype=jnp.int32)) if paged else {})
+    return Case(f"{name}/{fmt}/{batch}x{queries}{'-paged' * paged}", "decode_step", args, options)
 
 
 CASES: dict[str, Callable[[], Iterator[Case]]] = {
@@ -274,6 +302,7 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "qkv": qkv_cases,
     "attention": functools.partial(attention_cases, "attention", (512, 2000)),
     "decode_attention": functools.partial(attention_cases, "decode_attention", (1, 8)),
+    "paged_attention": paged_attention_cases,
     "draw": draw_cases,
     "decode_step": decode_step_cases,
 }

@@ -13,7 +13,9 @@ import numpy as np
 from bench.roofline import BYTES, Work
 
 Case = dict[str, Any]
-OPS = ("attention", "decode-attention", "ffn", "layer", "matmul")
+OPS = ("attention", "decode-attention", "paged-decode-attention", "ffn", "layer", "matmul", "draw")
+PAGE = 64  # positions of a page of the cache
+VOCABULARIES = (32_000, 49_152, 128_256, 262_144)  # Llama-2, SmolLM2, Llama-3, and the largest that `draw` is made for
 TOLERANCE = {"f32": 2e-5, "f16": 4e-3, "bf16": 2e-2, "int8": 3e-2, "int4": 1.5e-1}
 
 
@@ -28,13 +30,15 @@ def cases(
         return [
             base | {"name": f"matmul-{n}", "batch": 1, "seq": r, "context": r, **w} for r in seqs for n, w in weights
         ]
+    if op == "draw":  # logits are float32 in every dtype; ``seqs`` are vocabularies
+        return [base | {"name": op, "dtype": "f32", "batch": b, "seq": 1, "context": v} for b in batches for v in seqs]
     if op == "ffn":
         size = {"dim": sizes["dim"], "hidden": sizes["hidden"]}
         return [base | {"name": "ffn", "batch": b, "seq": s, "context": s, **size} for b in batches for s in seqs]
     if op == "layer":
         size = {"dim": sizes["dim"], "hidden": sizes["hidden"], **heads}
         return [base | {"name": "layer", "batch": b, "seq": s, "context": s, **size} for b in batches for s in seqs]
-    queries = {"attention": None, "decode-attention": 1}[op]
+    queries = None if op == "attention" else 1
     name = "attention-prefill" if queries is None else op
     return [
         base | {"name": name, "batch": b, "seq": queries or s, "context": s, **heads} for b in batches for s in seqs
@@ -46,9 +50,14 @@ def shapes(case: Case) -> dict[str, tuple[int, ...]]:
     b, t, s = case["batch"], case["seq"], case["context"]
     if case["op"] == "matmul":
         return {"x": (t, case["inner"]), "w": (case["out"], case["inner"])}
+    if case["op"] == "draw":
+        return {"x": (b, s), "u": (b,)}
     if case["op"] in ("attention", "decode-attention"):
         keys = (b, case["kv_heads"], s, case["head_dim"])
         return {"x": (b, t, case["heads"], case["head_dim"]), "k": keys, "v": keys}
+    if case["op"] == "paged-decode-attention":  # one layer of a pool that the rows fill; `table_of` says whose pages
+        pages = (1, b * -(-s // PAGE), case["kv_heads"], PAGE, case["head_dim"])
+        return {"x": (b, t, case["heads"], case["head_dim"]), "k": pages, "v": pages}
     dim, hidden = case["dim"], case["hidden"]
     block = {"x": (b, t, dim)}
     if case["op"] == "layer":
@@ -78,6 +87,8 @@ def _array(name: str, shape: tuple[int, ...], seed: int, folder: str | None) -> 
 
 def _drawn(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     draw = np.random.default_rng([seed, *name.encode()])
+    if name == "u":
+        return draw.random(shape, np.float32)
     made = draw.standard_normal(shape, np.float32)
     if name.endswith("norm"):
         return 1 + np.float32(0.1) * made
@@ -89,6 +100,12 @@ def _drawn(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     return made
 
 
+def table_of(case: Case) -> np.ndarray:
+    """The pages of every row of a paged case, in no order."""
+    pages = shapes(case)["k"][1]
+    return np.random.default_rng(case["seed"]).permutation(pages).astype(np.int32).reshape(case["batch"], -1)
+
+
 def nbytes(case: Case) -> int:
     """The bytes of one set of inputs."""
     return round(sum(np.prod(s) * _itemsize(case, n) for n, s in shapes(case).items()))
@@ -97,7 +114,7 @@ def nbytes(case: Case) -> int:
 def work(case: Case) -> Work:
     """The fewest bytes (every input read once, the output written once) and the floating-point operations."""
     b, t, s = case["batch"], case["seq"], case["context"]
-    out = {"matmul": (t, case.get("out", 0))}.get(case["op"], shapes(case)["x"])
+    out = {"matmul": (t, case.get("out", 0)), "draw": (b,)}.get(case["op"], shapes(case)["x"])
     moved = nbytes(case) + np.prod(out) * _itemsize(case, "x")
     if case["op"] == "matmul":
         return Work(float(moved), 2.0 * t * case["out"] * case["inner"])

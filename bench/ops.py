@@ -10,7 +10,7 @@ from pathlib import Path
 from bench.compare import DTYPES, integers, names, peers_of, pythons
 from jllama.errors import InputError, reported
 
-OPS = ("attention", "decode-attention", "ffn", "layer", "matmul")
+OPS = ("attention", "decode-attention", "paged-decode-attention", "ffn", "layer", "matmul", "draw")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -23,7 +23,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--seq",
         default=None,
-        help="numbers of rows, or of keys for attention (default: 512,1024,2048,4096; on a CPU 128,256)",
+        help="numbers of rows, or of keys for attention (default: 512,1024,2048,4096; on a CPU 128,256); draw has its "
+        "own vocabularies, or those of draw:32000/128256",
     )
     p.add_argument("--batch", default="1", help="batch sizes (default: 1)")
     p.add_argument("--dtype", default=None, help=f"any of {','.join(DTYPES)} (default: f32 on a CPU, else bf16)")

@@ -46,7 +46,14 @@ def run(settings: argparse.Namespace) -> int:
                 case | {"folder": folder}
                 for model in settings.model.split(",")
                 for op, own in settings.op
-                for case in opcases.cases(op, model, model_sizes(model), dtype, settings.batch, own or seqs)
+                for case in opcases.cases(
+                    op,
+                    model,
+                    model_sizes(model),
+                    dtype,
+                    settings.batch,
+                    own or (opcases.VOCABULARIES if op == "draw" else seqs),
+                )
                 if op in ("ffn", "matmul") or dtype not in ("int8", "int4")  # attention has no weights
             ]
             ceilings = reference.ask("ceilings", 300, args={"dtype": dtype, "working_set": 0})

@@ -198,7 +198,7 @@ TABLES: dict[str, Table] = {
     "prefill-gpu": lambda records: _speeds(records, "prefill", lambda r: not is_cpu(r)),
     "sampled": lambda records: _speeds(records, "sampled", lambda _: True),
     "startup": _startup,
-    "ops-attention": lambda records: _ops(records, "attention", "decode-attention"),
+    "ops-attention": lambda records: _ops(records, "attention", "decode-attention", "paged-decode-attention"),
     "ops-ffn": lambda records: _ops(records, "ffn", "layer"),
     "ops-matmul": lambda records: _ops(records, "matmul"),
     "published": _published,

@@ -11,6 +11,7 @@ from jllama.decode import decode_step as decode_step
 from jllama.decode import generate as generate
 from jllama.demo_model import DEMO as DEMO
 from jllama.engine.engine import Engine as Engine
+from jllama.engine.request import Completion as Completion
 from jllama.engine.request import Request as Request
 from jllama.engine.request import SamplingSettings as SamplingSettings
 from jllama.engine.rollout import rollout as rollout
@@ -36,7 +37,6 @@ from jllama.sampling import Sampling as Sampling
 from jllama.sampling import make_sampling as make_sampling
 from jllama.sampling import sample as sample
 from jllama.stream import Session as Session
-from jllama.text.complete import Completion as Completion
 from jllama.text.complete import complete as complete
 from jllama.text.lm import LM as LM
 from jllama.text.tokenizer import load_tokenizer as load_tokenizer

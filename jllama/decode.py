@@ -4,7 +4,6 @@
 calls the compiled pieces chunk by chunk, for callers that want text while it is generated.
 """
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,9 +24,10 @@ from jllama.errors import InputError
 from jllama.kernels import known, recorded, vary_with
 from jllama.mesh.layout import DATA, model_axis, spec
 from jllama.mesh.run import on_shards, over, specs
+from jllama.mesh.vocabulary import gather
 from jllama.model import forward
 from jllama.params import Params
-from jllama.sampling import Sampling, make_sampling, sample
+from jllama.sampling import History, Sampling, begin_history, make_sampling, sample, top_logprobs
 
 NO_TOKEN = -1  # the output of a finished row
 
@@ -42,8 +42,9 @@ class DecodeState:
     drawn: jax.Array  # [B] int32: number of tokens that the row has drawn
     limit: jax.Array  # [B] int32: number of tokens that the row may draw
     stop_ids: jax.Array  # [B, n] int32: tokens that end the row; unused entries are NO_TOKEN
-    seen: jax.Array | None  # [B, V] bool: tokens so far; None without a repetition penalty
+    history: History  # the tokens so far; its fields are None where no setting needs them
     sampling: Sampling
+    top: int = struct.field(pytree_node=False, default=0)  # report so many of the likeliest tokens at every step
 
 
 @struct.dataclass
@@ -52,6 +53,7 @@ class StepOutput:
 
     tokens: jax.Array  # [..., B] int32; NO_TOKEN for finished rows
     logprobs: jax.Array  # [..., B] float32; NaN if the logits of the model were NaN
+    top: tuple[jax.Array, jax.Array] | None = None  # ids and log-probabilities of the likeliest, [..., B, top] each
 
 
 def prefill(
@@ -79,18 +81,19 @@ def sample_first(
     sampling: Sampling,
     limit: jax.Array,
     stop_ids: jax.Array,
-    seen: jax.Array | None,
+    history: History,
     *,
+    top: int = 0,
     mesh: Mesh | None = None,
     axis: str | None = None,
     backend: Backend = "auto",
 ) -> tuple[DecodeState, StepOutput]:
-    """Draw the first token of every row from the logits of the prompt. ``mesh`` and ``axis`` are those of the params
-    (see `Params`)."""
+    """Draw the first token of every row from the logits of the prompt. ``top``: also report so many of the likeliest
+    tokens, at this step and at those that follow. ``mesh`` and ``axis`` are those of the params (see `Params`)."""
     if mesh is not None:
-        of_shard = functools.partial(sample_first, axis=model_axis(mesh), backend=backend)
-        arguments = logits, cache, sampling, limit, stop_ids, seen
-        return over(mesh, of_shard, *arguments, out=(state_specs(cache, mesh), spec(mesh, DATA)))
+        of_shard = functools.partial(sample_first, top=top, axis=model_axis(mesh), backend=backend)
+        arguments = logits, cache, sampling, limit, stop_ids, history
+        return over(mesh, of_shard, *arguments, out=(_state_specs(cache, top, mesh), spec(mesh, DATA)))
     B = logits.shape[0]
     state = DecodeState(
         cache=cache,
@@ -99,8 +102,9 @@ def sample_first(
         drawn=jnp.zeros(B, jnp.int32),
         limit=limit,
         stop_ids=stop_ids,
-        seen=seen,
+        history=history,
         sampling=sampling,
+        top=top,
     )
     return _draw(state, logits, axis, backend)
 
@@ -121,14 +125,17 @@ def decode_step(params: Params, state: DecodeState, *, backend: Backend = "auto"
 
 
 def _draw(state: DecodeState, logits: jax.Array, axis: str | None, backend: Backend) -> tuple[DecodeState, StepOutput]:
-    token, logprob = sample(logits, state.sampling, state.drawn, state.seen, axis=axis, backend=backend)
-    output = StepOutput(jnp.where(state.done, NO_TOKEN, token), jnp.where(state.done, 0.0, logprob))
+    if axis is not None and state.top:
+        logits, axis = gather(logits, axis), None
+    token, logprob = sample(
+        logits, state.sampling, state.drawn, state.history, stop_ids=state.stop_ids, axis=axis, backend=backend
+    )
+    likeliest = top_logprobs(logits, state.top) if state.top else None
+    output = StepOutput(jnp.where(state.done, NO_TOKEN, token), jnp.where(state.done, 0.0, logprob), likeliest)
     drawn = state.drawn + ~state.done
     stopped = jnp.any(token[:, None] == state.stop_ids, axis=-1) | (drawn >= state.limit)
-    seen = state.seen
-    if seen is not None:
-        seen = seen.at[jnp.arange(token.shape[0]), token].set(True)
-    return replace(state, token=token, done=state.done | stopped, drawn=drawn, seen=seen), output
+    history = state.history.add(token, ~state.done)
+    return replace(state, token=token, done=state.done | stopped, drawn=drawn, history=history), output
 
 
 def decode_chunk(
@@ -137,7 +144,7 @@ def decode_chunk(
     """Run ``steps`` decode steps as one `lax.scan`. The arrays of the `StepOutput` are [steps, B]."""
     if params.mesh is not None:
         of_shard = functools.partial(decode_chunk, steps=steps, backend=backend)
-        out = state_specs(state.cache, params.mesh), spec(params.mesh, None, DATA)
+        out = _state_specs(state.cache, state.top, params.mesh), spec(params.mesh, None, DATA)
         return on_shards(of_shard, params, state, out=out)
 
     def step(state: DecodeState, _: None) -> tuple[DecodeState, StepOutput]:
@@ -148,19 +155,10 @@ def decode_chunk(
     return lax.scan(step, state, length=steps)
 
 
-def state_specs(cache: KVCache, mesh: Mesh) -> Any:
+def _state_specs(cache: KVCache, top: int, mesh: Mesh) -> Any:
     """The `PartitionSpec` of every array of a `DecodeState` with such a cache, as a prefix of the state."""
     rows: Any = spec(mesh, DATA)
-    fields: dict[str, Any] = {field.name: rows for field in dataclasses.fields(DecodeState)}
-    return DecodeState(**fields | {"cache": specs(cache, mesh)})
-
-
-def tokens_seen(tokens: jax.Array, lengths: jax.Array, vocab_size: int) -> jax.Array:
-    """[B, V] bool: which ids occur in each row of ``tokens`` [B, T]. Only the first ``lengths`` [B] tokens count."""
-    B, T = tokens.shape
-    real = jnp.arange(T)[None] < lengths[:, None]
-    columns = jnp.where(real, tokens, vocab_size)  # padding goes out of bounds and is dropped
-    return jnp.zeros((B, vocab_size), bool).at[jnp.arange(B)[:, None], columns].set(True, mode="drop")
+    return DecodeState(specs(cache, mesh), *(rows,) * 7, top)
 
 
 def stop_table(batch: int, stop_ids: Sequence[int]) -> np.ndarray:
@@ -178,6 +176,7 @@ class Generated:
     tokens: jax.Array  # [B, N] int32
     logprobs: jax.Array  # [B, N] float32
     lengths: jax.Array  # [B] int32
+    top: tuple[jax.Array, jax.Array] | None = None  # ids and log-probabilities of the likeliest tokens, [B, N, top]
 
 
 def generate(
@@ -188,6 +187,7 @@ def generate(
     lengths: jax.Array | np.ndarray | None = None,
     sampling: Sampling | None = None,
     stop_ids: Sequence[int] | jax.Array | np.ndarray | None = None,
+    top_logprobs: int = 0,
     backend: Backend = "auto",
 ) -> Generated:
     """Continue every row of ``tokens`` [B, T] by up to ``max_new_tokens`` tokens. The function is pure: it can be
@@ -196,7 +196,8 @@ def generate(
     ``lengths`` [B] is the number of real tokens in each row (default: T); the rest is right padding. ``sampling`` (see
     `make_sampling`) defaults to greedy. ``stop_ids`` are the tokens that end a row: a sequence or an array [n] for all
     rows, or an array [B, n] with a set for each row. The default is the config's end-of-sequence tokens. ``()`` means
-    that nothing ends a row.
+    that nothing ends a row. ``top_logprobs``: how many of the likeliest tokens of every step to report in
+    `Generated.top`.
 
     The function is compiled once for each shape of ``tokens``, ``max_new_tokens`` and ``backend``, even if the caller
     uses no jit. ``jax.jit(jllama.generate, static_argnames=("max_new_tokens", "backend"))`` takes ``stop_ids`` as an
@@ -216,7 +217,9 @@ def generate(
     _check_rows(tokens, lengths, max_new_tokens, params.config)
     sampling = make_sampling(B) if sampling is None else sampling
     stops = _stops(B, params.config.eos_ids if stop_ids is None else stop_ids)
-    static = {"max_new_tokens": max_new_tokens, "backend": backend, "arch": known(params)}
+    if not 0 <= top_logprobs <= params.config.vocab_size:
+        raise InputError(f"top_logprobs: expected 0 to {params.config.vocab_size}, found {top_logprobs}")
+    static = {"max_new_tokens": max_new_tokens, "top": top_logprobs, "backend": backend, "arch": known(params)}
     return _jit_generate(params, tokens, lengths, sampling, stops, **static)[0]
 
 
@@ -228,22 +231,25 @@ def _generate(
     stops: jax.Array,  # [B, n]
     *,
     max_new_tokens: int,
+    top: int,
     backend: Backend,
 ) -> Generated:
     if params.mesh is not None:
-        of_shard = functools.partial(_generate, max_new_tokens=max_new_tokens, backend=backend)
+        of_shard = functools.partial(_generate, max_new_tokens=max_new_tokens, top=top, backend=backend)
         return on_shards(of_shard, params, tokens, lengths, sampling, stops, out=spec(params.mesh, DATA))
     B, T = tokens.shape
     config = params.config
-    seen = tokens_seen(tokens, lengths, config.vocab_size) if sampling.repetition_penalty is not None else None
+    history = begin_history(sampling, tokens, lengths, config.vocab_size)
     cache = init_cache(config, B, T + max_new_tokens, params.dtype, stacked=params.stacked)
     logits = jnp.zeros((B, params.embed.shape[0]), jnp.float32)
     logits, cache = prefill(params, tokens, lengths, logits, cache, backend=backend)
     limit = jnp.full(B, max_new_tokens, jnp.int32)
-    state, first = sample_first(logits, cache, sampling, limit, stops, seen, axis=params.axis, backend=backend)
+    state, first = sample_first(
+        logits, cache, sampling, limit, stops, history, top=top, axis=params.axis, backend=backend
+    )
     state, rest = decode_chunk(params, state, steps=max_new_tokens - 1, backend=backend)
-    drawn = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]).T, first, rest)
-    return Generated(drawn.tokens, drawn.logprobs, state.drawn)
+    drawn = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]).swapaxes(0, 1), first, rest)
+    return Generated(drawn.tokens, drawn.logprobs, state.drawn, drawn.top)
 
 
 def _stops(batch: int, stop_ids: Sequence[int] | jax.Array | np.ndarray) -> jax.Array:
@@ -292,14 +298,16 @@ def _known(x: jax.Array | np.ndarray) -> bool:
     return not isinstance(x, Tracer) and getattr(x, "is_fully_addressable", True)
 
 
-# The compiled functions. The arguments cache, state and seen are donated: the caller cannot use them afterwards.
+# The compiled functions. The arguments cache, state and history are donated: the caller cannot use them afterwards.
 # Each function also takes ``arch``, the device to compile for, and also returns the choices of its trace for every op
 # (see `recorded`).
 jit_prefill = jax.jit(recorded(prefill), static_argnames=("backend", "arch"), donate_argnames="cache")
 jit_sample_first = jax.jit(
-    recorded(sample_first), static_argnames=("mesh", "axis", "backend", "arch"), donate_argnames=("cache", "seen")
+    recorded(sample_first),
+    static_argnames=("top", "mesh", "axis", "backend", "arch"),
+    donate_argnames=("cache", "history"),
 )
-_jit_generate = jax.jit(recorded(_generate), static_argnames=("max_new_tokens", "backend", "arch"))
+_jit_generate = jax.jit(recorded(_generate), static_argnames=("max_new_tokens", "top", "backend", "arch"))
 jit_decode_chunk = jax.jit(
     recorded(decode_chunk), static_argnames=("steps", "backend", "arch"), donate_argnames="state"
 )

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from jllama.engine.engine import Engine
-from jllama.engine.request import Event, Handle, Request, SamplingSettings
+from jllama.engine.request import Completion, Request, SamplingSettings
 from jllama.errors import InputError
+from jllama.text.complete import complete_many
 from jllama.text.lm import LM
-from jllama.text.tokenizer import TextStream, Tokenizer
+from jllama.text.tokenizer import Tokenizer
 
 MAX_GEN_TOKS = 256  # where a task names no limit
 
@@ -50,33 +51,12 @@ class Evaluator:
         """Of each (context, settings): the text that follows, up to the first string of ``until``. Further settings are
         ``max_gen_toks``, ``do_sample``, ``temperature``, ``top_k``, ``top_p`` and ``seed``; without ``do_sample``, or a
         temperature, decoding is greedy."""
-        streams: dict[Handle, TextStream] = {}
-        texts: dict[Handle, str] = {}
-        try:
-            for context, settings in requests:
-                prompt, request = self._request(context, settings)
-                until = settings.get("until") or ()
-                stop = (until,) if isinstance(until, str) else tuple(until)
-                handle = self.engine.submit(request)
-                streams[handle], texts[handle] = TextStream(self.tokenizer, prompt, stop), ""
-            for event in self.engine.events():
-                if event.handle in streams:
-                    texts[event.handle] += self._settle(event, streams[event.handle])
-        finally:
-            for handle in streams:  # where an error came between
-                self.engine.abort(handle)
-        return list(texts.values())
-
-    def _settle(self, event: Event, stream: TextStream) -> str:
-        """The text that an event settles; a request whose stop string has come is ended."""
-        if event.finish_reason == "error":
-            raise InputError("model: logits are NaN: the weights hold NaN or Inf, or overflow this dtype")
-        text = stream.push([t for t in event.ids if t not in self.engine.params.config.eos_ids])
-        if event.finish_reason is not None:
-            return text + stream.finish()
-        if stream.stopped:
-            self.engine.abort(event.handle)
-        return text
+        asked = [(self._request(context, settings), settings.get("until") or ()) for context, settings in requests]
+        completions = [Completion(list(request.prompt)) for request, _ in asked]
+        stops = [(until,) if isinstance(until, str) else tuple(until) for _, until in asked]
+        for _ in complete_many(self.engine, self.tokenizer, completions, [r for r, _ in asked], stop=stops):
+            pass
+        return [completion.text for completion in completions]
 
     def _scores(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
         scored = self.engine.score([context for context, _ in pairs], [tokens for _, tokens in pairs])
@@ -97,7 +77,7 @@ class Evaluator:
         tokens = tokens[-room:]
         return before[-(room + 1 - len(tokens)) :], tokens
 
-    def _request(self, context: str, settings: Mapping[str, Any]) -> tuple[list[int], Request]:
+    def _request(self, context: str, settings: Mapping[str, Any]) -> Request:
         limit = min(int(settings.get("max_gen_toks", MAX_GEN_TOKS)), self.engine.max_len - 1)
         prompt = (self.tokenizer.encode(context) or [self.prefix])[-(self.engine.max_len - limit) :]
         warm = settings.get("do_sample", settings.get("temperature", 0.0) > 0)
@@ -105,7 +85,7 @@ class Evaluator:
         chosen = {name: settings[name] for name in names if name in settings} if warm else {}
         if warm:
             chosen.setdefault("temperature", 1.0)
-        return prompt, Request(prompt, limit, SamplingSettings(**chosen))
+        return Request(prompt, limit, SamplingSettings(**chosen))
 
 
 def rolling_windows(ids: Sequence[int], prefix: int, max_len: int) -> list[tuple[list[int], list[int]]]:

@@ -31,9 +31,7 @@ from jllama.mesh.vocabulary import lookup
 from jllama.paged import PagedCache
 from jllama.params import Layer, Params
 from jllama.rope import rotations
-from jllama.step import last_token, whole_step
-
-Cache = KVCache | PagedCache
+from jllama.step import Cache, last_token, whole_step
 
 
 @overload
@@ -82,7 +80,7 @@ def forward(
     positions = start[:, None] + jnp.arange(T)[None]  # [B, T]
     op_by_op = functools.partial(blocks, backend=backend)
     arguments = lookup(params.embed, tokens, params.axis), params, cache, *rotations(positions, params.config), lengths
-    if isinstance(cache, KVCache) and T <= DECODE_QUERIES:  # one launch, if a kernel supports it
+    if cache is not None and T <= DECODE_QUERIES:  # one launch, if a kernel supports it
         logits, cache = whole_step.try_kernel(op_by_op, *arguments, last_only=last_only, backend=backend)
     else:
         logits, cache = op_by_op(*arguments, last_only=last_only)

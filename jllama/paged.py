@@ -17,13 +17,20 @@ from jllama.kernels import PAGE, paged_attention, write_pages
 @struct.dataclass
 class PagedCache:
     """Position ``p`` of row ``b`` is slot ``p % PAGE`` of page ``table[b, p // PAGE]``. A row is what one call of
-    `forward` continues; several rows may share pages, and several pieces of one prompt may be rows of one call, for
-    every layer writes its keys before it attends. A page number past the last is none: what goes there is dropped."""
+    `forward` continues; several rows may share pages. Several pieces of one prompt may be rows of one call if they have
+    more than `DECODE_QUERIES` tokens: then every layer writes its keys before it attends. Shorter ones may run as one
+    launch, which reads the cache as it was before the call. A page number past the last is none: what goes there is
+    dropped."""
 
     k: jax.Array  # [layers, pages, kv_heads, PAGE, head_dim], after rotary
     v: jax.Array  # [layers, pages, kv_heads, PAGE, head_dim]
     table: jax.Array  # [B, P] int32
     lengths: jax.Array  # [B] int32
+
+    @property
+    def stacked(self) -> bool:
+        """Pages hold all layers, on a leading axis."""
+        return True
 
     def attend(self, index: int, q: jax.Array, *, backend: str = "auto") -> jax.Array:
         """Attention of the queries [B, T, heads, D] that stand behind each row's length over a layer's keys and

@@ -4,14 +4,17 @@ The order is that of Hugging Face: logit bias, repetition penalty, presence and 
 temperature, top-k, top-p, min-p. `pallas_kernels.draw` does the last four.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax import lax
 from jax.core import Tracer
 
 from jllama.config import Backend
@@ -39,6 +42,7 @@ class Sampling:
 
 
 NOTHING = -1  # padding of `Sampling.bad_words` and of `History.recent`
+NO_ID = 2**31 - 1  # padding of `Sampling.bias_ids`: out of every vocabulary
 
 
 @struct.dataclass
@@ -61,6 +65,31 @@ class History:
         )
 
 
+def begin_history(
+    sampling: Sampling, tokens: jax.Array | np.ndarray, lengths: jax.Array | np.ndarray, vocab_size: int
+) -> History:
+    """What the settings need to know of prompts ``tokens`` [B, T], of which the first ``lengths`` [B] tokens are real.
+    Where no setting needs anything, nothing is computed."""
+    counted = sampling.presence_penalty is not None or sampling.frequency_penalty is not None
+    recent = None
+    if sampling.bad_words is not None:
+        back = lengths[:, None] - jnp.arange(sampling.bad_words.shape[-1] - 1, 0, -1)  # [B, m - 1]
+        recent = jnp.where(back >= 0, jnp.take_along_axis(jnp.asarray(tokens), jnp.maximum(back, 0), axis=1), NOTHING)
+    return History(
+        seen=None if sampling.repetition_penalty is None else tokens_seen(tokens, lengths, vocab_size),
+        counts=jnp.zeros((tokens.shape[0], vocab_size), jnp.int32) if counted else None,
+        recent=recent,
+    )
+
+
+def tokens_seen(tokens: jax.Array | np.ndarray, lengths: jax.Array | np.ndarray, vocab_size: int) -> jax.Array:
+    """[B, V] bool: which ids occur in each row of ``tokens`` [B, T]. Only the first ``lengths`` [B] tokens count."""
+    B, T = tokens.shape
+    real = jnp.arange(T)[None] < lengths[:, None]
+    columns = jnp.where(real, tokens, vocab_size)  # padding goes out of bounds and is dropped
+    return jnp.zeros((B, vocab_size), bool).at[jnp.arange(B)[:, None], columns].set(True, mode="drop")
+
+
 # For each setting: the range in words, the check, and the value that turns it off.
 _RULES: dict[str, tuple[str, Callable[[float], bool], float]] = {
     "temperature": ("a number of at least 0", lambda v: 0 <= v < float("inf"), 0.0),
@@ -72,7 +101,12 @@ _RULES: dict[str, tuple[str, Callable[[float], bool], float]] = {
         lambda v: 0 < v < float("inf"),
         1.0,
     ),
+    "presence_penalty": ("a number (0: off)", math.isfinite, 0.0),
+    "frequency_penalty": ("a number (0: off)", math.isfinite, 0.0),
+    "min_tokens": ("a whole number of at least 0 (0: off)", lambda v: 0 <= v < 2**31 and v == int(v), 0),
 }
+CHECKED = tuple(_RULES)
+_CUTS = ("temperature", "top_k", "top_p", "min_p")  # without effect on greedy rows
 
 Setting = float | Sequence[float] | jax.Array | np.ndarray
 
@@ -87,9 +121,15 @@ def make_sampling(
     top_p: Setting = 1.0,
     min_p: Setting = 0.0,
     repetition_penalty: Setting = 1.0,
+    presence_penalty: Setting = 0.0,
+    frequency_penalty: Setting = 0.0,
+    min_tokens: Setting = 0,
+    logit_bias: Mapping[int, float] | Sequence[Mapping[int, float]] = MappingProxyType({}),
+    bad_words: Sequence[Sequence[int]] = (),
 ) -> Sampling:
     """Settings for ``batch`` rows. Each setting is one value for all rows or one value per row. Temperature 0 is
-    greedy.
+    greedy. ``logit_bias`` is ``{token: number}``, for all rows or one per row; ``bad_words`` are sequences of tokens
+    that must not come, in any row.
 
     A single ``seed`` (default: 0) gives row ``i`` the seed ``seed + i``. Instead of ``seed``, ``key`` takes a key of
     `jax.random`: one key, into which the row number is folded, or one key per row. Under jit, values may be traced.
@@ -101,20 +141,67 @@ def make_sampling(
         top_p=top_p,
         min_p=min_p,
         repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        min_tokens=min_tokens,
     )
     rows = {name: _per_row(name, value, batch) for name, value in given.items()}
     if _off("temperature", rows["temperature"]):  # greedy: truncation never removes the largest logit
-        rows = {"repetition_penalty": rows["repetition_penalty"]}
+        rows = {name: row for name, row in rows.items() if name not in _CUTS}
     arrays = {
-        name: jnp.asarray(row, jnp.int32 if name == "top_k" else jnp.float32)
+        name: jnp.asarray(row, jnp.int32 if name in ("top_k", "min_tokens") else jnp.float32)
         for name, row in rows.items()
         if not _off(name, row)
     }
+    biases = [logit_bias] * batch if isinstance(logit_bias, Mapping) else list(logit_bias)
+    if len(biases) != batch:
+        raise InputError(f"logit_bias: expected one for all or {batch} (one a row), found {len(biases)}")
+    if any(biases):
+        arrays |= dict(zip(("bias_ids", "logit_bias"), map(jnp.asarray, bias_table(biases)), strict=True))
+    if bad_words:
+        arrays["bad_words"] = jnp.tile(word_table(bad_words), (batch, 1, 1))
     if key is None:
         return Sampling(key=_keys(_seeds(0 if seed is None else seed, batch)), **arrays)
     if seed is not None:
         raise InputError("seed: expected either seed or key, found both")
     return Sampling(key=_row_keys(key, batch), **arrays)
+
+
+def bias_table(biases: Sequence[Mapping[int, float]], width: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """`Sampling.bias_ids` and `Sampling.logit_bias` [B, width]. The default width is a multiple of 16, so that few
+    shapes are compiled."""
+    for bias in biases:
+        check_bias(bias)
+    width = _multiple(max(map(len, biases)), 16) if width is None else width
+    ids, values = np.full((len(biases), width), NO_ID, np.int32), np.zeros((len(biases), width), np.float32)
+    for row, bias in enumerate(biases):
+        ids[row, : len(bias)], values[row, : len(bias)] = list(bias), list(bias.values())
+    return ids, values
+
+
+def check_bias(bias: Mapping[int, float]) -> None:
+    """Raise `InputError` unless every entry is a token and a number that can be added; -inf bans the token."""
+    for token, value in bias.items():
+        if token != int(token) or not 0 <= token < NO_ID:
+            raise InputError(f"logit_bias: expected token ids of at least 0, found {token}")
+        if math.isnan(value) or value == math.inf:
+            raise InputError(f"logit_bias: token {token}: expected a number, found {value}")
+
+
+def word_table(words: Sequence[Sequence[int]], count: int | None = None, length: int | None = None) -> np.ndarray:
+    """`Sampling.bad_words` of one row, [count, length]. The defaults are multiples of 4."""
+    if not all(len(word) for word in words):
+        raise InputError("bad_words: expected sequences of at least 1 token, found an empty one")
+    count = _multiple(len(words), 4) if count is None else count
+    length = _multiple(max(map(len, words)), 4) if length is None else length
+    table = np.full((count, length), NOTHING, np.int32)
+    for row, word in zip(table, words, strict=False):
+        row[-len(word) :] = word
+    return table
+
+
+def _multiple(n: int, of: int) -> int:
+    return -(-n // of) * of
 
 
 def _seeds(seed: int | Sequence[int] | jax.Array | np.ndarray, batch: int) -> jax.Array | np.ndarray:
@@ -178,9 +265,8 @@ def sample(
     logits: jax.Array,  # [B, V] float32
     sampling: Sampling,
     step: jax.Array,  # [B]: how many tokens the row has drawn so far; folded into the row's key
-    seen: jax.Array | None = None,  # [B, V] bool: tokens so far, for the repetition penalty
+    history: History | None = None,  # the tokens so far, as far as the settings need them
     *,
-    history: History | None = None,  # everything that the settings need; replaces ``seen``
     stop_ids: jax.Array | None = None,  # [B, n]: the stop tokens of each row, for `Sampling.min_tokens`
     axis: str | None = None,
     backend: Backend = "auto",
@@ -193,7 +279,7 @@ def sample(
         if not jax.tree.leaves(replace(sampling, key=None)):
             return greedy(logits, axis)
         logits = gather(logits, axis)
-    history = History(seen=seen) if history is None else history
+    history = History() if history is None else history
     u = None
     if sampling.temperature is not None:
         u = jax.vmap(jax.random.uniform)(jax.vmap(jax.random.fold_in)(sampling.key, step))
@@ -230,6 +316,14 @@ def adjust(
         matches = (prefix == NOTHING) | (prefix == history.recent[:, None])
         logits = _ban(logits, jnp.where(matches.all(axis=-1), last, NOTHING))
     return logits
+
+
+def top_logprobs(logits: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """The ids [B, count] and log-probabilities [B, count] of the likeliest tokens, the likeliest first. What a small
+    vocabulary lacks has the id NOTHING."""
+    values, ids = lax.top_k(jax.nn.log_softmax(logits, axis=-1), min(count, logits.shape[-1]))
+    pad = ((0, 0), (0, count - values.shape[-1]))
+    return jnp.pad(ids, pad, constant_values=NOTHING).astype(jnp.int32), jnp.pad(values, pad)
 
 
 def _ban(logits: jax.Array, ids: jax.Array) -> jax.Array:

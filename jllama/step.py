@@ -1,4 +1,4 @@
-"""The decode step of the whole model in one launch: `pallas_kernels.decode_step` applied to `Params` and `KVCache`."""
+"""The decode step of the whole model in one launch: `pallas_kernels.decode_step` applied to `Params` and a cache."""
 
 import functools
 from collections.abc import Callable
@@ -12,7 +12,10 @@ from jllama.cache import KVCache, init_cache
 from jllama.config import LlamaConfig, Quant
 from jllama.errors import InputError
 from jllama.kernels import NO_BIAS, Kernel, Op, StepWeights, Unsupported, decode_step, require_kernels
+from jllama.paged import PagedCache
 from jllama.params import Params, init, stack
+
+Cache = KVCache | PagedCache
 
 
 def step_weights(params: Params) -> StepWeights:
@@ -22,6 +25,11 @@ def step_weights(params: Params) -> StepWeights:
     return StepWeights(**layers, norm=params.norm, head=params.head)
 
 
+def _table(cache: Cache) -> jax.Array | None:
+    """The pages of every row; None where its keys lie side by side."""
+    return cache.table if isinstance(cache, PagedCache) else None
+
+
 def _over_params(function: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap ``function``, which takes the arrays of a step, so that it takes params and cache."""
 
@@ -29,18 +37,17 @@ def _over_params(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(
         x: jax.Array,
         params: Params,
-        cache: KVCache,
+        cache: Cache,
         cos: jax.Array,
         sin: jax.Array,
         lengths: jax.Array,
         *,
         last_only: bool,
         **options: Any,
-    ) -> tuple[jax.Array, KVCache]:
+    ) -> tuple[jax.Array, Cache]:
         weights = step_weights(params)
-        logits, k, v = function(
-            x, weights, cache.k, cache.v, cache.lengths, cos, sin, eps=params.config.norm_eps, **options
-        )
+        how = dict(eps=params.config.norm_eps, table=_table(cache), **options)
+        logits, k, v = function(x, weights, cache.k, cache.v, cache.lengths, cos, sin, **how)
         return last_token(logits, lengths) if last_only else logits, replace(cache, k=k, v=v)
 
     return call
@@ -52,12 +59,12 @@ def last_token(x: jax.Array, lengths: jax.Array) -> jax.Array:
 
 
 def _check(
-    kernel: Kernel, x: jax.Array, params: Params, cache: KVCache, cos: jax.Array, sin: jax.Array, *_: Any, **__: Any
+    kernel: Kernel, x: jax.Array, params: Params, cache: Cache, cos: jax.Array, sin: jax.Array, *_: Any, **__: Any
 ) -> None:
     """Raise `Unsupported` if the step cannot run. Reasons that stacking would not remove are checked first: a user who
     is told to stack must not be refused again afterwards."""
 
-    def stacked(params: Params, cache: KVCache) -> tuple[StepWeights, jax.Array, jax.Array]:
+    def stacked(params: Params, cache: Cache) -> tuple[StepWeights, jax.Array, jax.Array]:
         return step_weights(stack(params)), jnp.stack(cache.k), jnp.stack(cache.v)
 
     assert kernel.check is not None
@@ -67,7 +74,7 @@ def _check(
         raise Unsupported(NO_BIAS)
     try:
         weights, k, v = jax.eval_shape(stacked, params, cache)
-        kernel.check(x, weights, k, v, cache.lengths, cos, sin, eps=params.config.norm_eps)
+        kernel.check(x, weights, k, v, cache.lengths, cos, sin, eps=params.config.norm_eps, table=_table(cache))
     except InputError as reason:
         raise Unsupported(str(reason)) from None
     if not params.stacked:

@@ -20,12 +20,11 @@ from jllama.decode import (
     jit_prefill,
     jit_sample_first,
     stop_table,
-    tokens_seen,
 )
 from jllama.errors import InputError
 from jllama.kernels import Choice, Recorded, known
 from jllama.params import Params
-from jllama.sampling import Sampling, make_sampling
+from jllama.sampling import Sampling, begin_history, make_sampling
 
 MIN_BUCKET = 16  # smallest padded length of a prompt
 MIN_CACHE = 128  # smallest length of a cache
@@ -88,6 +87,7 @@ class Session:
         # Allocated once: the device idles during all host work before the first operation of a prompt.
         self._no_logits = jnp.zeros((self.batch, self.params.config.vocab_size), jnp.float32)
         self.backends: dict[str, dict[str, Choice]] = {}
+        self._compiled: set[object] = set()  # programs of decode chunks that ran in this session
         self._drop_cache()
 
     def _record(self, phase: str, ran: Recorded) -> None:
@@ -109,28 +109,40 @@ class Session:
         self._check(prompts)
         self.timings, self.backends = Timings(), {}
         self._static = {"backend": self.backend, "arch": known(self.params)}
-        clock = _Clock(self.timings)
+        clock = Clock(self.timings)
         limit = np.asarray([min(max_new_tokens, self.max_len - len(p)) for p in prompts], np.int32)
         logits, cache = self._prefill(prompts, int(limit.max()))
         sampling = make_sampling(self.batch) if sampling is None else sampling
-        seen = self._prompt_tokens_seen(prompts) if sampling.repetition_penalty is not None else None
+        history = begin_history(sampling, *pad(prompts), self.params.config.vocab_size)
         (state, output), choices = jit_sample_first(
-            logits, cache, sampling, limit, stop_table(self.batch, stop_ids), seen, **self._static
+            logits, cache, sampling, limit, stop_table(self.batch, stop_ids), history, **self._static
         )
         self._record("prefill", choices)
         left = int(limit.max()) - 1
+        program = cache.max_len, jax.tree.structure(sampling)
+
+        def launch() -> StepOutput | None:
+            """The next chunk, if one is wanted."""
+            nonlocal state, left
+            if left <= 0:
+                return None
+            (state, ahead), choices = jit_decode_chunk(self.params, state, steps=self.chunk, **self._static)
+            self._record("decode", choices)
+            self._compiled.add(program)
+            left -= self.chunk
+            return ahead
+
         try:
             self._cached_ids = [list(p) for p in prompts]
             while True:
-                # The next chunk is launched before this one is read, so that the device does not wait for the host.
-                ahead = None
-                if left > 0:
-                    (state, ahead), choices = jit_decode_chunk(self.params, state, steps=self.chunk, **self._static)
-                    self._record("decode", choices)
-                    left -= self.chunk
+                # The next chunk is launched before this one is read, so that the device does not wait for the host. If
+                # its program must be compiled, it is launched after: the first token is there long before.
+                compiled = program in self._compiled
+                ahead = launch() if compiled else None
                 tokens = self._collect(output)
-                clock.tick(tokens, steps=output.tokens.size // self.batch)
+                clock.tick(sum(map(len, tokens.ids)), steps=output.tokens.size // self.batch)
                 yield tokens
+                ahead = ahead if compiled or not any(tokens.ids) else launch()
                 if ahead is None or not any(tokens.ids):
                     break
                 output = ahead
@@ -186,21 +198,18 @@ class Session:
             return init_cache(params.config, self.batch, size, params.dtype, stacked=params.stacked)
         return self._cache if size <= self._cache.max_len else grow(self._cache, size)
 
-    def _prompt_tokens_seen(self, prompts: Sequence[Sequence[int]]) -> jax.Array:
-        tokens, lengths = pad(prompts)
-        return tokens_seen(jnp.asarray(tokens), jnp.asarray(lengths), self.params.config.vocab_size)
 
-
-class _Clock:
+class Clock:
     """Adds the time between two ticks to the right field of a `Timings`."""
 
     def __init__(self, timings: Timings) -> None:
         self._timings, self._since, self._compiled = timings, time.perf_counter(), compile_seconds()
 
-    def tick(self, tokens: TokenChunk, steps: int) -> None:
+    def tick(self, new: int, steps: int) -> None:
+        """Note that ``new`` tokens have come, from so many decode steps of all rows."""
         now, compiled, timings = time.perf_counter(), compile_seconds(), self._timings
         compiling = min(compiled - self._compiled, now - self._since)
-        spent, new = now - self._since - compiling, sum(map(len, tokens.ids))
+        spent = now - self._since - compiling
         timings.compile += compiling
         if timings.new_tokens == 0:
             timings.prefill += spent

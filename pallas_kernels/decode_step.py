@@ -16,7 +16,8 @@ from .ffn import ffn_reference
 from .hopper.decode_step.checks import check
 from .hopper.decode_step.run import run_phases
 from .matmul import matmul_reference
-from .qkv import qkv_reference
+from .paged_attention import paged_attention_reference, write_pages
+from .qkv import rotate, split_heads, write
 from .rms_norm import rms_norm_reference
 from .step_weights import StepWeights
 
@@ -33,14 +34,25 @@ def decode_step_reference(
     sin: jax.Array,
     *,
     eps: float,
+    table: jax.Array | None = None,
 ) -> Result:
     """x [B, T, dim], k and v [L, B, kv_heads, S, D], start [B], cos and sin [B, T, D / 2] of the tokens' positions ->
-    float32 logits [B, T, vocab], and the cache with the new keys and values from ``start`` on."""
-    w = weights
+    float32 logits [B, T, vocab], and the cache with the new keys and values from ``start`` on.
+
+    With a ``table`` [B, P] the cache is paged: k and v are [L, pages, kv_heads, size, D], as in `paged_attention`. Rows
+    may share pages, but none may read a position that another row of the same call writes: the kernel reads the cache
+    as it was before the step. Without a page, a new token's key and value are dropped, and its logits mean nothing."""
+    w, (_, _, kv_heads, _, D) = weights, k.shape
     for i in range(k.shape[0]):
         h = rms_norm_reference(x, w.attn_norm[i], eps=eps)
-        q, k, v = qkv_reference(h, w.wqkv[i], k, v, start, cos, sin, layer=i)
-        out = attention_reference(q, k[i], v[i], start)
+        q, k_new, v_new = split_heads(matmul_reference(h, w.wqkv[i]), w.wo.shape[-1] // D // kv_heads, D)
+        q, k_new = rotate(q, cos, sin), rotate(k_new, cos, sin)
+        if table is None:
+            k, v = write(k, k_new, start, i), write(v, v_new, start, i)
+            out = attention_reference(q, k[i], v[i], start)
+        else:
+            k, v = write_pages(k, k_new, table, start, i), write_pages(v, v_new, table, start, i)
+            out = paged_attention_reference(q, k, v, table, start, layer=i)
         x = x + matmul_reference(out.reshape(*x.shape[:2], -1), w.wo[i])
         x = ffn_reference(x, w.ffn_norm[i], w.w_gate_up[i], w.w_down[i], eps=eps)
     x = rms_norm_reference(x, w.norm, eps=eps)
@@ -57,11 +69,12 @@ def decode_step_kernel(
     sin: jax.Array,
     *,
     eps: float,
+    table: jax.Array | None = None,
     **options: Any,
 ) -> Result:
     """`decode_step_reference` in one launch. Inside a jit that owns the cache, the cache is updated in place.
     ``options`` are those of `run_phases`."""
-    left = run_phases(x, weights, k, v, start, cos, sin, eps=eps, **options)
+    left = run_phases(x, weights, k, v, start, cos, sin, eps=eps, table=table, **options)
     B, T = x.shape[:2]
     return left.logits[: B * T].reshape(B, T, -1), left.k, left.v
 

@@ -6,11 +6,14 @@ how sequences share a prefix, and how one sequence has several rows of queries i
 never read, so their table entries do not matter. An entry past the last page means that there is no page.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
-from .attention import attention_reference
-from .dispatch import Op
+from .attention import DECODE_QUERIES, attention_reference
+from .dispatch import Kernel, Op
+from .hopper.attention import decode, prefill
 
 PAGE = 64  # positions per page: a tile of keys of the attention kernels, so that each tile needs one lookup
 
@@ -24,7 +27,7 @@ def paged_attention_reference(
     *,
     layer: jax.Array | int,
 ) -> jax.Array:
-    """-> [B, T, heads, D]; softmax in float32. A kernel would not need the gathered copy of keys and values."""
+    """-> [B, T, heads, D]; softmax in float32. The kernels do without the gathered copy of keys and values."""
     return attention_reference(q, gather(k, table, layer), gather(v, table, layer), start)
 
 
@@ -57,8 +60,24 @@ def write_pages(
     return jax.lax.optimization_barrier(written)
 
 
-# Kernels go here: one for up to `DECODE_QUERIES` queries a row, and one for more.
-paged_attention = Op("paged_attention", paged_attention_reference)
+def _kernel(queries: int) -> Kernel:
+    """As for contiguous keys, few queries a row are bound by the bytes of the cache, many by arithmetic."""
+    if queries <= DECODE_QUERIES:
+        return Kernel(decode.flash_decode_paged, decode.check_paged)
+    return Kernel(prefill.flash_attention_paged, prefill.check_paged)
+
+
+def _check(q: jax.Array, *args: Any, **kwargs: Any) -> None:
+    check = _kernel(q.shape[1]).check
+    assert check is not None
+    check(q, *args, **kwargs)
+
+
+def _run(q: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+    return _kernel(q.shape[1]).run(q, *args, **kwargs)
+
+
+paged_attention = Op("paged_attention", paged_attention_reference, {"hopper": Kernel(_run, _check)})
 
 CASES = {
     "7b": dict(heads=32, kv_heads=32, head_dim=128, size=PAGE),

@@ -69,17 +69,23 @@ def build(case: opcases.Case, backend: str) -> Callable[..., Any]:
     from jllama.model import attend
     from jllama.params import Layer
     from jllama.rope import rotations
-    from pallas_kernels import attention, decode_attention, ffn, matmul
+    from pallas_kernels import attention, decode_attention, draw, ffn, matmul, paged_attention
 
     batch, seq = case["batch"], case["seq"]
     start = jnp.full(batch, case["context"] - seq, jnp.int32)
     if case["op"] == "matmul":
         return lambda x, w: matmul(x, w, backend=backend)
+    if case["op"] == "draw":
+        settings = dict(temperature=jnp.full(batch, 0.8), top_p=jnp.full(batch, 0.9))
+        return lambda x, u: draw(x, u, **settings, backend=backend)[1]
     if case["op"] == "ffn":
         return lambda x, norm, gate_up, down: ffn(x, norm, gate_up, down, eps=EPS, backend=backend)
     if case["op"] in ("attention", "decode-attention"):
         op = attention if case["op"] == "attention" else decode_attention
         return lambda x, k, v: op(x, k, v, start, backend=backend)
+    if case["op"] == "paged-decode-attention":
+        table = jnp.asarray(opcases.table_of(case))
+        return lambda x, k, v: paged_attention(x, k, v, table, start, layer=0, backend=backend)
 
     sizes = dict(n_heads=case["heads"], n_kv_heads=case["kv_heads"], head_dim=case["head_dim"])
     config = LlamaConfig(dim=case["dim"], hidden_dim=case["hidden"], n_layers=1, vocab_size=32, norm_eps=EPS, **sizes)

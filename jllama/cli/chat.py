@@ -173,7 +173,7 @@ def answer(
 ) -> None:
     """Print the model's answer. Ctrl-C stops it; the text until then stays in the conversation."""
     from jllama.cli.runtime import figures
-    from jllama.text.complete import Completion
+    from jllama.engine.request import Completion
 
     ids = make_room(question, conversation, lm, args.when_full)
     if ids is None:

@@ -15,8 +15,8 @@ from jllama.errors import InputError, reported
 
 if TYPE_CHECKING:
     from jllama.cli.runtime import Opened
+    from jllama.engine.request import Completion
     from jllama.stream import Timings
-    from jllama.text.complete import Completion
 
 
 def parser() -> Parser:
@@ -38,7 +38,8 @@ def parser() -> Parser:
         "(default: jsonl if the file has this suffix)",
     )
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="completions per prompt (default: 1)")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="B", help="completions per batch (default: 8)")
+    help_slots = "completions that run at a time (default: 16 on a CPU, 64 on a GPU)"
+    parser.add_argument("--slots", "--batch-size", type=int, metavar="N", help=help_slots)
     parser.add_argument("--ignore-eos", action="store_true", help="continue after the end-of-sequence token")
     add_sampling_flags(parser, temperature=0.0)
     add_model_flags(parser)
@@ -68,9 +69,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def check(args: argparse.Namespace) -> None:
     """Raise `InputError` for flags that cannot be combined, before anything is read or loaded."""
-    for name in ("batch_size", "samples"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')}: expected at least 1, found {getattr(args, name)}")
+    for name in ("slots", "samples"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise InputError(f"--{name}: expected at least 1, found {value}")
     as_json = args.json or args.jsonl
     for wrong, message in (
         (args.json and args.jsonl, "--json: expected without --jsonl, found both"),
@@ -119,79 +120,73 @@ def run(args: argparse.Namespace, prompts: list[str], options: dict[str, Any]) -
     """Load the model, generate, and print the completions."""
     from jllama.cli.runtime import figures, open_model, quicker
     from jllama.decode import check_prompts
-    from jllama.stream import Timings
-    from jllama.text.complete import Completion
+    from jllama.engine.request import Completion
 
-    count = len(prompts) * args.samples
-    model = open_model(args, batch=min(args.batch_size, count), quiet=args.quiet)
+    model = open_model(args, quiet=args.quiet)
     lm = model.lm
     ids = [lm.tokenizer.encode(text) for text in prompts]
     check_prompts(ids, lm.max_len - 1, "one less than the context", lm.params.config)
     tasks = [Task(i, j, prompts[i], Completion(ids[i])) for i in range(len(prompts)) for j in range(args.samples)]
-    total = Timings()
-    printer = Printer(args, count)
+    printer = Printer(args, tasks)
     try:
-        for at in range(0, count, args.batch_size):
-            batch = tasks[at : at + args.batch_size]
-            printer.show(batch, lm.complete([task.completion for task in batch], row=at, **options))
-            total += lm.timings
+        printer.show(lm.complete([task.completion for task in tasks], slots=args.slots, **options))
     finally:
         printer.close()
     if args.json:
         done = [as_json(args, task) for task in tasks]
-        print(json.dumps({"completions": done, **describe(args, model, total)}))
+        print(json.dumps({"completions": done, **describe(args, model, lm.timings)}))
     if not args.quiet:
-        print(figures(lm.params, total) + quicker(lm.params), file=sys.stderr)
+        print(figures(lm.params, lm.timings) + quicker(lm.params), file=sys.stderr)
 
 
 class Printer:
-    """Prints completions in order. The output does not depend on the batch size. A completion that is alone in its
-    batch is printed while it is generated."""
+    """Prints completions in order, each when it and all before it are finished. A completion that is alone is printed
+    while it is generated."""
 
-    def __init__(self, args: argparse.Namespace, count: int) -> None:
-        self._args, self._printed = args, 0
-        self._streams = not (args.json or args.jsonl or args.ids)
-        visible = self._streams and count == 1 and sys.stdout.isatty()  # the text itself shows the progress
-        # For a single completion, tokens are counted. Their final number is not known, so the total is the maximum.
-        self._by_token = count == 1
-        unit, size = ("token", args.max_new_tokens) if self._by_token else ("completion", count)
+    def __init__(self, args: argparse.Namespace, tasks: list[Task]) -> None:
+        self._args, self._tasks, self._printed = args, tasks, 0
+        self._alone = len(tasks) == 1  # then tokens are counted; their number is not known, so the total is the maximum
+        self._streams = self._alone and not (args.json or args.jsonl or args.ids)
+        visible = self._streams and sys.stdout.isatty()  # the text itself shows the progress
+        unit, size = ("token", args.max_new_tokens) if self._alone else ("completion", len(tasks))
         self._progress = Progress(size, unit, quiet=args.quiet or visible)
 
-    def show(self, batch: list[Task], pieces: Iterable[tuple[int, str]]) -> None:
-        """Run a batch and print it."""
-        alone = len(batch) == 1 and self._streams
-        if alone:
-            self._print_head(batch[0])
-        done = [0] * len(batch)
-        for _, text in pieces:
-            if alone:
-                print(text, end="", flush=True)
-            self._count(batch, done)
-        self._count(batch, done)
-        if alone:
-            print(flush=True)
-            return
-        for task in batch:
+    def show(self, pieces: Iterable[tuple[int, str]]) -> None:
+        """Run the completions and print them."""
+        if self._streams:
+            self._print_head(self._tasks[0])
+        done = 0
+        for i, text in pieces:
+            completion = self._tasks[i].completion
             if self._streams:
-                self._print_head(task)
-                print(task.completion.text, flush=True)
-            elif self._args.ids:
+                print(text, end="", flush=True)
+            if self._alone:
+                self._progress.add(len(completion.ids) - done)
+                done = len(completion.ids)
+            elif completion.finish_reason:
+                self._progress.add(1)
+                self._print_finished()
+        if self._streams:
+            print(flush=True)
+        else:
+            self._print_finished()
+
+    def _print_finished(self) -> None:
+        while self._printed < len(self._tasks) and self._tasks[self._printed].completion.finish_reason:
+            task = self._tasks[self._printed]
+            if self._args.ids:
                 before = task.completion.prompt_ids if self._args.echo else []
                 print(*before, *task.completion.ids, flush=True)
             elif self._args.jsonl:
                 print(json.dumps(as_json(self._args, task)), flush=True)
+            elif not self._args.json:
+                self._print_head(task)
+                print(task.completion.text, flush=True)
+            self._printed += 1
 
     def _print_head(self, task: Task) -> None:
         """Print an empty line between two completions, and the prompt with ``--echo``."""
         print(("\n" if self._printed else "") + (task.text if self._args.echo else ""), end="", flush=True)
-        self._printed += 1
-
-    def _count(self, batch: list[Task], done: list[int]) -> None:
-        for i, task in enumerate(batch):
-            now = len(task.completion.ids) if self._by_token else int(task.completion.finish_reason is not None)
-            if now > done[i]:
-                self._progress.add(now - done[i])
-                done[i] = now
 
     def close(self) -> None:
         """Remove the progress bar."""
@@ -200,10 +195,9 @@ class Printer:
 
 def as_json(args: argparse.Namespace, task: Task) -> dict[str, Any]:
     """A completion as a JSON object."""
-    out = {"index": task.prompt, "sample": task.sample, "prompt": task.text, **asdict(task.completion)}
-    if not args.logprobs:
-        del out["logprobs"]
-    return out
+    names = ("prompt_ids", "ids", *(("logprobs",) if args.logprobs else ()), "text", "finish_reason")
+    values = {name: getattr(task.completion, name) for name in names}
+    return {"index": task.prompt, "sample": task.sample, "prompt": task.text, **values}
 
 
 def describe(args: argparse.Namespace, model: "Opened", total: "Timings") -> dict[str, Any]:

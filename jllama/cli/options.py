@@ -10,13 +10,14 @@ from typing import Any, NoReturn
 
 import jllama
 from jllama.demo_model import DEMO
+from jllama.errors import InputError
 
 # Flags of other programs that do not exist here -> what to use instead.
 FOREIGN = {
     "--n-ctx": "--max-seq-len",
     "--num-predict": "--max-new-tokens",
     "--interactive": "the command jllama chat",
-    "--ubatch-size": "--batch-size",
+    "--ubatch-size": "--slots",
     "--device": "JAX_PLATFORMS=cpu or JAX_PLATFORMS=cuda in the environment",
 }
 
@@ -129,6 +130,12 @@ def add_sampling_flags(parser: argparse.ArgumentParser, temperature: float) -> N
     group.add_argument(
         "--repetition-penalty", "--repeat-penalty", type=float, default=1.0, metavar="R", help=help_penalty
     )
+    help_presence = "subtract P from the logit of every token drawn so far (0: off)"
+    group.add_argument("--presence-penalty", type=float, default=0.0, metavar="P", help=help_presence)
+    help_frequency = "subtract P from the logit of a token for each time it was drawn (0: off)"
+    group.add_argument("--frequency-penalty", type=float, default=0.0, metavar="P", help=help_frequency)
+    help_bias = "add BIAS to the logit of the token with this id; -inf bans it; may be repeated"
+    group.add_argument("--logit-bias", action="append", default=[], metavar="ID=BIAS", help=help_bias)
     group.add_argument(
         "-s", "--seed", type=int, default=0, help="random seed; the same seed gives the same text (default: 0)"
     )
@@ -142,18 +149,29 @@ def add_sampling_flags(parser: argparse.ArgumentParser, temperature: float) -> N
 
 def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
     """The sampling flags as options of `jllama.LM`. An `InputError` names a flag that is out of range."""
-    from jllama.errors import InputError
     from jllama.sampling import check_setting
 
     if args.max_new_tokens < 1:
         raise InputError(f"--max-new-tokens: expected at least 1, found {args.max_new_tokens}")
     if "" in args.stop:
         raise InputError("--stop: expected a text, found an empty one")
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
     for name in names:
         try:
             check_setting(name, getattr(args, name))
         except InputError as error:
             raise InputError(f"--{str(error).replace('_', '-', 1) if '_' in name else error}") from None
     more = ("max_new_tokens", "stop", "seed")
-    return {name: getattr(args, name) for name in (*names, *more)}
+    biases = dict(_bias(text) for text in args.logit_bias)
+    return {name: getattr(args, name) for name in (*names, *more)} | ({"logit_bias": biases} if biases else {})
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token, _, value = text.partition("=")
+    try:
+        found = int(token), float(value)
+    except ValueError:
+        found = -1, 0.0
+    if found[0] < 0 or not found[1] < float("inf"):
+        raise InputError(f"--logit-bias: expected ID=BIAS, a token's id and a number, found {text!r}")
+    return found

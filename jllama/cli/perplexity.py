@@ -1,28 +1,30 @@
 """``jllama perplexity --model M --text FILE``: measure how well a model predicts a text.
 
-The text is split into windows, which run in batches. Each window starts with a beginning-of-sequence token. Every token
-is scored exactly once. If ``--stride`` is smaller than the window, windows overlap, so that a token has more context.
-Adjacent tokens are not independent, but windows nearly are. So the confidence interval is computed from windows.
+The text is split into windows, which an `Engine` scores. Each window starts with a beginning-of-sequence token. Every
+token is scored exactly once. If ``--stride`` is smaller than the window, windows overlap, so that a token has more
+context. Adjacent tokens are not independent, but windows nearly are. So the confidence interval is computed from
+windows.
 """
 
 import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jllama.cli.inputs import read_text
 from jllama.cli.options import Parser, add_model_flags
+from jllama.cli.progress import Progress
 from jllama.errors import InputError, reported
 
 if TYPE_CHECKING:
     from jllama.config import Backend
     from jllama.params import Params
 
-_LOGITS_BYTES = 256 << 20  # limit for the logits of one batch
+SLOTS = 16  # windows at a time
 _Z = 1.959964  # 95 %
 
 
@@ -69,37 +71,27 @@ def measure(
     windows: list[Window],
     bos_id: int,
     *,
-    batch: int | None = None,
+    slots: int = SLOTS,
     backend: "Backend" = "auto",
-    progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda batches, _: batches,
+    progress: Callable[[int], None] = lambda finished: None,
 ) -> Perplexity:
-    """The perplexity of ``windows``, which are run in batches."""
+    """The perplexity of ``windows``, of which ``slots`` run at a time. ``progress`` is told how many more are
+    finished."""
+    from jllama.engine.engine import Engine, pages_in_memory
+    from jllama.engine.request import Request
+    from jllama.paged import pages_for
+
     if not windows:
         raise InputError("text: expected at least one token, found none")
-    width = max(len(window.ids) for window in windows)
-    batch = batch or max(1, min(16, len(windows), _LOGITS_BYTES // (4 * width * params.config.vocab_size)))
-    groups = [windows[i : i + batch] for i in range(0, len(windows), batch)]
-    sums: list[float] = []
-    for group in progress(groups, len(groups)):
-        sums += _sums(params, group, batch, width, bos_id, backend)
+    longest, slots = 1 + max(len(window.ids) for window in windows), min(slots, len(windows))
+    pages = min(slots * pages_for(longest), pages_in_memory(params, 0.9))
+    engine = Engine(params, slots=slots, pages=pages, max_len=longest, backend=backend)
+    requests = [Request([bos_id, *w.ids], score_from=1 + len(w.ids) - w.counted) for w in windows]
+    handles = engine.submit_all(requests)
+    for events in engine.follow(handles):
+        progress(len(events))  # a window has one event, at its end
+    sums = [-math.fsum(handle.completion.logprobs) for handle in handles]
     return summary(sums, [window.counted for window in windows])
-
-
-def _sums(
-    params: "Params", group: list[Window], batch: int, width: int, bos_id: int, backend: "Backend"
-) -> Iterator[float]:
-    """The summed negative log-likelihood of each window. The batch is padded, so that one program is compiled."""
-    import numpy as np
-
-    from jllama.scoring import token_logprobs
-
-    tokens = np.full((batch, width + 1), bos_id, np.int32)
-    for row, window in zip(tokens, group, strict=False):
-        row[1 : 1 + len(window.ids)] = window.ids
-    logprobs = np.asarray(token_logprobs(params, tokens, backend=backend), np.float64)
-    for row, window in zip(logprobs, group, strict=False):
-        end = len(window.ids)
-        yield -float(row[end - window.counted : end].sum())
 
 
 def summary(sums: list[float], counts: list[int]) -> Perplexity:
@@ -133,8 +125,8 @@ def parser() -> Parser:
     parser.add_argument("--window", type=int, metavar="N", help="tokens per window, including bos (default: 512)")
     parser.add_argument("--stride", type=int, metavar="N", help="tokens between window starts (default: no overlap)")
     parser.add_argument("--windows", type=int, metavar="N", help="maximum number of windows (default: all)")
-    help_batch = "windows per batch (default: as many as 256 MB of logits allow, at most 16)"
-    parser.add_argument("--batch-size", type=int, metavar="B", help=help_batch)
+    help_slots = "windows that run at a time (default: 16)"
+    parser.add_argument("--slots", "--batch-size", type=int, default=SLOTS, metavar="N", help=help_slots)
     add_model_flags(parser)
     parser.add_argument("--json", action="store_true", help="print a JSON object")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
@@ -145,9 +137,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command. Returns the exit code."""
     args = parser().parse_args(argv)
     with reported("jllama perplexity"):
-        for name in ("windows", "batch_size"):
+        for name in ("windows", "slots"):
             if (value := getattr(args, name)) is not None and value < 1:
-                raise InputError(f"--{name.replace('_', '-')}: expected at least 1, found {value}")
+                raise InputError(f"--{name}: expected at least 1, found {value}")
         text = read_text(args.text)
         from jllama.cli.runtime import as_input_error
 
@@ -157,8 +149,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace, text: str) -> str:
     """Load the model and measure. Returns the text to print."""
-    from tqdm import tqdm
-
     from jllama.cli.runtime import open_model
 
     lm = open_model(args, quiet=args.quiet).lm
@@ -168,14 +158,12 @@ def run(args: argparse.Namespace, text: str) -> str:
     windows = cut(lm.tokenizer.encode(text, bos=False), window, args.stride, args.windows)
     if not windows:
         raise InputError(f"{args.text}: expected at least one token of text, found none")
-    result = measure(
-        lm.params,
-        windows,
-        lm.tokenizer.bos_id,
-        batch=args.batch_size,
-        backend=args.backend,
-        progress=lambda groups, total: tqdm(groups, total=total, unit="batch", disable=True if args.quiet else None),
-    )
+    bar = Progress(len(windows), "window", quiet=args.quiet)
+    try:
+        bos_id = lm.tokenizer.bos_id
+        result = measure(lm.params, windows, bos_id, slots=args.slots, backend=args.backend, progress=bar.add)
+    finally:
+        bar.close()
     if args.json:
         # JSON has no inf and nan, so they become null.
         values = {key: _finite(value) for key, value in asdict(result).items()}

@@ -32,7 +32,7 @@ class Opened:
     load_seconds: float
 
 
-def open_model(args: argparse.Namespace, *, batch: int = 1, quiet: bool = False) -> Opened:
+def open_model(args: argparse.Namespace, *, quiet: bool = False) -> Opened:
     """Load the model that the flags of `add_model_flags` name."""
     began = time.perf_counter()
     set_up(args, quiet=quiet)
@@ -49,7 +49,6 @@ def open_model(args: argparse.Namespace, *, batch: int = 1, quiet: bool = False)
         dtype=args.dtype,
         quant=args.quant,
         max_len=args.max_seq_len,
-        batch=batch,
         tokenizer=args.tokenizer,
         chat_template=getattr(args, "chat_template", None),
         backend=args.backend,

@@ -14,10 +14,10 @@ from jllama.engine.request import Request
 from jllama.engine.scheduler import Piece, Plan
 from jllama.engine.scheduler import Sequence as Scheduled
 from jllama.engine.state import EngineState, extra_settings, init_extras, init_state, rows_of
+from jllama.engine.tuning import Tuning, sizes
+from jllama.kernels import Choice, Recorded, known
 from jllama.params import Params
 
-PIECE = 32  # tokens a piece of a prompt
-STEPS = (4, 16)  # decode steps a turn: while somebody waits, and while nobody does
 COPIES = 16  # pages a launch
 
 Requests = dict[Scheduled, Request]
@@ -33,21 +33,27 @@ class Launch:
     scores: tuple[jax.Array, jax.Array] | None
 
 
-def buckets(most: int) -> list[int]:
-    """Powers of two, and the number itself: padded shapes are few, so compilations are."""
-    return [1 << i for i in range((most - 1).bit_length())] + [most]
-
-
 class Device:
     """The state of ``slots`` rows over a pool of ``pages``, and the weights of every step."""
 
     def __init__(
-        self, params: Params, *, slots: int, pages: int, width: int, max_len: int, pieces: int, backend: Backend
+        self,
+        params: Params,
+        *,
+        slots: int,
+        pages: int,
+        width: int,
+        max_len: int,
+        pieces: int,
+        tuning: Tuning,
+        backend: Backend,
     ) -> None:
         self.params, self.slots, self.pages = params, slots, pages
-        self.max_len, self.backend = max_len, backend
+        self.max_len, self.tuning, self.backend = max_len, tuning, backend
         self.programs: set[tuple[str, int, str]] = set()  # used so far: name, rows or pieces, kind
-        self._width, self._of_pieces, self._of_rows = width, buckets(pieces), buckets(slots)
+        self.backends: dict[str, dict[str, Choice]] = {}  # of "prefill" and "decode": the choice for every op
+        self._static = {"backend": backend, "arch": known(params)}
+        self._width, self._of_pieces, self._of_rows = width, sizes(tuning.pieces, pieces), sizes(tuning.rows, slots)
         self.reset()
 
     @property
@@ -109,17 +115,20 @@ class Device:
         self._state = steps.jit_copy(self._state, source, target)
 
     def _feed(self, pieces: list[Piece], size: int, scored: bool) -> tuple[jax.Array, jax.Array] | None:
-        tokens, start = np.zeros((size, PIECE + 1), np.int32), np.zeros(size, np.int32)
+        tokens, start = np.zeros((size, self.tuning.piece + 1), np.int32), np.zeros(size, np.int32)
         for i, p in enumerate(pieces):
             real = p.sequence.tokens[p.start : p.start + p.count + 1]
             tokens[i, : len(real)], start[i] = real, p.start
         table = self._table([p.sequence for p in pieces], size)
-        how: dict[str, Any] = dict(start=start, table=table, backend=self.backend)
+        how: dict[str, Any] = dict(start=start, table=table, **self._static)
         self.programs.add(("score" if scored else "feed", size, ""))
-        if not scored:
-            self._state = steps.jit_feed(self.params, self._state, tokens[:, :-1], **how)
-            return None
-        self._state, scores = steps.jit_score(self.params, self._state, tokens[:, :-1], targets=tokens[:, 1:], **how)
+        scores = None
+        if scored:
+            found, ran = steps.jit_score(self.params, self._state, tokens[:, :-1], targets=tokens[:, 1:], **how)
+            self._state, scores = found
+        else:
+            self._state, ran = steps.jit_feed(self.params, self._state, tokens[:, :-1], **how)
+        self._record("prefill", ran)
         return scores
 
     def _join(self, joins: list[Scheduled], requests: Requests) -> None:
@@ -143,9 +152,13 @@ class Device:
     def _decode(self, rows: list[Scheduled], size: int, kind: str, count: int) -> steps.Drawn:
         self.programs.add(("decode", size, kind))
         where = self._slots_of(rows, size), self._table(rows, size), np.int32(count)
-        how = dict(most=max(STEPS), kind=kind, backend=self.backend)
-        self._state, drawn = steps.jit_decode(self.params, self._state, *where, **how)
+        how = dict(most=max(self.tuning.steps), kind=kind, **self._static)
+        (self._state, drawn), ran = steps.jit_decode(self.params, self._state, *where, **how)
+        self._record("decode", ran)
         return drawn
+
+    def _record(self, phase: str, ran: Recorded) -> None:
+        self.backends.setdefault(phase, {}).update(ran.choices)
 
     def _table(self, sequences: Sequence[Scheduled], size: int) -> np.ndarray:
         table = np.full((size, self._width), self.pages, np.int32)

@@ -1,7 +1,8 @@
 """The loop: requests go in, a plan a turn goes to the device, and what the turn before it drew comes out."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -9,18 +10,20 @@ import numpy as np
 
 from jllama.config import Backend
 from jllama.device import default_device, free_bytes
-from jllama.engine.device import PIECE, STEPS, Device, Launch
+from jllama.engine.device import Device, Launch
 from jllama.engine.pages import Pages
 from jllama.engine.request import Completion, Event, Handle, Request, SamplingSettings, per_prompt
 from jllama.engine.scheduler import Piece, Plan, Scheduler
 from jllama.engine.scheduler import Sequence as Scheduled
 from jllama.engine.steps import KINDS, NO_TOKEN
+from jllama.engine.tuning import Tuning, tuning_for
 from jllama.errors import InputError
-from jllama.kernels import PAGE
+from jllama.kernels import PAGE, Choice
 from jllama.paged import page_bytes, pages_for
 from jllama.params import Params
 
 BUDGET = 512  # tokens of prompts a turn
+UNKNOWN_MEMORY = 4 << 30  # bytes for pages where the device does not say what is free
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Statistics:
     prompt_tokens: int  # of all prompts that were begun
     prefix_hits: int  # how many of them were found in the cache
     new_tokens: int
+    decode_steps: int  # of all rows at once
     preemptions: int
     seconds: float  # spent in steps
 
@@ -46,7 +50,8 @@ class Statistics:
 class Engine:
     """Many requests on one model: ``slots`` of them draw at a time, over a cache of ``pages`` pages of 64 positions, by
     default as many as fit into ``memory`` of the device's (on a CPU, at most what all slots can use). A request has at
-    most ``max_len`` tokens (default: the model's context). One thread may use an engine at a time."""
+    most ``max_len`` tokens (default: the model's context). A turn feeds at most ``budget`` tokens of prompts.
+    ``tuning`` are the sizes of launches (default: those for the device). One thread may use an engine at a time."""
 
     def __init__(
         self,
@@ -57,26 +62,32 @@ class Engine:
         memory: float = 0.9,
         max_len: int | None = None,
         budget: int = BUDGET,
+        tuning: Tuning | None = None,
         backend: Backend = "auto",
     ) -> None:
+        tuning = tuning_for(default_device()) if tuning is None else tuning
         if slots < 1:
             raise InputError(f"slots: expected at least 1, found {slots}")
-        if budget < PIECE:
-            raise InputError(f"budget: expected at least {PIECE} tokens, found {budget}")
+        if budget < tuning.piece:
+            raise InputError(f"budget: expected at least {tuning.piece} tokens, found {budget}")
         context = params.config.max_seq_len
         self.max_len = context if max_len is None else max_len
         if not 2 <= self.max_len <= context:
             raise InputError(f"max_len: expected 2 to {context} (the model's context), found {max_len}")
         width = pages_for(self.max_len)
-        count = _pages(params, slots * width, memory) if pages is None else pages
-        sizes = dict(slots=slots, max_len=self.max_len, pieces=budget // PIECE)
-        self._device = Device(params, pages=count, width=width, backend=backend, **sizes)
+        count = pages
+        if count is None:
+            fits = pages_in_memory(params, memory)
+            count = min(fits, slots * width) if default_device().platform == "cpu" else fits
+        self.slots, self.backend = slots, backend
+        sizes = dict(slots=slots, max_len=self.max_len, pieces=budget // tuning.piece)
+        self._device = Device(params, pages=count, width=width, tuning=tuning, backend=backend, **sizes)
         self._pages = Pages(count, PAGE)
-        self._scheduler = Scheduler(self._pages, piece=PIECE, steps=STEPS, **sizes)
+        self._scheduler = Scheduler(self._pages, piece=tuning.piece, steps=tuning.steps, **sizes)
         self._handles: dict[Scheduled, Handle] = {}
         self._in_flight: Launch | None = None
         self._paused = self._torn = False
-        self._new_tokens, self._seconds = 0, 0.0
+        self._new_tokens, self._decode_steps, self._seconds = 0, 0, 0.0
 
     @property
     def params(self) -> Params:
@@ -101,8 +112,23 @@ class Engine:
     def statistics(self) -> Statistics:
         """A snapshot."""
         s = self._scheduler
-        used, counts = self._pages.count - self._pages.free, (s.prompt_tokens, s.hits, self._new_tokens, s.preemptions)
-        return Statistics(len(s.running), len(s.waiting), used, self._pages.count, *counts, self._seconds)
+        return Statistics(
+            running=len(s.running),
+            waiting=len(s.waiting),
+            pages_used=self._pages.count - self._pages.free,
+            pages=self._pages.count,
+            prompt_tokens=s.prompt_tokens,
+            prefix_hits=s.hits,
+            new_tokens=self._new_tokens,
+            decode_steps=self._decode_steps,
+            preemptions=s.preemptions,
+            seconds=self._seconds,
+        )
+
+    @property
+    def backends(self) -> dict[str, dict[str, Choice]]:
+        """The implementation of every op of ``"prefill"`` and of ``"decode"``, as far as these have run, and why."""
+        return self._device.backends
 
     def submit(self, request: Request) -> Handle:
         """Take a request, or raise `InputError`: also for one that could never fit."""
@@ -118,13 +144,51 @@ class Engine:
             score_from=request.score_from,
         )
         self._scheduler.add(sequence)
-        handle = self._handles[sequence] = Handle(request, sequence)
-        if request.score_from is not None:
-            n = len(request.prompt) - request.score_from
-            handle.completion = Completion(sequence.tokens[-n:], [0.0] * n, greedy=[False] * n)
+        handle = self._handles[sequence] = Handle(request, sequence, Completion(sequence.tokens[:]))
+        if (first := request.score_from) is not None:
+            ids, n = sequence.tokens[first:], len(request.prompt) - first
+            handle.completion = Completion(sequence.tokens[:first], ids, [0.0] * n, greedy=[False] * n)
         if request.sampling.kind == "full":
             self._device.add_extras()
         return handle
+
+    def submit_all(self, requests: Sequence[Request], n: int = 1) -> list[Handle]:
+        """Take all of these requests, ``n`` for each prompt, or none of them."""
+        handles: list[Handle] = []
+        try:
+            for i, request in enumerate(requests):
+                try:
+                    handles.append(self.submit(request))
+                except InputError as error:
+                    raise InputError(f"prompt {i // n}: {error}") from None
+        except BaseException:
+            for handle in handles:
+                self.abort(handle)
+            raise
+        return handles
+
+    def follow(self, handles: Sequence[Handle], n: int = 1) -> Generator[list[Event]]:
+        """Steps until all of these have ended: the events of each step that are theirs. Close the iterator to abort
+        those that have not."""
+        place = {handle: i // n for i, handle in enumerate(handles)}
+        try:
+            left = deque(handles)
+            while True:
+                while left and left[0].finished:  # the first ones end first, so that few are looked at
+                    left.popleft()
+                if not left:
+                    return
+                if self._paused:
+                    raise InputError("engine: it is paused: resume it first")
+                events = [event for event in self.step() if event.handle in place]
+                for event in events:
+                    if event.finish_reason == "error":
+                        why = "logits are NaN: the weights hold NaN or Inf, or overflow this dtype"
+                        raise InputError(f"model: prompt {place[event.handle]}: {why}")
+                yield events
+        finally:
+            for handle in handles:
+                self.abort(handle)
 
     def abort(self, handle: Handle) -> None:
         """End a request now; its completion keeps what has come. One that has ended stays as it is."""
@@ -146,11 +210,15 @@ class Engine:
         if self._torn or self._device.lost:
             self._restart()
         self._torn = True  # until the end: an error or interrupt on the way loses what was under way
-        plan = Plan() if self._paused else self._scheduler.plan()
-        before, self._in_flight = self._in_flight, None
+        before, self._in_flight, events = self._in_flight, None, []
+        with jax.profiler.TraceAnnotation("jllama.plan"):
+            plan = Plan() if self._paused else self._scheduler.plan()
         if plan:
-            self._in_flight = self._device.launch(plan, {s: self._handles[s].request for s in plan.rows})
-        events = self._read(before) if before is not None else []
+            with jax.profiler.TraceAnnotation("jllama.launch"):
+                self._in_flight = self._device.launch(plan, {s: self._handles[s].request for s in plan.rows})
+        if before is not None:
+            with jax.profiler.TraceAnnotation("jllama.read"):
+                events = self._read(before)
         self._torn = False
         self._seconds += time.perf_counter() - begin
         return events
@@ -202,29 +270,16 @@ class Engine:
         return self._device.programs
 
     def _run(self, requests: list[Request], n: int) -> list[Completion]:
-        handles: list[Handle] = []
-        try:
-            for i, request in enumerate(requests):
-                try:
-                    handles.append(self.submit(request))
-                except InputError as error:
-                    raise InputError(f"prompt {i // n}: {error}") from None
-            while not all(h.finished for h in handles):
-                if self._paused:
-                    raise InputError("engine: it is paused: resume it first")
-                self.step()
-        finally:
-            for handle in handles:
-                self.abort(handle)  # where an error or interrupt came between
-        broken = next((i for i, h in enumerate(handles) if h.completion.finish_reason == "error"), None)
-        if broken is not None:
-            why = "logits are NaN: the weights hold NaN or Inf, or overflow this dtype"
-            raise InputError(f"model: prompt {broken // n}: {why}")
+        handles = self.submit_all(requests, n)
+        for _ in self.follow(handles, n):
+            pass
         return [h.completion for h in handles]
 
     def _read(self, launch: Launch) -> list[Event]:
         events: list[Event] = []
         drawn, scores = jax.device_get((launch.drawn, launch.scores))  # blocks
+        if launch.rows:
+            self._decode_steps += int((drawn.tokens != NO_TOKEN).any(axis=1).sum())
         for i, s in enumerate(launch.rows):
             count = int((drawn.tokens[:, i] != NO_TOKEN).sum())
             ids, logprobs = drawn.tokens[:count, i].tolist(), drawn.logprobs[:count, i].tolist()
@@ -281,14 +336,13 @@ class Engine:
         self._device.reset(extras=any(h.request.sampling.kind == "full" for h in self._handles.values()))
 
 
-def _pages(params: Params, useful: int, memory: float) -> int:
+def pages_in_memory(params: Params, memory: float) -> int:
+    """How many pages fit into this part of the device's free memory."""
     if not 0 < memory <= 1:
         raise InputError(f"memory: expected a part of the device's, above 0 and at most 1, found {memory}")
-    device, one = default_device(), page_bytes(params.config, params.dtype)
-    free = free_bytes(device)
+    free, one = free_bytes(default_device()), page_bytes(params.config, params.dtype)
     if free is None:
-        return useful
-    fits = int(free * memory) // one
-    if fits < 1:
+        return UNKNOWN_MEMORY // one
+    if free * memory < one:
         raise InputError(f"memory: expected room for a page of {one} bytes, found {free} bytes free")
-    return min(fits, useful) if device.platform == "cpu" else fits
+    return int(free * memory) // one

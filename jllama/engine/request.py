@@ -1,6 +1,5 @@
 """What goes into an engine and what comes out."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -11,7 +10,7 @@ import numpy as np
 from jllama.config import LlamaConfig
 from jllama.engine.scheduler import Sequence as Scheduled
 from jllama.errors import InputError
-from jllama.sampling import check_setting
+from jllama.sampling import CHECKED, check_bias, check_setting
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -42,12 +41,8 @@ class SamplingSettings:
 
     def check(self, config: LlamaConfig) -> None:
         """Raise `InputError` for what cannot be meant."""
-        for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
+        for name in CHECKED:
             check_setting(name, getattr(self, name))
-        for name in ("presence_penalty", "frequency_penalty"):
-            if not math.isfinite(value := getattr(self, name)):
-                raise InputError(f"{name}: expected a number, found {value}")
-        _within("min_tokens", self.min_tokens, 0, 2**31 - 1)
         _within("top_logprobs", self.top_logprobs, 0, MAX_TOP_LOGPROBS)
         _within("logit_bias: entries", len(self.logit_bias), 0, MAX_BIAS)
         _within("bad_words: sequences", len(self.bad_words), 0, MAX_BAD_WORDS)
@@ -55,9 +50,7 @@ class SamplingSettings:
             _within("bad_words: tokens of a sequence", len(word), 1, MAX_BAD_WORD_TOKENS)
             check_ids("bad_words", word, config)
         check_ids("logit_bias", self.logit_bias, config)
-        for token, bias in self.logit_bias.items():
-            if math.isnan(bias) or bias == math.inf:
-                raise InputError(f"logit_bias: token {token}: expected a number, found {bias}")
+        check_bias(self.logit_bias)
 
     @property
     def kind(self) -> str:
@@ -105,13 +98,15 @@ class Request:
 
 @dataclass
 class Completion:
-    """What a request got; it grows until ``finish_reason`` is there. ``ids`` has the stop token, too."""
+    """The completion of one prompt. It grows until ``finish_reason`` is set."""
 
-    ids: list[int] = field(default_factory=list)
+    prompt_ids: list[int]
+    ids: list[int] = field(default_factory=list)  # the new ids, including a stop token
     logprobs: list[float] = field(default_factory=list)  # under the model's own distribution
-    finish_reason: FinishReason | None = None
-    top_logprobs: list[dict[int, float]] = field(default_factory=list)  # by token, where asked for
-    greedy: list[bool] = field(default_factory=list)  # of what is scored: whether it was the likeliest
+    text: str = ""  # only where a tokenizer takes part: `jllama.LM` and `jllama.complete`
+    finish_reason: FinishReason | None = None  # "stop": a token or a text that ends it
+    top_logprobs: list[dict[int, float]] = field(default_factory=list)  # by token, the likeliest first; where asked for
+    greedy: list[bool] = field(default_factory=list)  # of `Engine.score`: whether the token is the likeliest
 
 
 @dataclass(eq=False)
@@ -120,7 +115,7 @@ class Handle:
 
     request: Request
     scheduled: Scheduled
-    completion: Completion = field(default_factory=Completion)
+    completion: Completion
 
     @property
     def finished(self) -> bool:

@@ -13,13 +13,13 @@ from flax import struct
 from jax import lax
 
 from jllama.config import Backend
-from jllama.decode import NO_TOKEN, Generated, stop_table, tokens_seen
+from jllama.decode import NO_TOKEN, Generated, stop_table
 from jllama.errors import InputError
 from jllama.kernels import PAGE
 from jllama.model import forward
 from jllama.paged import PagedCache, init_pages, pages_for
 from jllama.params import Params
-from jllama.sampling import NOTHING, History, Sampling, make_sampling, sample
+from jllama.sampling import History, Sampling, begin_history, make_sampling, sample
 
 FED_AT_ONCE = 2048  # tokens of prompts, so that activations stay bounded
 
@@ -77,7 +77,7 @@ def rollout(
         return (state.next < requests) | ~state.done.all()
 
     def step(state: _State) -> _State:
-        state = _refill(state, layout, requests)
+        state = _refill(state, layout, requests, sampling, config.vocab_size)
         alive = ~state.done
         cache = PagedCache(state.k, state.v, layout.table(state.request), state.length)
         logits, cache = forward(
@@ -85,7 +85,7 @@ def rollout(
         )
         own = jax.tree.map(lambda a: a.at[state.request].get(mode="clip"), sampling)
         stop_rows = jnp.broadcast_to(stops, (slots, stops.shape[0]))
-        token, logprob = sample(logits, own, state.drawn, history=state.history, stop_ids=stop_rows, backend=backend)
+        token, logprob = sample(logits, own, state.drawn, state.history, stop_ids=stop_rows, backend=backend)
         where = jnp.where(alive, state.request, requests), state.drawn
         drawn = state.drawn + alive
         return replace(
@@ -114,7 +114,7 @@ def rollout(
         length=zeros,
         drawn=zeros,
         done=jnp.ones(slots, bool),
-        history=_history(sampling, jnp.zeros((slots, 1), jnp.int32), zeros, config.vocab_size),
+        history=begin_history(sampling, jnp.zeros((slots, 1), jnp.int32), zeros, config.vocab_size),
         tokens=jnp.full(shape, NO_TOKEN, jnp.int32),
         logprobs=jnp.zeros(shape, jnp.float32),
         lengths=jnp.zeros(requests, jnp.int32),
@@ -172,7 +172,7 @@ def _feed(params: Params, layout: _Layout, backend: Backend) -> tuple[jax.Array,
     return pool
 
 
-def _refill(state: _State, layout: _Layout, requests: int) -> _State:
+def _refill(state: _State, layout: _Layout, requests: int, sampling: Sampling, vocab_size: int) -> _State:
     """The next requests in the rows that are done."""
     candidate = state.next + jnp.cumsum(state.done) - 1
     taken = state.done & (candidate < requests)
@@ -188,8 +188,9 @@ def _refill(state: _State, layout: _Layout, requests: int) -> _State:
         source = prompt[slot] * layout.of_prompt + jnp.minimum(layout.full(prompt[slot]), layout.of_prompt - 1)
         own = layout.own(slot)
         k, v = (a.at[:, own].set(a[:, source]) for a in (k, v))
-        new = _history_of(history, layout.prompts[prompt[slot]], layout.lengths[prompt[slot]])
-        return k, v, jax.tree.map(lambda a, b: a.at[slot].set(b), history, new)
+        of_prompt = layout.prompts[prompt[slot]][None], layout.lengths[prompt[slot]][None]
+        new = begin_history(sampling, *of_prompt, vocab_size)
+        return k, v, jax.tree.map(lambda a, b: a.at[slot].set(b[0]), history, new)
 
     count = taken.sum()
     k, v, history = lax.fori_loop(0, count, begin, (state.k, state.v, state.history))
@@ -204,29 +205,4 @@ def _refill(state: _State, layout: _Layout, requests: int) -> _State:
         length=jnp.where(taken, last, state.length),
         drawn=jnp.where(taken, 0, state.drawn),
         done=state.done & ~taken,
-    )
-
-
-def _history(sampling: Sampling, tokens: jax.Array, lengths: jax.Array, vocab: int) -> History:
-    """[slots, ...] of nothing, with what the settings ask for."""
-    slots = lengths.shape[0]
-    counted = sampling.presence_penalty is not None or sampling.frequency_penalty is not None
-    words = sampling.bad_words
-    return History(
-        seen=None if sampling.repetition_penalty is None else tokens_seen(tokens, lengths, vocab),
-        counts=jnp.zeros((slots, vocab), jnp.int32) if counted else None,
-        recent=None if words is None else jnp.full((slots, words.shape[-1] - 1), NOTHING, jnp.int32),
-    )
-
-
-def _history_of(like: History, tokens: jax.Array, length: jax.Array) -> History:
-    """What one prompt [T] begins with, in the fields that ``like`` has."""
-    recent = None
-    if like.recent is not None:
-        back = length - jnp.arange(like.recent.shape[1], 0, -1)
-        recent = jnp.where(back >= 0, tokens[jnp.maximum(back, 0)], NOTHING)
-    return History(
-        seen=None if like.seen is None else tokens_seen(tokens[None], length[None], like.seen.shape[1])[0],
-        counts=None if like.counts is None else jnp.zeros_like(like.counts[0]),
-        recent=recent,
     )

@@ -12,9 +12,7 @@ from flax import struct
 from jllama.config import LlamaConfig
 from jllama.engine.request import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_BIAS, MAX_STOP_IDS, Request
 from jllama.paged import init_pages
-from jllama.sampling import NOTHING, History, Sampling
-
-NO_ID = 2**31 - 1  # in a table of ids: none
+from jllama.sampling import NO_ID, NOTHING, History, Sampling, bias_table, word_table
 
 
 @struct.dataclass
@@ -34,9 +32,10 @@ class Rows:
     min_p: jax.Array  # [S] float32
 
     def take(self, slots: jax.Array) -> "Rows":
-        """Those of some slots. A slot past the last is a row that is done."""
+        """Those of some slots. A slot past the last is a row that is done, and empty: it reads no keys."""
         rows = jax.tree.map(lambda a: a.at[slots].get(mode="clip"), self)
-        return replace(rows, done=rows.done | (slots >= self.done.shape[0]))
+        none = slots >= self.done.shape[0]
+        return replace(rows, done=rows.done | none, length=jnp.where(none, 0, rows.length))
 
     def put(self, slots: jax.Array, rows: "Rows") -> "Rows":
         """With others in some slots; a slot past the last is dropped."""
@@ -102,12 +101,8 @@ def rows_of(requests: Sequence[tuple[Request, Sequence[int], int]], stops: Seque
 def extra_settings(request: Request) -> Sampling:
     """The settings of one request that `Rows` does not hold, as numpy arrays without the slots' axis."""
     settings = request.sampling
-    ids, bias = np.full(MAX_BIAS, NO_ID, np.int32), np.zeros(MAX_BIAS, np.float32)
-    ids[: len(settings.logit_bias)] = list(settings.logit_bias)
-    bias[: len(settings.logit_bias)] = list(settings.logit_bias.values())
-    words = np.full((MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS), NOTHING, np.int32)
-    for row, word in zip(words, settings.bad_words, strict=False):
-        row[-len(word) :] = word
+    ids, bias = (table[0] for table in bias_table([settings.logit_bias], MAX_BIAS))
+    words = word_table(settings.bad_words, MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS)
     fields: dict[str, Any] = {
         name: np.float32(getattr(settings, name))
         for name in ("repetition_penalty", "presence_penalty", "frequency_penalty")

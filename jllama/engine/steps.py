@@ -15,11 +15,11 @@ from jllama.config import Backend
 from jllama.decode import NO_TOKEN
 from jllama.engine.request import MAX_TOP_LOGPROBS
 from jllama.engine.state import EngineState, Extras, Rows
-from jllama.kernels import log_probability
+from jllama.kernels import log_probability, recorded
 from jllama.model import forward
 from jllama.paged import PagedCache
 from jllama.params import Params
-from jllama.sampling import History, Sampling, sample
+from jllama.sampling import History, Sampling, sample, top_logprobs
 
 # How rows are drawn, each more than the one before: the largest logit; by temperature; with cuts; all there is.
 KINDS = ("greedy", "plain", "cut", "full")
@@ -45,7 +45,9 @@ def feed(
 ) -> EngineState:
     """Put keys and values of prompts into the cache. What fills a piece up comes behind its sequence's end, where it is
     overwritten before it is seen."""
-    _, cache = forward(params, tokens, PagedCache(state.k, state.v, table, start), last_only=True, backend=backend)
+    cache = PagedCache(state.k, state.v, table, start)
+    with jax.named_scope("jllama.feed"):
+        _, cache = forward(params, tokens, cache, last_only=True, backend=backend)
     return replace(state, k=cache.k, v=cache.v)
 
 
@@ -136,11 +138,14 @@ def decode(
         i, (k, v), rows, history, out = carry
         cache = PagedCache(k, v, table, rows.length)
         alive = ~rows.done
-        logits, cache = forward(
-            params, rows.token[:, None], cache, lengths=alive.astype(jnp.int32), last_only=True, backend=backend
-        )
-        token, logprob = sample(logits, sampling, rows.drawn, history=history, stop_ids=rows.stop_ids, backend=backend)
-        new = Drawn(jnp.where(alive, token, NO_TOKEN), jnp.where(alive, logprob, 0.0), _top(logits, out))
+        with jax.named_scope("jllama.decode"):
+            logits, cache = forward(
+                params, rows.token[:, None], cache, lengths=alive.astype(jnp.int32), last_only=True, backend=backend
+            )
+        with jax.named_scope("jllama.draw"):
+            token, logprob = sample(logits, sampling, rows.drawn, history, stop_ids=rows.stop_ids, backend=backend)
+        likeliest = top_logprobs(logits, MAX_TOP_LOGPROBS) if kind == "full" else None
+        new = Drawn(jnp.where(alive, token, NO_TOKEN), jnp.where(alive, logprob, 0.0), likeliest)
         rows = advance(replace(rows, length=cache.lengths), token)
         out = jax.tree.map(lambda a, b: lax.dynamic_update_index_in_dim(a, b, i, 0), out, new)
         return i + 1, (cache.k, cache.v), rows, history.add(token, alive), out
@@ -173,17 +178,12 @@ def sampling_of(rows: Rows, keys: jax.Array, extras: Extras | None, kind: str) -
     return replace(extras.settings, key=keys, **cuts)
 
 
-def _top(logits: jax.Array, out: Drawn) -> tuple[jax.Array, jax.Array] | None:
-    if out.top is None:
-        return None
-    values, ids = lax.top_k(jax.nn.log_softmax(logits, axis=-1), min(MAX_TOP_LOGPROBS, logits.shape[-1]))
-    pad = ((0, 0), (0, MAX_TOP_LOGPROBS - values.shape[-1]))
-    return jnp.pad(ids, pad, constant_values=NO_TOKEN).astype(jnp.int32), jnp.pad(values, pad)
-
-
 def _jit(function, *static: str):
     return jax.jit(function, static_argnames=static, donate_argnames="state")
 
 
-jit_feed, jit_score, jit_decode = _jit(feed, "backend"), _jit(score, "backend"), _jit(decode, "most", "kind", "backend")
+# Those that run the model also take ``arch``, the device to compile for, and return the choices of their trace for
+# every op (see `recorded`). A profile shows them under their names: ``jit_feed``, ``jit_decode`` and so on.
+jit_feed, jit_score = (_jit(recorded(function), "backend", "arch") for function in (feed, score))
+jit_decode = _jit(recorded(decode), "most", "kind", "backend", "arch")
 jit_join, jit_join_extras, jit_copy = _jit(join), _jit(join_extras), _jit(copy)

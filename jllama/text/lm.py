@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, overload
 
-import numpy as np
 from jax.typing import DTypeLike
 
 from jllama.config import Backend, Quant
 from jllama.decode import check_prompts
 from jllama.device import bandwidth, default_device
+from jllama.engine.engine import Engine, pages_in_memory
+from jllama.engine.request import Completion, Request, SamplingSettings
 from jllama.errors import InputError
 from jllama.formats import open_source
 from jllama.formats.checkpoint import load
 from jllama.formats.source import Source
 from jllama.kernels import Choice
+from jllama.paged import pages_for
 from jllama.params import Params, unpacked, weight_bytes
 from jllama.sampling import make_sampling
-from jllama.scoring import token_logprobs
-from jllama.stream import CHUNK, Session, Timings, bucket
-from jllama.text.complete import Completion, complete
+from jllama.stream import CHUNK, MIN_CACHE, Session, Timings, bucket
+from jllama.text.complete import complete, complete_many
 from jllama.text.templates import Chat, Message, PlainChat, chat_for, chat_prompt_ids
 from jllama.text.tokenizer import Tokenizer, tokenizer_for
 
-LOGITS_BYTES = 256 << 20  # limit for the logits of one batch in `LM.score`
+SLOTS = {"cpu": 16}  # rows of an engine at a time, by platform
+SLOTS_ELSEWHERE = 64  # a GPU reads all weights for each step, so that 64 rows take little longer than one
+MIN_PAGES = 16  # smallest pool
+MEMORY = 0.9  # of the free memory, at most, is for the pages of an engine
 
 
 class Options(TypedDict, total=False):
-    """Options of text generation, all optional. The sampling settings are those of `make_sampling`."""
+    """Options of text generation, all optional. The sampling settings are those of `SamplingSettings`."""
 
     max_new_tokens: int  # 256
     temperature: float  # 0: greedy
@@ -38,6 +43,12 @@ class Options(TypedDict, total=False):
     top_p: float
     min_p: float
     repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float]  # added to the logits of tokens
+    min_tokens: int
+    bad_words: Sequence[Sequence[int]]  # sequences of tokens that must not come
+    top_logprobs: int  # how many of the likeliest tokens of every step to report
     seed: int  # 0; prompt i of several gets seed + i
     stop: str | Sequence[str]  # a completion ends before any of these texts
     ignore_eos: bool  # continue after end-of-sequence tokens
@@ -63,6 +74,9 @@ class LM:
 
     ``params`` may be replaced at any time, for example by new weights of a trainer. The cache of the last run is kept.
     If a prompt starts like the last one, only the rest of it is computed, so a conversation only computes new turns.
+
+    One prompt runs with a `Session`, which starts at once and streams. Several prompts run with an `Engine`, whose pool
+    of pages has room for what they can use, or takes 0.9 of the device's free memory if that is less.
     """
 
     params: Params
@@ -70,9 +84,10 @@ class LM:
     max_len: int  # the context: maximum number of tokens of prompt and completion together
     backend: Backend = "auto"
     chat_format: Chat = field(default_factory=PlainChat)  # how a conversation is written as ids
-    timings: Timings = field(default_factory=Timings)  # of the last batch
-    backends: dict[str, dict[str, Choice]] = field(default_factory=dict)  # the choice for every op of the last batch
+    timings: Timings = field(default_factory=Timings)  # of the last run
+    backends: dict[str, dict[str, Choice]] = field(default_factory=dict)  # the choice for every op of the last run
     _idle: Session | None = field(default=None, repr=False)  # the session of the last run, with its cache
+    _idle_engine: Engine | None = field(default=None, repr=False)  # of the last run of many prompts
 
     @classmethod
     def load(
@@ -119,25 +134,22 @@ class LM:
 
     @overload
     def generate(  # pyright: ignore[reportOverlappingOverload]  (a str is a sequence of str, too)
-        self, prompts: str, *, batch_size: int = 8, **options: Unpack[Options]
+        self, prompts: str, *, slots: int | None = None, **options: Unpack[Options]
     ) -> Completion: ...
     @overload
     def generate(
-        self, prompts: Sequence[str], *, batch_size: int = 8, **options: Unpack[Options]
+        self, prompts: Sequence[str], *, slots: int | None = None, **options: Unpack[Options]
     ) -> list[Completion]: ...
     def generate(
-        self, prompts: str | Sequence[str], *, batch_size: int = 8, **options: Unpack[Options]
+        self, prompts: str | Sequence[str], *, slots: int | None = None, **options: Unpack[Options]
     ) -> Completion | list[Completion]:
-        """The completion of a prompt, or the completions of several prompts, which run in batches of ``batch_size``."""
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if batch_size < 1:
-            raise InputError(f"batch_size: expected at least 1, found {batch_size}")
-        done: list[Completion] = []
-        for at in range(0, len(texts), batch_size):
-            batch = [Completion(self.tokenizer.encode(text)) for text in texts[at : at + batch_size]]
-            for _ in self.complete(batch, row=at, **options):
-                pass
-            done += batch
+        """The completion of a prompt, or the completions of several prompts, of which ``slots`` run at a time (default:
+        16 on a CPU, 64 on a GPU)."""
+        done = [
+            Completion(self.tokenizer.encode(text)) for text in ([prompts] if isinstance(prompts, str) else prompts)
+        ]
+        for _ in self.complete(done, slots=slots, **options):
+            pass
         return done[0] if isinstance(prompts, str) else done
 
     def stream(self, prompt: str | Sequence[Message], **options: Unpack[Options]) -> Generator[str]:
@@ -172,24 +184,23 @@ class LM:
         one = isinstance(texts, str)
         rows = [self.tokenizer.encode(text) for text in ([texts] if one else texts)]
         check_prompts(rows, self.max_len, "the context", self.params.config)
-        scores: list[Score] = []
-        while len(scores) < len(rows):
-            width = bucket(max(map(len, rows[len(scores) :])))
-            fit = max(1, LOGITS_BYTES // (4 * width * self.params.config.vocab_size))
-            scores += self._scores(rows[len(scores) : len(scores) + fit], width)
+        with self._engine([len(row) for row in rows], None) as engine:
+            asked = [row for row in rows if len(row) > 1]
+            found = iter(engine.score([row[:1] for row in asked], [row[1:] for row in asked]))
+        scores = [Score(row[1:], next(found).logprobs if len(row) > 1 else []) for row in rows]
         return scores[0] if one else scores
 
-    def _scores(self, rows: list[list[int]], width: int) -> list[Score]:
-        tokens = np.zeros((bucket(len(rows), 1), width), np.int32)  # padded, so that few shapes are compiled
-        for i, row in enumerate(rows):
-            tokens[i, : len(row)] = row
-        logprobs = np.asarray(token_logprobs(self.params, tokens, backend=self.backend))
-        return [Score(row[1:], logprobs[i, : len(row) - 1].tolist()) for i, row in enumerate(rows)]
-
     def complete(
-        self, completions: Sequence[Completion], *, row: int = 0, chat: bool = False, **options: Unpack[Options]
+        self,
+        completions: Sequence[Completion],
+        *,
+        row: int = 0,
+        slots: int | None = None,
+        chat: bool = False,
+        **options: Unpack[Options],
     ) -> Generator[tuple[int, str]]:
-        """Run one batch of completions in place, and yield ``(index, text)`` for text that can no longer change.
+        """Run completions in place, and yield ``(index, text)`` for text that can no longer change. Of several, each is
+        yielded once more when it is finished, maybe without text.
 
         Completion i has the seed ``seed + row + i``. With ``chat``, a completion also ends where an answer ends in the
         chat format. The other methods use this one.
@@ -200,33 +211,92 @@ class LM:
         stops = check_stops([stop] if isinstance(stop, str) else stop)
         if new_tokens < 1:
             raise InputError(f"max_new_tokens: expected at least 1, found {new_tokens}")
+        if slots is not None and slots < 1:
+            raise InputError(f"slots: expected at least 1, found {slots}")
         stop_ids = () if ignore_eos else self.params.config.eos_ids
         if chat:
             stops += self.chat_format.stop
             stop_ids += () if ignore_eos else self.chat_format.stop_ids(self.tokenizer)
-        sampling = make_sampling(len(completions), seed=seed + row, **settings)
-        session = self._session(len(completions))
+        one = SamplingSettings(seed=seed + row, **settings)
+        one.check(self.params.config)
+        check_prompts(
+            [c.prompt_ids for c in completions], self.max_len - 1, "one less than the context", self.params.config
+        )
+        if not completions:
+            return
+        if len(completions) > 1 or one.top_logprobs:
+            limits = [min(new_tokens, self.max_len - len(c.prompt_ids)) for c in completions]
+            requests = [
+                Request(c.prompt_ids, limit, replace(one, seed=one.seed + i), stop_ids)
+                for i, (c, limit) in enumerate(zip(completions, limits, strict=True))
+            ]
+            yield from self._complete_many(completions, requests, stops, slots)
+            return
+        settings.pop("top_logprobs", None)
+        session = self._session()
+        pieces = complete(
+            session,
+            self.tokenizer,
+            completions[0],
+            max_new_tokens=new_tokens,
+            sampling=make_sampling(1, seed=one.seed, **settings),
+            stop_ids=stop_ids,
+            stop=stops,
+        )
         try:
-            yield from complete(
-                session,
-                self.tokenizer,
-                completions,
-                max_new_tokens=new_tokens,
-                sampling=sampling,
-                stop_ids=stop_ids,
-                stop=stops,
-            )
+            for text in pieces:
+                yield 0, text
         finally:
+            pieces.close()
             self.timings, self.backends, self._idle = session.timings, session.backends, session
 
-    def _session(self, batch: int) -> Session:
+    def _complete_many(
+        self, completions: Sequence[Completion], requests: Sequence[Request], stop: Sequence[str], slots: int | None
+    ) -> Generator[tuple[int, str]]:
+        timings = Timings()
+        with self._engine([len(r.prompt) + r.max_new_tokens for r in requests], slots) as engine:
+            try:
+                yield from complete_many(
+                    engine, self.tokenizer, completions, requests, stop=[stop] * len(requests), timings=timings
+                )
+            finally:
+                self.timings, self.backends = timings, engine.backends
+
+    def _session(self) -> Session:
         """The idle session if it fits, or a new one. Two streams at the same time have separate sessions."""
         idle, self._idle = self._idle, None
         # A session is reused only with the same params: its cache is useless for another model.
-        needed = (batch, self.max_len, self.backend)
-        if idle is not None and idle.params is self.params and (idle.batch, idle.max_len, idle.backend) == needed:
+        if (
+            idle is not None
+            and idle.params is self.params
+            and (idle.max_len, idle.backend) == (self.max_len, self.backend)
+        ):
             return idle
-        return Session(self.params, self.max_len, batch, self.backend, chunk_of(self.params))
+        return Session(self.params, self.max_len, 1, self.backend, chunk_of(self.params))
+
+    @contextmanager
+    def _engine(self, lengths: Sequence[int], slots: int | None) -> Generator[Engine]:
+        """An engine for requests of these lengths, prompts and new tokens together: the idle one if it fits, or a new
+        one. Two runs at the same time have separate engines."""
+        slots = SLOTS.get(default_device().platform, SLOTS_ELSEWHERE) if slots is None else slots
+        # Few sizes, so that few shapes are compiled.
+        longest = min(bucket(max(lengths, default=1), MIN_CACHE), self.max_len)
+        pages = bucket(sum(sorted(map(pages_for, lengths))[-slots:]), MIN_PAGES)
+        engine, self._idle_engine = self._idle_engine, None
+        if engine is None or not _serves(engine, self, slots, longest, pages):
+            del engine  # its pages are free before the new ones are made
+            pages = min(pages, pages_in_memory(self.params, MEMORY))
+            engine = Engine(self.params, slots=slots, pages=pages, max_len=max(longest, 2), backend=self.backend)
+        try:
+            yield engine
+        finally:
+            self._idle_engine = engine
+
+
+def _serves(engine: Engine, lm: LM, slots: int, longest: int, pages: int) -> bool:
+    """Whether an engine does for such requests of a model."""
+    same = engine.params is lm.params and engine.backend == lm.backend and engine.slots == slots
+    return same and engine.max_len >= longest and engine.statistics.pages >= pages
 
 
 def chunk_of(params: Params) -> int:

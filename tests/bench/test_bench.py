@@ -117,6 +117,8 @@ def test_the_work_of_operations() -> None:
     assert opcases.work(cases["ffn"]).flops == 2 * 3 * 1024 * 4096 * 11008
     assert opcases.work(cases["attention"]).flops == 4 * 32 * 128 * 1024 * 1025 / 2
     assert opcases.work(cases["decode-attention"]).bytes == 2 * 32 * 128 * (2 * 1024 + 2)
+    assert opcases.work(cases["draw"]) == roofline.Work(4.0 * (1024 + 1 + 1), 0.0)
+    assert opcases.work(cases["paged-decode-attention"]) == opcases.work(cases["decode-attention"])
     assert opcases.unfused_bytes(cases["attention"]) == 4 * 32 * 1024 * 1024
     assert opcases.unfused_bytes(cases["ffn"]) == 2 * 2 * 1024 * 11008
     layer = opcases.work(cases["layer"]).flops
@@ -295,7 +297,7 @@ def test_ops_check_and_time_and_place_on_the_roofline(tmp_path: Path, capsys: py
         "--seq",
         "16",
         "--op",
-        "attention,decode-attention,ffn,layer,matmul:1",
+        "attention,decode-attention,paged-decode-attention,ffn,layer,matmul:1,draw:512",
         "--warmup",
         "1",
         "--iterations",
@@ -308,7 +310,8 @@ def test_ops_check_and_time_and_place_on_the_roofline(tmp_path: Path, capsys: py
     assert end.value.code == 0
     rows = list(record.read(tmp_path))
     done = {r["case"]: r for r in rows if r["value"] is not None}
-    assert {"attention-prefill", "decode-attention", "ffn", "layer", "matmul-qkv"} <= set(done)
+    named = {"attention-prefill", "decode-attention", "paged-decode-attention", "ffn", "layer", "matmul-qkv", "draw"}
+    assert named <= set(done)
     for r in done.values():
         assert r["impl"] == "xla"
         assert r["error_vs_reference"] < r["tolerance"]

@@ -157,7 +157,7 @@ def test_other_weights_still_tell_a_story(run, flags: list[str]) -> None:
         (["--echo", "--jsonl"], ["--echo: expected without --json and --jsonl"]),
         (["--samples", "2"], ["--samples: expected --temp above 0"]),
         (["--samples", "0"], ["--samples: expected at least 1, found 0"]),
-        (["--batch-size", "0"], ["--batch-size: expected at least 1, found 0"]),
+        (["--batch-size", "0"], ["--slots: expected at least 1, found 0"]),
         (["--prompt-format", "jsonl"], ["--prompt-format: expected --prompt-file with it"]),
         (["-p", "one", "two"], ["--prompt", "one of"]),
         (["-p", "word " * 600], ["511", "found"]),

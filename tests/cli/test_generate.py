@@ -118,3 +118,33 @@ def test_a_bar_shows_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     bar.add(2)
     bar.close()
     assert "4 [" in screen.getvalue()
+
+
+def test_penalties_and_biases_are_the_same_for_one_prompt_and_for_many(prompts: str, run, refused) -> None:
+    flags = ("-n", "8", "-q", "--jsonl", "--presence-penalty", "0.5")
+    free = json.loads(run("-p", PROMPTS[0], *flags)[0])["ids"]
+    flags += ("--logit-bias", f"{free[2]}=-inf", "--logit-bias", "300=0.5")
+    lines = [json.loads(line) for line in run("--prompt-file", prompts, *flags)[0].splitlines()]
+    one = json.loads(run("-p", PROMPTS[0], *flags)[0])
+    assert one["ids"] == lines[0]["ids"] != free
+    assert all(free[2] not in line["ids"] for line in lines)
+    for bad, line in (
+        ("--logit-bias=x=1", "--logit-bias: expected ID=BIAS, a token's id and a number, found 'x=1'"),
+        ("--logit-bias=5=nan", "--logit-bias: expected ID=BIAS, a token's id and a number, found '5=nan'"),
+        ("--frequency-penalty=inf", "--frequency-penalty: expected a number (0: off), found inf"),
+        ("--slots=0", "--slots: expected at least 1, found 0"),
+    ):
+        assert line in refused("-p", "a", bad)
+
+
+def test_stop_texts_end_each_of_many_completions(prompts: str, run) -> None:
+    flags = ("-n", "30", "-q", "--jsonl", "--logprobs")
+    free = [json.loads(line) for line in run("--prompt-file", prompts, *flags)[0].splitlines()]
+    stop = free[0]["text"].split()[4]
+    assert stop in free[0]["text"]
+    for whole, line in zip(free, run("--prompt-file", prompts, *flags, "--stop", stop)[0].splitlines(), strict=True):
+        found = json.loads(line)
+        assert found["text"] == whole["text"].split(stop)[0]
+        assert found["finish_reason"] == ("stop" if stop in whole["text"] else whole["finish_reason"])
+        assert found["ids"] == whole["ids"][: len(found["ids"])]
+        assert len(found["logprobs"]) == len(found["ids"])

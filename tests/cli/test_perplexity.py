@@ -39,11 +39,12 @@ def test_it_is_what_the_definition_says(window: int, stride: int | None) -> None
     ids = prompt(50)
     windows = cut(ids, window, stride)
     assert sum(w.counted for w in windows) == len(ids)
-    for batch in (1, 3, None):
-        result = measure(model(), windows, CONFIG.bos_id, batch=batch)
-        assert result.mean_nll == pytest.approx(direct(ids, window, stride), rel=1e-5)
-        assert result.perplexity == pytest.approx(math.exp(result.mean_nll))
-        assert (result.tokens, result.windows) == (50, len(windows))
+    finished: list[int] = []
+    result = measure(model(), windows, CONFIG.bos_id, slots=3, progress=finished.append)
+    assert result.mean_nll == pytest.approx(direct(ids, window, stride), rel=1e-5)
+    assert result.perplexity == pytest.approx(math.exp(result.mean_nll))
+    assert (result.tokens, result.windows) == (50, len(windows))
+    assert sum(finished) == len(windows)
 
 
 def test_windows_are_cut_as_asked() -> None:
@@ -120,7 +121,7 @@ def test_the_command(files: tuple[Path, Path], capsys: pytest.CaptureFixture[str
         (["--window", "1"], "--window: expected 2 to 64"),
         (["--window", "9", "--stride", "9"], "--stride: expected 1 to 8"),
         (["--windows", "0"], "--windows: expected at least 1"),
-        (["--batch-size", "-1"], "--batch-size: expected at least 1"),
+        (["--batch-size", "-1"], "--slots: expected at least 1"),
         (["--text", "nowhere.txt"], "nowhere.txt: cannot be read: No such file"),
     ],
 )

@@ -14,7 +14,7 @@ from jllama.decode import generate, jit_decode_chunk, jit_prefill, jit_sample_fi
 from jllama.errors import InputError
 from jllama.model import forward
 from jllama.params import Params, stack, unstack
-from jllama.sampling import make_sampling
+from jllama.sampling import History, make_sampling
 from jllama.stream import Session, pad
 
 LENGTHS = (3, 17, 9, 1)
@@ -116,6 +116,13 @@ SETTINGS = {
     "greedy": {},
     "sampled": dict(temperature=(0.0, 0.8, 1.2, 1.0), top_k=(0, 0, 20, 0), top_p=(1.0, 0.9, 1.0, 0.8), seed=7),
     "penalty": dict(repetition_penalty=(1.0, 1.5, 1.0, 5.0)),
+    "further": dict(
+        presence_penalty=(1.5, 0.0, 0.0, 0.0),
+        frequency_penalty=(0.0, 0.7, 0.0, 0.0),
+        min_tokens=(0, 0, 9, 0),
+        logit_bias=[{}, {}, {}, {11: 4.0, 12: float("-inf")}],
+        bad_words=[[14], [20, 14]],
+    ),
 }
 
 
@@ -157,6 +164,17 @@ def test_a_stream_closed_early_leaves_a_session_that_goes_on_rightly() -> None:
     assert session.timings.prompt_tokens == 2  # 33, and the last one drawn, which was not in the cache
 
 
+def test_the_first_token_does_not_wait_for_the_program_of_the_next_chunk() -> None:
+    session, launched = Session(tiny.model(), max_len=64, chunk=4), []
+    for _ in range(2):
+        run = session.run([tiny.prompt(9)], 8)
+        next(run)
+        launched.append("decode" in session.backends)
+        next(run)
+        assert "decode" in session.backends
+    assert launched == [False, True]  # the second run finds the program, and launches before it reads
+
+
 def test_the_cache_grows_with_need_and_not_to_the_context_at_once() -> None:
     session, prompt = Session(tiny.model(), max_len=200), tiny.prompt(9)
     answer = collect(session, [prompt], 8)[0]
@@ -182,7 +200,7 @@ def test_what_is_handed_over_is_donated() -> None:
     before, given = jnp.zeros((4, 96)), init_cache(tiny.CONFIG, 4, 64, jnp.float32)
     (logits, cache), _ = jit_prefill(params, tokens, lengths, before, given)
     limit, stops = jnp.full(4, 9), jnp.asarray(stop_table(4, ()))
-    (state, _), _ = jit_sample_first(logits, cache, make_sampling(4), limit, stops, jnp.zeros((4, 96), bool))
+    (state, _), _ = jit_sample_first(logits, cache, make_sampling(4), limit, stops, History(jnp.zeros((4, 96), bool)))
     (last, _), _ = jit_decode_chunk(params, state, steps=2)
     for gone in (given, cache, state):
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(gone))

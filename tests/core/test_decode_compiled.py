@@ -29,7 +29,7 @@ from jllama.decode import (
     sample_first,
 )
 from jllama.params import Params
-from jllama.sampling import make_sampling
+from jllama.sampling import History, make_sampling
 from jllama.stream import CHUNK, MIN_BUCKET, MIN_CACHE, PREFILL_PIECE, Session
 from pallas_kernels import OPS
 
@@ -43,7 +43,9 @@ def long_state() -> DecodeState:
     def make() -> DecodeState:
         cache = init_cache(LONG, 1, LONG.max_seq_len, jnp.float32)
         stops = jnp.zeros((1, 4), jnp.int32)
-        return sample_first(jnp.zeros((1, LONG.vocab_size)), cache, make_sampling(1), jnp.full(1, 99), stops, None)[0]
+        return sample_first(
+            jnp.zeros((1, LONG.vocab_size)), cache, make_sampling(1), jnp.full(1, 99), stops, History()
+        )[0]
 
     return jax.eval_shape(make)
 
@@ -76,7 +78,7 @@ def test_the_choice_of_a_platform_makes_no_copy_of_the_cache(monkeypatch: pytest
 
 def test_the_first_draw_makes_no_copy_of_the_cache() -> None:
     state = long_state()
-    rest = make_sampling(1), jnp.full(1, 99), jnp.zeros((1, 4), jnp.int32), None
+    rest = make_sampling(1), jnp.full(1, 99), jnp.zeros((1, 4), jnp.int32), History()
     assert_in_place(jit_sample_first.lower(jnp.zeros((1, LONG.vocab_size)), state.cache, *rest).compile())
 
 
@@ -90,6 +92,20 @@ def _freezes_finished_rows(params: Params, state: DecodeState, *, steps: int) ->
         return new.replace(cache=new.cache.replace(k=k)), drawn
 
     return lax.scan(step, state, length=steps)
+
+
+def test_settings_that_are_off_cost_nothing() -> None:
+    """A greedy chunk is the same program whether or not they are given, and carries no array for them."""
+    off = dict(presence_penalty=0.0, frequency_penalty=0.0, min_tokens=0, logit_bias={}, bad_words=())
+
+    def lowered(**settings: object) -> str:
+        state = long_state().replace(sampling=make_sampling(1, **settings))
+        assert jax.tree.leaves(state.history) == []
+        return jax.jit(decode_chunk, static_argnames="steps").lower(tiny.model(config=LONG), state, steps=2).as_text()
+
+    plain = lowered()
+    assert lowered(**off) == plain
+    assert lowered(logit_bias={5: 1.0}) != plain
 
 
 @pytest.mark.parametrize(

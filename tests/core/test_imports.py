@@ -38,7 +38,6 @@ PURE = tuple(
         "params",
         "rope",
         "sampling",
-        "scoring",
         "step",
     ]
 )
@@ -60,7 +59,7 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("jllama/generate.py", ("jllama.cli",)),
     # From the core outwards.
     ("jllama/formats/*", (*CORE, "jllama.formats")),
-    ("jllama/text/*", (*CORE, "jllama.formats", "jllama.text")),
+    ("jllama/text/*", (*CORE, "jllama.formats", "jllama.engine", "jllama.text")),
     # The scheduler and the page tables know no tensors.
     ("jllama/engine/pages.py", ("jllama.errors",)),
     ("jllama/engine/scheduler.py", ("jllama.errors", "jllama.engine.pages")),

@@ -9,7 +9,6 @@ import pytest
 
 import jllama
 from jllama import LM, InputError
-from jllama.text import lm as lm_module
 from jllama.text.templates import PlainChat
 
 PROMPTS = ["Once upon a time,", "Tom", "One day, a girl named Lily went to the"]
@@ -23,7 +22,7 @@ def demo() -> LM:
 def test_several_prompts_give_what_each_gives_alone_whatever_the_batch() -> None:
     warm = dict(max_new_tokens=12, temperature=0.9, top_p=0.95)
     together = demo().generate(PROMPTS, seed=3, **warm)
-    pairs = demo().generate(PROMPTS, seed=3, batch_size=2, **warm)
+    pairs = demo().generate(PROMPTS, seed=3, slots=2, **warm)
     alone = [demo().generate(text, seed=3 + i, **warm) for i, text in enumerate(PROMPTS)]
     assert [c.ids for c in together] == [c.ids for c in pairs] == [c.ids for c in alone]
     for completion in together:
@@ -89,11 +88,10 @@ def test_messages_that_are_none_are_refused(messages: list[dict[str, str]]) -> N
         demo().prompt_ids(messages)
 
 
-def test_scores_are_the_forwards_own_however_texts_are_batched(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_are_the_forwards_own_also_one_by_one() -> None:
     texts = ["The cat sat on the mat.", "Mat the on.", "A", "One day, a girl named Lily went to the park with her mom."]
     together = demo().score(texts)
-    monkeypatch.setattr(lm_module, "LOGITS_BYTES", 1)  # one at a time
-    for text, score, alone in zip(texts, together, demo().score(texts), strict=True):
+    for text, score, alone in zip(texts, together, map(demo().score, texts), strict=True):
         ids = demo().tokenizer.encode(text)
         logits = jax.nn.log_softmax(jllama.forward(demo().params, jnp.asarray([ids]))[0][0])
         expected = [logits[i, token] for i, token in enumerate(ids[1:])]
@@ -138,7 +136,35 @@ def test_load_quantises_and_sets_the_context() -> None:
 def test_bad_options_are_one_line() -> None:
     with pytest.raises(InputError, match="max_new_tokens: expected at least 1, found 0"):
         demo().generate("a", max_new_tokens=0)
-    with pytest.raises(InputError, match="batch_size: expected at least 1, found 0"):
-        demo().generate(["a"], batch_size=0)
+    with pytest.raises(InputError, match="slots: expected at least 1, found 0"):
+        demo().generate(["a"], slots=0)
     with pytest.raises(TypeError, match="temprature"):
         demo().generate("a", temprature=1.0)
+
+
+def test_a_pool_is_as_large_as_the_requests_of_a_call_and_is_kept() -> None:
+    lm = LM(demo().params, demo().tokenizer, demo().max_len)
+    lm.generate(PROMPTS, max_new_tokens=4)
+    first = lm._idle_engine
+    assert first is not None
+    assert first.statistics.pages == 16
+    assert lm.timings.new_tokens == 12
+    assert lm.timings.prompt_tokens == sum(len(lm.tokenizer.encode(text)) for text in PROMPTS)
+    assert lm.backends.keys() == {"prefill", "decode"}
+    lm.generate(PROMPTS, max_new_tokens=4)
+    assert lm._idle_engine is first
+    pieces = lm.complete([jllama.Completion(lm.tokenizer.encode(text)) for text in PROMPTS], max_new_tokens=40)
+    next(pieces)
+    assert lm._idle_engine is None  # another run would have its own
+    pieces.close()
+    assert lm._idle_engine is first
+    assert not first.busy
+
+
+def test_top_log_probabilities_of_one_prompt_and_of_several() -> None:
+    several = demo().generate(PROMPTS, max_new_tokens=4, top_logprobs=3)
+    for text, completion in zip(PROMPTS, several, strict=True):
+        assert demo().generate(text, max_new_tokens=4, top_logprobs=3).ids == completion.ids
+        for token, logprob, top in zip(completion.ids, completion.logprobs, completion.top_logprobs, strict=True):
+            assert len(top) == 3
+            np.testing.assert_allclose(top[token], logprob, atol=1e-4)

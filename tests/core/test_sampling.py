@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from np_sampler import np_sampler
 
 from jllama.errors import InputError
-from jllama.sampling import Sampling, make_sampling, sample
+from jllama.sampling import History, Sampling, adjust, make_sampling, sample
 from pallas_kernels.draw import pick, truncate
 
 ROWS, VOCAB = 4, 50  # fixed, so that the properties below compile once for every set of settings
@@ -89,7 +89,7 @@ def drawn(logits: jax.Array, sampling: Any, seen: jax.Array | None, *, draws: in
     """[B, V]: how often each token was drawn in ``draws`` steps."""
 
     def step(counts: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
-        token, _ = sample(logits, sampling, jnp.full(logits.shape[0], i), seen)
+        token, _ = sample(logits, sampling, jnp.full(logits.shape[0], i), History(seen))
         return counts.at[jnp.arange(logits.shape[0]), token].add(1), None
 
     return jax.lax.scan(step, jnp.zeros(logits.shape, jnp.int32), jnp.arange(draws))[0]
@@ -209,7 +209,7 @@ def test_all_greedy_rows_need_no_random_numbers_nor_cuts() -> None:
 def test_logprobs_are_the_models_own_whatever_the_settings() -> None:
     exact = LOGITS - np.log(np.exp(LOGITS.astype(np.float64)).sum(-1, keepdims=True))
     for own in DISTRIBUTIONS.values():
-        token, logprob = jit_sample(LOGITS, make_sampling(ROWS, **own), jnp.zeros(ROWS, jnp.int32), SEEN)
+        token, logprob = jit_sample(LOGITS, make_sampling(ROWS, **own), jnp.zeros(ROWS, jnp.int32), History(SEEN))
         np.testing.assert_allclose(logprob, exact[np.arange(ROWS), token], atol=1e-5)
 
 
@@ -235,6 +235,9 @@ def test_nan_logits_show_in_the_logprob() -> None:
         ("min_p", -0.1, "a number from 0 to below 1"),
         ("min_p", 1.0, "a number from 0 to below 1"),
         ("repetition_penalty", 0.0, "a number above 0"),
+        ("presence_penalty", float("inf"), "a number"),
+        ("frequency_penalty", float("nan"), "a number"),
+        ("min_tokens", -1, "a whole number of at least 0"),
     ],
 )
 def test_an_invalid_setting_is_one_line_that_says_what_was_expected(name: str, value: float, expected: str) -> None:
@@ -270,6 +273,23 @@ def test_settings_and_seeds_may_be_traced() -> None:
     assert (alone.top_k, alone.top_p, alone.repetition_penalty) == (None,) * 3
     with pytest.raises(InputError, match=r"top_k: expected one value or 4 \(one a row\), found 3"):
         jax.eval_shape(lambda k: make_sampling(ROWS, temperature=1.0, top_k=k), jnp.zeros(3, jnp.int32))
+
+
+def test_biases_and_bad_words_are_checked() -> None:
+    for bad, message in (
+        (dict(logit_bias={-1: 1.0}), "logit_bias: expected token ids of at least 0, found -1"),
+        (dict(logit_bias={3: float("nan")}), "logit_bias: token 3: expected a number, found nan"),
+        (dict(logit_bias=[{3: 1.0}]), r"logit_bias: expected one for all or 2 \(one a row\), found 1"),
+        (dict(bad_words=[[]]), "bad_words: expected sequences of at least 1 token, found an empty one"),
+    ):
+        with pytest.raises(InputError, match=message):
+            make_sampling(2, **bad)
+    made = make_sampling(2, logit_bias=[{3: 1.0}, {}], bad_words=[[4], [5, 6]])
+    logits = jnp.zeros((2, 10))
+    recent = History(recent=jnp.asarray([[-1, 1, 5], [-1, -1, 2]]))
+    found = adjust(logits, made, jnp.zeros(2, jnp.int32), recent, None)
+    np.testing.assert_array_equal(found[0], [0, 0, 0, 1, -np.inf, 0, -np.inf, 0, 0, 0])
+    np.testing.assert_array_equal(found[1], [0, 0, 0, 0, -np.inf, 0, 0, 0, 0, 0])
 
 
 def test_concrete_arrays_are_checked_like_numbers() -> None:

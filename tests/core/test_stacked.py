@@ -22,7 +22,7 @@ from jllama.errors import InputError
 from jllama.formats.checkpoint import load, save
 from jllama.model import forward
 from jllama.params import Params, init, stack, unstack
-from jllama.sampling import make_sampling
+from jllama.sampling import History, make_sampling
 from jllama.step import runs_whole, whole_step
 from jllama.stream import Session
 from pallas_kernels import Choice, LayerView, materialize, record
@@ -135,7 +135,7 @@ def state_of(params: Params, batch: int, max_len: int, **sampling: Any) -> Decod
         config = params.config
         cache = init_cache(config, batch, max_len, params.dtype, stacked=True)
         logits, stops = jnp.zeros((batch, config.vocab_size)), jnp.zeros((batch, 4), jnp.int32)
-        return sample_first(logits, cache, make_sampling(batch, **sampling), jnp.full(batch, 99), stops, None)[0]
+        return sample_first(logits, cache, make_sampling(batch, **sampling), jnp.full(batch, 99), stops, History())[0]
 
     return jax.eval_shape(make)
 
@@ -223,9 +223,8 @@ def test_steps_through_the_interpreted_kernel(monkeypatch: pytest.MonkeyPatch) -
     prompt = jnp.asarray([tiny.prompt(12), tiny.prompt(12, 1)]) % SMALL.vocab_size
     logits, cache = prefill(params, prompt, jnp.asarray([12, 5]), jnp.zeros((2, 128)), cache, backend="xla")
     stops = jnp.full((2, 4), -1, jnp.int32)
-    state, _ = sample_first(
-        logits, cache, make_sampling(2), jnp.asarray([3, 2]), stops, None
-    )  # the second row ends first
+    limits = jnp.asarray([3, 2])  # the second row ends first
+    state, _ = sample_first(logits, cache, make_sampling(2), limits, stops, History())
     stacked = state.replace(cache=cache.replace(k=jnp.stack(cache.k), v=jnp.stack(cache.v)))
     wanted, drawn = decode_chunk(params, state, steps=3, backend="xla")
 

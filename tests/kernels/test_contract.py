@@ -72,6 +72,11 @@ def example(name: str) -> tuple[Op, tuple[Any, ...], dict[str, Any]]:
         "matmul-int4": (OPS["matmul"], (x, quantize(normal(16, 32), "int4", group=32)), {}),
         "qkv": (OPS["qkv"], (x, normal(64, 32), *cache, jnp.cos(cos), jnp.sin(cos)), {}),
         "attention": (OPS["attention"], (normal(2, 2, 4, 8), *cache), {}),
+        "paged_attention": (
+            OPS["paged_attention"],
+            (normal(2, 2, 4, 8), *normal(2, 3, 5, 2, 8, 8), jnp.asarray([[4, 0], [2, 1]]), start),
+            dict(layer=1),
+        ),
         "ffn": (OPS["ffn"], (x, normal(32), normal(96, 32), normal(32, 48)), eps),
         "draw": (OPS["draw"], (normal(2, 64), jnp.asarray([0.3, 0.7])), dict(temperature=jnp.ones(2))),
     }[name]
@@ -89,7 +94,7 @@ def total(tree: Any) -> jax.Array:
     return sum((jnp.sum(jnp.sin(a.astype(jnp.float32))) for a in floats), jnp.float32(0))
 
 
-EXAMPLES = ("rms_norm", "matmul", "matmul-int8", "matmul-int4", "qkv", "attention", "ffn", "draw")
+EXAMPLES = ("rms_norm", "matmul", "matmul-int8", "matmul-int4", "qkv", "attention", "paged_attention", "ffn", "draw")
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

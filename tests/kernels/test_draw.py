@@ -112,12 +112,26 @@ def test_which_vocabularies_fit() -> None:
     assert [split_row(vocab) for vocab in (96, 32001, 64 * 5 * 128 + 128, 128256)] == [None] * 4
     for backend in ("auto", "pallas"):
         choice = draw.choose(backend, jnp.zeros((1, 96)), jnp.zeros(1), temperature=jnp.ones(1))
-        assert (choice.impl, choice.why[:27]) == ("xla", "a vocabulary of 96 cannot b")
+        assert (choice.impl, choice.why[:34]) == ("xla", "a vocabulary of 96: the kernel hol")
+        choice = draw.choose(backend, jnp.zeros((1, 128256)), jnp.zeros(1), temperature=jnp.ones(1))
+        assert choice.why.endswith("64 numbers a thread, 40960 at most; XLA draws from any")
         choice = draw.choose(backend, jnp.zeros((1, 512)), None, temperature=None)
         assert (choice.impl, choice.why[:6]) == ("xla", "greedy")
     on_h200 = jax.sharding.use_abstract_mesh(H200)
     with on_h200, pytest.raises(Unsupported, match="draw: logits must be float32, found bfloat16"):
         draw(jnp.zeros((1, 512), jnp.bfloat16), jnp.zeros(1), temperature=jnp.ones(1), backend="pallas")
+
+
+@pytest.mark.parametrize("vocab", [49_152, 128_256, 262_144])
+def test_the_reference_draws_from_large_vocabularies(vocab: int) -> None:
+    """In a large vocabulary, sums of rounded masses still find the token that a float64 sampler draws."""
+    logits, u, given = arguments("all", vocab, spread=3.0)
+    u = u.at[3].set(1 - 2.0**-23)  # the end of the vocabulary
+    token, logprob = draw(logits, u, **given)
+    assert_near(np.asarray(token), np.asarray(logits), np.asarray(u), given)
+    exact = np.asarray(logits, np.float64)
+    total = np.log(np.exp(exact).sum(1))
+    np.testing.assert_allclose(logprob, exact[np.arange(ROWS), np.asarray(token)] - total, atol=1e-4)
 
 
 # Compiled, on a Hopper GPU

@@ -10,6 +10,7 @@ import numpy as np
 
 from pallas_kernels import QuantizedTensor, dequantize, quantize
 from pallas_kernels.decode_step import StepWeights, decode_step_reference
+from pallas_kernels.paged_attention import PAGE, gather
 
 EPS = 1e-5
 ON_GPU = {"bf16": {}, "int8": dict(fmt="int8"), "int4-g128": dict(fmt="int4", group=128)}
@@ -53,7 +54,36 @@ def rotations(start: jax.Array, queries: int, D: int) -> tuple[jax.Array, jax.Ar
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def exact(args: tuple) -> tuple:
+def in_pages(args: tuple, table: np.ndarray, pages: int, seed: int = 9) -> tuple[tuple, tuple, jax.Array]:
+    """A step over a contiguous cache, and the same step over pages with random content, with its table. An entry past
+    the last page means that there is no page; the contiguous cache has the last page's content there, as
+    `paged_attention.gather` reads it. Pages that nobody can read are NaN."""
+    x, weights, k, _, *rest = args
+    L, _, kv_heads, _, D = k.shape
+    keys = jax.random.split(jax.random.key(seed))
+    readable = np.isin(np.arange(pages), [*np.unique(table), pages - 1])[:, None, None, None]
+    shape = L, pages, kv_heads, PAGE, D
+    pools = [jnp.where(readable, jax.random.normal(key, shape), jnp.nan).astype(k.dtype) for key in keys]
+    listed = jnp.asarray(table, jnp.int32)
+    rows = [jnp.stack([gather(pool, listed, i) for i in range(L)]) for pool in pools]
+    return (x, weights, *rows, *rest), (x, weights, *pools, *rest), listed
+
+
+def compare_pages(paged: tuple, contiguous: tuple, args: tuple, table: np.ndarray) -> None:
+    """Check that a step over pages (``args``) gave, bit for bit, what the one over a contiguous cache gave, and wrote
+    the new keys and values to their pages and nowhere else."""
+    np.testing.assert_array_equal(paged[0], contiguous[0])
+    start, queries = np.asarray(args[4]), args[0].shape[1]
+    for found, before, rows in zip(paged[1:], args[2:4], contiguous[1:], strict=True):
+        wanted, rows = np.array(before, np.float32), np.asarray(rows, np.float32)
+        for row, first in enumerate(start):
+            for at in range(first, first + queries):
+                if at // PAGE < table.shape[1] and (page := table[row, at // PAGE]) < wanted.shape[1]:
+                    wanted[:, page, :, at % PAGE] = rows[:, row, :, at]
+        np.testing.assert_array_equal(np.asarray(found, np.float32), wanted)
+
+
+def exact(args: tuple, table: jax.Array | None = None) -> tuple:
     """The reference in float32, with dequantised weights."""
 
     def widen(a: Any) -> Any:
@@ -62,7 +92,7 @@ def exact(args: tuple) -> tuple:
         return a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a
 
     wide = jax.tree.map(widen, args, is_leaf=lambda a: isinstance(a, QuantizedTensor))
-    return jax.jit(functools.partial(decode_step_reference, eps=EPS))(*wide)
+    return jax.jit(functools.partial(decode_step_reference, eps=EPS))(*wide, table=table)
 
 
 def error(a: Any, reference: Any) -> float:

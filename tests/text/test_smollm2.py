@@ -13,6 +13,7 @@ from smollm2 import needs_smollm2
 from strings import strings
 
 import jllama
+from jllama.engine.tuning import Tuning
 from jllama.formats import open_source
 from jllama.formats.bpe import PRE_TOKENIZERS, BpeVocabulary
 from jllama.formats.source import Source
@@ -110,3 +111,22 @@ def test_it_answers(source: Source, params: jllama.Params, tokenizer: Tokenizer)
     ids = chat_prompt_ids([{"role": "user", "content": "What is the capital of France?"}], tokenizer, chat)
     out = jllama.generate(params, jnp.asarray([ids]), max_new_tokens=16)
     assert "Paris" in tokenizer.decode(np.asarray(out.tokens[0]).tolist())
+
+
+def test_the_engine_gives_what_generate_gives_alone(params: jllama.Params, tokenizer: Tokenizer) -> None:
+    """Greedy ids are equal up to a choice whose two largest logits are closer than rounding."""
+    prompts = [tokenizer.encode(text) for text in ("The capital of France is", "2 + 2 =", "Once upon a time, a fox")]
+    tuning = Tuning(piece=16, steps=(4, 4), rows=(4,), pieces=(4,))  # one program to feed, and one to decode
+    engine = jllama.Engine(params, slots=4, pages=4, max_len=32, budget=64, tuning=tuning)
+    found = engine.generate(prompts, max_new_tokens=8, stop_ids=())
+    for prompt, completion in zip(prompts, found, strict=True):
+        padded = np.zeros((1, 16), np.int32)
+        padded[0, : len(prompt)] = prompt
+        lengths = np.asarray([len(prompt)], np.int32)
+        alone = jllama.generate(params, padded, max_new_tokens=8, lengths=lengths, stop_ids=(), top_logprobs=2)
+        assert alone.top is not None
+        gaps = np.asarray(alone.top[1][0, :, 0] - alone.top[1][0, :, 1])
+        sure = int(np.argmax(np.append(gaps < 1e-3, True)))
+        assert sure > 3
+        assert completion.ids[:sure] == alone.tokens[0, :sure].tolist()
+        np.testing.assert_allclose(completion.logprobs[:sure], alone.logprobs[0, :sure], atol=1e-3)

@@ -1,8 +1,9 @@
 """Decode attention on Hopper: a few queries a row against a long cache. The bytes of the cache bound it.
 
-The queries that share a key head are rows of one product, so the cache is read once. The keys of a row are split over
-blocks, so that every SM reads. Each block writes the attention over its split and the logarithm of its softmax sum.
-The splits are joined in the order of the keys, so the result does not depend on which block finished first.
+The queries that share a key head are rows of one product, so the cache is read once. Where rows and key heads are too
+few to fill the multiprocessors, the keys of a row are split over blocks. Then each block writes the attention over its
+split and the logarithm of its softmax sum, and the splits are joined in the order of the keys, so the result does not
+depend on which block finished first. The keys lie in rows of their own or in pages: see `cache`.
 """
 
 import functools
@@ -18,12 +19,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ...arch import planned
 from ...dispatch import Unsupported
-from ...layer_view import LayerView, as_stacked
+from ...layer_view import LayerView
 from ..common.online_softmax import QUERY_TILE, KeyValueTile, attend_tiles, empty_softmax, mask_after
-from ..common.tiles import pad_rows, pad_rows_unless_short, swizzled
+from ..common.tiles import pad_rows_unless_short, swizzled
 from . import prefill
+from .cache import Cache, Ref
 
-Ref = Any  # Pallas has no public type for a reference
 FUSED_SPLITS = 16  # more splits than this are joined by reductions
 
 
@@ -42,14 +43,26 @@ TILES = {64: DecodeTiles(stages=5), 128: DecodeTiles()}  # by head_dim
 def check(q: jax.Array, k: jax.Array | LayerView, v: jax.Array | LayerView, start: jax.Array) -> None:
     """Raise `Unsupported` where `flash_decode` cannot run these arguments."""
     prefill.check(q, k, v, start)
-    rows = q.shape[1] * q.shape[2] // k.shape[1]
-    if rows > QUERY_TILE:
+    if (rows := _query_rows(q.shape[1], q.shape[2] // k.shape[1])) > QUERY_TILE:
         raise Unsupported(
-            f"at most {QUERY_TILE} query rows a key head (queries times heads that share it), found {rows}"
+            f"at most {QUERY_TILE} query rows a key head (queries times heads that share it, "
+            f"these in whole eights), found {rows}"
         )
 
 
-# A jit of its own: all layers of a model share one lowering and one compiled kernel.
+def check_paged(q: jax.Array, k: jax.Array, v: jax.Array, table: jax.Array, start: jax.Array, *, layer: Any) -> None:
+    """Raise `Unsupported` where `flash_decode_paged` cannot run these arguments."""
+    prefill.check_paged(q, k, v, table, start, layer=layer)
+    check(q, LayerView(k, layer), LayerView(v, layer), start)
+
+
+def _query_rows(queries: int, group: int) -> int:
+    """Rows of the query tile in use. The heads that share a key head begin a new eight for every query, so that one
+    copy brings them and one takes them back."""
+    return queries * pl.cdiv(group, 8) * 8
+
+
+# Jits of their own: all layers of a model share one lowering and one compiled kernel.
 @functools.partial(jax.jit, static_argnames=("tiles", "interpret"))
 def flash_decode(
     q: jax.Array,
@@ -61,18 +74,46 @@ def flash_decode(
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> jax.Array:
     """q [B, T, heads, D], k and v [B, kv_heads, S, D], start [B] -> [B, T, heads, D]; see `attention_reference`."""
+    return _attend(q, Cache.contiguous(k, v), start, tiles or TILES[q.shape[3]], interpret)
+
+
+@functools.partial(jax.jit, static_argnames=("tiles", "interpret"))
+def flash_decode_paged(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    table: jax.Array,
+    start: jax.Array,
+    *,
+    layer: jax.Array | int,
+    tiles: DecodeTiles | None = None,
+    interpret: plgpu.InterpretGPUParams | None = None,
+) -> jax.Array:
+    """q [B, T, heads, D], k and v [layers, pages, kv_heads, size, D], table [B, P], start [B] -> [B, T, heads, D]; see
+    `paged_attention_reference`."""
+    return _attend(q, Cache.paged(k, v, table, layer), start, tiles or TILES[q.shape[3]], interpret)
+
+
+def _attend(
+    q: jax.Array, cache: Cache, start: jax.Array, tiles: DecodeTiles, interpret: plgpu.InterpretGPUParams | None
+) -> jax.Array:
     B, T, heads, D = q.shape
-    kv_heads = k.shape[1]
+    kv_heads = cache.k.shape[2]
     group = heads // kv_heads
-    tiles = tiles or TILES[D]
-    rows = q.reshape(B, T, kv_heads, group, D).swapaxes(1, 2).reshape(B, kv_heads, T * group, D)
-    outputs, logs = attend_splits(rows, k, v, start, queries=T, tiles=tiles, interpret=interpret)
-    out = join(outputs[:, :, :, : T * group], logs[:, :, :, : T * group, None])
-    return out.astype(q.dtype).reshape(B, kv_heads, T, group, D).swapaxes(1, 2).reshape(B, T, heads, D)
+    q = pad_rows_unless_short(q.reshape(B, T, kv_heads, group, D), 3)
+    splits = max(1, min((tiles.blocks or planned().sms) // (B * kv_heads), pl.cdiv(cache.positions, tiles.keys)))
+    found = attend_splits(q, cache, start, splits=splits, tiles=tiles, interpret=interpret)
+    if splits == 1:
+        out = found[0]  # [B, T, kv_heads, rows, D]
+    else:
+        outputs, logs = found
+        logs = logs[:, :, :, : _query_rows(T, group)].reshape(*outputs.shape[:4], -1, 1)
+        out = join(outputs, logs[:, :, :, :, : outputs.shape[4]]).astype(q.dtype).swapaxes(1, 2)
+    return out[:, :, :, :group].reshape(B, T, heads, D)
 
 
 def join(outputs: jax.Array, logs: jax.Array) -> jax.Array:
-    """The mean of ``outputs`` [B, kv_heads, splits, rows, D] over the splits, weighted by exp2(logs).
+    """The mean of ``outputs`` [B, kv_heads, splits, ...] over the splits, weighted by exp2(logs).
 
     An empty split has the log -inf, so its weight is 0."""
     if outputs.shape[2] > FUSED_SPLITS:
@@ -91,10 +132,9 @@ class Scratch:
     """Shared memory and barriers of a block."""
 
     q: Ref  # [QUERY_TILE, D]
-    rings_or_output: (
-        Any  # a union: keys and values [stages, keys, D] each; once all are used, the output [QUERY_TILE, D]
-    )
-    log: Ref  # [QUERY_TILE]
+    # A union: keys and values [stages, keys, D] each; once all are used, the output [QUERY_TILE, D].
+    rings_or_output: Any
+    log: Ref | None  # [QUERY_TILE], with several splits
     p: Ref | None  # [QUERY_TILE, keys], only for the interpreter
     q_full: Ref
     k_full: Ref  # a barrier a stage
@@ -102,76 +142,86 @@ class Scratch:
 
 
 def attend_splits(
-    q: jax.Array,  # [B, kv_heads, rows, D], rows in order of the query, then of the head
-    k: jax.Array | LayerView,
-    v: jax.Array | LayerView,
+    q: jax.Array,  # [B, T, kv_heads, group, D]
+    cache: Cache,
     start: jax.Array,
     *,
-    queries: int,
+    splits: int,
     tiles: DecodeTiles,
     interpret: plgpu.InterpretGPUParams | None,
-) -> tuple[jax.Array, jax.Array]:
-    """Attention over each split of the keys, [B, kv_heads, splits, rows, D], and log2 of its softmax sum,
-    [B, kv_heads, splits, QUERY_TILE], both in float32."""
-    B, kv_heads, rows, D = q.shape
-    group = rows // queries
-    q = pad_rows_unless_short(q, 2)
-    (k, layer), (v, _) = as_stacked(k), as_stacked(v)
-    k, v = pad_rows(k, 3), pad_rows(v, 3)
-    rows = q.shape[2]
-    splits = max(1, min((tiles.blocks or planned().sms) // (B * kv_heads), pl.cdiv(k.shape[3], tiles.keys)))
+) -> tuple[jax.Array, ...]:
+    """Attention over each split of the keys, [B, kv_heads, splits, T, group, D], and log2 of its softmax sum,
+    [B, kv_heads, splits, QUERY_TILE], both in float32. With one split, attention alone, like q."""
+    B, T, kv_heads, group, D = q.shape
+    whole = splits == 1
     ring = swizzled((tiles.stages, tiles.keys, D), q.dtype)
+    output = swizzled((QUERY_TILE, D), q.dtype) if whole else plgpu.SMEM((QUERY_TILE, D), jnp.float32)
+    copies = cache.copies(tiles.keys)
     scratch = Scratch(
         q=swizzled((QUERY_TILE, D), q.dtype),
-        rings_or_output=plgpu.RefUnion((ring, ring), plgpu.SMEM((QUERY_TILE, D), jnp.float32)),
-        log=plgpu.SMEM((QUERY_TILE,), jnp.float32),
+        rings_or_output=plgpu.RefUnion((ring, ring), output),
+        log=None if whole else plgpu.SMEM((QUERY_TILE,), jnp.float32),
         p=None if interpret is None else swizzled((QUERY_TILE, tiles.keys), q.dtype),
-        q_full=plgpu.Barrier(),
-        k_full=plgpu.Barrier(num_barriers=tiles.stages),
-        v_full=plgpu.Barrier(num_barriers=tiles.stages),
+        q_full=plgpu.Barrier(num_arrivals=T),
+        k_full=plgpu.Barrier(num_arrivals=copies, num_barriers=tiles.stages),
+        v_full=plgpu.Barrier(num_arrivals=copies, num_barriers=tiles.stages),
     )
+    parts = (B, kv_heads, splits)
+    out_type = (jax.ShapeDtypeStruct(q.shape, q.dtype),) if whole else (
+        jax.ShapeDtypeStruct((*parts, T, group, D), jnp.float32),
+        jax.ShapeDtypeStruct((*parts, QUERY_TILE), jnp.float32),
+    )  # fmt: skip
+    structure = jax.tree.structure(cache)
+
+    def body(start_ref: Ref, q_ref: Ref, *refs: Ref) -> None:
+        *refs, scratch = refs
+        leaves, outputs = refs[: structure.num_leaves], refs[structure.num_leaves :]
+        _block(start_ref, q_ref, jax.tree.unflatten(structure, leaves), outputs, scratch, tiles=tiles, splits=splits)
+
     return plgpu.kernel(
-        functools.partial(_block, tiles=tiles, queries=queries, group=group, splits=splits),
-        out_type=(
-            jax.ShapeDtypeStruct((B, kv_heads, splits, rows, D), jnp.float32),
-            jax.ShapeDtypeStruct((B, kv_heads, splits, QUERY_TILE), jnp.float32),
-        ),
+        body,
+        out_type=out_type,
         scratch_types=(scratch,),
         grid=(splits, kv_heads, B),
         grid_names=("split", "head", "b"),
         interpret=interpret,
-        kernel_name="flash_decode",
+        kernel_name="flash_decode" if cache.table is None else "flash_decode_paged",
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(layer, start, q, k, v)
+    )(start, q, *jax.tree.leaves(cache))
 
 
-def _block(layer_ref: Ref, start_ref: Ref, q_ref: Ref, k_ref: Ref, v_ref: Ref, out_ref: Ref, log_ref: Ref,
-           scratch: Scratch, *, tiles: DecodeTiles, queries: int, group: int, splits: int) -> None:  # fmt: skip
+def _block(start_ref: Ref, q_ref: Ref, cache: Cache, outputs: list[Ref], scratch: Scratch,
+           *, tiles: DecodeTiles, splits: int) -> None:  # fmt: skip
     """Attention over one split of the keys of one row of the batch and one key head."""
     (k_ring, v_ring), out_smem = scratch.rings_or_output
-    D, S = q_ref.shape[3], k_ref.shape[3]
+    queries, D, S = q_ref.shape[1], q_ref.shape[4], cache.positions
+    rows = _query_rows(1, q_ref.shape[3])  # of a query
     b, head, split = (lax.axis_index(name) for name in ("b", "head", "split"))
-    begin, layer = start_ref[b], layer_ref[0]
+    begin = start_ref[b]
     # Tiles that some query sees, this block's share of them, and how many tiles every query sees whole.
-    count = lax.div(jnp.minimum(begin + queries, S) - 1, tiles.keys) + 1
+    last = jnp.minimum(begin + queries, S) - 1
+    count = lax.div(last, tiles.keys) + 1
     low, high = lax.div(split * count, splits), lax.div((split + 1) * count, splits)
     whole = lax.div(jnp.minimum(begin + 1, S), tiles.keys)
 
     def load(j: Any) -> None:
-        slot, keys = lax.rem(j - low, tiles.stages), pl.ds(j * tiles.keys, tiles.keys)
-        plgpu.copy_gmem_to_smem(k_ref.at[layer, b, head, keys], k_ring.at[slot], scratch.k_full.at[slot])
-        plgpu.copy_gmem_to_smem(v_ref.at[layer, b, head, keys], v_ring.at[slot], scratch.v_full.at[slot])
+        slot = lax.rem(j - low, tiles.stages)
+        cache.load(cache.k, b, head, j, last, k_ring.at[slot], scratch.k_full.at[slot])
+        cache.load(cache.v, b, head, j, last, v_ring.at[slot], scratch.v_full.at[slot])
 
-    # The copy fills rows past q's end with zeros, and the copy of the result drops them. JAX 0.12 refuses such a slice
-    # if its start is a constant.
-    first = split * 0
-    plgpu.copy_gmem_to_smem(q_ref.at[b, head, pl.ds(first, QUERY_TILE)], scratch.q, scratch.q_full)
+    # The copies fill rows past the end of q's heads with zeros, and the copies of the result drop them. JAX 0.12
+    # refuses such a slice if its start is a constant. Rows of the tile that no query has are never written: what comes
+    # of them is not used.
+    heads = pl.ds(split * 0, rows)
+    own = [pl.ds(t * rows, rows) for t in range(queries)]
+    for t in range(queries):
+        plgpu.copy_gmem_to_smem(q_ref.at[b, t, head, heads], scratch.q.at[own[t]], scratch.q_full)
     lax.fori_loop(low, jnp.minimum(low + tiles.stages, high), lambda j, _: load(j), None)
     plgpu.barrier_wait(scratch.q_full)
 
     def mask(j: Any, scores: jax.Array) -> jax.Array:
         row = plgpu.broadcasted_iota(jnp.int32, scores.shape, 0, layout=plgpu.Layout.WGMMA)
-        return mask_after(scores, jnp.minimum(begin + lax.div(row, group), S - 1) - j * tiles.keys)
+        return mask_after(scores, jnp.minimum(begin + lax.div(row, rows), S - 1) - j * tiles.keys)
 
     def tile(j: Any, *, masked: bool) -> KeyValueTile:
         slot = lax.rem(j - low, tiles.stages)
@@ -190,9 +240,13 @@ def _block(layer_ref: Ref, start_ref: Ref, q_ref: Ref, k_ref: Ref, v_ref: Ref, o
     softmax = attend(softmax, low, border, functools.partial(tile, masked=False))
     softmax = attend(softmax, border, high, functools.partial(tile, masked=True))
 
-    out_smem[...] = softmax.output()
-    scratch.log[...] = softmax.log_total()
+    out_smem[...] = softmax.output().astype(out_smem.dtype)
+    if scratch.log is not None:
+        scratch.log[...] = softmax.log_total()
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(out_smem, out_ref.at[b, head, split, pl.ds(first, QUERY_TILE)])
-    plgpu.copy_smem_to_gmem(scratch.log, log_ref.at[b, head, split])
+    for t in range(queries):
+        target = outputs[0].at[b, t, head] if splits == 1 else outputs[0].at[b, head, split, t]
+        plgpu.copy_smem_to_gmem(out_smem.at[own[t]], target.at[heads])
+    if scratch.log is not None:
+        plgpu.copy_smem_to_gmem(scratch.log, outputs[1].at[b, head, split])
     plgpu.wait_smem_to_gmem(0)

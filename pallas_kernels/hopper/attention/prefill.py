@@ -8,6 +8,7 @@ turns scores into weights (`prefill_consumer`).
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ...arch import planned
 from ...dispatch import Unsupported
-from ...layer_view import LayerView, as_stacked
+from ...layer_view import LayerView
 from ..common.tiles import ACTIVATION_DTYPES, pad_rows, swizzled
+from .cache import Cache, Ref
 from .prefill_block import CONSUMERS, ITEM_QUERIES, Scratch, TileStream, run_block
 from .prefill_schedule import schedule
 
@@ -47,7 +49,16 @@ def check(q: jax.Array, k: jax.Array | LayerView, v: jax.Array | LayerView, star
         raise Unsupported(f"{heads} query heads do not divide among {kv_heads} key heads")
 
 
-# A jit of its own: all layers of a model share one lowering and one compiled kernel.
+def check_paged(q: jax.Array, k: jax.Array, v: jax.Array, table: jax.Array, start: jax.Array, *, layer: Any) -> None:
+    """Raise `Unsupported` where `flash_attention_paged` cannot run these arguments."""
+    del table
+    check(q, LayerView(k, layer), LayerView(v, layer), start)
+    keys, size = TILES[q.shape[-1]].keys, k.shape[3]
+    if size % 8 or keys % size:
+        raise Unsupported(f"pages must hold a multiple of 8 positions that divides {keys}, found {size}")
+
+
+# Jits of their own: all layers of a model share one lowering and one compiled kernel.
 @functools.partial(jax.jit, static_argnames=("tiles", "interpret"))
 def flash_attention(
     q: jax.Array,
@@ -62,19 +73,40 @@ def flash_attention(
 
     A cache whose S is a multiple of 8 is read in place. Any other is copied first.
     """
+    return _attend(q, Cache.contiguous(k, v), start, tiles or TILES[q.shape[3]], interpret)
+
+
+@functools.partial(jax.jit, static_argnames=("tiles", "interpret"))
+def flash_attention_paged(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    table: jax.Array,
+    start: jax.Array,
+    *,
+    layer: jax.Array | int,
+    tiles: PrefillTiles | None = None,
+    interpret: plgpu.InterpretGPUParams | None = None,
+) -> jax.Array:
+    """q [B, T, heads, D], k and v [layers, pages, kv_heads, size, D], table [B, P], start [B] -> [B, T, heads, D]; see
+    `paged_attention_reference`. Several rows may be pieces of one sequence."""
+    return _attend(q, Cache.paged(k, v, table, layer), start, tiles or TILES[q.shape[3]], interpret)
+
+
+def _attend(
+    q: jax.Array, cache: Cache, start: jax.Array, tiles: PrefillTiles, interpret: plgpu.InterpretGPUParams | None
+) -> jax.Array:
     T = q.shape[1]
-    (k, layer), (v, _) = as_stacked(k), as_stacked(v)
-    q, k, v = pad_rows(q, 1), pad_rows(k, 3), pad_rows(v, 3)
+    q = pad_rows(q, 1)
     B, padded, heads, D = q.shape
-    tiles = tiles or TILES[D]
     # As many heads run together as have keys and values that fit.
-    heads_together = max(1, tiles.l2_bytes // (k.shape[3] * D * 4)) * (heads // k.shape[2])
+    heads_together = max(1, tiles.l2_bytes // (cache.positions * D * 4)) * (heads // cache.k.shape[2])
     items = schedule(B * heads, pl.cdiv(padded, ITEM_QUERIES), heads_together, tiles.blocks or planned().sms)
 
     def stream() -> TileStream:
         return TileStream(
             smem=swizzled((tiles.stages, tiles.keys, D), q.dtype),
-            full=plgpu.Barrier(num_barriers=tiles.stages),
+            full=plgpu.Barrier(num_arrivals=cache.copies(tiles.keys), num_barriers=tiles.stages),
             free=plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=tiles.stages),
         )
 
@@ -88,8 +120,14 @@ def flash_attention(
         turn=plgpu.Barrier(num_barriers=CONSUMERS),
         p=None if interpret is None else swizzled((ITEM_QUERIES, tiles.keys), q.dtype),
     )
+    structure = jax.tree.structure(cache)
+
+    def body(start: Ref, items: Ref, q: Ref, *refs: Ref) -> None:
+        *leaves, out, scratch = refs
+        run_block(start, items, q, jax.tree.unflatten(structure, leaves), out, scratch, queries=T)
+
     out = plgpu.kernel(
-        run_block,
+        body,
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
         scratch_types=(scratch,),
         grid=(items.shape[0],),
@@ -97,7 +135,7 @@ def flash_attention(
         num_threads=CONSUMERS + 1,
         thread_name="warpgroup",
         interpret=interpret,
-        kernel_name="flash_attention",
+        kernel_name="flash_attention" if cache.table is None else "flash_attention_paged",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
-    )(layer, start, jnp.asarray(items), q, k, v)
+    )(start, jnp.asarray(items), q, *jax.tree.leaves(cache))
     return out[:, :T]

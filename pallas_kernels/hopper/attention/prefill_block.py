@@ -15,6 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from ..common.online_softmax import QUERY_TILE, Ref
 from ..common.ring import TileRing
 from ..common.warp_specialize import warp_specialize
+from .cache import Cache
 from .prefill_consumer import Queries, attend
 
 CONSUMERS = 2
@@ -60,6 +61,7 @@ class Item:
     head: jax.Array
     first: jax.Array  # first query
     start: jax.Array  # cached keys before the first query of the row
+    last: jax.Array  # the last key that some query sees
     whole: jax.Array  # the first tiles of keys, which every query sees
     count: jax.Array  # tiles of keys that some query sees
 
@@ -73,10 +75,10 @@ class Block:
     start: Ref  # [B]
     items: Ref  # [blocks, 1 + most], see `schedule`
     q: Ref  # [B, T, heads, D]
-    k: Ref  # [B, kv_heads, S, D], of one layer
-    v: Ref
+    cache: Cache
     out: Ref  # [B, T, heads, D]
     scratch: Scratch
+    queries: int  # how many of T are real; those that fill up may stand where their row has no page
 
     @property
     def tile_keys(self) -> int:
@@ -85,14 +87,14 @@ class Block:
 
     def item(self, nth: jax.Array) -> Item:
         """The ``nth`` item of this block."""
-        T, heads, S = self.q.shape[1], self.q.shape[2], self.k.shape[2]
-        index, q_tiles = self.items[self.index, 1 + nth], pl.cdiv(T, ITEM_QUERIES)
+        heads, S = self.q.shape[2], self.cache.positions
+        index, q_tiles = self.items[self.index, 1 + nth], pl.cdiv(self.queries, ITEM_QUERIES)
         row, tile = lax.div(index, q_tiles), lax.rem(index, q_tiles)
         b, head, first = lax.div(row, heads), lax.rem(row, heads), tile * ITEM_QUERIES
         start = self.start[b]
         whole = lax.div(jnp.minimum(start + first + 1, S), self.tile_keys)
-        count = lax.div(jnp.minimum(start + jnp.minimum(first + ITEM_QUERIES, T), S) - 1, self.tile_keys) + 1
-        return Item(b, head, first, start, whole, count)
+        last = jnp.minimum(start + jnp.minimum(first + ITEM_QUERIES, self.queries), S) - 1
+        return Item(b, head, first, start, last, whole, lax.div(last, self.tile_keys) + 1)
 
     def each_item(self, visit: Callable[[Item, jax.Array, jax.Array], None]) -> Any:
         """Visit all items in order, each with its number and how many tiles of keys went before it. Returns how many
@@ -106,12 +108,10 @@ class Block:
         return lax.fori_loop(0, self.items[self.index, 0], one, jnp.int32(0))
 
 
-def run_block(layer_ref: Ref, start_ref: Ref, items_ref: Ref, q_ref: Ref, k_ref: Ref, v_ref: Ref, out_ref: Ref,
-              scratch: Scratch) -> None:  # fmt: skip
-    """What the three warpgroups of a block do."""
-    k_ref, v_ref = k_ref.at[layer_ref[0]], v_ref.at[layer_ref[0]]
+def run_block(start: Ref, items: Ref, q: Ref, cache: Cache, out: Ref, scratch: Scratch, *, queries: int) -> None:
+    """What the three warpgroups of a block do. ``queries`` of a row are real; the rest of q fills up."""
     me, index = lax.axis_index("warpgroup"), lax.axis_index("block")
-    block = Block(me, index, start_ref, items_ref, q_ref, k_ref, v_ref, out_ref, scratch)
+    block = Block(me, index, start, items, q, cache, out, scratch, queries)
     warp_specialize(
         me,
         functools.partial(_produce, block),
@@ -123,8 +123,8 @@ def run_block(layer_ref: Ref, start_ref: Ref, items_ref: Ref, q_ref: Ref, k_ref:
 
 def _produce(block: Block) -> None:
     """Load the queries of every item, and stream its keys and values."""
-    scratch, keys, values = block.scratch, block.scratch.keys.ring, block.scratch.values.ring
-    shared = block.q.shape[2] // block.k.shape[1]  # query heads of a key head
+    scratch, cache, keys, values = block.scratch, block.cache, block.scratch.keys.ring, block.scratch.values.ring
+    shared = block.q.shape[2] // cache.k.shape[2]  # query heads of a key head
 
     def load(item: Item, nth: jax.Array, done: jax.Array) -> None:
         pl.when(nth > 0)(lambda: plgpu.barrier_wait(scratch.q_free))
@@ -134,9 +134,9 @@ def _produce(block: Block) -> None:
 
         @pl.loop(0, item.count)
         def _(j: jax.Array) -> None:
-            tile = pl.ds(j * block.tile_keys, block.tile_keys)
-            keys.from_here(done).fetch(j, block.k.at[item.b, kv_head, tile])
-            values.from_here(done).fetch(j, block.v.at[item.b, kv_head, tile])
+            for ring, array in ((keys, cache.k), (values, cache.v)):
+                load = functools.partial(cache.load, array, item.b, kv_head, j, item.last)
+                ring.from_here(done).fetch(j, load)
 
     done = block.each_item(load)
     keys.from_here(done).drain()
@@ -147,7 +147,7 @@ def _produce(block: Block) -> None:
 def _consume(block: Block) -> None:
     """Compute this warpgroup's 64 queries of every item."""
     scratch, me = block.scratch, block.me
-    D, S = block.q.shape[3], block.k.shape[2]
+    D, S = block.q.shape[3], block.cache.positions
     own = pl.ds(me * QUERY_TILE, QUERY_TILE)
 
     @pl.when(me == 1)

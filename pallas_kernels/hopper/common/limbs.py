@@ -146,15 +146,17 @@ def _bytes(*words: Any) -> Any:
     return vector.bitcast(ir.VectorType.get((4 * len(words),), i8), whole)
 
 
-def load_int4_as_int8(tile: Any) -> jax.Array:
-    """A tile of 4-bit weights from shared memory as wgmma's int8 left operand in registers, times `INT4_FACTOR`.
+def load_int4_as_int8(tile: Any, ranges: int) -> list[jax.Array]:
+    """A tile of 4-bit weights from shared memory as wgmma's int8 left operand in registers, times `INT4_FACTOR`; an
+    array for each of so many ranges of its inputs.
 
     The upper half of a byte has the right sign without further work. Threads keep what a wide load gave them, so the
     inputs come in another order, which `write_limbs` gives the activations, too."""
-    operand = plgpu.ShapeDtypeStruct(tile.shape, jnp.int8, layout=plgpu.Layout.WGMMA_8BIT)
+    rows, inputs = tile.shape
+    operand = plgpu.ShapeDtypeStruct((rows, inputs // ranges), jnp.int8, layout=plgpu.Layout.WGMMA_8BIT)
 
-    @plgpu.inline_mgpu(arg_types=(INT4_WORDS,), return_type=operand)
-    def convert(_: Any, integers: Any) -> Any:
+    @plgpu.inline_mgpu(arg_types=(INT4_WORDS,), return_type=[operand] * ranges)
+    def convert(_: Any, integers: Any) -> list[Any]:
         i32, four = ir.IntegerType.get_signless(32), ir.VectorType.get((4,), ir.IntegerType.get_signless(8))
         one, mask = ir.VectorType.get((1,), i32), as_i32(0xF0F0F0F0 - 2**32)
         registers = np.empty(WGMMA_LAYOUT_8BIT.registers_shape(integers.shape), dtype=object)
@@ -163,6 +165,9 @@ def load_int4_as_int8(tile: Any) -> jax.Array:
             for half, moved in enumerate((arith.shli(word, as_i32(4)), word)):
                 weights = vector.bitcast(four, vector.broadcast(one, arith.andi(moved, mask)))
                 registers[index[0], 2 * index[1] + half, *index[2:]] = weights
-        return FragmentedArray(_registers=registers, _layout=WGMMA_LAYOUT_8BIT, _is_signed=True)
+        return [
+            FragmentedArray(_registers=some, _layout=WGMMA_LAYOUT_8BIT, _is_signed=True)
+            for some in np.split(registers, ranges, axis=1)
+        ]
 
     return convert(plgpu.load(tile, layout=INT4_WORDS))  # type: ignore[call-arg]

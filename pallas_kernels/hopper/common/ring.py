@@ -89,10 +89,10 @@ class TileRing:
         """Tile j in shared memory."""
         return self.smem.at[self.slot(j)]
 
-    def fetch(self, j: Any, source: Any) -> None:
-        """Start to load tile j as soon as its slot is free."""
+    def fetch(self, j: Any, load: Callable[[Any, Any], None]) -> None:
+        """Start to load tile j as soon as its slot is free: ``load(tile, barrier)`` issues the copies."""
         slot = acquire(self.first + j, self.stages, self.free)
-        plgpu.copy_gmem_to_smem(source, self.smem.at[slot], self.full.at[slot])
+        load(self.smem.at[slot], self.full.at[slot])
 
     def wait(self, j: Any) -> None:
         """Wait for tile j."""

@@ -2,6 +2,7 @@
 any memory, one a thread. The arithmetic emits MLIR and is for use inside `plgpu.inline_mgpu`.
 """
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import jax
@@ -28,41 +29,66 @@ class Interpretable(Protocol):
     def interpret(self) -> bool: ...
 
 
-def load_per_thread(plan: Interpretable, numbers: Any, begin: Any, count: int) -> jax.Array:
-    """``count`` numbers from ``begin`` of a row in any memory, one a thread. Further threads repeat the last."""
+Place = tuple[Any, ...]  # the indices of a row in an array of any number of axes, and where in the row numbers begin
+
+
+def load_per_thread(plan: Interpretable, numbers: Any, places: Sequence[Place], count: int) -> list[jax.Array]:
+    """``count`` numbers from each of ``places`` on, in any memory, one a thread. Further threads repeat the last.
+
+    One operation for all places, with indices in place of a reference to each row: Mosaic takes longer for each
+    reference the more operations a kernel has."""
     if plan.interpret:
-        some = numbers[pl.ds(begin, count)]
-        return jnp.concatenate([some, jnp.broadcast_to(some[-1:], (WARPGROUP_SIZE - count,))])
+        rows = [numbers[(*row, pl.ds(begin, count))] for *row, begin in places]
+        return [jnp.concatenate([a, jnp.broadcast_to(a[-1:], (WARPGROUP_SIZE - count,))]) for a in rows]
 
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), SCALAR),
-        return_type=plgpu.ShapeDtypeStruct((WARPGROUP_SIZE,), numbers.dtype, layout=one_per_thread(WARPGROUP_SIZE)),
-    )
-    def read(_: Any, numbers: Any, begin: Any) -> Any:
-        own = add(begin.registers.item(), min_(volatile_thread_in_warpgroup(), count - 1))
-        number = memref.load(numbers, as_indices(own))
-        registers = np.empty(ONE_PER_THREAD.registers_shape((WARPGROUP_SIZE,)), dtype=object)
-        registers[...] = vector.broadcast(ir.VectorType.get((1,), number.type), number)
-        return FragmentedArray(_registers=registers, _layout=ONE_PER_THREAD, _is_signed=None)
+    row = plgpu.ShapeDtypeStruct((WARPGROUP_SIZE,), numbers.dtype, layout=one_per_thread(WARPGROUP_SIZE))
 
-    return read(numbers, begin)  # type: ignore[call-arg]
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _scalars(places)), return_type=[row] * len(places))
+    def read(_: Any, numbers: Any, places: Any) -> list[Any]:
+        thread, values = min_(volatile_thread_in_warpgroup(), count - 1), []
+        for *row, begin in _registers_of(places):
+            number = memref.load(numbers, as_indices(*row, add(begin, thread)))
+            registers = np.empty(ONE_PER_THREAD.registers_shape((WARPGROUP_SIZE,)), dtype=object)
+            registers[...] = vector.broadcast(ir.VectorType.get((1,), number.type), number)
+            values.append(FragmentedArray(_registers=registers, _layout=ONE_PER_THREAD, _is_signed=None))
+        return values
+
+    return read(numbers, _as_arrays(places))  # type: ignore[call-arg]
 
 
-def store_per_thread(plan: Interpretable, numbers: Any, begin: Any, values: jax.Array, count: int) -> None:
-    """Write the first ``count`` of ``values`` to a row from ``begin`` on, one a thread.
+def store_per_thread(
+    plan: Interpretable, numbers: Any, places: Sequence[Place], values: Sequence[jax.Array], count: int
+) -> None:
+    """Write the first ``count`` of each of ``values`` from its place on, one a thread.
 
     Each number is stored once only: in the persistent step the next phase waits for these stores."""
     if plan.interpret:
-        numbers[pl.ds(begin, count)] = values[:count]
+        for (*row, begin), value in zip(places, values, strict=True):
+            numbers[(*row, pl.ds(begin, count))] = value[:count]
         return
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SCALAR, one_per_thread(WARPGROUP_SIZE)))
-    def put(_: Any, numbers: Any, begin: Any, values: Any) -> None:
+    layouts = (one_per_thread(WARPGROUP_SIZE),) * len(values)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _scalars(places), layouts))
+    def put(_: Any, numbers: Any, places: Any, values: Any) -> None:
         thread = volatile_thread_in_warpgroup()
         with when(arith.cmpi(arith.CmpIPredicate.ult, thread, as_i32(count))):
-            vector.store(values.registers.item(), numbers, as_indices(add(begin.registers.item(), thread)))
+            for (*row, begin), value in zip(_registers_of(places), values, strict=True):
+                vector.store(value.registers.item(), numbers, as_indices(*row, add(begin, thread)))
 
-    put(numbers, begin, values)  # type: ignore[call-arg]
+    put(numbers, _as_arrays(places), tuple(values))  # type: ignore[call-arg]
+
+
+def _scalars(places: Sequence[Place]) -> Any:
+    return jax.tree.map(lambda _: SCALAR, tuple(places))
+
+
+def _as_arrays(places: Sequence[Place]) -> Any:
+    return jax.tree.map(jnp.int32, tuple(places))
+
+
+def _registers_of(places: Any) -> Any:
+    return [[index.registers.item() for index in place] for place in places]
 
 
 def aligned_store(value: Any, ref: Any, indices: list[Any]) -> None:

@@ -22,7 +22,7 @@ from ..common.layouts import one_per_lane, one_per_thread, pair_per_thread
 from ..common.online_softmax import KeyValueTile, attend_tiles, empty_softmax
 from ..common.tiles import store
 from .block import Block
-from .memory import Ref
+from .cache import CachedRow, cached_row
 from .plan import MAX_TOKENS
 from .schedule import over_items
 
@@ -37,8 +37,7 @@ class WorkItem:
     start: Any
     low: Any
     high: Any
-    k: Ref  # [max_len, head_dim]
-    v: Ref
+    cache: CachedRow
 
     @staticmethod
     def of(b: Block, index: Any) -> "WorkItem":
@@ -49,26 +48,24 @@ class WorkItem:
         start = b.inputs.start[row]
         tiles = (start + keys - 1) // keys
         low, high = split * tiles // splits, (split + 1) * tiles // splits
-        k, v = (cache.at[b.layer, row, head] for cache in (b.buffers.k, b.buffers.v))
-        return WorkItem(row, head, split, start, low, high, k, v)
+        return WorkItem(row, head, split, start, low, high, cached_row(b, row, head))
 
-    def fetch(self, b: Block, j: Any) -> None:
-        """Start to load cached tile ``j``."""
-        tiles, s = b.plan.tiles, b.scratch
-        slot, keys = lax.rem(j - self.low, tiles.stages), pl.ds(j * tiles.keys, tiles.keys)
-        plgpu.copy_gmem_to_smem(self.k.at[keys], b.attention.k.at[slot], s.keys_full.at[slot])
-        plgpu.copy_gmem_to_smem(self.v.at[keys], b.attention.v.at[slot], s.keys_full.at[slot])
+    def fetch(self, b: Block, j: Any, found: Any) -> None:
+        """Start to load cached tile ``j``, which the cache ``found``."""
+        s, slot = b.scratch, lax.rem(j - self.low, b.plan.tiles.stages)
+        for cached, ring in zip(self.cache.tile(j, found), (b.attention.k, b.attention.v), strict=True):
+            plgpu.copy_gmem_to_smem(cached, ring.at[slot], s.keys_full.at[slot])
 
     def fetch_first(self, b: Block) -> None:
         """Start to load the first tiles. The ring's last slot is the new keys' first."""
         plgpu.commit_smem()  # ordinary accesses to what shares this memory are over before TMA writes it
         high = jnp.minimum(self.low + b.plan.tiles.stages - 1, self.high)
-        lax.fori_loop(self.low, high, lambda j, _: self.fetch(b, j), None)
+        lax.fori_loop(self.low, high, lambda j, _: self.fetch(b, j, self.cache.find(j)), None)
 
     def fetch_last_slot(self, b: Block) -> None:
         """Load a tile into the ring's last slot too, where the new keys do not take it."""
         j = self.low + b.plan.tiles.stages - 1
-        pl.when(j < self.high)(lambda: self.fetch(b, j))
+        pl.when(j < self.high)(lambda: self.fetch(b, j, self.cache.find(j)))
 
 
 def prefetch(b: Block) -> None:
@@ -95,23 +92,23 @@ def _attend_item(b: Block, item: WorkItem) -> None:
     shape, keys, stages, s = b.plan.shape, b.plan.tiles.keys, b.plan.tiles.stages, b.attention
     scale = shape.head_dim**-0.5 * math.log2(math.e)
     # All loads before the first store, which they could not pass.
-    q = [rotated_head(b, item.head * shape.heads_per_key + g) for g in range(shape.heads_per_key)]
+    q = b.ops.rotate_heads(b, item.head * shape.heads_per_key, shape.heads_per_key)
     _store_new_tile(b, item.head)
-    for g in range(shape.heads_per_key):
-        s.q.at[pl.ds(g * MAX_TOKENS, MAX_TOKENS)][...] = q[g]
+    s.q.at[pl.ds(0, q.shape[0])][...] = q
     plgpu.commit_smem()
 
     def tile(j: Any) -> KeyValueTile:
         """Cached tile ``j``; the one before the first is the new keys, in the ring's last slot."""
         new = j < item.low
         slot = jnp.where(new, stages - 1, lax.rem(j - item.low, stages))
+        next_found = item.cache.find(j + stages)  # on its way while this tile is multiplied
 
         def wait() -> None:  # one barrier for keys and values
             pl.when(j >= item.low)(lambda: plgpu.barrier_wait(b.scratch.keys_full.at[slot]))
 
         def release() -> None:
             pl.when(new)(plgpu.commit_smem)
-            pl.when(j + stages < item.high)(lambda: item.fetch(b, j + stages))
+            pl.when(j + stages < item.high)(lambda: item.fetch(b, j + stages, next_found))
 
         def mask(scores: jax.Array) -> jax.Array:
             return mask_tile(scores, new, item.start - 1 - j * keys, shape.queries)
@@ -132,39 +129,27 @@ def _attend_item(b: Block, item: WorkItem) -> None:
 def _store_output(b: Block, item: WorkItem) -> None:
     """Write the item's output, and log2 of its softmax sums, for the o product's prologue."""
     shape, parts, logs, D = b.plan.shape, b.buffers.parts, b.buffers.logs, b.plan.shape.head_dim
-    for g in range(shape.heads_per_key):
-        head = item.head * shape.heads_per_key + g
 
-        def one_token(t: Any, _: Any, g: int = g, head: Any = head) -> None:
-            token = item.row * shape.queries + t
-            output = b.ops.load(b.attention_output.at[g * MAX_TOKENS + token], one_per_thread(D))
+    def one_token(t: Any, _: Any) -> None:
+        token = item.row * shape.queries + t
+        rows = [g * MAX_TOKENS + token for g in range(shape.heads_per_key)]
+        outputs = b.ops.load_rows(b.attention_output, rows)
+        log_sums = b.ops.load_scalars(b.scratch.log_sums, [(row,) for row in rows])
+        for g, (output, log_sum) in enumerate(zip(outputs, log_sums, strict=True)):
+            head = item.head * shape.heads_per_key + g
             store(parts.at[item.split, token, pl.ds(head * D, D)], output)
             # Once for every 8 columns, as the prologue that joins the splits reads them.
-            log = jnp.full(D // 8, b.scratch.log_sums[g * MAX_TOKENS + token])
-            log = plgpu.layout_cast(log, one_per_lane(D // 8))
+            log = plgpu.layout_cast(jnp.full(D // 8, log_sum), one_per_lane(D // 8))
             store(logs.at[item.split, token, pl.ds(head * (D // 8), D // 8)], log)
 
-        lax.fori_loop(0, shape.queries, one_token, None)
-
-
-def rotated_head(b: Block, head: Any) -> jax.Array:
-    """One head of all tokens [8, head_dim], rotated by the tokens' positions; in float32, as the reference does it.
-    ``head`` counts the columns of ``qkv``: query heads, then key heads."""
-    D, layout = b.plan.shape.head_dim, pair_per_thread()
-    first, second = (
-        b.ops.load(b.buffers.qkv.at[:, pl.ds(head * D + half * (D // 2), D // 2)], layout).astype(jnp.float32)
-        for half in range(2)
-    )
-    cos, sin = b.ops.load(b.inputs.cos, layout), b.ops.load(b.inputs.sin, layout)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=1)
-    return rotated.astype(jnp.bfloat16)
+    lax.fori_loop(0, shape.queries, one_token, None)
 
 
 def _store_new_tile(b: Block, head: Any) -> None:
     """Put the new keys and values of a key head into the ring's last slot, as a tile of their own, and once more where
     they are written to the cache from."""
     shape, D = b.plan.shape, b.plan.shape.head_dim
-    k = rotated_head(b, shape.heads + head)
+    k = b.ops.rotate_heads(b, shape.heads + head, 1)
     column = (shape.heads + shape.kv_heads + head) * D
     v = b.ops.load(b.buffers.qkv.at[:, pl.ds(column, D)], pair_per_thread())
     # Softmax weights of missing tokens are zero, but zero times a stale NaN is NaN.
@@ -181,15 +166,17 @@ def _store_new_tile(b: Block, head: Any) -> None:
 
 
 def _write_cache(b: Block, item: WorkItem) -> None:
-    """Write the new keys and values of a row of the batch at its length; what exceeds the cache is dropped."""
+    """Write the new keys and values of a row of the batch at its length; what the cache has no room for is dropped."""
     shape = b.plan.shape
 
     def one_token(t: Any, _: Any) -> None:
-        @pl.when(item.start + t < shape.max_len)
+        has_room, slots = item.cache.slot(item.start + t)
+
+        @pl.when(has_room)
         def _() -> None:
-            for cache, new in ((item.k, b.scratch.new_k), (item.v, b.scratch.new_v)):
+            for slot, new in zip(slots, (b.scratch.new_k, b.scratch.new_v), strict=True):
                 token = b.ops.load(new.at[item.row * shape.queries + t], one_per_thread(shape.head_dim))
-                store(cache.at[item.start + t], token)
+                store(slot, token)
 
     lax.fori_loop(0, shape.queries, one_token, None)
 

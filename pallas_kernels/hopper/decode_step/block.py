@@ -18,6 +18,10 @@ class TileOps:
     Mosaic's terms, `interpreted` has their meaning in jax.numpy."""
 
     load: Callable[..., jax.Array]
+    load_units: Callable[..., list[list[jax.Array]]]
+    load_rows: Callable[..., list[jax.Array]]
+    load_scalars: Callable[..., list[jax.Array]]
+    rotate_heads: Callable[..., jax.Array]
     broadcast_to_unit: Callable[..., jax.Array]
     store_x: Callable[..., None]
     load_scales: Callable[..., jax.Array]

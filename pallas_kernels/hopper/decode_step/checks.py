@@ -20,11 +20,11 @@ PRODUCTS = tuple(phase for phase in (*LAYER_PHASES, HEAD) if isinstance(phase, P
 SIZES = {"q_width": "heads * head_dim", "qkv_width": "(heads + 2 * kv_heads) * head_dim"}  # as errors name them
 
 
-def shape_of(x: jax.Array, weights: StepWeights, k: jax.Array, eps: float) -> StepShape:
+def shape_of(x: jax.Array, weights: StepWeights, k: jax.Array, eps: float, table: jax.Array | None = None) -> StepShape:
     """The sizes that the arrays have."""
-    L, B, kv_heads, S, D = k.shape
+    L, _, kv_heads, S, D = k.shape
     return StepShape(
-        batch=B,
+        batch=x.shape[0],
         queries=x.shape[1],
         dim=x.shape[2],
         hidden=weights.w_down.shape[-1],
@@ -33,7 +33,7 @@ def shape_of(x: jax.Array, weights: StepWeights, k: jax.Array, eps: float) -> St
         head_dim=D,
         vocab=weights.head.shape[0],
         layers=L,
-        max_len=S,
+        max_len=S if table is None else table.shape[1] * S,
         fmt=format_of(weights.wqkv),
         eps=eps,
     )
@@ -49,19 +49,20 @@ def check(
     sin: jax.Array,
     *,
     eps: float,
+    table: jax.Array | None = None,
     tiles: StepTiles | None = None,
     blocks: int | None = None,
     **_: Any,
 ) -> None:
     """Raise `Unsupported` where the kernel cannot run these arguments."""
     _check_processes()
-    shape = shape_of(x, weights, k, eps)
+    shape = shape_of(x, weights, k, eps, table)
+    tiles_here = tiles or tiles_for(shape.fmt)
     _check_dtypes(x, weights, k, v)
-    if k.shape != v.shape or k.shape[1] != x.shape[0] or start.shape != x.shape[:1]:
-        raise Unsupported(f"x {x.shape}, start {start.shape}, k {k.shape} and v {v.shape} do not belong together")
+    _check_cache(x, k, v, start, table, tiles_here.keys)
     if cos.shape != sin.shape or cos.shape != (*x.shape[:2], shape.head_dim // 2):
         raise Unsupported(f"cos {cos.shape} and sin {sin.shape} are not {(*x.shape[:2], shape.head_dim // 2)}")
-    _check_sizes(shape, tiles or tiles_for(shape.fmt))
+    _check_sizes(shape, tiles_here)
     if blocks is not None and blocks > planned().sms:
         raise Unsupported(f"{blocks} blocks on {planned().sms} multiprocessors would wait for one another forever")
     if not ring_fits(plan_for_device(shape, tiles, blocks)):
@@ -91,6 +92,21 @@ def _check_dtypes(x: jax.Array, weights: StepWeights, k: jax.Array, v: jax.Array
     for name, weight in products.items():
         if isinstance(weight, QuantizedTensor) and fmt.grouped and weight.scale.dtype != jnp.float16:
             raise Unsupported(f"{name}: scales of groups must be float16, found {weight.scale.dtype}")
+
+
+def _check_cache(
+    x: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array, table: jax.Array | None, keys: int
+) -> None:
+    if k.shape != v.shape or start.shape != x.shape[:1] or (table is None and k.shape[1] != x.shape[0]):
+        raise Unsupported(f"x {x.shape}, start {start.shape}, k {k.shape} and v {v.shape} do not belong together")
+    if table is None:
+        return
+    if k.shape[3] != keys:
+        raise Unsupported(f"pages must hold {keys} positions, found {k.shape[3]}")
+    integers = jnp.issubdtype(table.dtype, jnp.integer)
+    if table.ndim != 2 or table.shape[0] != x.shape[0] or not integers or 0 in (*table.shape, k.shape[1]):
+        found = f"{table.dtype} {table.shape} and {k.shape[1]} pages"
+        raise Unsupported(f"the table must have integers for {x.shape[0]} rows, found {found}")
 
 
 def _check_sizes(s: StepShape, tiles: StepTiles) -> None:

@@ -3,10 +3,13 @@ operand in registers: a launch per phase, and the operations of `thread_ops` in 
 """
 
 import functools
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -65,17 +68,52 @@ def nan_buffers(plan: StepPlan) -> dict[BufferName, jax.Array]:
 # The operations of `thread_ops`
 
 
-def _load(ref: Ref, layout: Any, shape: tuple[int, ...] | None = None) -> jax.Array:
-    if shape is None:
-        return plgpu.load(ref, layout=layout, optimized=False)
-    return ref[...].reshape(shape)  # the interpreter reshapes arrays, but no references
+def _load(ref: Ref, layout: Any) -> jax.Array:
+    return plgpu.load(ref, layout=layout, optimized=False)
+
+
+def _load_units(rows: Ref, begins: Sequence[Any], neighbours: int = 8) -> list[list[jax.Array]]:
+    shape = (4, 32, 8) if neighbours == 8 else (4, 32)
+    size = math.prod(shape)
+    return [
+        [rows[(*row, pl.ds(begin, size))].reshape(shape) for begin in begins] for row in np.ndindex(rows.shape[:-1])
+    ]
+
+
+def _load_rows(rows: Ref, numbers: Sequence[Any]) -> list[jax.Array]:
+    return [rows[number] for number in numbers]
+
+
+def _load_scalars(numbers: Ref, places: Sequence[tuple[Any, ...]]) -> list[jax.Array]:
+    return [numbers[place] for place in places]
+
+
+def _rotate_heads(b: Block, head: Any, count: int) -> jax.Array:
+    half = b.plan.shape.head_dim // 2
+    cos, sin = b.inputs.cos[...], b.inputs.sin[...]
+
+    def rotated(head: Any) -> jax.Array:
+        a, c = (b.buffers.qkv[:, pl.ds((2 * head + i) * half, half)].astype(jnp.float32) for i in range(2))
+        return jnp.concatenate([a * cos - c * sin, c * cos + a * sin], axis=1).astype(jnp.bfloat16)
+
+    return jnp.concatenate([rotated(head + i) for i in range(count)])
 
 
 def _broadcast_to_unit(factors: jax.Array) -> jax.Array:
     return lax.broadcast_in_dim(factors, (4, 32, 8), (0, 1))
 
 
-def _store_x(b: Block, phase: ProductPhase, unit: jax.Array, split: Any, step: Any, token: Any) -> None:
+def _store_x(b: Block, phase: ProductPhase, units: Sequence[jax.Array], numbers: Sequence[Any], token: Any) -> None:
+    p = b.product(phase)
+    for unit, number in zip(units, numbers, strict=True):
+
+        @pl.when(number < p.k_splits * p.held_units)
+        def _(unit: jax.Array = unit, number: Any = number) -> None:
+            split, at = lax.div(number, p.held_units), lax.rem(number, p.held_units)
+            _store_unit(b, phase, unit, split, at * (UNIT_COLUMNS // p.step), token)
+
+
+def _store_unit(b: Block, phase: ProductPhase, unit: jax.Array, split: Any, step: Any, token: Any) -> None:
     p, memory, shape = b.product(phase), b.memory(phase), b.plan.shape
     column, steps = split * shape.columns + token * shape.limbs, UNIT_COLUMNS // p.step
     rows: Any = [unit]
@@ -116,8 +154,9 @@ def _store_sums(b: Block, sums: Ref, total: jax.Array, tile: Any, accumulate: An
     here[...] = jnp.where(accumulate, here[...], 0) + total.T
 
 
-def _load_int4(b: Block, slot: Any) -> Ref:
-    """In shared memory instead of in registers; the slot is free once the product is done."""
+def _load_int4(b: Block, slot: Any, ranges: int) -> Ref:
+    """One array, in shared memory instead of in registers; the slot is free once the product is done."""
+    del ranges
     bytes_of_consumer = b.scratch.int8_weights.at[b.warpgroup]
     bytes_of_consumer[...] = b.scratch.ring.at[slot][...].astype(jnp.int8) * INT4_FACTOR
     plgpu.commit_smem()
@@ -125,5 +164,6 @@ def _load_int4(b: Block, slot: Any) -> Ref:
 
 
 INTERPRETED = TileOps(
-    _load, _broadcast_to_unit, _store_x, _load_scales, _combine_limbs, _store_sums, _load_int4, int4_frees_slot=False
+    _load, _load_units, _load_rows, _load_scalars, _rotate_heads, _broadcast_to_unit, _store_x,
+    _load_scales, _combine_limbs, _store_sums, _load_int4, int4_frees_slot=False,
 )  # fmt: skip

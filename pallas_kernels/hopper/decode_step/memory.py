@@ -27,6 +27,7 @@ class StepInputs:
     where weights have groups."""
 
     start: Ref  # [batch] int32: the cache's lengths
+    table: Ref  # [batch, P] int32: the pages of each row; None for a contiguous cache
     cos: Ref  # [8, head_dim / 2] float32, of every token
     sin: Ref  # [8, head_dim / 2]
     weights: StepWeights
@@ -45,7 +46,7 @@ class StepBuffers:
     logs: Ref  # [key_splits, 8, q_width / 8, padded] float32: log2 of each part's softmax sum, once for 8 columns
     hidden: Ref  # [8, hidden, padded] bfloat16
     logits: Ref  # [8, vocab] float32
-    k: Ref  # [L, batch, kv_heads, max_len, head_dim] bfloat16
+    k: Ref  # [L, batch, kv_heads, max_len, head_dim] bfloat16, or pages [L, pages, kv_heads, keys, head_dim]
     v: Ref
 
     def of(self, name: BufferName) -> Ref:

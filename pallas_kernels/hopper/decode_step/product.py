@@ -20,7 +20,7 @@ from ..common.tiles import WGMMA_ROWS, store
 from .block import Block
 from .memory import Ref
 from .phase import ProductPhase, Prologue
-from .plan import LIMB_BLOCK, UNIT_COLUMNS, n_share
+from .plan import LIMB_BLOCK, n_share
 from .prologues import own_units
 from .schedule import TileStages, loop, over_tiles
 from .thread_ops import SUMS
@@ -47,26 +47,29 @@ def product(b: Block, phase: ProductPhase, count: Any) -> Callable[[], Any]:
             b.consumer_barrier()
         sums = b.memory(phase).sums
 
-        def total(token: Any, half: int, at: int, some: int) -> jax.Array:
-            """The sums of all consumers and K splits, in their order."""
-            parts = [
-                load_per_thread(plan, sums.at[other, token], (half * p.k_splits + split) * p.n_tile + row + at, some)
+        def totals(token: Any, at: int, some: int) -> list[jax.Array]:
+            """The sums of all consumers and K splits, in their order, of each half."""
+            count = plan.tiles.consumers * p.k_splits
+            places = [
+                (other, token, (half * p.k_splits + split) * p.n_tile + row + at)
+                for half in range(p.halves)
                 for other in range(plan.tiles.consumers)
                 for split in range(p.k_splits)
             ]
-            return functools.reduce(jnp.add, parts)
+            parts = load_per_thread(plan, sums, places, some)
+            return [functools.reduce(jnp.add, parts[i : i + count]) for i in range(0, len(parts), count)]
 
         def finish(token: Any, _: Any) -> None:
-            for piece, scales in zip(pieces, row_scales, strict=True):
-                halves = [total(token, half, *piece) for half in range(p.halves)]
+            for (at, some), scales in zip(pieces, row_scales, strict=True):
+                halves = totals(token, at, some)
                 if scales is not None:
                     halves = [a * s for a, s in zip(halves, scales, strict=True)]
                 residual = None
                 if phase.residual is not None:
-                    prefetched = b.scratch.residual.at[b.warpgroup, token]
-                    residual = load_per_thread(plan, prefetched, *piece).astype(jnp.float32)
+                    prefetched = load_per_thread(plan, b.scratch.residual, [(b.warpgroup, token, at)], some)
+                    residual = prefetched[0].astype(jnp.float32)
                 result = phase.epilogue(halves, residual).astype(out.dtype)
-                store_per_thread(plan, out.at[token], outer + piece[0], result, piece[1])
+                store_per_thread(plan, out, [(token, outer + at)], [result], some)
 
         pl.when(p.has_tile(b.index))(lambda: loop(plan.shape.tokens, finish, None))
         return after
@@ -80,15 +83,15 @@ def _row_scales(b: Block, phase: ProductPhase, outer: Any, some: int) -> list[ja
     if not fmt.quantized or fmt.grouped:
         return None
     scales = b.weight(phase)[1].at[:, 0]
-    return [load_per_thread(b.plan, scales, half * p.outer + outer, some) for half in range(p.halves)]
+    return load_per_thread(b.plan, scales, [(half * p.outer + outer,) for half in range(p.halves)], some)
 
 
 def _prefetch_residual(b: Block, residual: Ref, outer: Any, pieces: list[tuple[int, int]]) -> None:
     """Prefetch the residual to shared memory; the previous phase did not write it."""
-    each = [(token, at, some) for token in range(b.plan.shape.tokens) for at, some in pieces]
-    values = [load_per_thread(b.plan, residual.at[token], outer + at, some) for token, at, some in each]
-    for (token, at, some), value in zip(each, values, strict=True):
-        store_per_thread(b.plan, b.scratch.residual.at[b.warpgroup, token], at, value, some)
+    tokens = range(b.plan.shape.tokens)
+    values = [load_per_thread(b.plan, residual, [(t, outer + at) for t in tokens], some) for at, some in pieces]
+    for (at, some), rows in zip(pieces, values, strict=True):
+        store_per_thread(b.plan, b.scratch.residual, [(b.warpgroup, t, at) for t in tokens], rows, some)
 
 
 def multiply(b: Block, phase: ProductPhase, prologue: Prologue, count: Any) -> Any:
@@ -104,7 +107,7 @@ def multiply(b: Block, phase: ProductPhase, prologue: Prologue, count: Any) -> A
             pl.when(chunk > 0)(b.consumer_barrier)
         with jax.named_scope("fill"):
             if single:
-                _store_units(b, phase, prologue.make(fetched), 0)
+                b.ops.store_x(b, phase, prologue.make(fetched), own_units(b, phase), jnp.int32(0))
             else:
                 _store_tokens(b, phase, prologue, first_step)
             plgpu.commit_smem()
@@ -134,22 +137,11 @@ def _store_tokens(b: Block, phase: ProductPhase, prologue: Prologue, first_step:
     def one_token(i: Any, fetched: Any) -> Any:
         token = first + i * consumers
         ahead = prologue.fetch(jnp.minimum(token + consumers, tokens - 1), first_step)
-        _store_units(b, phase, prologue.make(fetched), token)
+        b.ops.store_x(b, phase, prologue.make(fetched), own_units(b, phase), token)
         return ahead
 
     own_tokens = (tokens - first + consumers - 1) // consumers
     lax.fori_loop(0, own_tokens, one_token, prologue.fetch(jnp.minimum(first, tokens - 1), first_step))
-
-
-def _store_units(b: Block, phase: ProductPhase, units: list[jax.Array], token: Any) -> None:
-    """Put this consumer's units of a token into shared memory."""
-    p = b.product(phase)
-    for number, unit in zip(own_units(b, phase), units, strict=True):
-
-        @pl.when(number < p.k_splits * p.held_units)
-        def _(number: Any = number, unit: jax.Array = unit) -> None:
-            split, at = lax.div(number, p.held_units), lax.rem(number, p.held_units)
-            b.ops.store_x(b, phase, unit, split, at * (UNIT_COLUMNS // p.step), token)
 
 
 def _float_tile(b: Block, phase: ProductPhase, stages: TileStages, count: Any) -> None:
@@ -196,12 +188,12 @@ def _integer_tile(b: Block, phase: ProductPhase, stages: TileStages, count: Any)
     inputs = min(p.step, LIMB_BLOCK, fmt.group or LIMB_BLOCK)
 
     def stage(step: Any, slot: Any, total: Any) -> Any:
-        weights = b.scratch.ring.at[slot] if fmt.bits == 8 else b.ops.load_int4(b, slot)
+        weights = b.scratch.ring.at[slot] if fmt.bits == 8 else b.ops.load_int4(b, slot, p.step // inputs)
 
         def scoped(*accs: Any) -> list[jax.Array]:
             for i, acc in enumerate(accs):
                 some = slice(i * inputs, (i + 1) * inputs)
-                left = weights[:, some] if isinstance(weights, jax.Array) else weights.at[:, some]
+                left = weights[i] if isinstance(weights, list) else weights.at[:, some]
                 plgpu.wgmma(acc, left, memory.x.at[step, :, some].T)
             plgpu.wgmma_wait(0)
             return [acc[...] for acc in accs]

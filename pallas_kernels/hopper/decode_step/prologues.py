@@ -11,9 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 
-from ..common.layouts import EIGHT_PER_THREAD
 from ..common.tiles import store
 from .block import Block
 from .memory import Ref
@@ -24,19 +22,19 @@ from .plan import UNIT_COLUMNS
 def rms_norm(b: Block, phase: ProductPhase) -> Prologue:
     """RMSNorm of x [8, inner]."""
     p, x, gain = b.product(phase), b.buffers.of(phase.reads[0]), b.gain(phase)
-    prefetched = [load_unit(b, gain, column) for column in own_columns(b, phase, 0)] if p.chunks == 1 else []
+    prefetched = b.ops.load_units(gain, own_columns(b, phase, 0))[0] if p.chunks == 1 else []
 
     def fetch(token: Any, first_step: Any) -> Any:
-        columns = own_columns(b, phase, first_step)
-        whole = [load_unit(b, x.at[token], i * UNIT_COLUMNS) for i in range(x.shape[1] // UNIT_COLUMNS)]
-        own = [load_unit(b, x.at[token], column) for column in columns]  # again, now from the L1 cache
-        return whole, own, prefetched or [load_unit(b, gain, column) for column in columns]
+        columns, row = own_columns(b, phase, first_step), x.at[token]
+        (whole,) = b.ops.load_units(row, [jnp.int32(i) for i in range(0, x.shape[1], UNIT_COLUMNS)])
+        (own,) = b.ops.load_units(row, columns)  # again, now from the L1 cache
+        return whole, own, prefetched or b.ops.load_units(gain, columns)[0]
 
     def make(fetched: Any) -> list[jax.Array]:
         whole, own, gains = fetched
         squares = functools.reduce(jnp.add, [jnp.square(a.astype(jnp.float32)) for a in whole])
         store(b.scratch.squares.at[b.warpgroup], squares.sum(axis=2).sum(axis=1))  # one per warp
-        warps = [b.scratch.squares[b.warpgroup, i] for i in range(4)]
+        warps = b.ops.load_scalars(b.scratch.squares, [(b.warpgroup, i) for i in range(4)])
         mean = ((warps[0] + warps[1]) + (warps[2] + warps[3])) * (1 / p.inner)
         scale = lax.rsqrt(mean + b.plan.shape.eps)
         both = zip(own, gains, strict=True)
@@ -52,7 +50,7 @@ def plain(b: Block, phase: ProductPhase) -> Prologue:
 
 def _plain(b: Block, phase: ProductPhase, x: Ref) -> Prologue:
     def fetch(token: Any, first_step: Any) -> list[jax.Array]:
-        return [load_unit(b, x.at[token], column) for column in own_columns(b, phase, first_step)]
+        return b.ops.load_units(x.at[token], own_columns(b, phase, first_step))[0]
 
     return Prologue(fetch, lambda units: units)
 
@@ -60,36 +58,28 @@ def _plain(b: Block, phase: ProductPhase, x: Ref) -> Prologue:
 def join_key_splits(b: Block, phase: ProductPhase) -> Prologue:
     """Attention's output: the mean of its parts [key_splits, 8, inner], each with weight exp2(log), in the order of the
     keys."""
-    parts, logs, splits = b.buffers.parts, b.buffers.logs, range(b.plan.key_splits)
+    parts, logs = b.buffers.parts, b.buffers.logs
     if b.plan.key_splits == 1:
         only = _plain(b, phase, parts.at[0])
         return Prologue(only.fetch, lambda units: [as_x(b, a) for a in units])
 
     def fetch(token: Any, first_step: Any) -> Any:
-        def part(column: Any, split: int) -> tuple[jax.Array, jax.Array]:
-            eighths = pl.ds(pl.multiple_of(lax.div(column, 8), UNIT_COLUMNS // 8), UNIT_COLUMNS // 8)
-            log = b.ops.load(logs.at[split, token, eighths], EIGHT_PER_THREAD.reduce(2), (4, 32))
-            return load_unit(b, parts.at[split, token], column), log
+        columns = own_columns(b, phase, first_step)
+        log = b.ops.load_units(logs.at[:, token], [lax.div(column, 8) for column in columns], neighbours=1)
+        values = b.ops.load_units(parts.at[:, token], columns)
+        return list(zip(zip(*values, strict=True), zip(*log, strict=True), strict=True))  # of each unit
 
-        return [[part(column, split) for split in splits] for column in own_columns(b, phase, first_step)]
-
-    def join(unit: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
-        values, log = zip(*unit, strict=True)
+    def join(values: tuple[jax.Array, ...], log: tuple[jax.Array, ...]) -> jax.Array:
         top = functools.reduce(jnp.maximum, log)  # finite: the last part is never empty
         weights = [jnp.exp2(one - top) for one in log]
         inverse = 1 / functools.reduce(jnp.add, weights)
         shares = [b.ops.broadcast_to_unit(one * inverse) for one in weights]
         return as_x(b, functools.reduce(jnp.add, [v * share for v, share in zip(values, shares, strict=True)]))
 
-    return Prologue(fetch, lambda fetched: [join(unit) for unit in fetched])
+    return Prologue(fetch, lambda fetched: [join(*unit) for unit in fetched])
 
 
 # What prologues are made of
-
-
-def load_unit(b: Block, row: Ref, column: Any) -> jax.Array:
-    """1024 columns of one token as [4, 32, 8]: 8 neighbours per thread."""
-    return b.ops.load(row.at[pl.ds(column, UNIT_COLUMNS)], EIGHT_PER_THREAD, (4, 32, 8))
 
 
 def own_units(b: Block, phase: ProductPhase) -> list[Any]:

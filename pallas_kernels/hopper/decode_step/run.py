@@ -29,6 +29,7 @@ def run_phases(
     sin: jax.Array,
     *,
     eps: float,
+    table: jax.Array | None = None,
     tiles: StepTiles | None = None,
     blocks: int | None = None,
     spin_limit: int = 0,
@@ -39,7 +40,7 @@ def run_phases(
 
     ``spin_limit`` finds out why a step hangs: a block polls the grid barrier so many times, then prints which phase it
     waited for and goes on, to wrong results. 0: it waits forever."""
-    plan = plan_for_device(shape_of(x, weights, k, eps), tiles, blocks, layer_phases)
+    plan = plan_for_device(shape_of(x, weights, k, eps, table), tiles, blocks, layer_phases)
     plan = replace(plan, interpret=bool(interpret), spin_limit=spin_limit)
     empty: dict[str, Any] = dict(nan_buffers(plan) if interpret else empty_buffers(plan))
     columns = empty["x"].shape[1]
@@ -58,7 +59,11 @@ def run_phases(
     products = {p.weight: scales_in_lines(getattr(weights, p.weight)) for p in plan.product_phases}
     gains = {p.gain: padded(getattr(weights, p.gain)) for p in plan.product_phases if p.gain}
     inputs = StepInputs(
-        start.astype(jnp.int32), tokens_first(cos), tokens_first(sin), replace(weights, **products, **gains)
+        start=start.astype(jnp.int32),
+        table=None if table is None else table.astype(jnp.int32),
+        cos=tokens_first(cos),
+        sin=tokens_first(sin),
+        weights=replace(weights, **products, **gains),
     )
     buffers = StepBuffers(**(empty | {"x": padded(tokens_first(x)), "k": k, "v": v}))
     if interpret and plan.blocks > 1:

@@ -80,15 +80,14 @@ def over_tiles(
 ) -> Any:
     """Fold ``visit(stages, count)`` over the tiles of a phase, and return the count after them.
 
-    ``fill(chunk, first_step, carry)`` runs before the tiles of a chunk. With ``unroll`` chunk and tile are Python
-    integers: the producer's copies have static shapes."""
+    ``fill(chunk, first_step, carry)`` runs before the tiles of a chunk. With ``unroll`` a tile is a Python integer: the
+    producer's copies have static shapes."""
     p = b.product(phase)
-    least = min if unroll else jnp.minimum
 
     def one_chunk(chunk: Any, state: tuple[Any, Any]) -> tuple[Any, Any]:
         count, carry = state
         first_step = chunk * p.held_steps
-        steps = least(p.split_steps - first_step, p.held_steps)
+        steps = jnp.minimum(p.split_steps - first_step, p.held_steps)
         if fill is not None:
             carry = fill(chunk, first_step, carry)
 
@@ -97,7 +96,7 @@ def over_tiles(
 
         return loop(p.wgmma_tiles, one_tile, count, unroll=unroll), carry
 
-    return loop(p.chunks, one_chunk, (count, carry), unroll=unroll)[0]
+    return loop(p.chunks, one_chunk, (count, carry))[0]
 
 
 def over_items(b: Block, count: int, visit: Callable[[Any, Any], None]) -> None:

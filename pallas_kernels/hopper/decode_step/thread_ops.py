@@ -3,18 +3,19 @@
 `interpreted` has the meaning of each in jax.numpy.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.mosaic.gpu.fragmented_array import WGMMA_ROW_LAYOUT, FragmentedArray
-from jax.experimental.mosaic.gpu.utils import c
+from jax.experimental.mosaic.gpu.fragmented_array import WGMMA_ROW_LAYOUT, FragmentedArray, concatenate
+from jax.experimental.mosaic.gpu.utils import c, ds, memref_slice, when
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, math, memref, vector
 
-from ..common.layouts import EIGHT_PER_THREAD
+from ..common.layouts import EIGHT_PER_THREAD, one_per_thread, pair_per_thread
 from ..common.limbs import (
     load_int4_as_int8,
     lowest_limb_value,
@@ -28,7 +29,9 @@ from ..common.limbs import (
 )
 from ..common.thread_ops import (
     SCALAR,
+    WARPGROUP_SIZE,
     add,
+    aligned_load,
     as_i32,
     as_indices,
     div,
@@ -42,20 +45,18 @@ from ..common.tiles import WGMMA_ROWS, transforms_of
 from .block import Block, TileOps
 from .memory import Ref
 from .phase import ProductPhase
-from .plan import LIMB_BLOCK, LIMBS
+from .plan import LIMB_BLOCK, LIMBS, MAX_TOKENS, UNIT_COLUMNS
 
 SUMS = plgpu.Layout.TILED(  # sums [64 * m, 4 * n] of tokens: a thread has those whose limbs wgmma gave it
     plgpu.Tiling(((64, 4), (16, 4), (8, 4), (1,))), warp_dims=(-7,), lane_dims=(-3, -2), vector_dim=-1
 )
 
 
-def load(ref: Ref, layout: Any, shape: tuple[int, ...] | None = None) -> jax.Array:
-    """A small array from shared or global memory, where bank conflicts and coalescing hardly matter; reshaped to
-    ``shape`` if given.
+def load(ref: Ref, layout: Any) -> jax.Array:
+    """A small array from shared or global memory, where bank conflicts and coalescing hardly matter.
 
     `plgpu.load` casts what it loads to ``layout``: Mosaic must guess the layout of the load itself, and goes through
     all equations of the kernel after each guess. Here there is nothing to guess."""
-    ref = ref if shape is None else ref.reshape(shape)
     loaded = plgpu.ShapeDtypeStruct(ref.shape, ref.dtype, layout=layout)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=loaded)
@@ -63,6 +64,94 @@ def load(ref: Ref, layout: Any, shape: tuple[int, ...] | None = None) -> jax.Arr
         return FragmentedArray.load_untiled(ref, layout=layout.to_mgpu(), optimized=False)
 
     return read(ref)  # type: ignore[call-arg]
+
+
+def load_units(rows: Ref, begins: Sequence[Any], neighbours: int = 8) -> list[list[jax.Array]]:
+    """128 times ``neighbours`` numbers from each of ``begins`` on, of all rows [..., columns] in global memory, in the
+    order of the threads: [4, 32, 8] for 8 neighbours per thread, [4, 32] for 1. A list for every row.
+
+    All in one operation, which computes the thread's place once: a kernel has hundreds of such loads, and Mosaic takes
+    longer for each of its operations the more operations it has."""
+    layout = EIGHT_PER_THREAD if neighbours == 8 else EIGHT_PER_THREAD.reduce(2)
+    shape = (4, 32, 8)[: 3 if neighbours == 8 else 2]
+    unit, lead = plgpu.ShapeDtypeStruct(shape, rows.dtype, layout=layout), rows.shape[:-1]
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), (SCALAR,) * len(begins)), return_type=[[unit] * len(begins)] * int(np.prod(lead))
+    )
+    def read(_: Any, rows: Any, begins: Any) -> list[Any]:
+        own = mul(thread_in_warpgroup(), neighbours)
+        columns = [as_indices(add(begin.registers.item(), own)) for begin in begins]
+
+        def load(row: list[Any], column: list[Any]) -> Any:
+            registers = np.empty(layout.to_mgpu().registers_shape(shape), dtype=object)
+            registers[...] = aligned_load(rows, [*row, *column], neighbours)
+            return FragmentedArray(_registers=registers, _layout=layout.to_mgpu(), _is_signed=None)
+
+        return [load(as_indices(*row), column) for row in np.ndindex(lead) for column in columns]
+
+    return read(rows, tuple(begins))  # type: ignore[call-arg]
+
+
+def load_rows(rows: Ref, numbers: Sequence[Any]) -> list[jax.Array]:
+    """Rows [64 or 128] of an array in shared memory, each as `one_per_thread`."""
+    width = rows.shape[1]
+    layout = one_per_thread(width)
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), (SCALAR,) * len(numbers)),
+        return_type=[plgpu.ShapeDtypeStruct((width,), rows.dtype, layout=layout)] * len(numbers),
+    )
+    def read(_: Any, rows: Any, numbers: Any) -> list[Any]:
+        own = div(thread_in_warpgroup(), WARPGROUP_SIZE // width)
+
+        def load(row: Any) -> Any:
+            registers = np.empty(layout.to_mgpu().registers_shape((width,)), dtype=object)
+            registers[...] = aligned_load(rows, as_indices(row.registers.item(), own), 1)
+            return FragmentedArray(_registers=registers, _layout=layout.to_mgpu(), _is_signed=None)
+
+        return [load(row) for row in numbers]
+
+    return read(rows, tuple(numbers))  # type: ignore[call-arg]
+
+
+def load_scalars(numbers: Ref, places: Sequence[tuple[Any, ...]]) -> list[jax.Array]:
+    """Single numbers of an array in any memory, the same for all threads."""
+    scalar = plgpu.ShapeDtypeStruct((), numbers.dtype, layout=SCALAR)
+    types = jax.tree.map(lambda _: SCALAR, tuple(places))
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), types), return_type=[scalar] * len(places))
+    def read(_: Any, numbers: Any, places: Any) -> list[Any]:
+        indices = [as_indices(*(index.registers.item() for index in place)) for place in places]
+        return [FragmentedArray.splat(memref.load(numbers, place), ()) for place in indices]
+
+    return read(numbers, jax.tree.map(jnp.int32, tuple(places)))  # type: ignore[call-arg]
+
+
+def rotate_heads(b: Block, head: Any, count: int) -> jax.Array:
+    """``count`` heads of all tokens from ``head`` on, rotated by the tokens' positions: [8 * count, head_dim]. In
+    float32, as the reference does it. ``head`` counts the columns of ``qkv``: query heads, then key heads."""
+    D, layout = b.plan.shape.head_dim, pair_per_thread()
+    heads = plgpu.ShapeDtypeStruct((MAX_TOKENS * count, D), jnp.bfloat16, layout=layout)
+
+    @plgpu.inline_mgpu(arg_types=((plgpu.RefType(),) * 3, SCALAR), return_type=heads)
+    def rotate(_: Any, refs: Any, head: Any) -> Any:
+        qkv, cos, sin = refs
+        f32, bf16 = ir.F32Type.get(), ir.BF16Type.get()
+
+        def load(ref: Any) -> Any:
+            return FragmentedArray.load_untiled(ref, layout=layout.to_mgpu(), optimized=False)
+
+        def half(number: int) -> Any:
+            (begin,) = as_indices(add(mul(head.registers.item(), D), number * (D // 2)))
+            return load(memref_slice(qkv, (slice(None), ds(begin, D // 2)))).astype(f32)
+
+        halves = [(half(2 * i), half(2 * i + 1)) for i in range(count)]
+        cos, sin = load(cos), load(sin)
+        rotated = [concatenate([a * cos - c * sin, c * cos + a * sin], axis=1).astype(bf16) for a, c in halves]
+        return concatenate(rotated, axis=0)
+
+    return rotate((b.buffers.qkv, b.inputs.cos, b.inputs.sin), head)  # type: ignore[call-arg]
 
 
 def broadcast_to_unit(factors: jax.Array) -> jax.Array:
@@ -77,9 +166,10 @@ def broadcast_to_unit(factors: jax.Array) -> jax.Array:
     return broadcast(factors)  # type: ignore[call-arg]
 
 
-def store_x(b: Block, phase: ProductPhase, unit: jax.Array, split: Any, step: Any, token: Any) -> None:
-    """Write ``unit`` [4, 32, 8], 1024 inputs of a token from ``step`` of a K split on, to the phase's x [steps, columns
-    of all K splits, step] in shared memory. Pallas writes whole tiles of 8 columns, and most often there is one.
+def store_x(b: Block, phase: ProductPhase, units: Sequence[jax.Array], numbers: Sequence[Any], token: Any) -> None:
+    """Write ``units`` [4, 32, 8] with these ``numbers`` (see `ProductPlan.column`), 1024 inputs of a token each, to the
+    phase's x [steps, columns of all K splits, step] in shared memory. Numbers past the end are no-ops. Pallas writes
+    whole tiles of 8 columns, and most often there is one.
 
     For integer weights a token has two columns side by side, of its limbs (see `split_into_limbs`), and the scale of
     the lower limb goes to the phase's ``limb_scales`` [blocks of inputs, tokens of all K splits]."""
@@ -88,10 +178,17 @@ def store_x(b: Block, phase: ProductPhase, unit: jax.Array, split: Any, step: An
     transforms = transforms_of(memory.x.shape[-1], dtype, shape.fmt.group)
     refs = (memory.x, memory.limb_scales) if integers else (memory.x,)
     types = (plgpu.RefType(transforms), plgpu.RefType())[: len(refs)]
+    some, count = len(units), p.k_splits * p.held_units
 
-    @plgpu.inline_mgpu(arg_types=(types, EIGHT_PER_THREAD, SCALAR, SCALAR, SCALAR))
-    def store(_: Any, refs: Any, unit: Any, split: Any, step: Any, token: Any) -> None:
-        split, step, token = (a.registers.item() for a in (split, step, token))
+    @plgpu.inline_mgpu(arg_types=(types, (EIGHT_PER_THREAD,) * some, (SCALAR,) * some, SCALAR))
+    def store(_: Any, refs: Any, units: Any, numbers: Any, token: Any) -> None:
+        for unit, number in zip(units, numbers, strict=True):
+            number = number.registers.item()
+            with when(arith.cmpi(arith.CmpIPredicate.ult, number, as_i32(count))):
+                one_unit(refs, unit, number, token.registers.item())
+
+    def one_unit(refs: Any, unit: Any, number: Any, token: Any) -> None:
+        split, step = div(number, p.held_units), mul(rem(number, p.held_units), UNIT_COLUMNS // p.step)
         (eight,) = unit.registers.flat  # this thread's inputs: 8 from 8 * thread on
         first = mul(volatile_thread_in_warpgroup(), 8)
         slab, within = add(step, div(first, p.step)), rem(first, p.step)
@@ -111,7 +208,7 @@ def store_x(b: Block, phase: ProductPhase, unit: jax.Array, split: Any, step: An
         # The threads of a block of limbs write the same.
         memref.store(limb_scale, refs[1], as_indices(block, add(mul(split, shape.token_slots), token)))
 
-    store(refs, unit, split, step, token)  # type: ignore[call-arg]
+    store(refs, tuple(units), tuple(numbers), token)  # type: ignore[call-arg]
 
 
 def load_scales(b: Block, phase: ProductPhase, tile: Any, group: Any) -> jax.Array:
@@ -198,10 +295,10 @@ def store_sums(b: Block, sums: Ref, total: jax.Array, tile: Any, accumulate: Any
     store(sums, total, tile, accumulate)  # type: ignore[call-arg]
 
 
-def load_int4(b: Block, slot: Any) -> jax.Array:
-    """A stage of 4-bit weights as wgmma's left operand in registers. The slot is free as soon as they are there: the
-    next stage may arrive while this one is multiplied."""
-    weights = load_int4_as_int8(b.scratch.ring.at[slot])
+def load_int4(b: Block, slot: Any, ranges: int) -> list[jax.Array]:
+    """A stage of 4-bit weights as wgmma's left operand in registers, in so many ranges of inputs. The slot is free as
+    soon as they are there: the next stage may arrive while this one is multiplied."""
+    weights = load_int4_as_int8(b.scratch.ring.at[slot], ranges)
     plgpu.barrier_arrive(b.scratch.ring_free.at[slot])
     return weights
 
@@ -212,5 +309,6 @@ def first_row_of(thread: Any) -> Any:
 
 
 MOSAIC = TileOps(
-    load, broadcast_to_unit, store_x, load_scales, combine_limbs, store_sums, load_int4, int4_frees_slot=True
+    load, load_units, load_rows, load_scalars, rotate_heads, broadcast_to_unit, store_x,
+    load_scales, combine_limbs, store_sums, load_int4, int4_frees_slot=True,
 )  # fmt: skip

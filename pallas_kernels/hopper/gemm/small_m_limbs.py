@@ -72,7 +72,7 @@ def consume_limbs(block: Block, scratch: LimbScratch) -> None:
         pl.when(t + 1 < block.turns)(lambda: _prefetch_scales(block, scales, block.work_tile(t + 1).row))
         # Loaded before the products, used after them: a load from memory takes as long as several stages.
         by_row = [] if p.fmt.grouped else _ranges(p)
-        row_scales = [load_per_thread(p, scales.at[:, 0], tile.row + at, n) for at, n in by_row]
+        row_scales = [load_per_thread(p, scales.at[:, 0], [(tile.row + at,)], n)[0] for at, n in by_row]
         group_scales = scales if p.fmt.grouped else None
         stages = OwnStages(block, tile, count, group_scales, multiply, jnp.int32, scratch.full, scratch.free)
         for first_row, total in zip(p.wgmma_tiles, stages.sums(), strict=True):
@@ -119,11 +119,12 @@ def _multiply_tile(block: Block, scratch: LimbScratch, weights: Ref, x: Ref, acc
         weights = scratch.int8_weights.at[block.me]
     in_registers = p.fmt.bits == 4 and scratch.int8_weights is None
     for begin in range(0, p.step, chunk):
-        widened = load_int4_as_int8(weights.at[:, begin : begin + chunk]) if in_registers else None
         width = min(p.group, chunk)
+        tile = weights.at[:, begin : begin + chunk]
+        widened = load_int4_as_int8(tile, chunk // width) if in_registers else None
         for g in range(0, chunk, width):
             inputs = slice(begin + g, begin + g + width)
-            left = weights.at[:, inputs] if widened is None else widened[:, g : g + width]
+            left = weights.at[:, inputs] if widened is None else widened[g // width]
             plgpu.wgmma(accs[(begin + g) // p.group], left, x.at[:, inputs].T)
         if in_registers:  # the registers of the chunk before are free once its products are done
             plgpu.wgmma_wait(chunk // width)
@@ -153,9 +154,9 @@ def _write_rows(block: Block, scratch: LimbScratch, out: Ref, row: Any, row_scal
         def write(turn: Any, _: Any, number: int = number, at: int = at, n: int = n, first: Any = first) -> None:
             token = first + turn * consumers
             columns = [p.limb_column(limb, token) for limb in range(LIMBS)]
-            sums = [scratch.sums.at[other, column] for other in range(consumers) for column in columns]
-            total = functools.reduce(jnp.add, [load_per_thread(p, ref, p.shift(row) + at, n) for ref in sums])
+            places = [(other, column, p.shift(row) + at) for other in range(consumers) for column in columns]
+            total = functools.reduce(jnp.add, load_per_thread(p, scratch.sums, places, n))
             total = total * row_scales[number] if row_scales else total
-            store_per_thread(p, out.at[token], row + at, total.astype(out.dtype), n)
+            store_per_thread(p, out, [(token, row + at)], [total.astype(out.dtype)], n)
 
         lax.fori_loop(0, (p.rows - first + consumers - 1) // consumers, write, None)

@@ -68,7 +68,11 @@ def skip_reason(logits: jax.Array, u: jax.Array | None, **_: Any) -> str | None:
         return "greedy: the largest logit is one reduction"
     vocab = logits.shape[-1]
     if split_row(vocab) is None:
-        return f"a vocabulary of {vocab} cannot be divided among {MAX_WARPGROUPS} warpgroups of {MAX_NUMBERS} a thread"
+        largest = MAX_WARPGROUPS * WARPGROUP_SIZE * MAX_NUMBERS
+        return (
+            f"a vocabulary of {vocab}: the kernel holds a row in registers, in equal parts of up to {MAX_WARPGROUPS} "
+            f"warpgroups with {MAX_NUMBERS} numbers a thread, {largest} at most; XLA draws from any"
+        )
     return None
 
 

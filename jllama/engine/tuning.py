@@ -1,0 +1,38 @@
+"""The sizes of an engine's launches, which depend on the device."""
+
+from dataclasses import dataclass
+
+from jllama.device import Device
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How prompts are cut, how many steps a launch has, and for which numbers of rows and pieces steps are compiled.
+    Smaller numbers are padded to the next of these, so that compilations are few."""
+
+    piece: int  # tokens of a piece of a prompt
+    steps: tuple[int, int]  # decode steps per launch: while requests wait, and while none do
+    rows: tuple[int, ...]
+    pieces: tuple[int, ...]
+
+
+# A row or piece that is padding costs almost as much as a real one, and a compilation some seconds: powers of four.
+_CPU = Tuning(piece=32, steps=(4, 16), rows=(1, 4, 16, 64), pieces=(1, 4, 16, 64))
+
+# 128 queries are one item of the attention kernel. Up to 8 rows are one persistent launch a step. Above, a step reads
+# all weights for any number of rows, and its products have tiles of 64 rows: padding costs little, and a compilation
+# of a large model 10 to 30 seconds. Padding of pieces costs as much as real ones, so these are powers of two.
+_GPU = Tuning(piece=128, steps=(4, 16), rows=(1, 8, 64, 128), pieces=(1, 2, 4, 8, 16, 32))
+
+
+def tuning_for(device: Device) -> Tuning:
+    """The sizes for a device."""
+    return _CPU if device.platform == "cpu" else _GPU
+
+
+def sizes(known: tuple[int, ...], most: int) -> list[int]:
+    """Those of ``known`` below ``most``, doublings of the last one, and ``most`` itself."""
+    found, size = [size for size in known if size < most], known[-1]
+    while (size := 2 * size) < most:
+        found.append(size)
+    return [*found, most]
