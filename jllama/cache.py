@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,12 @@ class KVCache:
     def max_len(self) -> int:
         """The number of positions that every row has room for."""
         return self.k[0].shape[-2] if isinstance(self.k, tuple) else self.k.shape[-2]
+
+    def specs(self, mesh: AnyMesh) -> "KVCache":
+        """The `PartitionSpec` of every array on a mesh."""
+        layers: Any = cache_spec(mesh, stacked=self.stacked)
+        k, v = jax.tree.map(lambda _: layers, (self.k, self.v))
+        return KVCache(k, v, spec(mesh, DATA))  # pyright: ignore[reportArgumentType]
 
     def layer(self, index: int) -> tuple[jax.Array, jax.Array] | tuple[LayerView, LayerView]:
         """The keys and values of a layer as ops take them. Nothing is copied."""

@@ -22,7 +22,7 @@ from jllama.cache import KVCache, init_cache
 from jllama.config import Backend, LlamaConfig
 from jllama.errors import InputError
 from jllama.kernels import known, recorded, vary_with
-from jllama.mesh.layout import DATA, model_axis, spec
+from jllama.mesh.layout import DATA, MODEL, AnyMesh, model_axis, spec
 from jllama.mesh.run import on_shards, over, specs
 from jllama.mesh.vocabulary import gather
 from jllama.model import forward
@@ -45,6 +45,11 @@ class DecodeState:
     history: History  # the tokens so far; its fields are None where no setting needs them
     sampling: Sampling
     top: int = struct.field(pytree_node=False, default=0)  # report so many of the likeliest tokens at every step
+
+    def specs(self, mesh: AnyMesh) -> "DecodeState":
+        """The `PartitionSpec` of every array on a mesh."""
+        fields = {name: specs(value, mesh) for name, value in vars(self).items() if name != "top"}
+        return DecodeState(**fields, top=self.top)
 
 
 @struct.dataclass
@@ -71,6 +76,11 @@ def prefill(
     Returns the cache and the logits [B, V] of each row's last token so far. ``logits`` are those of the piece before,
     which finished rows keep.
     """
+    if params.mesh is not None:
+        of_shard = functools.partial(prefill, backend=backend)
+        vocabulary = spec(params.mesh, DATA, MODEL)
+        out = vocabulary, specs(cache, params.mesh)
+        return on_shards(of_shard, params, tokens, lengths, logits, cache, out=out, layout={2: vocabulary})
     new, cache = forward(params, tokens, cache, lengths=lengths, last_only=True, backend=backend)
     return jnp.where(lengths[:, None] > 0, new, logits), cache
 
@@ -93,7 +103,8 @@ def sample_first(
     if mesh is not None:
         of_shard = functools.partial(sample_first, top=top, axis=model_axis(mesh), backend=backend)
         arguments = logits, cache, sampling, limit, stop_ids, history
-        return over(mesh, of_shard, *arguments, out=(_state_specs(cache, top, mesh), spec(mesh, DATA)))
+        out = _state_specs(cache, top, mesh), spec(mesh, DATA)
+        return over(mesh, of_shard, *arguments, out=out, layout={0: spec(mesh, DATA, MODEL)})
     B = logits.shape[0]
     state = DecodeState(
         cache=cache,
@@ -144,7 +155,7 @@ def decode_chunk(
     """Run ``steps`` decode steps as one `lax.scan`. The arrays of the `StepOutput` are [steps, B]."""
     if params.mesh is not None:
         of_shard = functools.partial(decode_chunk, steps=steps, backend=backend)
-        out = _state_specs(state.cache, state.top, params.mesh), spec(params.mesh, None, DATA)
+        out = state.specs(params.mesh), spec(params.mesh, None, DATA)
         return on_shards(of_shard, params, state, out=out)
 
     def step(state: DecodeState, _: None) -> tuple[DecodeState, StepOutput]:
@@ -155,10 +166,10 @@ def decode_chunk(
     return lax.scan(step, state, length=steps)
 
 
-def _state_specs(cache: KVCache, top: int, mesh: Mesh) -> Any:
+def _state_specs(cache: KVCache, top: int, mesh: AnyMesh) -> Any:
     """The `PartitionSpec` of every array of a `DecodeState` with such a cache, as a prefix of the state."""
     rows: Any = spec(mesh, DATA)
-    return DecodeState(specs(cache, mesh), *(rows,) * 7, top)
+    return DecodeState(cache.specs(mesh), *(rows,) * 7, top)
 
 
 def stop_table(batch: int, stop_ids: Sequence[int]) -> np.ndarray:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 Device = Any  # a jax.Device; jax exports that name as a variable, which type checkers reject as a type
 
@@ -54,6 +55,17 @@ def free_bytes(device: Device) -> int | None:
     if limit is not None and used is not None:
         free = min(limit - used, free if free is not None else limit)
     return free
+
+
+def free_on(mesh: Mesh | None) -> int | None:
+    """Free memory of the default device, or of each device of a mesh that this process has."""
+    if mesh is None:
+        return free_bytes(default_device())
+    devices = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
+    free = [n for n in map(free_bytes, devices) if n is not None]
+    if not free:
+        return None
+    return min(free) // len(devices) if devices[0].platform == "cpu" else min(free)  # CPU devices share the memory
 
 
 def _meminfo_available() -> int | None:

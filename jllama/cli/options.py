@@ -97,6 +97,10 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
     help_context = "context length, including the prompt (default: the model's)"
     group.add_argument("-c", "--max-seq-len", "--ctx-size", type=int, metavar="N", help=help_context)
+    help_tp = "divide the model's weights over N devices (tensor parallel; default: 1)"
+    group.add_argument("--tp", "--tensor-parallel-size", type=int, default=1, metavar="N", help=help_tp)
+    help_dp = "divide the prompts over N groups of devices, each with the whole model (data parallel; default: 1)"
+    group.add_argument("--dp", "--data-parallel-size", type=int, default=1, metavar="N", help=help_dp)
     group.add_argument("-t", "--threads", type=int, metavar="N", help="number of CPU cores to use (default: all)")
     help_layers = "accepted but has no effect: the whole model runs on the device that JAX finds"
     group.add_argument("-ngl", "--gpu-layers", "--n-gpu-layers", metavar="N", help=help_layers)

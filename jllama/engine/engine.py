@@ -9,16 +9,20 @@ import jax
 import numpy as np
 
 from jllama.config import Backend
-from jllama.device import default_device, free_bytes
+from jllama.device import default_device, free_on
 from jllama.engine.device import Device, Launch
 from jllama.engine.pages import Pages
+from jllama.engine.parts import Parts
 from jllama.engine.request import Completion, Event, Handle, Request, SamplingSettings, per_prompt
-from jllama.engine.scheduler import Piece, Plan, Scheduler
+from jllama.engine.scheduler import Piece, Scheduler
 from jllama.engine.scheduler import Sequence as Scheduled
 from jllama.engine.steps import KINDS, NO_TOKEN
 from jllama.engine.tuning import Tuning, tuning_for
 from jllama.errors import InputError
 from jllama.kernels import PAGE, Choice
+from jllama.mesh.layout import DATA, MODEL, axis_size, shard_config
+from jllama.mesh.place import adopted, placed
+from jllama.mesh.run import fetch
 from jllama.paged import page_bytes, pages_for
 from jllama.params import Params
 
@@ -74,16 +78,18 @@ class Engine:
         self.max_len = context if max_len is None else max_len
         if not 2 <= self.max_len <= context:
             raise InputError(f"max_len: expected 2 to {context} (the model's context), found {max_len}")
-        width = pages_for(self.max_len)
+        width, params = pages_for(self.max_len), placed(params)
         count = pages
         if count is None:
             fits = pages_in_memory(params, memory)
             count = min(fits, slots * width) if default_device().platform == "cpu" else fits
         self.slots, self.backend = slots, backend
-        sizes = dict(slots=slots, max_len=self.max_len, pieces=budget // tuning.piece)
+        parts = axis_size(params.mesh, DATA)
+        count, slots, pieces = (-(-n // parts) for n in (count, slots, budget // tuning.piece))  # of each part
+        sizes = dict(slots=slots, max_len=self.max_len, pieces=pieces)
         self._device = Device(params, pages=count, width=width, tuning=tuning, backend=backend, **sizes)
-        self._pages = Pages(count, PAGE)
-        self._scheduler = Scheduler(self._pages, piece=tuning.piece, steps=tuning.steps, **sizes)
+        of_part = dict(piece=tuning.piece, steps=tuning.steps, **sizes)
+        self._scheduler = Parts([Scheduler(Pages(count, PAGE), **of_part) for _ in range(parts)])
         self._handles: dict[Scheduled, Handle] = {}
         self._in_flight: Launch | None = None
         self._paused = self._torn = False
@@ -97,6 +103,7 @@ class Engine:
 
     @params.setter
     def params(self, new: Params) -> None:
+        new = adopted(new, self.params.mesh)
         old, found = (jax.tree.map(lambda a: (a.shape, str(a.dtype)), p) for p in (self.params, new))
         if old != found:
             raise InputError("params: expected weights of the shapes, formats and config that the engine has")
@@ -113,15 +120,15 @@ class Engine:
         """A snapshot."""
         s = self._scheduler
         return Statistics(
-            running=len(s.running),
-            waiting=len(s.waiting),
-            pages_used=self._pages.count - self._pages.free,
-            pages=self._pages.count,
-            prompt_tokens=s.prompt_tokens,
-            prefix_hits=s.hits,
+            running=s.running,
+            waiting=s.waiting,
+            pages_used=sum(pool.count - pool.free for pool in s.pools),
+            pages=sum(pool.count for pool in s.pools),
+            prompt_tokens=s.total("prompt_tokens"),
+            prefix_hits=s.total("hits"),
             new_tokens=self._new_tokens,
             decode_steps=self._decode_steps,
-            preemptions=s.preemptions,
+            preemptions=s.total("preemptions"),
             seconds=self._seconds,
         )
 
@@ -212,10 +219,11 @@ class Engine:
         self._torn = True  # until the end: an error or interrupt on the way loses what was under way
         before, self._in_flight, events = self._in_flight, None, []
         with jax.profiler.TraceAnnotation("jllama.plan"):
-            plan = Plan() if self._paused else self._scheduler.plan()
-        if plan:
+            plans = [] if self._paused else self._scheduler.plan()
+        if any(plans):
             with jax.profiler.TraceAnnotation("jllama.launch"):
-                self._in_flight = self._device.launch(plan, {s: self._handles[s].request for s in plan.rows})
+                requests = {s: self._handles[s].request for plan in plans for s in plan.rows}
+                self._in_flight = self._device.launch(plans, requests)
         if before is not None:
             with jax.profiler.TraceAnnotation("jllama.read"):
                 events = self._read(before)
@@ -277,10 +285,10 @@ class Engine:
 
     def _read(self, launch: Launch) -> list[Event]:
         events: list[Event] = []
-        drawn, scores = jax.device_get((launch.drawn, launch.scores))  # blocks
+        drawn, scores = fetch((launch.drawn, launch.scores), self.params.mesh)  # blocks
         if launch.rows:
             self._decode_steps += int((drawn.tokens != NO_TOKEN).any(axis=1).sum())
-        for i, s in enumerate(launch.rows):
+        for i, s in launch.rows:
             count = int((drawn.tokens[:, i] != NO_TOKEN).sum())
             ids, logprobs = drawn.tokens[:count, i].tolist(), drawn.logprobs[:count, i].tolist()
             handle = self._handles.get(s)
@@ -301,7 +309,7 @@ class Engine:
             self._read_scores(piece, scores[0][place], scores[1][place])
             if piece.sequence.finish and (handle := self._handles.get(piece.sequence)):
                 events.append(Event(handle, [], [], piece.sequence.finish))  # pyright: ignore[reportArgumentType]
-        seen = {*launch.rows, *(piece.sequence for _, piece in launch.pieces)}
+        seen = {*(s for _, s in launch.rows), *(piece.sequence for _, piece in launch.pieces)}
         for s in seen:
             if s.finish is not None and s in self._handles:
                 self._finish(self._handles[s])
@@ -337,12 +345,15 @@ class Engine:
 
 
 def pages_in_memory(params: Params, memory: float) -> int:
-    """How many pages fit into this part of the device's free memory."""
+    """How many pages fit into this part of the device's free memory, or of that of a mesh's devices together."""
     if not 0 < memory <= 1:
         raise InputError(f"memory: expected a part of the device's, above 0 and at most 1, found {memory}")
-    free, one = free_bytes(default_device()), page_bytes(params.config, params.dtype)
+    config, mesh = params.config, params.mesh
+    if mesh is not None:
+        config = shard_config(config, axis_size(mesh, MODEL))
+    free, one = free_on(mesh), page_bytes(config, params.dtype)
     if free is None:
-        return UNKNOWN_MEMORY // one
+        return UNKNOWN_MEMORY // one * axis_size(mesh, DATA)
     if free * memory < one:
         raise InputError(f"memory: expected room for a page of {one} bytes, found {free} bytes free")
-    return int(free * memory) // one
+    return int(free * memory) // one * axis_size(mesh, DATA)

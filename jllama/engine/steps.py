@@ -4,18 +4,23 @@ or pieces, and, of `decode`, a kind of drawing.
 The table of pages comes with every call: who has which page is the scheduler's knowledge, and some kilobytes.
 """
 
+import functools
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
+from jax.sharding import Mesh, PartitionSpec
 
 from jllama.config import Backend
 from jllama.decode import NO_TOKEN
 from jllama.engine.request import MAX_TOP_LOGPROBS
 from jllama.engine.state import EngineState, Extras, Rows
-from jllama.kernels import log_probability, recorded
+from jllama.kernels import log_probability, recorded, vary_with
+from jllama.mesh import vocabulary
+from jllama.mesh.layout import DATA, spec
+from jllama.mesh.run import on_shards, over
 from jllama.model import forward
 from jllama.paged import PagedCache
 from jllama.params import Params
@@ -45,6 +50,9 @@ def feed(
 ) -> EngineState:
     """Put keys and values of prompts into the cache. What fills a piece up comes behind its sequence's end, where it is
     overwritten before it is seen."""
+    if params.mesh is not None:
+        of_shard, arguments = functools.partial(feed, backend=backend), (state, tokens, start, table)
+        return on_shards(of_shard, params, *arguments, out=state.specs(params.mesh))
     cache = PagedCache(state.k, state.v, table, start)
     with jax.named_scope("jllama.feed"):
         _, cache = forward(params, tokens, cache, last_only=True, backend=backend)
@@ -62,26 +70,41 @@ def score(
     backend: Backend = "auto",
 ) -> tuple[EngineState, tuple[jax.Array, jax.Array]]:
     """`feed`, and the log-probability [B, T] of every target, and whether it is the likeliest."""
+    if params.mesh is not None:
+        of_shard, arguments = functools.partial(score, backend=backend), (state, tokens, start, table, targets)
+        out = state.specs(params.mesh), spec(params.mesh, DATA)
+        return on_shards(of_shard, params, *arguments, out=out)
     logits, cache = forward(params, tokens, PagedCache(state.k, state.v, table, start), backend=backend)
     flat, wanted = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
-    found = log_probability(flat, wanted), jnp.argmax(flat, axis=-1) == wanted
+    if params.axis is None:
+        found = log_probability(flat, wanted), jnp.argmax(flat, axis=-1) == wanted
+    else:
+        found = vocabulary.log_probability(flat, wanted, params.axis), vocabulary.greedy(flat, params.axis)[0] == wanted
     return replace(state, k=cache.k, v=cache.v), jax.tree.map(lambda a: a.reshape(targets.shape), found)
 
 
-def join(state: EngineState, slots: jax.Array, rows: Rows) -> EngineState:
+def join(state: EngineState, slots: jax.Array, rows: Rows, *, mesh: Mesh | None = None) -> EngineState:
     """Rows begin to draw in their slots; a slot past the last is none."""
+    if mesh is not None:
+        return over(mesh, join, state, slots, rows, out=state.specs(mesh))
     return replace(state, rows=state.rows.put(slots, rows))
 
 
 def join_extras(
     state: EngineState,
-    slot: jax.Array,
+    slot: jax.Array,  # [parts]: of the part that has the row; of the others, one past the last
     settings: Sampling,
     tokens: jax.Array,  # [max_len] int32: of prompt and text, filled up with anything
     prompt: jax.Array,  # how many are of the prompt
     length: jax.Array,  # how many are real
+    *,
+    mesh: Mesh | None = None,
 ) -> EngineState:
     """One row's further settings and history."""
+    if mesh is not None:
+        same = jax.tree.map(lambda _: PartitionSpec(), (settings, tokens))
+        arguments, layout = (state, slot, settings, tokens, prompt, length), dict(zip((2, 3), same, strict=True))
+        return over(mesh, join_extras, *arguments, out=state.specs(mesh), layout=layout)
     assert state.extras is not None
     old = state.extras
     assert old.history.counts is not None
@@ -94,11 +117,13 @@ def join_extras(
     back = length - jnp.arange(old.history.recent.shape[1], 0, -1)
     recent = jnp.where(back >= 0, tokens[jnp.maximum(back, 0)], NO_TOKEN)
     new = Extras(settings, History(seen, counts, recent))
-    return replace(state, extras=jax.tree.map(lambda a, b: a.at[slot].set(b), old, new))
+    return replace(state, extras=jax.tree.map(lambda a, b: a.at[slot[0]].set(b, mode="drop"), old, new))
 
 
-def copy(state: EngineState, source: jax.Array, target: jax.Array) -> EngineState:
+def copy(state: EngineState, source: jax.Array, target: jax.Array, *, mesh: Mesh | None = None) -> EngineState:
     """Pages ``source`` [n] copied to ``target`` [n]; a target past the last is none."""
+    if mesh is not None:
+        return over(mesh, copy, state, source, target, out=state.specs(mesh))
 
     def copied(pages: jax.Array) -> jax.Array:
         return pages.at[:, target].set(pages.at[:, source].get(mode="clip"), mode="drop")
@@ -111,13 +136,17 @@ def decode(
     state: EngineState,
     slots: jax.Array,  # [R]: the rows to run; a slot past the last is none
     table: jax.Array,  # [R, P]: the pages of each row
-    steps: jax.Array,  # how many steps
+    steps: jax.Array,  # [parts]: how many steps the rows of each part have
     *,
     most: int,  # of steps, whenever compiled
     kind: str,  # one of KINDS
     backend: Backend = "auto",
 ) -> tuple[EngineState, Drawn]:
     """Some tokens for every row, in one loop that ends early where all are done."""
+    if params.mesh is not None:
+        of_shard = functools.partial(decode, most=most, kind=kind, backend=backend)
+        out = state.specs(params.mesh), spec(params.mesh, None, DATA)
+        return on_shards(of_shard, params, state, slots, table, steps, out=out)
     rows, R = state.rows.take(slots), slots.shape[0]
     keys = jax.vmap(jax.random.key)(rows.seed)
     extras = None
@@ -132,7 +161,7 @@ def decode(
 
     def more(carry: tuple) -> jax.Array:
         i, _, rows, _, _ = carry
-        return (i < steps) & ~rows.done.all()
+        return (i < steps[0]) & ~rows.done.all()
 
     def step(carry: tuple) -> tuple:
         i, (k, v), rows, history, out = carry
@@ -143,7 +172,11 @@ def decode(
                 params, rows.token[:, None], cache, lengths=alive.astype(jnp.int32), last_only=True, backend=backend
             )
         with jax.named_scope("jllama.draw"):
-            token, logprob = sample(logits, sampling, rows.drawn, history, stop_ids=rows.stop_ids, backend=backend)
+            axis = params.axis
+            if axis is not None and kind == "full":
+                logits, axis = vocabulary.gather(logits, axis), None
+            how = dict(stop_ids=rows.stop_ids, axis=axis, backend=backend)
+            token, logprob = sample(logits, sampling, rows.drawn, history, **how)
         likeliest = top_logprobs(logits, MAX_TOP_LOGPROBS) if kind == "full" else None
         new = Drawn(jnp.where(alive, token, NO_TOKEN), jnp.where(alive, logprob, 0.0), likeliest)
         rows = advance(replace(rows, length=cache.lengths), token)
@@ -151,6 +184,7 @@ def decode(
         return i + 1, (cache.k, cache.v), rows, history.add(token, alive), out
 
     begin = (jnp.int32(0), (state.k, state.v), rows, extras.history if extras else History(), out)
+    begin = vary_with(begin, rows.token)  # under shard_map, a carry must have the type of the result
     _, (k, v), rows, history, out = lax.while_loop(more, step, begin)
     if extras is not None:
         assert state.extras is not None
@@ -186,4 +220,4 @@ def _jit(function, *static: str):
 # every op (see `recorded`). A profile shows them under their names: ``jit_feed``, ``jit_decode`` and so on.
 jit_feed, jit_score = (_jit(recorded(function), "backend", "arch") for function in (feed, score))
 jit_decode = _jit(recorded(decode), "most", "kind", "backend", "arch")
-jit_join, jit_join_extras, jit_copy = _jit(join), _jit(join_extras), _jit(copy)
+jit_join, jit_join_extras, jit_copy = (_jit(function, "mesh") for function in (join, join_extras, copy))

@@ -3,14 +3,13 @@
 from dataclasses import dataclass
 from typing import get_args
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from jllama.cache import cache_bytes
 from jllama.config import LlamaConfig, Quant
-from jllama.device import default_device, free_bytes
+from jllama.device import free_on
 from jllama.errors import InputError
 from jllama.formats.layout import expected_shapes
 from jllama.formats.source import Source
@@ -81,7 +80,7 @@ def check_memory(
 ) -> None:
     """Raise `InputError` if weights, cache and workspace do not fit into the free memory of the device, or each
     device's part of them into that of a mesh's devices. The message names settings that would fit."""
-    config, free = source.config, _free(mesh)
+    config, free = source.config, free_on(mesh)
     if free is None:
         return
     if mesh is not None:
@@ -105,17 +104,6 @@ def check_memory(
         f"(weights {_gb(needed.weights)}, cache {_gb(needed.cache)}, rest workspace), the device has {_gb(free)} free; "
         f"{'would fit: ' + ' or '.join(fits) if fits else 'no setting would fit'}"
     )
-
-
-def _free(mesh: Mesh | None) -> int | None:
-    """Free memory of the default device, or of each device of a mesh that this process has."""
-    if mesh is None:
-        return free_bytes(default_device())
-    devices = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
-    free = [n for n in map(free_bytes, devices) if n is not None]
-    if not free:
-        return None
-    return min(free) // len(devices) if devices[0].platform == "cpu" else min(free)  # CPU devices share the memory
 
 
 def _gb(n: int) -> str:

@@ -116,6 +116,15 @@ def placed(params: Params) -> Params:
     return jax.device_put(params, wanted)
 
 
+def adopted(params: Params, mesh: Mesh | None) -> Params:
+    """Params for a mesh, moved there where they are not, with a warning that says so."""
+    if params.mesh == mesh:
+        return placed(params)
+    where = "one device" if mesh is None else f"the mesh {dict(mesh.shape)}"
+    warnings.warn(f"params of another layout were moved to {where}: jllama.shard does it beforehand", stacklevel=3)
+    return unshard(params) if mesh is None else shard(params, mesh)
+
+
 def _lies(array: jax.Array, sharding: NamedSharding) -> bool:
     return array.sharding.is_equivalent_to(sharding, array.ndim)
 

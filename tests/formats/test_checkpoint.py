@@ -118,7 +118,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def budget(monkeypatch: pytest.MonkeyPatch, free: int | None) -> None:
-    monkeypatch.setattr(memory, "free_bytes", lambda device: free)
+    monkeypatch.setattr(memory, "free_on", lambda mesh: free)
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_read(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -233,3 +233,88 @@ def test_what_does_not_divide_is_named(case: str) -> None:
     attempt, message = UNEVEN[case]
     with pytest.raises(jllama.InputError, match=message):
         attempt()
+
+
+def arrivals(engine: jllama.Engine, seed: int) -> list[Any]:
+    """Requests that come at random between the turns of an engine, and their completions."""
+    random = np.random.RandomState(seed)
+    prefix = random.randint(3, 96, 20).tolist()
+    handles = []
+    for i in range(10):
+        prompt = [*(prefix if i % 3 else []), *random.randint(3, 96, random.randint(1, 9)).tolist()]
+        temperature = [0.0, 0.9][i % 2]
+        settings = jllama.SamplingSettings(temperature=temperature, seed=i, top_p=0.9)
+        handles.append(engine.submit(jllama.Request(prompt, int(random.randint(2, 9)), settings)))
+        for _ in range(random.randint(0, 3)):
+            engine.step()
+    for _ in engine.events():
+        pass
+    return [h.completion for h in handles]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_engine_gives_one_devices_text_under_random_arrivals(kind: str) -> None:
+    how = dict(slots=4, pages=8, max_len=64)
+    alone = arrivals(jllama.Engine(model(), **how), 3)
+    engine = jllama.Engine(shard(model(), mesh(kind=kind)), **how)
+    for _ in range(2):  # the second time, the pool holds what the first has left
+        for found, wanted in zip(arrivals(engine, 3), alone, strict=True):
+            assert found.ids == wanted.ids
+            np.testing.assert_allclose(found.logprobs, wanted.logprobs, atol=1e-5)
+    rows = TOKENS[:, :2].tolist(), TOKENS[:, 2:].tolist()
+    scored, expected = engine.score(*rows), jllama.Engine(model(), **how).score(*rows)
+    for found, wanted in zip(scored, expected, strict=True):
+        np.testing.assert_allclose(found.logprobs, wanted.logprobs, atol=1e-5)
+        assert found.greedy == wanted.greedy
+
+
+def test_penalties_and_reports_of_the_engine() -> None:
+    how = dict(slots=4, pages=8, max_len=64)
+    settings = jllama.SamplingSettings(
+        temperature=0.8, seed=5, repetition_penalty=1.2, presence_penalty=0.3, top_logprobs=3, min_tokens=4
+    )
+    prompts = [row[:n].tolist() for row, n in zip(TOKENS, LENGTHS, strict=True)]
+    engines = [jllama.Engine(params, **how) for params in (model(), shard(model(), mesh()))]
+    alone, divided = (engine.generate(prompts, max_new_tokens=6, sampling=settings) for engine in engines)
+    assert [c.ids for c in alone] == [c.ids for c in divided]
+    assert [[list(top) for top in c.top_logprobs] for c in alone] == [
+        [list(top) for top in c.top_logprobs] for c in divided
+    ]
+
+
+def test_rollout_gives_one_devices_text() -> None:
+    sampling = jllama.make_sampling(8, seed=2, temperature=0.9, repetition_penalty=1.1)
+    run = functools.partial(jllama.rollout, slots=4, max_new_tokens=5, n=2)
+    alone = jax.jit(run)(model(), TOKENS, LENGTHS, sampling)
+    same_text(jax.jit(run)(shard(model(), mesh()), TOKENS, LENGTHS, sampling), alone)
+
+
+def test_a_session_streams_one_prompt_on_a_mesh() -> None:
+    texts = []
+    for params in (model(), shard(model(), mesh(kind="explicit"))):
+        session = jllama.Session(params, 64, chunk=4)
+        prompt = TOKENS[0].tolist()
+        sampling = jllama.make_sampling(1, seed=1, temperature=0.9)
+        first = [i for chunk in session.run([prompt], 9, sampling) for i in chunk.ids[0]]
+        longer = [*prompt, *first, 5]  # continues what the cache holds
+        texts.append((first, [i for chunk in session.run([longer], 40) for i in chunk.ids[0]]))
+        assert session.timings.prompt_tokens < len(longer)
+    assert texts[0] == texts[1]
+
+
+def test_params_in_another_layout_are_moved_once_and_it_is_said() -> None:
+    with pytest.warns(UserWarning, match="params were in another layout, and were moved"):
+        engine = jllama.Engine(jax.device_put(shard(model(), mesh()), NamedSharding(mesh(), PartitionSpec())), slots=4)
+    with pytest.warns(UserWarning, match="params of another layout were moved to the mesh {'data': 2, 'model': 4}"):
+        engine.params = model()
+    engine.params = shard(model(), mesh())  # no warning: nothing moves
+
+
+def test_what_is_on_the_mesh_is_handed_over_without_a_copy() -> None:
+    trained = shard(model(), mesh(kind="explicit"))
+    again = shard(trained, mesh(kind="explicit"))
+    pointers = [
+        [piece.data.unsafe_buffer_pointer() for a in jax.tree.leaves(params) for piece in a.addressable_shards]
+        for params in (trained, again, jllama.Engine(trained, slots=4, pages=4).params)
+    ]
+    assert pointers[0] == pointers[1] == pointers[2]
