@@ -110,6 +110,15 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--no-compilation-cache", action="store_true", help="do not read or write compiled programs")
 
 
+def add_process_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags for a run of several processes, each with some of the devices."""
+    group = parser.add_argument_group("several processes (all run the same command, and process 0 prints)")
+    help_coordinator = "address of process 0, or auto: jax finds it in a cluster that it knows, such as Slurm"
+    group.add_argument("--coordinator", metavar="HOST:PORT", help=help_coordinator)
+    group.add_argument("--num-processes", type=int, metavar="N", help="how many processes there are")
+    group.add_argument("--process-id", type=int, metavar="I", help="which of them this is, from 0")
+
+
 def add_sampling_flags(parser: argparse.ArgumentParser, temperature: float) -> None:
     """Add the flags for sampling."""
     group = parser.add_argument_group("sampling")

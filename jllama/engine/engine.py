@@ -22,7 +22,7 @@ from jllama.errors import InputError
 from jllama.kernels import PAGE, Choice
 from jllama.mesh.layout import DATA, MODEL, axis_size, shard_config
 from jllama.mesh.place import adopted, placed
-from jllama.mesh.run import fetch
+from jllama.mesh.run import fetch, least
 from jllama.paged import page_bytes, pages_for
 from jllama.params import Params
 
@@ -356,4 +356,5 @@ def pages_in_memory(params: Params, memory: float) -> int:
         return UNKNOWN_MEMORY // one * axis_size(mesh, DATA)
     if free * memory < one:
         raise InputError(f"memory: expected room for a page of {one} bytes, found {free} bytes free")
-    return int(free * memory) // one * axis_size(mesh, DATA)
+    pages = int(free * memory) // one
+    return (pages if mesh is None else least(pages)) * axis_size(mesh, DATA)

@@ -79,6 +79,15 @@ def fetch(tree: Any, mesh: Mesh | None) -> Any:
     return jax.device_get(tree)
 
 
+def least(count: int) -> int:
+    """The least of what the processes found, so that all do the same."""
+    if jax.process_count() == 1:
+        return count
+    from jax.experimental import multihost_utils
+
+    return int(np.min(multihost_utils.process_allgather(np.int64(count))))
+
+
 @functools.cache
 def _replicated(mesh: Mesh) -> Callable[[Any], Any]:
     return jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec()))
