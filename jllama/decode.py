@@ -23,7 +23,7 @@ from jllama.config import Backend, LlamaConfig
 from jllama.errors import InputError
 from jllama.kernels import known, recorded, vary_with
 from jllama.mesh.layout import DATA, MODEL, AnyMesh, model_axis, spec
-from jllama.mesh.run import on_shards, over, specs
+from jllama.mesh.run import meshed, on_shards, over, specs
 from jllama.mesh.vocabulary import gather
 from jllama.model import forward
 from jllama.params import Params
@@ -245,6 +245,7 @@ def _generate(
     top: int,
     backend: Backend,
 ) -> Generated:
+    params = meshed(params, tokens)
     if params.mesh is not None:
         of_shard = functools.partial(_generate, max_new_tokens=max_new_tokens, top=top, backend=backend)
         return on_shards(of_shard, params, tokens, lengths, sampling, stops, out=spec(params.mesh, DATA))

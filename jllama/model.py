@@ -26,7 +26,7 @@ from jllama.kernels import (
     split_heads,
 )
 from jllama.mesh.layout import DATA, MODEL, spec
-from jllama.mesh.run import on_shards, specs
+from jllama.mesh.run import meshed, on_shards, specs
 from jllama.mesh.vocabulary import lookup
 from jllama.paged import PagedCache
 from jllama.params import Layer, Params
@@ -70,6 +70,7 @@ def forward(
     ``last_only`` they are [B, vocab_size], for the last real token of each row. The returned cache is None if no cache
     was given.
     """
+    params = meshed(params, tokens)
     if params.mesh is not None:
         traced = any(isinstance(a, Tracer) for a in jax.tree.leaves((params, tokens, cache, lengths)))
         run = _on_mesh if traced else _jit_on_mesh  # without jit, every operation would be a program of all devices

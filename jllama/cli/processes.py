@@ -34,7 +34,7 @@ def _join(args: argparse.Namespace) -> Callable[[], None]:
     """Join the processes, before any device is used. Returns what to call when all is done."""
     _initialize(args)
     first = jax.process_index() == 0
-    # Libraries below Python write to descriptor 1, such as gloo: that becomes stderr, and stdout a descriptor of its own.
+    # Libraries such as gloo write to descriptor 1: that becomes stderr, and stdout gets a descriptor of its own.
     sys.stdout = os.fdopen(os.dup(1), "w") if first else open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
     os.dup2(2, 1)
     args.quiet = args.quiet or not first

@@ -18,7 +18,7 @@ from jllama.decode import NO_TOKEN, Generated, stop_table
 from jllama.errors import InputError
 from jllama.kernels import PAGE, vary_with
 from jllama.mesh.layout import DATA, axis_size, spec
-from jllama.mesh.run import on_shards
+from jllama.mesh.run import meshed, on_shards
 from jllama.model import forward
 from jllama.paged import PagedCache, init_pages, pages_for
 from jllama.params import Params
@@ -73,6 +73,7 @@ def rollout(
         raise InputError(
             f"sampling: expected {requests} rows ({B} prompts, {n} of each), found {sampling.key.shape[0]}"
         )
+    params = meshed(params, prompts)
     if params.mesh is not None:
         parts = axis_size(params.mesh, DATA)
         how = dict(slots=-(-slots // parts), max_new_tokens=max_new_tokens, n=n, stop_ids=stop_ids, backend=backend)

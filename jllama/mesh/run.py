@@ -64,6 +64,18 @@ def over(
     return run(*arguments)
 
 
+def meshed(params: Params, tokens: Any) -> Params:
+    """Params as they are. If the rows of ``tokens`` are divided over a mesh with Explicit axes, and params know of none,
+    the same params on that mesh, where every device has all of them."""
+    lies = jax.typeof(tokens).sharding
+    divided = len(lies.spec) > 0 and lies.spec[0] == DATA
+    if params.mesh is not None or params.axis is not None or not divided:
+        return params
+    if axis_size(lies.mesh, MODEL) > 1:
+        raise InputError(f"params: expected jllama.shard(params, mesh) for tokens on {lies.mesh.shape}, found no mesh")
+    return replace(params, mesh=lies.mesh)
+
+
 def one_shard(params: Params) -> Params:
     """Inside `jax.shard_map`: the params of this shard."""
     assert params.mesh is not None
