@@ -280,13 +280,25 @@ def sample(
             return greedy(logits, axis)
         logits = gather(logits, axis)
     history = History() if history is None else history
+    adjusted = adjust(logits, sampling, step, history, stop_ids)
+    token, logprob = draw_adjusted(adjusted, sampling, step, backend=backend)
+    return token, logprob if adjusted is logits else log_probability(logits, token)
+
+
+def draw_adjusted(
+    logits: jax.Array,  # [B, V] float32: after `adjust`
+    sampling: Sampling,
+    step: jax.Array,  # [B]
+    *,
+    backend: Backend = "auto",
+) -> tuple[jax.Array, jax.Array]:
+    """Draw one token per row by temperature and cuts. Returns the tokens [B] and their log-probabilities [B] under
+    these logits. A logit of -inf is never drawn unless all are."""
     u = None
     if sampling.temperature is not None:
         u = jax.vmap(jax.random.uniform)(jax.vmap(jax.random.fold_in)(sampling.key, step))
     settings = dict(temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p)
-    adjusted = adjust(logits, sampling, step, history, stop_ids)
-    token, logprob = draw(adjusted, u, backend=backend, **settings)
-    return token, logprob if adjusted is logits else log_probability(logits, token)
+    return draw(logits, u, backend=backend, **settings)
 
 
 def adjust(

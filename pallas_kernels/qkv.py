@@ -99,7 +99,8 @@ def check_qkv(
     if D not in (64, 128):
         raise Unsupported(f"head_dim must be 64 or 128, found {D}")
     if k.shape != v.shape or k.ndim != (4 if layer is None else 5) or (cached, *start.shape) != (B, B):
-        raise Unsupported(f"x {x.shape}, start {start.shape}, k {k.shape} and v {v.shape} do not belong together")
+        found = f"found x {x.shape}, start {start.shape}, k {k.shape} and v {v.shape}"
+        raise Unsupported(f"k and v must have one shape, and x, start and the cache one batch size: {found}")
     if not x.dtype == k.dtype == v.dtype:
         raise Unsupported(f"activations and cache must have one dtype, found {x.dtype}, {k.dtype} and {v.dtype}")
     if cos.shape != sin.shape or cos.shape != (B, T, D // 2):

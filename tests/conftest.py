@@ -2,6 +2,9 @@
 
 import os
 import re
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -13,7 +16,19 @@ os.environ.setdefault("PJRT_NPROC", "32")
 # Several test processes share a GPU, so none may reserve most of its memory at start.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
+# Many tests compile the same programs, and so do the processes that they start, which read these variables. Every
+# worker has a cache of its own, because JAX does not write entries atomically.
+CACHE = tempfile.mkdtemp(prefix="jllama-tests-xla-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+jax.config.update("jax_compilation_cache_dir", CACHE)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
 ROOT = Path(__file__).parents[1]
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(CACHE, ignore_errors=True)
 
 
 def _gpu_missing() -> str | None:
@@ -33,6 +48,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("lowering")
         if reason and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def quick_compilation() -> Iterator[None]:
+    """Compile without optimisations, for interpreted kernels: each is compiled for one run."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

@@ -41,6 +41,10 @@ def parser() -> Parser:
     help_slots = "completions that run at a time (default: 16 on a CPU, 64 on a GPU)"
     parser.add_argument("--slots", "--batch-size", type=int, metavar="N", help=help_slots)
     parser.add_argument("--ignore-eos", action="store_true", help="continue after the end-of-sequence token")
+    help_schema = "the completion is JSON of the schema in this file (needs llguidance)"
+    parser.add_argument("--json-schema", type=Path, metavar="FILE", help=help_schema)
+    help_regex = "the completion matches this expression as a whole (needs llguidance)"
+    parser.add_argument("--regex", metavar="REGEX", help=help_regex)
     add_sampling_flags(parser, temperature=0.0)
     add_model_flags(parser)
     add_process_flags(parser)
@@ -60,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     with reported("jllama generate"):
         check(args)
-        options = sampling_options(args) | {"ignore_eos": args.ignore_eos}
+        options = sampling_options(args) | {"ignore_eos": args.ignore_eos} | constraint_options(args)
         prompts = read_prompts(args) if args.coordinator is None else None  # before anything slow is imported
         from jllama.cli.processes import from_first, together
         from jllama.cli.runtime import as_input_error
@@ -82,6 +86,7 @@ def check(args: argparse.Namespace) -> None:
         (args.logprobs and not as_json, "--logprobs: expected --json or --jsonl with it, found neither"),
         (args.ids and as_json, "--ids: expected without --json and --jsonl, which hold the ids anyway"),
         (args.echo and as_json, "--echo: expected without --json and --jsonl, which hold the prompt anyway"),
+        (args.json_schema and args.regex is not None, "--regex: expected without --json-schema, found both"),
         (args.prompt_format and not args.prompt_file, "--prompt-format: expected --prompt-file with it, found none"),
         (
             args.samples > 1 and args.temperature == 0,
@@ -90,6 +95,13 @@ def check(args: argparse.Namespace) -> None:
     ):
         if wrong:
             raise InputError(message)
+
+
+def constraint_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of `jllama.LM` for what a completion must be."""
+    if args.json_schema is not None:
+        return {"json_schema": inputs.read_text(args.json_schema)}
+    return {} if args.regex is None else {"regex": args.regex}
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:

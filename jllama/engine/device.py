@@ -5,11 +5,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from tqdm import tqdm
 
 from jllama.config import Backend
-from jllama.engine import steps
+from jllama.engine import masked, steps
+from jllama.engine.constraint import Matcher, masks_of
 from jllama.engine.request import Request
 from jllama.engine.scheduler import Piece, Plan
 from jllama.engine.scheduler import Sequence as Scheduled
@@ -22,6 +25,7 @@ from jllama.params import Params
 COPIES = 16  # pages a launch
 
 Requests = dict[Scheduled, Request]
+Matchers = dict[Scheduled, Matcher]
 
 
 @dataclass(frozen=True)
@@ -29,14 +33,20 @@ class Launch:
     """What a plan will bring, once it has run."""
 
     rows: list[tuple[int, Scheduled]]  # those that draw, with their places in what is drawn
-    drawn: steps.Drawn | None
+    drawn: list[steps.Drawn]  # of one program after another
     pieces: list[tuple[int, Piece]]  # those that are scored, with their places in the scores
     scores: tuple[jax.Array, jax.Array] | None
+    masked: bool = False  # whether the next masks depend on what is drawn
 
 
 def places[T](parts: Sequence[Sequence[T]], size: int) -> Iterator[tuple[int, T]]:
     """The items of every part, with their places in an array that has ``size`` places for each part."""
     return ((part * size + i, item) for part, items in enumerate(parts) for i, item in enumerate(items))
+
+
+def fitting(known: list[int], parts: Sequence[Sequence[Any]]) -> int:
+    """The first size that holds the items of every part."""
+    return next(size for size in known if size >= max(map(len, parts)))
 
 
 class Device:
@@ -74,6 +84,7 @@ class Device:
         """An empty cache, and no row."""
         sizes = self.slots * self.parts, self.pages * self.parts
         self._state: EngineState = init_state(self.params.config, *sizes, self.params.dtype, mesh=self.mesh)
+        self._logits: jax.Array | None = None  # [slots, vocabulary]: of next tokens, while there are constraints
         if extras:
             self.add_extras()
 
@@ -83,34 +94,43 @@ class Device:
             extras = init_extras(self.params.config, self.slots * self.parts)
             self._state = on_devices(replace(self._state, extras=extras), self.mesh)
 
-    def launch(self, plans: Sequence[Plan], requests: Requests) -> Launch:
-        """Start everything that the parts plan; nothing is waited for."""
-        copies = [plan.copies for plan in plans]
+    def launch(self, plans: Sequence[Plan], requests: Requests, matchers: Matchers) -> Launch:
+        """Start everything that the parts plan; nothing is waited for. ``matchers`` are those of rows with a
+        constraint."""
+        names = ("copies", "pieces", "joins", "rows", "ahead")
+        copies, pieces, joins, rows, ahead = ([getattr(plan, name) for plan in plans] for name in names)
         for at in range(0, max(map(len, copies)), COPIES):
             self._copy([part[at : at + COPIES] for part in copies])
-        pieces, joins, rows = ([getattr(plan, name) for plan in plans] for name in ("pieces", "joins", "rows"))
-        drawn, scores, scored, drawing = None, None, [], []
+        scores, scored, drawing = None, [], []
+        drawn: list[steps.Drawn] = []
         if any(pieces):
-            size = next(b for b in self._of_pieces if b >= max(map(len, pieces)))
+            size = fitting(self._of_pieces, pieces)
             scored = [(i, p) for i, p in places(pieces, size) if p.sequence.limit == 0]
             scores = self._feed(pieces, size, bool(scored))
         if any(joins):
             self._join(joins, requests)
+        one_by_one = [plan.rows if not plan.steps else [] for plan in plans]
         if any(rows):
-            size = next(b for b in self._of_rows if b >= max(map(len, rows)))
+            size = fitting(self._of_rows, rows)
             drawing = list(places(rows, size))
             kind = max((requests[s].sampling.kind for _, s in drawing), key=steps.KINDS.index)
             drawn = self._decode(rows, size, kind, [plan.steps for plan in plans])
+            if any(one_by_one):
+                drawn.append(self._draw(one_by_one, size, kind, matchers))
+        if any(ahead):
+            self._look_ahead(ahead, fitting(self._of_rows, ahead))
         if jax.process_count() == 1:
             for array in jax.tree.leaves((scores, drawn)):
                 array.copy_to_host_async()
-        return Launch(drawing, drawn, scored, scores)
+        return Launch(drawing, drawn, scored, scores, any(one_by_one))
 
-    def warm_up(self, kinds: Sequence[str], *, progress: bool) -> None:
+    def warm_up(self, kinds: Sequence[str], *, constraints: bool, progress: bool) -> None:
         """Compile every step for every number of rows: each runs once, on nothing."""
         feeds = [(size, scored) for size in self._of_pieces for scored in (False, True)]
         decodes = [(size, kind) for size in self._of_rows for kind in kinds]
-        with tqdm(total=2 + len(feeds) + len(decodes), unit="program", disable=not progress) as bar:
+        ahead = self._of_rows if constraints else []
+        count = 2 + len(feeds) + (1 + constraints) * len(decodes) + len(ahead)
+        with tqdm(total=count, unit="program", disable=not progress) as bar:
             nothing: list[list[Any]] = [[] for _ in range(self.parts)]
             self._copy(nothing)
             bar.update()
@@ -120,7 +140,13 @@ class Device:
                 self._feed(nothing, size, scored)
                 bar.update()
             for size, kind in decodes:
-                self._decode(nothing, size, kind, [0] * self.parts)
+                self._decode(nothing, size, kind, [self.tuning.steps[0]] * self.parts)
+                bar.update()
+                if constraints:
+                    self._draw(nothing, size, kind, {})
+                    bar.update()
+            for size in ahead:
+                self._look_ahead(nothing, size)
                 bar.update()
 
     def _copy(self, parts: list[list[tuple[int, int]]]) -> None:
@@ -167,17 +193,48 @@ class Device:
                 tokens[: len(s.tokens)] = s.tokens
                 self.programs.add(("join_extras", 1, ""))
                 slot = self._slots_of([[s] if i == part else [] for i in range(self.parts)], 1)
-                text = tokens, np.int32(s.prompt), np.int32(len(s.tokens))
-                where = slot, extra_settings(requests[s]), *text
+                where = slot, extra_settings(requests[s]), tokens, np.int32(s.prompt), np.int32(len(s.tokens))
                 self._state = steps.jit_join_extras(self._state, *where, mesh=self.mesh)
 
-    def _decode(self, parts: list[list[Scheduled]], size: int, kind: str, counts: list[int]) -> steps.Drawn:
-        self.programs.add(("decode", size, kind))
-        where = self._slots_of(parts, size), self._table(parts, size), np.asarray(counts, np.int32)
-        how = dict(most=max(self.tuning.steps), kind=kind, **self._static)
-        (self._state, drawn), ran = steps.jit_decode(self.params, self._state, *where, **how)
+    def _decode(self, parts: list[list[Scheduled]], size: int, kind: str, counts: list[int]) -> list[steps.Drawn]:
+        """So many steps for the rows of each part. The program has the smaller number of steps that a turn may have,
+        and runs as often as needed. So one program for every kind and number of rows is enough."""
+        unit, drawn = self.tuning.steps[0], []
+        for done in range(0, max(counts), unit):
+            rows = [part if count > done else [] for part, count in zip(parts, counts, strict=True)]
+            self.programs.add(("decode", size, kind))
+            where = self._slots_of(rows, size), self._table(rows, size)
+            found, ran = steps.jit_decode(self.params, self._state, *where, steps=unit, kind=kind, **self._static)
+            self._state, part = found
+            drawn.append(part)
+            self._record("decode", ran)
+        return drawn
+
+    def _look_ahead(self, parts: list[list[Scheduled]], size: int) -> None:
+        self.programs.add(("look_ahead", size, ""))
+        where = self._known_logits(), self._slots_of(parts, size), self._table(parts, size)
+        found, ran = masked.jit_look_ahead(self.params, self._state, *where, **self._static)
+        self._state, self._logits = found
+        self._record("decode", ran)
+
+    def _draw(self, parts: list[list[Scheduled]], size: int, kind: str, matchers: Matchers) -> steps.Drawn:
+        self.programs.add(("draw_allowed", size, kind))
+        by_place: list[Matcher | None] = [None] * (size * self.parts)
+        for i, s in places(parts, size):
+            by_place[i] = matchers.get(s)
+        masks = masks_of(by_place, len(by_place), self.params.config.vocab_size)
+        how = dict(kind=kind, mesh=self.mesh, **self._static)
+        where = self._known_logits(), self._slots_of(parts, size), masks
+        (self._state, drawn), ran = masked.jit_draw_allowed(self._state, *where, **how)
         self._record("decode", ran)
         return drawn
+
+    def _known_logits(self) -> jax.Array:
+        if self._logits is None:  # made at the first request with a constraint
+            lies = None if self.mesh is None else NamedSharding(self.mesh, masked.logits_spec(self.mesh))
+            shape = (self.slots * self.parts, self.params.config.vocab_size)
+            self._logits = jnp.zeros(shape, jnp.float32, device=lies)
+        return self._logits
 
     def _record(self, phase: str, ran: Recorded) -> None:
         self.backends.setdefault(phase, {}).update(ran.choices)

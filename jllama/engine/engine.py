@@ -10,6 +10,7 @@ import numpy as np
 
 from jllama.config import Backend
 from jllama.device import default_device, free_on
+from jllama.engine.constraint import Constraint, Progress
 from jllama.engine.device import Device, Launch
 from jllama.engine.pages import Pages
 from jllama.engine.parts import Parts
@@ -149,9 +150,11 @@ class Engine:
             priority=request.priority,
             salt=request.salt,
             score_from=request.score_from,
+            constrained=request.constraint is not None,
         )
+        progress = request.constraint and Progress(request.constraint, len(request.prompt))
         self._scheduler.add(sequence)
-        handle = self._handles[sequence] = Handle(request, sequence, Completion(sequence.tokens[:]))
+        handle = self._handles[sequence] = Handle(request, sequence, Completion(sequence.tokens[:]), progress)
         if (first := request.score_from) is not None:
             ids, n = sequence.tokens[first:], len(request.prompt) - first
             handle.completion = Completion(sequence.tokens[:first], ids, [0.0] * n, greedy=[False] * n)
@@ -217,13 +220,18 @@ class Engine:
         if self._torn or self._device.lost:
             self._restart()
         self._torn = True  # until the end: an error or interrupt on the way loses what was under way
-        before, self._in_flight, events = self._in_flight, None, []
+        before, self._in_flight = self._in_flight, None
+        events: list[Event] = []
+        if before is not None and before.masked:  # the device runs ahead meanwhile: see `jllama.engine.masked`
+            with jax.profiler.TraceAnnotation("jllama.read"):
+                events, before = self._read(before), None
         with jax.profiler.TraceAnnotation("jllama.plan"):
             plans = [] if self._paused else self._scheduler.plan()
         if any(plans):
+            handles = {s: self._handles[s] for plan in plans for s in {*plan.rows, *plan.joins}}
+            matchers = {s: h.progress.follow(s.tokens) for s, h in handles.items() if h.progress}
             with jax.profiler.TraceAnnotation("jllama.launch"):
-                requests = {s: self._handles[s].request for plan in plans for s in plan.rows}
-                self._in_flight = self._device.launch(plans, requests)
+                self._in_flight = self._device.launch(plans, {s: h.request for s, h in handles.items()}, matchers)
         if before is not None:
             with jax.profiler.TraceAnnotation("jllama.read"):
                 events = self._read(before)
@@ -244,15 +252,16 @@ class Engine:
         sampling: SamplingSettings | Sequence[SamplingSettings] | None = None,
         n: int = 1,
         stop_ids: Sequence[int] | None = None,
+        constraint: Constraint | None = None,
     ) -> list[Completion]:
         """``n`` completions of every prompt, in the order of the prompts. ``sampling``: one for all, of which sample i
-        of all has the seed ``seed + i``, or one a prompt."""
+        of all has the seed ``seed + i``, or one a prompt. With a ``constraint``, all are texts of its grammar."""
         if n < 1:
             raise InputError(f"n: expected at least 1, found {n}")
         settings = per_prompt(sampling, len(prompts), n)
         rows = [prompt for prompt in prompts for _ in range(n)]
         requests = [
-            Request(p, max_new_tokens, s, None if stop_ids is None else tuple(stop_ids))
+            Request(p, max_new_tokens, s, None if stop_ids is None else tuple(stop_ids), constraint=constraint)
             for p, s in zip(rows, settings, strict=True)
         ]
         return self._run(requests, n)
@@ -265,12 +274,13 @@ class Engine:
         pairs = zip(prompts, completions, strict=True)
         return self._run([Request([*p, *c], score_from=len(p)) for p, c in pairs], 1)
 
-    def warm_up(self, kinds: Sequence[str] = KINDS[:3], *, progress: bool = False) -> None:
+    def warm_up(self, kinds: Sequence[str] = KINDS[:3], *, constraints: bool = False, progress: bool = False) -> None:
         """Compile every step for every number of rows, so that no request waits for it; ``kinds`` of drawing as in
-        `jllama.engine.steps`, by default all but the one for penalties, biases and their like."""
+        `jllama.engine.steps`, by default all but the one for penalties, biases and their like. ``constraints``: also
+        the steps of turns in which some request has one."""
         if "full" in kinds:
             self._device.add_extras()
-        self._device.warm_up(kinds, progress=progress)
+        self._device.warm_up(kinds, constraints=constraints, progress=progress)
 
     @property
     def programs(self) -> set[tuple[str, int, str]]:
@@ -285,24 +295,27 @@ class Engine:
 
     def _read(self, launch: Launch) -> list[Event]:
         events: list[Event] = []
-        drawn, scores = fetch((launch.drawn, launch.scores), self.params.mesh)  # blocks
+        parts, scores = fetch((launch.drawn, launch.scores), self.params.mesh)  # blocks
         if launch.rows:
+            drawn = jax.tree.map(lambda *part: np.concatenate(part), *parts)
             self._decode_steps += int((drawn.tokens != NO_TOKEN).any(axis=1).sum())
         for i, s in launch.rows:
-            count = int((drawn.tokens[:, i] != NO_TOKEN).sum())
-            ids, logprobs = drawn.tokens[:count, i].tolist(), drawn.logprobs[:count, i].tolist()
+            came = drawn.tokens[:, i] != NO_TOKEN
+            ids, logprobs, count = drawn.tokens[came, i].tolist(), drawn.logprobs[came, i].tolist(), int(came.sum())
             handle = self._handles.get(s)
-            if handle is None or self._broken(s, drawn.logprobs[:count, i]):
+            if handle is None or self._broken(s, drawn.logprobs[came, i]):
                 s.unread -= 1
                 events += [Event(handle, [], [], "error")] if handle is not None else []
                 continue
             self._scheduler.read(s, ids)
+            if handle.progress:
+                self._check_constraint(s, handle.progress, count)
             completion, asked = handle.completion, handle.request.sampling.top_logprobs
             completion.ids += ids
             completion.logprobs += logprobs
             self._new_tokens += count
             if asked:
-                names, values = (a[:count, i, :asked].tolist() for a in drawn.top)
+                names, values = (a[came, i, :asked].tolist() for a in drawn.top)
                 completion.top_logprobs += [dict(zip(*pair, strict=True)) for pair in zip(names, values, strict=True)]
             events.append(Event(handle, ids, logprobs, s.finish))  # pyright: ignore[reportArgumentType]
         for place, piece in launch.pieces:
@@ -332,6 +345,14 @@ class Engine:
             return False
         self._scheduler.finish(sequence, "error")
         return True
+
+    def _check_constraint(self, sequence: Scheduled, progress: Progress, count: int) -> None:
+        """End a text that its grammar ends, or in which no token may come next."""
+        if not count:
+            self._scheduler.finish(sequence, "dead_end")
+        elif progress.follow(sequence.tokens).done:
+            self._scheduler.finish(sequence, "stop")
+            sequence.finish = "stop"  # also where the limit has ended it just now
 
     def _finish(self, handle: Handle) -> None:
         handle.completion.finish_reason = handle.scheduled.finish  # pyright: ignore[reportAttributeAccessIssue]

@@ -8,11 +8,13 @@ from typing import Any, Literal
 import numpy as np
 
 from jllama.config import LlamaConfig
+from jllama.engine.constraint import Constraint, Progress
 from jllama.engine.scheduler import Sequence as Scheduled
 from jllama.errors import InputError
 from jllama.sampling import CHECKED, check_bias, check_setting
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+# "dead_end": the request's constraint and settings left no token that might come next.
+FinishReason = Literal["stop", "length", "abort", "error", "dead_end"]
 
 # What a row's state has room for.
 MAX_STOP_IDS = 16
@@ -68,6 +70,8 @@ class Request:
     """A prompt, and how to go on. ``stop_ids`` None: the model's end-of-sequence tokens. Requests of a higher
     ``priority`` go first. Only requests of one ``salt`` share what is computed of their prompts.
 
+    With a ``constraint`` the text is one of its grammar, and ends where that ends.
+
     With ``score_from`` nothing is drawn: `Completion.logprobs` are those of ``prompt[score_from:]``."""
 
     prompt: Sequence[int]
@@ -77,6 +81,7 @@ class Request:
     priority: int = 0
     salt: str = ""
     score_from: int | None = None
+    constraint: Constraint | None = None
 
     def check(self, config: LlamaConfig) -> None:
         """Raise `InputError` for what cannot be meant."""
@@ -86,6 +91,8 @@ class Request:
         _within("stop_ids: entries", len(self.stops(config)), 0, MAX_STOP_IDS)
         if self.score_from is None:
             _within("max_new_tokens", self.max_new_tokens, 1, 2**31 - 1)
+        elif self.constraint is not None:
+            raise InputError("constraint: expected none with score_from, found one")
         elif not 1 <= self.score_from < len(self.prompt):
             expected = f"1 to {len(self.prompt) - 1} (the prompt's tokens but the first)"
             raise InputError(f"score_from: expected {expected}, found {self.score_from}")
@@ -116,6 +123,7 @@ class Handle:
     request: Request
     scheduled: Scheduled
     completion: Completion
+    progress: Progress | None = None  # in the grammar of its constraint
 
     @property
     def finished(self) -> bool:

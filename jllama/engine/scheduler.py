@@ -36,6 +36,7 @@ class Sequence:
     priority: int = 0
     salt: str = ""
     score_from: int | None = None  # the first token whose probability is asked for
+    constrained: bool = False  # the host must see each token before the next is drawn
     order: int = 0  # place in the queue
     prompt: int = 0  # tokens of the prompt
     slot: int | None = None  # where its state lies, while it runs
@@ -44,9 +45,10 @@ class Sequence:
     fed: int = 0  # positions that are in the cache once all plans have run
     drawn: int = 0  # tokens drawn once all plans have run
     joined: bool = False  # its prompt is in; it draws
+    ahead: bool = False  # its last token is fed already: the logits of the next one are there
     unread: int = 0  # plans whose results have not come yet
     epoch: int = 0  # which weights wrote its pages
-    finish: str | None = None  # "stop", "length", "abort" or "error"
+    finish: str | None = None  # "stop", "length", "abort", "error" or "dead_end"
     part: int | None = None  # which of several parts of slots and pages it runs on, once that is decided
 
     @property
@@ -72,10 +74,11 @@ class Plan:
     pieces: list[Piece] = field(default_factory=list)
     joins: list[Sequence] = field(default_factory=list)
     rows: list[Sequence] = field(default_factory=list)
-    steps: int = 0
+    steps: int = 0  # 0: one token from the logits that are there
+    ahead: list[Sequence] = field(default_factory=list)  # rows whose last token is fed, without a draw
 
     def __bool__(self) -> bool:
-        return bool(self.copies or self.pieces or self.joins or self.rows)
+        return bool(self.copies or self.pieces or self.joins or self.rows or self.ahead)
 
 
 class Scheduler:
@@ -132,11 +135,14 @@ class Scheduler:
         self._turn += 1
         plan = Plan()
         busy = bool(self.waiting) or any(not s.joined for s in self.running)
-        steps = self.steps[0] if busy else self.steps[1]
+        steps = 1 if self._one_by_one else self.steps[0] if busy else self.steps[1]
         self._grow(steps)
         for sequence in self.running:
             self._feed(sequence, plan)
         self._admit(plan, steps)
+        if self._one_by_one:
+            self._draw_one(plan)
+            return plan
         plan.rows = [s for s in self.running if s.joined and s.left > 0]
         plan.steps = steps if plan.rows else 0
         for sequence in plan.rows:
@@ -145,6 +151,25 @@ class Scheduler:
             sequence.fed += new
             sequence.unread += 1
         return plan
+
+    @property
+    def _one_by_one(self) -> bool:
+        """Whether rows draw one token a turn: some have a constraint, or their next logits are there."""
+        return any(s.ahead or (s.joined and s.constrained) for s in self.running)
+
+    def _draw_one(self, plan: Plan) -> None:
+        """A token for all rows whose logits are there, then the logits of the next one, if any row is constrained."""
+        plan.rows = [s for s in self.running if s.ahead and s.left > 0]
+        for sequence in plan.rows:
+            sequence.ahead = False
+            sequence.drawn += 1
+            sequence.unread += 1
+        draws = [s for s in self.running if s.joined and s.left > 0]
+        if any(s.constrained for s in draws):
+            plan.ahead = draws
+            for sequence in draws:
+                sequence.ahead = True
+                sequence.fed += 1
 
     def read(self, sequence: Sequence, tokens: Ordered[int]) -> list[int]:
         """Take what one plan drew for a sequence; those of the tokens that count."""
@@ -201,7 +226,7 @@ class Scheduler:
         bisect.insort(self._slots, sequence.slot, key=lambda slot: -slot)  # the lowest is taken first
         self.pages.give_back(sequence.pages)
         sequence.slot, sequence.pages, sequence.chain = None, [], []
-        sequence.fed, sequence.joined = 0, False
+        sequence.fed, sequence.joined, sequence.ahead = 0, False, False
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take everything from a row; it is computed anew from its tokens, once those under way have come."""
@@ -213,7 +238,8 @@ class Scheduler:
         """Pages for the next steps of the rows that draw, the oldest first; the newest pay."""
         for sequence in list(self.running):
             while sequence.slot is not None and sequence.joined:
-                missing = self.pages.needed(sequence.fed + min(steps, sequence.left)) - len(sequence.pages)
+                missing = self.pages.needed(sequence.fed + min(steps, sequence.left - sequence.ahead))
+                missing -= len(sequence.pages)
                 if missing <= self.pages.free:
                     sequence.pages += self.pages.take(max(missing, 0))
                     break

@@ -136,35 +136,26 @@ def decode(
     state: EngineState,
     slots: jax.Array,  # [R]: the rows to run; a slot past the last is none
     table: jax.Array,  # [R, P]: the pages of each row
-    steps: jax.Array,  # [parts]: how many steps the rows of each part have
     *,
-    most: int,  # of steps, whenever compiled
+    steps: int,
     kind: str,  # one of KINDS
     backend: Backend = "auto",
 ) -> tuple[EngineState, Drawn]:
-    """Some tokens for every row, in one loop that ends early where all are done."""
+    """Some tokens for every row that is not done. The number of steps is fixed: a GPU would wait for the host at every
+    turn of a loop that ends on a condition."""
     if params.mesh is not None:
-        of_shard = functools.partial(decode, most=most, kind=kind, backend=backend)
+        of_shard = functools.partial(decode, steps=steps, kind=kind, backend=backend)
         out = state.specs(params.mesh), spec(params.mesh, None, DATA)
-        return on_shards(of_shard, params, state, slots, table, steps, out=out)
-    rows, R = state.rows.take(slots), slots.shape[0]
+        return on_shards(of_shard, params, state, slots, table, out=out)
+    rows = state.rows.take(slots)
     keys = jax.vmap(jax.random.key)(rows.seed)
     extras = None
     if kind == "full":
         extras = jax.tree.map(lambda a: a.at[slots].get(mode="clip"), state.extras)
     sampling = sampling_of(rows, keys, extras, kind)
-    top = None
-    if kind == "full":
-        shape = (most, R, MAX_TOP_LOGPROBS)
-        top = jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
-    out = Drawn(jnp.full((most, R), NO_TOKEN, jnp.int32), jnp.zeros((most, R), jnp.float32), top)
 
-    def more(carry: tuple) -> jax.Array:
-        i, _, rows, _, _ = carry
-        return (i < steps[0]) & ~rows.done.all()
-
-    def step(carry: tuple) -> tuple:
-        i, (k, v), rows, history, out = carry
+    def step(carry: tuple, _: None) -> tuple[tuple, Drawn]:
+        (k, v), rows, history = carry
         cache = PagedCache(k, v, table, rows.length)
         alive = ~rows.done
         with jax.named_scope("jllama.decode"):
@@ -178,19 +169,23 @@ def decode(
             how = dict(stop_ids=rows.stop_ids, axis=axis, backend=backend)
             token, logprob = sample(logits, sampling, rows.drawn, history, **how)
         likeliest = top_logprobs(logits, MAX_TOP_LOGPROBS) if kind == "full" else None
-        new = Drawn(jnp.where(alive, token, NO_TOKEN), jnp.where(alive, logprob, 0.0), likeliest)
+        drawn = Drawn(jnp.where(alive, token, NO_TOKEN), jnp.where(alive, logprob, 0.0), likeliest)
         rows = advance(replace(rows, length=cache.lengths), token)
-        out = jax.tree.map(lambda a, b: lax.dynamic_update_index_in_dim(a, b, i, 0), out, new)
-        return i + 1, (cache.k, cache.v), rows, history.add(token, alive), out
+        return ((cache.k, cache.v), rows, history.add(token, alive)), drawn
 
-    begin = (jnp.int32(0), (state.k, state.v), rows, extras.history if extras else History(), out)
+    begin = (state.k, state.v), rows, extras.history if extras else History()
     begin = vary_with(begin, rows.token)  # under shard_map, a carry must have the type of the result
-    _, (k, v), rows, history, out = lax.while_loop(more, step, begin)
+    ((k, v), rows, history), drawn = lax.scan(step, begin, length=steps)
     if extras is not None:
-        assert state.extras is not None
-        merged = jax.tree.map(lambda a, b: a.at[slots].set(b, mode="drop"), state.extras.history, history)
-        state = replace(state, extras=replace(state.extras, history=merged))
-    return replace(state, k=k, v=v, rows=state.rows.put(slots, rows)), out
+        state = put_history(state, slots, history)
+    return replace(state, k=k, v=v, rows=state.rows.put(slots, rows)), drawn
+
+
+def put_history(state: EngineState, slots: jax.Array, history: History) -> EngineState:
+    """The state with the history of the rows in some slots; a slot past the last is dropped."""
+    assert state.extras is not None
+    merged = jax.tree.map(lambda a, b: a.at[slots].set(b, mode="drop"), state.extras.history, history)
+    return replace(state, extras=replace(state.extras, history=merged))
 
 
 def advance(rows: Rows, token: jax.Array) -> Rows:
@@ -219,5 +214,5 @@ def _jit(function, *static: str):
 # Those that run the model also take ``arch``, the device to compile for, and return the choices of their trace for
 # every op (see `recorded`). A profile shows them under their names: ``jit_feed``, ``jit_decode`` and so on.
 jit_feed, jit_score = (_jit(recorded(function), "backend", "arch") for function in (feed, score))
-jit_decode = _jit(recorded(decode), "most", "kind", "backend", "arch")
+jit_decode = _jit(recorded(decode), "steps", "kind", "backend", "arch")
 jit_join, jit_join_extras, jit_copy = (_jit(function, "mesh") for function in (join, join_extras, copy))

@@ -11,7 +11,7 @@ class Tuning:
     Smaller numbers are padded to the next of these, so that compilations are few."""
 
     piece: int  # tokens of a piece of a prompt
-    steps: tuple[int, int]  # decode steps per launch: while requests wait, and while none do
+    steps: tuple[int, int]  # decode steps per turn: while requests wait, and, a multiple of it, while none do
     rows: tuple[int, ...]
     pieces: tuple[int, ...]
 

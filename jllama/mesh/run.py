@@ -65,7 +65,7 @@ def over(
 
 
 def meshed(params: Params, tokens: Any) -> Params:
-    """Params as they are. If the rows of ``tokens`` are divided over a mesh with Explicit axes, and params know of none,
+    """Params as they are. If they know of no mesh, and the rows of ``tokens`` are divided over one with Explicit axes,
     the same params on that mesh, where every device has all of them."""
     lies = jax.typeof(tokens).sharding
     divided = len(lies.spec) > 0 and lies.spec[0] == DATA

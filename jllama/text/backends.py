@@ -1,6 +1,7 @@
 """Tokenizers on top of two libraries: sentencepiece, and Hugging Face's tokenizers (byte-level BPE and others)."""
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -70,6 +71,14 @@ class SentencePieceTokenizer(_Tokenizer):
         # A model may pad its vocabulary. Ids that the tokenizer does not have give no text.
         return self._model.decode([i for i in ids if 0 <= i < self.n_ids and i not in self.control.ids])
 
+    def token_bytes(self) -> list[bytes]:
+        pieces = self._model.id_to_piece(list(range(self.n_ids)))
+        empty = (self._model.is_unknown, self._model.is_unused)
+        return [
+            b"" if any(test(i) for test in empty) else piece_bytes(piece, self._model.is_byte(i))
+            for i, piece in enumerate(pieces)
+        ]
+
 
 class JsonTokenizer(_Tokenizer):
     """A ``tokenizer.json``, as of Llama 3 and others. ``bos_id`` and ``eos_id`` come from the model's config. If
@@ -83,6 +92,7 @@ class JsonTokenizer(_Tokenizer):
         try:
             values = json.loads(text)
             self.control = ControlTokens(_control_tokens(values["added_tokens"] or []))
+            self._byte_level = '"ByteLevel"' in json.dumps(values.get("decoder"))
             self._model = Backend.from_str(json.dumps(values, ensure_ascii=False))
             # Names of control tokens in a text are tokenised as ordinary text. `encode_rendered` finds them itself.
             self._model.encode_special_tokens = True
@@ -108,7 +118,33 @@ class JsonTokenizer(_Tokenizer):
     def decode(self, ids: list[int]) -> str:
         return self._model.decode([i for i in ids if 0 <= i < self.n_ids], skip_special_tokens=True)
 
+    def token_bytes(self) -> list[bytes]:
+        added = {i: token.content.encode() for i, token in self._model.get_added_tokens_decoder().items()}
+        return [added[i] if i in added else self._bytes_of(self._model.id_to_token(i) or "") for i in range(self.n_ids)]
 
+    def _bytes_of(self, token: str) -> bytes:
+        if self._byte_level:
+            letters = [_BYTE_OF_LETTER.get(letter, -1) for letter in token]
+            return token.encode() if -1 in letters else bytes(letters)
+        return piece_bytes(token, _BYTE_PIECE.fullmatch(token) is not None)
+
+
+_BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
+
+
+def piece_bytes(piece: str, byte: bool) -> bytes:
+    """The bytes of a sentencepiece; ``byte``: of one that stands for a single byte, as ``<0x0A>``."""
+    return bytes([int(piece[3:5], 16)]) if byte else piece.replace("\u2581", " ").encode()
+
+
+def _letters_of_bytes() -> dict[str, int]:
+    """The letters that GPT-2's byte-level tokens are written in: printable bytes are themselves."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
+
+
+_BYTE_OF_LETTER = _letters_of_bytes()
 _MARK = "\x01"  # not part of any word, so no merge joins it with the text after it
 
 

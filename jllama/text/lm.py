@@ -27,6 +27,7 @@ from jllama.params import Params, unpacked, weight_bytes
 from jllama.sampling import make_sampling
 from jllama.stream import CHUNK, MIN_CACHE, Session, Timings, bucket
 from jllama.text.complete import complete, complete_many
+from jllama.text.grammars import Grammar, Grammars
 from jllama.text.templates import Chat, Message, PlainChat, chat_for, chat_prompt_ids
 from jllama.text.tokenizer import Tokenizer, tokenizer_for
 
@@ -54,6 +55,10 @@ class Options(TypedDict, total=False):
     seed: int  # 0; prompt i of several gets seed + i
     stop: str | Sequence[str]  # a completion ends before any of these texts
     ignore_eos: bool  # continue after end-of-sequence tokens
+    json_schema: (
+        Mapping[str, Any] | str
+    )  # the completion is JSON of this schema (JSON text or a dict); needs llguidance
+    regex: str  # the completion matches this expression as a whole; needs llguidance
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,7 @@ class LM:
     backends: dict[str, dict[str, Choice]] = field(default_factory=dict)  # the choice for every op of the last run
     _idle: Session | None = field(default=None, repr=False)  # the session of the last run, with its cache
     _idle_engine: Engine | None = field(default=None, repr=False)  # of the last run of many prompts
+    _grammars: Grammars | None = field(default=None, repr=False)  # made at the first constraint
 
     @classmethod
     def load(
@@ -213,6 +219,7 @@ class LM:
         stop, seed = settings.pop("stop", ()), settings.pop("seed", 0)
         new_tokens, ignore_eos = settings.pop("max_new_tokens", 256), settings.pop("ignore_eos", False)
         stops = check_stops([stop] if isinstance(stop, str) else stop)
+        schema, regex = settings.pop("json_schema", None), settings.pop("regex", None)
         if new_tokens < 1:
             raise InputError(f"max_new_tokens: expected at least 1, found {new_tokens}")
         if slots is not None and slots < 1:
@@ -228,10 +235,11 @@ class LM:
         )
         if not completions:
             return
-        if len(completions) > 1 or one.top_logprobs:
+        constraint = self._constraint(schema, regex)
+        if len(completions) > 1 or one.top_logprobs or constraint:
             limits = [min(new_tokens, self.max_len - len(c.prompt_ids)) for c in completions]
             requests = [
-                Request(c.prompt_ids, limit, replace(one, seed=one.seed + i), stop_ids)
+                Request(c.prompt_ids, limit, replace(one, seed=one.seed + i), stop_ids, constraint=constraint)
                 for i, (c, limit) in enumerate(zip(completions, limits, strict=True))
             ]
             yield from self._complete_many(completions, requests, stops, slots)
@@ -253,6 +261,18 @@ class LM:
         finally:
             pieces.close()
             self.timings, self.backends, self._idle = session.timings, session.backends, session
+
+    def _constraint(self, schema: Mapping[str, Any] | str | None, regex: str | None) -> Grammar | None:
+        if schema is None and regex is None:
+            return None
+        if schema is not None and regex is not None:
+            raise InputError("regex: expected none with json_schema, found both")
+        if self._grammars is None:
+            ends = (*self.params.config.eos_ids, *self.chat_format.stop_ids(self.tokenizer))
+            self._grammars = Grammars(self.tokenizer, self.params.config.vocab_size, ends)
+        if regex is not None:
+            return self._grammars.compile("regex", regex)
+        return self._grammars.compile("json_schema", schema if isinstance(schema, str) else dict(schema or {}))
 
     def _complete_many(
         self, completions: Sequence[Completion], requests: Sequence[Request], stop: Sequence[str], slots: int | None

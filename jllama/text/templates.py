@@ -5,6 +5,7 @@ are told apart by letters: in a message that names a control token, the letters 
 by ones that nobody uses, and put back once the control tokens of the whole text have been found.
 """
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from jllama.text.sandbox import MAX_TEMPLATE, Template
 from jllama.text.tokenizer import Tokenizer, special_text, tokenizer_config
 
 Message = Mapping[str, Any]  # "role", "content", and what else a template knows
+Tools = Sequence[Mapping[str, Any]] | None  # {"type": "function", "function": {...}}: what the model may call
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|end_of_turn|>", "<end_of_turn>")
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
@@ -40,8 +42,10 @@ class Chat(Protocol):
         """Texts that end an answer, beside the model's end-of-sequence tokens."""
         ...
 
-    def prompt_ids(self, messages: Sequence[Message], tokenizer: Tokenizer, add_generation_prompt: bool) -> list[int]:
-        """The ids of a conversation, at whose end the model is to answer."""
+    def prompt_ids(
+        self, messages: Sequence[Message], tokenizer: Tokenizer, add_generation_prompt: bool, tools: Tools = None
+    ) -> list[int]:
+        """The ids of a conversation, at whose end the model is to answer, and may call ``tools``."""
         ...
 
     def stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -50,16 +54,21 @@ class Chat(Protocol):
 
 
 def chat_prompt_ids(
-    messages: Sequence[Message], tokenizer: Tokenizer, template: Chat, add_generation_prompt: bool = True
+    messages: Sequence[Message],
+    tokenizer: Tokenizer,
+    template: Chat,
+    add_generation_prompt: bool = True,
+    tools: Tools = None,
 ) -> list[int]:
-    """The ids of a conversation: ``{"role": ..., "content": ...}`` each."""
+    """The ids of a conversation: ``{"role": ..., "content": ...}`` each. A template that knows nothing of tools refuses
+    them."""
     if not messages:
         raise InputError("messages: expected at least one, found none")
     for i, message in enumerate(messages):
         if message.get("role") not in ROLES:
             found = label(message.get("role"))
             raise InputError(f"messages: {i}: role: expected one of {', '.join(ROLES)}, found {found!r}")
-    return template.prompt_ids(messages, tokenizer, add_generation_prompt)
+    return template.prompt_ids(messages, tokenizer, add_generation_prompt, tools)
 
 
 @dataclass(frozen=True)
@@ -72,15 +81,19 @@ class TemplateChat:
     note: str | None = None
     stop: tuple[str, ...] = ()
 
-    def prompt_ids(self, messages: Sequence[Message], tokenizer: Tokenizer, add_generation_prompt: bool) -> list[int]:
+    def prompt_ids(
+        self, messages: Sequence[Message], tokenizer: Tokenizer, add_generation_prompt: bool, tools: Tools = None
+    ) -> list[int]:
         own = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
         names = {name: tokenizer.control.name_of(i) for name, i in own.items()}
         special = {name: text for name, text in names.items() if text is not None} | dict(self.special)
-        hidden, letters = _hidden(messages, tokenizer.control, self.text)
+        if tools and "tools" not in self.text:
+            raise _no_tools()
+        hidden, hidden_tools, letters = _hidden(with_loaded_arguments(messages), tools, tokenizer.control, self.text)
         rendered = self.template.render(
             {
                 "messages": hidden,
-                "tools": None,
+                "tools": hidden_tools or None,
                 "documents": None,
                 "add_generation_prompt": add_generation_prompt,
                 **special,
@@ -100,7 +113,11 @@ class Llama2Chat:
     note: str | None = None
     stop: tuple[str, ...] = ()
 
-    def prompt_ids(self, messages: Sequence[Message], tokenizer: Tokenizer, add_generation_prompt: bool) -> list[int]:
+    def prompt_ids(
+        self, messages: Sequence[Message], tokenizer: Tokenizer, add_generation_prompt: bool, tools: Tools = None
+    ) -> list[int]:
+        if tools:
+            raise _no_tools()
         system, exchanges = _exchanges(messages)
         return dialog_ids(tokenizer, exchanges, system)
 
@@ -115,7 +132,11 @@ class PlainChat:
     note: str | None = None
     stop: tuple[str, ...] = ("\nUser:", "\nSystem:")
 
-    def prompt_ids(self, messages: Sequence[Message], tokenizer: Tokenizer, add_generation_prompt: bool) -> list[int]:
+    def prompt_ids(
+        self, messages: Sequence[Message], tokenizer: Tokenizer, add_generation_prompt: bool, tools: Tools = None
+    ) -> list[int]:
+        if tools:
+            raise _no_tools()
         lines = [f"{message['role'].capitalize()}: {_content(message).strip()}\n" for message in messages]
         return tokenizer.encode("".join(lines) + ("Assistant:" if add_generation_prompt else ""))
 
@@ -200,12 +221,41 @@ def _read(path: Path) -> str:
         raise InputError(f"{path}: byte {error.start}: expected UTF-8 text, found other bytes") from None
 
 
-def _hidden(messages: Sequence[Message], control: ControlTokens, template: str) -> tuple[list[Any], dict[int, str]]:
-    """The messages, in which nothing names a control token or a part of one; and how to get their letters back."""
+def _no_tools() -> InputError:
+    return InputError("tools: expected none, because the chat format of this model has no place for them, found some")
+
+
+def with_loaded_arguments(messages: Sequence[Message]) -> list[Message]:
+    """The messages with the arguments of tool calls as objects, as templates expect them; the API has them as text."""
+
+    def loaded(call: Any) -> Any:
+        function = call.get("function") if isinstance(call, Mapping) else None
+        arguments = function.get("arguments") if isinstance(function, Mapping) else None
+        if not isinstance(arguments, str):
+            return call
+        try:
+            value = json.loads(arguments)
+        except (ValueError, RecursionError):
+            raise InputError("messages: tool_calls: arguments: expected JSON, found something else") from None
+        return {**call, "function": {**function, "arguments": value}}
+
+    return [
+        {**message, "tool_calls": [loaded(call) for call in calls]}
+        if isinstance(calls := message.get("tool_calls"), list | tuple)
+        else message
+        for message in messages
+    ]
+
+
+def _hidden(
+    messages: Sequence[Message], tools: Tools, control: ControlTokens, template: str
+) -> tuple[list[Any], list[Any], dict[int, str]]:
+    """The messages and the tools, in which nothing names a control token or a part of one; and how to get their letters
+    back."""
     bodies = [{name: value for name, value in message.items() if name != "role"} for message in messages]
-    texts = list(_texts(bodies))
+    texts = list(_texts([bodies, list(tools or ())]))
     if not any(control.could_name(text) for text in texts):
-        return list(messages), {}
+        return list(messages), list(tools or ()), {}
     used = set(template).union(*texts)
     free = (chr(code) for code in range(_UNUSED, 0x110000) if chr(code) not in used)
     table = {ord(letter): next(free) for letter in sorted(control.edges)}
@@ -218,7 +268,7 @@ def _hidden(messages: Sequence[Message], control: ControlTokens, template: str) 
         return [hide(v) for v in value] if isinstance(value, list | tuple) else value
 
     hidden = [hide(body) | {"role": message["role"]} for body, message in zip(bodies, messages, strict=True)]
-    return hidden, {ord(new): chr(old) for old, new in table.items()}
+    return hidden, [hide(tool) for tool in tools or ()], {ord(new): chr(old) for old, new in table.items()}
 
 
 def _texts(value: Any) -> Iterator[str]:

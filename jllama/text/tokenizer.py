@@ -46,6 +46,11 @@ class Tokenizer(Protocol):
         """The text of ids. Control tokens have no text."""
         ...
 
+    def token_bytes(self) -> list[bytes]:
+        """The bytes that each token stands for within a text. Those of control tokens are their names; those of tokens
+        that stand for nothing are empty."""
+        ...
+
 
 def load_tokenizer(
     path: str | Path,

@@ -148,3 +148,15 @@ def test_stop_texts_end_each_of_many_completions(prompts: str, run) -> None:
         assert found["finish_reason"] == ("stop" if stop in whole["text"] else whole["finish_reason"])
         assert found["ids"] == whole["ids"][: len(found["ids"])]
         assert len(found["logprobs"]) == len(found["ids"])
+
+
+def test_a_completion_is_of_a_schema_or_an_expression(tmp_path: Path, run, refused) -> None:
+    pytest.importorskip("llguidance")
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "array", "items": {"enum": [1, 2]}, "minItems": 2, "maxItems": 2}')
+    text = run("-p", "Tom", "-q", "--temp", "1", "-n", "99", "--json-schema", str(schema))[0]
+    assert set(json.loads(text)) <= {1, 2}
+    assert run("-p", "Tom", "-q", "-n", "20", "--regex", "(yes|no)!")[0] in ("yes!\n", "no!\n")
+    assert "regex: expected a grammar" in refused("-p", "Tom", "--regex", "(")
+    assert "cannot be read" in refused("-p", "Tom", "--json-schema", str(tmp_path / "none"))
+    assert "--regex: expected without --json-schema" in refused("--regex", "a", "--json-schema", str(schema))

@@ -17,6 +17,8 @@ from jllama.formats.checkpoint import load
 from jllama.model import forward
 from jllama.text.tokenizer import load_tokenizer
 
+jit_forward = jax.jit(forward)
+
 
 def direct(ids: list[int], window: int, stride: int | None = None) -> float:
     """The mean by definition: token by token, each given all earlier tokens of its window."""
@@ -25,7 +27,9 @@ def direct(ids: list[int], window: int, stride: int | None = None) -> float:
     done = 0
     while done < len(ids):
         piece = ids[begin : begin + room]
-        logits, _ = forward(model(), jnp.asarray([[1, *piece]]))
+        padded = np.zeros((1, window), np.int32)  # what comes after a token does not change its logits
+        padded[0, : 1 + len(piece)] = [1, *piece]
+        logits, _ = jit_forward(model(), padded)
         logprobs = np.asarray(jax.nn.log_softmax(logits[0].astype(jnp.float32)), np.float64)
         for i, token in enumerate(piece):
             if begin + i >= done:

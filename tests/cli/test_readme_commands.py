@@ -1,16 +1,21 @@
 """The shell commands of README and docs run as written, in a copy of the project where they may leave what they write.
 
-The paths that a reader supplies are there: the embedded model under the name of Llama-2, and a few prompts.
+The paths that a reader supplies are there: the embedded model under the name of Llama-2, and a few prompts. A command
+that is nothing but `jllama` and its arguments runs in this process, where JAX is imported already.
 """
 
+import io
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from jllama import cli
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", "docs/index.md", "docs/cli.md")
@@ -69,30 +74,47 @@ def ran() -> set[str]:
     return set()
 
 
-@pytest.mark.timeout(900)  # all commands of a page, on a machine that does much else
+def in_shell(command: str, place: Path) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of a command that bash runs."""
+    path = {"PATH": f"{place / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(place)}
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command],
+        cwd=place, env=os.environ | path, input=TYPED, capture_output=True, timeout=SECONDS, check=False,
+    )  # fmt: skip
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+def in_process(arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    """The same of ``jllama`` with some arguments, without a process."""
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(TYPED)))
+    try:
+        status = cli.main(arguments)
+    except SystemExit as end:
+        status = end.code
+    return status, *capsys.readouterr()
+
+
 @pytest.mark.parametrize("page", PAGES)
-def test_the_commands_of_a_page_run_as_written(page: str, place: Path, ran: set[str]) -> None:
-    environment = os.environ | {
-        "PATH": f"{place / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(place),
-        "XDG_CACHE_HOME": str(place / "cache"),
-        "XDG_STATE_HOME": str(place / "state"),
-        "JAX_PLATFORMS": "cpu",
-    }
+def test_the_commands_of_a_page_run_as_written(
+    page: str, place: Path, ran: set[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    for variable, folder in (("XDG_CACHE_HOME", "cache"), ("XDG_STATE_HOME", "state")):
+        monkeypatch.setenv(variable, str(place / folder))
     run = [command for command in commands(page) if bare(command) not in SKIPPED]
     assert run
     for command in run:
         name = bare(command).removeprefix(".venv/bin/")
         if name in ran:
             continue
-        done = subprocess.run(
-            ["bash", "-o", "pipefail", "-c", command],
-            cwd=place, env=environment, input=TYPED, capture_output=True, timeout=SECONDS, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, f"{command}\n{done.stderr.decode()}"
-        assert done.stdout.strip(), command
-        assert b"Traceback" not in done.stderr, command
-        assert b"error:" not in done.stderr, f"{command}\n{done.stderr.decode()}"
+        program, *arguments = shlex.split(name)
+        alone = program == "jllama" and not set("|<>;&$`") & set(name)
+        status, out, err = in_process(arguments, capsys, monkeypatch) if alone else in_shell(command, place)
+        assert not status, f"{command}\n{err}"
+        assert out.strip(), command
+        assert "Traceback" not in err, command
+        assert "error:" not in err, f"{command}\n{err}"
         ran.add(name)
 
 

@@ -32,6 +32,7 @@ BIG = LlamaConfig(
     dim=512, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=1024, vocab_size=512, max_seq_len=512, tie_embeddings=True
 )
 TOKENS = jnp.arange(14).reshape(2, 7) + 5
+jit_forward = jax.jit(forward)
 
 
 def random_params(config: LlamaConfig, *, stacked: bool = False) -> Params:
@@ -110,9 +111,9 @@ def test_each_of_them_counts_with_and_without_a_cache(field: str, cached: bool) 
 
     def logits(params: Params) -> np.ndarray:
         cache = init_cache(CONFIG, 2, 16, params.dtype) if cached else None
-        return np.asarray(forward(params, TOKENS, cache)[0])
+        return np.asarray(jit_forward(params, TOKENS, cache)[0])
 
-    np.testing.assert_allclose(logits(params), forward(params, TOKENS)[0], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(logits(params), jit_forward(params, TOKENS)[0], rtol=1e-5, atol=1e-5)
     assert np.abs(logits(params) - logits(without)).max() > 1e-2
 
 

@@ -18,6 +18,7 @@ from jllama.sampling import History, make_sampling
 from jllama.stream import Session, pad
 
 LENGTHS = (3, 17, 9, 1)
+ONE_LAYER = tiny.CONFIG.replace(n_layers=1)  # where the number of layers does not matter: it compiles faster
 # Tolerance of logits, relative to the largest: sums in another order may differ by this.
 CLOSE = {"float32": 1e-5, "bfloat16": 4e-2}
 
@@ -99,7 +100,7 @@ def test_stacked_layers_give_the_same_logits() -> None:
 
 
 def test_generate_is_pure_under_jit_and_vmap() -> None:
-    params = tiny.model()
+    params = tiny.model(config=ONE_LAYER)
     tokens = jnp.asarray([[tiny.prompt(6, seed=s)] for s in range(3)])  # three batches of one row
     run = jax.jit(functools.partial(generate, max_new_tokens=5, stop_ids=()))
     mapped = jax.vmap(run, in_axes=(None, 0))(params, tokens)
@@ -229,7 +230,7 @@ def test_a_rows_text_depends_on_its_seed_and_settings_and_not_on_its_neighbours(
 
 
 def test_every_step_draws_anew() -> None:
-    params = tiny.model()
+    params = tiny.model(config=ONE_LAYER)
     flat = params.replace(
         lm_head=jnp.zeros_like(params.lm_head)
     )  # all tokens are equally likely, so only the key decides
@@ -326,7 +327,10 @@ def test_generate_refuses_what_it_would_overrun(tokens: np.ndarray, n: int, leng
 
 
 def test_generate_fills_the_context_and_leaves_padding_alone() -> None:
-    params, junk = tiny.model(), np.full((1, 250), 99)  # no token of the vocabulary, but not of the prompt either
+    params, junk = (
+        tiny.model(config=ONE_LAYER),
+        np.full((1, 250), 99),
+    )  # no token of the vocabulary, but not of the prompt either
     junk[0, :5] = tiny.prompt(5)
     made = generate(params, junk, max_new_tokens=3, lengths=np.asarray([5]), stop_ids=())
     plain = generate(params, junk[:, :5], max_new_tokens=3, stop_ids=())
@@ -336,7 +340,7 @@ def test_generate_fills_the_context_and_leaves_padding_alone() -> None:
 
 
 def test_generate_under_jit_takes_stop_tokens_in_every_form() -> None:
-    params, tokens = tiny.model(), jnp.asarray([tiny.prompt(6), tiny.prompt(6, seed=1)])
+    params, tokens = tiny.model(config=ONE_LAYER), jnp.asarray([tiny.prompt(6), tiny.prompt(6, seed=1)])
     free = generate(params, tokens, max_new_tokens=8, stop_ids=()).tokens
     stop = int(free[0, 3])
     expected = generate(params, tokens, max_new_tokens=8, stop_ids=(stop,))
@@ -363,7 +367,7 @@ def test_generate_under_jit_takes_stop_tokens_in_every_form() -> None:
 
 
 def test_generate_differentiates_under_grad_of_what_surrounds_it() -> None:
-    params, tokens = tiny.model(), jnp.asarray([tiny.prompt(6)])
+    params, tokens = tiny.model(config=ONE_LAYER), jnp.asarray([tiny.prompt(6)])
 
     def score(params: Params) -> jax.Array:
         out = generate(params, tokens, max_new_tokens=3, backend="xla")

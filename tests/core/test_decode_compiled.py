@@ -118,7 +118,7 @@ def test_the_test_above_notices_a_copy(function: Callable[..., Any], donated: tu
         assert_in_place(jitted.lower(tiny.model(config=LONG), long_state(), steps=4).compile())
 
 
-MAX_LEN = 300  # not a power of two, like a context that a user types
+MAX_LEN = 200  # not a power of two, like a context that a user types
 SMALL = tiny.CONFIG.replace(n_layers=1)
 # Each is another structure of `Sampling`: the settings that any row uses. Values are arrays and cause no compilation.
 STRUCTURES: dict[str, Callable[[float], dict[str, Any]]] = {
@@ -170,14 +170,14 @@ def sweep(lengths: list[int], seed: int) -> None:
 
 def test_compilations_are_bounded_and_then_there_are_none(compiled: list[str]) -> None:
     sizes, shapes = bound_on_cache_sizes(MAX_LEN), bound_on_prompt_shapes(MAX_LEN)
-    assert (sizes, shapes) == (3, 6)
+    assert (sizes, shapes) == (2, 5)
     # The first and last length of every bucket, so that the bound is reached.
-    sweep([1, 16, 17, 32, 33, 64, 65, 97, 128, 129, 225, 256, 257, 299], seed=0)
+    sweep([1, 16, 17, 32, 33, 64, 65, 97, 128, 129, 199], seed=0)
     count = Counter(compiled)
     assert shapes <= count["prefill"] <= shapes * sizes
     assert count["sample_first"] == count["decode_chunk"] == len(STRUCTURES) * sizes
     done = len(compiled)
-    sweep([2, 9, 30, 40, 60, 90, 180, 200, 280, 298], seed=1)
+    sweep([2, 9, 30, 40, 60, 90, 180, 198], seed=1)
     assert compiled[done:] == []
 
 

@@ -5,6 +5,7 @@
 
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -55,5 +56,5 @@ def test_all_at_once_with_generate(stacked: bool, golden: dict[str, np.ndarray],
 
 @pytest.mark.parametrize("case", CASES)
 def test_logits_are_within_1e_3_of_float64(case: int, golden: dict[str, np.ndarray], params: jllama.Params) -> None:
-    logits, _ = jllama.forward(params, jnp.asarray(golden[f"prompt_{case}"])[None])
+    logits, _ = jax.jit(jllama.forward)(params, jnp.asarray(golden[f"prompt_{case}"])[None])
     np.testing.assert_allclose(logits[0, golden["positions"]], golden[f"logits_{case}"], rtol=0, atol=1e-3)

@@ -8,6 +8,7 @@ import importlib.util
 import json
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import make_golden
 import numpy as np
@@ -20,6 +21,7 @@ from jllama.model import forward
 from jllama.params import Params
 
 RELATIVE = 1e-4  # of float32 logits, to the largest
+jit_forward = jax.jit(forward, static_argnames="backend")
 
 missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
 live = pytest.mark.skipif(bool(missing), reason=f"needs {' and '.join(missing)} (make peers)")
@@ -34,7 +36,7 @@ def our_model(case: str, directory: Path) -> Params:
 
 def assert_agrees(params: Params, case: str, logits: np.ndarray, ids: np.ndarray) -> None:
     tokens = jnp.asarray(make_golden.prompts(case))
-    found, _ = forward(params, tokens, backend="xla")
+    found, _ = jit_forward(params, tokens, backend="xla")
     error = np.abs(np.asarray(found) - logits).max() / np.abs(logits).max()
     assert error < RELATIVE, f"relative error {error:.1e}"
     made = generate(params, tokens, max_new_tokens=make_golden.NEW, stop_ids=(), backend="xla")

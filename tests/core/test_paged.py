@@ -100,7 +100,7 @@ SMALL = LlamaConfig(
 def decode(params: Params, state: EngineState, rows: int, backend: str = "auto") -> Any:
     """The engine's step for ``rows`` rows, all but the last of them real."""
     slots, table = jnp.arange(rows).at[-1].set(99), jnp.arange(3 * rows).reshape(rows, 3).at[-1].set(99)
-    return steps.decode(params, state, slots, table, jnp.int32(3), most=4, kind="greedy", backend=backend)
+    return steps.decode(params, state, slots, table, steps=3, kind="greedy", backend=backend)
 
 
 def engine_arguments() -> tuple[Params, EngineState]:

@@ -89,6 +89,7 @@ def test_any_arrivals_aborts_and_pools_give_the_texts_of_requests_alone(
     for what, n in actions:
         if what == "add":
             sequences += requests(1, seed=n)
+            sequences[-1].constrained = n % 4 == 1
             device.scheduler.add(sequences[-1])
         elif what == "abort" and sequences:
             device.scheduler.finish(sequences[n % len(sequences)], "abort")
@@ -105,6 +106,19 @@ def test_any_arrivals_aborts_and_pools_give_the_texts_of_requests_alone(
     assert not device.scheduler.running
     assert not device.scheduler.waiting
     assert device.scheduler.pages.free == pages
+
+
+def test_rows_beside_a_constrained_one_draw_a_token_a_turn_and_go_on_faster_once_it_has_ended() -> None:
+    device = FakeDevice(scheduler(pages=40))
+    free, bound = Sequence(text(3), 20), Sequence(text(3, seed=1), 6, constrained=True)
+    for s in (free, bound):
+        device.scheduler.add(s)
+    drawn = []
+    while device.turn():
+        drawn.append((len(free.tokens) - 3, len(bound.tokens) - 3))
+    assert drawn[1:8] == [(n, n) for n in range(7)]
+    assert [a for a, _ in drawn[8:]] == [11, 16, 20]
+    assert_as_alone([free, bound])
 
 
 def test_samples_of_one_prompt_share_its_full_pages_and_copy_the_last() -> None:

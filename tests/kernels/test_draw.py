@@ -51,8 +51,11 @@ def assert_drawn(found: tuple[Any, Any], logits: jax.Array, u: jax.Array, given:
     np.testing.assert_allclose(found[1], wanted[1], atol=1e-5)
 
 
+jit_draw_rows = jax.jit(draw_rows, static_argnames="interpret")
+
+
 def interpreted(*args: Any, races: bool = False, **given: Any) -> Any:
-    found = jax.block_until_ready(draw_rows(*args, **given, interpret=plgpu.InterpretGPUParams(detect_races=races)))
+    found = jax.block_until_ready(jit_draw_rows(*args, **given, interpret=plgpu.InterpretGPUParams(detect_races=races)))
     assert not races or not interpret_pallas_call.get_races().races_found
     return found
 

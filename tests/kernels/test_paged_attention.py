@@ -10,6 +10,8 @@ from pallas_kernels import OPS, paged_attention, write_pages
 from pallas_kernels.attention import attention_reference
 from pallas_kernels.paged_attention import CASES, PAGE
 
+jit_paged = jax.jit(paged_attention, static_argnames="layer")
+jit_reference = jax.jit(attention_reference)
 LAYERS, HEADS, KV_HEADS, D, SIZE = 2, 4, 2, 8, 16
 
 
@@ -32,8 +34,8 @@ def test_it_is_attention_whatever_the_order_of_the_pages(queries: int, start: tu
     table = np.random.RandomState(0).permutation(9).reshape(3, 3).astype(np.int32)
     q, k, v = normal(3, queries, HEADS, D), normal(3, KV_HEADS, 48, D, seed=1), normal(3, KV_HEADS, 48, D, seed=2)
     pools = [scattered(a, table, 9) for a in (k, v)]
-    out = paged_attention(q, *pools, table, jnp.asarray(start), layer=1)
-    np.testing.assert_array_equal(out, attention_reference(q, k, v, jnp.asarray(start)))
+    out = jit_paged(q, *pools, table, jnp.asarray(start), layer=1)
+    np.testing.assert_array_equal(out, jit_reference(q, k, v, jnp.asarray(start)))
 
 
 def test_rows_share_pages_and_what_lies_behind_a_row_does_not_matter() -> None:
@@ -41,9 +43,9 @@ def test_rows_share_pages_and_what_lies_behind_a_row_does_not_matter() -> None:
     pools = [scattered(a, np.asarray([[4, 0, 2]]), 5).at[1, 1].set(7.0) for a in (k, v)]
     table, start = jnp.asarray([[4, 0, 2], [4, 0, 1], [4, 99, 99]]), jnp.asarray([40, 20, 3])
     q = normal(1, 2, HEADS, D).repeat(3, 0)
-    out = paged_attention(q, *pools, table, start, layer=1)
+    out = jit_paged(q, *pools, table, start, layer=1)
     for row in range(3):  # chunks of one sequence, as rows of one call
-        wanted = attention_reference(q[:1], k, v, start[row : row + 1])
+        wanted = jit_reference(q[:1], k, v, start[row : row + 1])
         np.testing.assert_allclose(out[row], wanted[0], atol=1e-6)
 
 

@@ -227,8 +227,8 @@ def test_refused(name: str) -> None:
     ("place", "shape", "dtype", "reason"),
     [
         (2, (1, 1, 1024, 128), jnp.float32, "must have one dtype"),
-        (3, (1, 1, 1024, 64), jnp.bfloat16, "do not belong together"),
-        (4, (2,), jnp.int32, "do not belong together"),
+        (3, (1, 1, 1024, 64), jnp.bfloat16, "k and v must have one shape, and x, start and the cache one batch size"),
+        (4, (2,), jnp.int32, "k and v must have one shape, and x, start and the cache one batch size"),
         (5, (1, 512, 128), jnp.float32, "cos .1, 512, 128. and sin"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,35 +20,50 @@ FORMATS = ON_GPU | REFUSED
 SMALL = dict(dim=128, hidden=256, heads=2, kv_heads=1, head_dim=64, vocab=128, layers=1)
 
 
-def arguments(fmt: str, start: tuple[int, ...], queries: int, max_len: int, seed: int = 0, **size: int) -> tuple:
+def on_device(seed: int) -> Callable[[tuple[int, ...]], Any]:
+    """Normally distributed arrays for the sizes of real models."""
+    keys = iter(jax.random.split(jax.random.key(seed), 16))
+    return lambda shape: jax.random.normal(next(keys), shape, jnp.float32)
+
+
+def on_host(seed: int) -> Callable[[tuple[int, ...]], Any]:
+    """The same for tiny models: NumPy compiles nothing."""
+    random = np.random.default_rng(seed)
+    return lambda shape: random.standard_normal(shape, np.float32)
+
+
+def arguments(
+    fmt: str, start: tuple[int, ...], queries: int, max_len: int, seed: int = 0, draws: Any = on_device, **size: int
+) -> tuple:
     """Random weights of a stable scale, a cache with content up to ``start``, and new tokens."""
     dim, D, L, hidden = size["dim"], size["head_dim"], size["layers"], size["hidden"]
     heads, kv_heads, B = size["heads"], size["kv_heads"], len(start)
-    keys = iter(jax.random.split(jax.random.key(seed), 16))
+    draw = draws(seed)
 
-    def normal(*shape: int, scale: float = 1.0) -> jax.Array:
-        return (jax.random.normal(next(keys), shape, jnp.float32) * scale).astype(jnp.bfloat16)
+    def normal(*shape: int, mean: float = 0.0, scale: float = 1.0) -> jax.Array:
+        return jnp.asarray((mean + scale * draw(shape)).astype(jnp.bfloat16))
 
     def weight(*shape: int) -> Any:
         w = normal(*shape, scale=shape[-1] ** -0.5)
-        return quantize(w, **FORMATS[fmt]) if FORMATS[fmt] else w
+        return jax.jit(functools.partial(quantize, **FORMATS[fmt]))(w) if FORMATS[fmt] else w
 
     weights = StepWeights(
-        attn_norm=1 + normal(L, dim, scale=0.1),
+        attn_norm=normal(L, dim, mean=1.0, scale=0.1),
         wqkv=weight(L, (heads + 2 * kv_heads) * D, dim),
         wo=weight(L, dim, heads * D),
-        ffn_norm=1 + normal(L, dim, scale=0.1),
+        ffn_norm=normal(L, dim, mean=1.0, scale=0.1),
         w_gate_up=weight(L, 2 * hidden, dim),
         w_down=weight(L, dim, hidden),
-        norm=1 + normal(dim, scale=0.1),
+        norm=normal(dim, mean=1.0, scale=0.1),
         head=weight(size["vocab"], dim),
     )
     x = normal(B, queries, dim)
     k, v = normal(L, B, kv_heads, max_len, D), normal(L, B, kv_heads, max_len, D)
-    begin = jnp.array(start, jnp.int32)
+    begin = jnp.asarray(start, jnp.int32)
     return x, weights, k, v, begin, *rotations(begin, queries, D)
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def rotations(start: jax.Array, queries: int, D: int) -> tuple[jax.Array, jax.Array]:
     positions = start[:, None] + jnp.arange(queries)
     angles = positions[..., None] * (10000.0 ** (-jnp.arange(0, D, 2) / D))
@@ -133,4 +149,4 @@ class Case:
     tiles: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def arguments(self) -> tuple:
-        return arguments(self.fmt, self.start, self.queries, self.max_len, **(SMALL | self.size))
+        return arguments(self.fmt, self.start, self.queries, self.max_len, draws=on_host, **(SMALL | self.size))

@@ -33,16 +33,26 @@ class FakeDevice:
         self.memory = [[-1] * scheduler.pages.size for _ in range(scheduler.pages.count)]
         self.rows: dict[int, list] = {}  # slot: [sequence, position, last token, drawn, done]
         self.unread: list[tuple[Sequence, list[int]]] = []
+        self.ahead: set[Sequence] = set()
+        self.masked = False  # whether the tokens of the last plan come before the next one, as the engine does it
         self.fed = 0  # tokens of prompts
 
     def turn(self) -> bool:
         """One turn of the engine. Returns whether it did any work."""
+        before, self.unread = self.unread, []
+        if self.masked:
+            self.take(before)
         plan = self.scheduler.plan()
         self.check()
-        before, self.unread = self.unread, self.run(plan) if plan else []
-        for sequence, tokens in before:
-            self.scheduler.read(sequence, tokens)
+        self.unread = self.run(plan) if plan else []
+        if not self.masked:
+            self.take(before)
+        self.masked = bool(plan.rows) and not plan.steps
         return bool(plan) or bool(before)
+
+    def take(self, drawn: list[tuple[Sequence, list[int]]]) -> None:
+        for sequence, tokens in drawn:
+            self.scheduler.read(sequence, tokens)
 
     def run(self, plan: Plan) -> list[tuple[Sequence, list[int]]]:
         for source, target in plan.copies:
@@ -58,15 +68,24 @@ class FakeDevice:
             row = self.rows[s.slot]
             assert row[0] is s, "a row runs in the slot that it joined"
             tokens: list[int] = []
-            for _ in range(plan.steps):
+            for _ in range(plan.steps or 1):
                 _, position, token, drawn, done = row
-                self.write(s, position, token)  # a finished row writes after its end
+                if plan.steps:
+                    self.write(s, position, token)  # a finished row writes after its end
+                else:
+                    assert s in self.ahead, "its last token is fed"
+                    self.ahead.discard(s)
                 if done:
                     continue
                 token = next_token(self.read(s, position + 1))
                 tokens.append(token)
                 row[1:] = [position + 1, token, drawn + 1, token in s.stop_ids or drawn + 1 == s.limit]
             out.append((s, tokens))
+        for s in plan.ahead:
+            row = self.rows[s.slot]
+            assert row[0] is s
+            self.write(s, row[1], row[2])
+            self.ahead.add(s)
         return out
 
     def write(self, s: Sequence, at: int, token: int) -> None:

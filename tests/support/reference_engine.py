@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jllama.engine.request import Request
@@ -25,14 +26,15 @@ class Alone:
 def alone(params: Params, request: Request) -> Alone:
     """The result of a request that runs alone."""
     tokens, out, s = list(request.prompt), Alone([], [], []), request.sampling
-    stops = request.stops(params.config)
+    stops, vocab = request.stops(params.config), params.config.vocab_size
+    matcher = request.constraint and request.constraint.matcher()
     for step in range(request.max_new_tokens):
         padded = np.zeros((1, LONGEST), np.int32)
         padded[0, : len(tokens)] = tokens
         drawn = tokens[len(request.prompt) :]
         history = History(
-            seen=np.isin(np.arange(params.config.vocab_size), tokens)[None],
-            counts=np.bincount(np.asarray(drawn, int), minlength=params.config.vocab_size)[None],
+            seen=np.isin(np.arange(vocab), tokens)[None],
+            counts=np.bincount(np.asarray(drawn, int), minlength=vocab)[None],
             recent=np.asarray([([NOTHING] * 7 + tokens)[-7:]], np.int32),
         )
         cuts = dict(temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p)
@@ -40,12 +42,17 @@ def alone(params: Params, request: Request) -> Alone:
             key=jax.random.key(s.seed)[None], **{name: np.asarray([value]) for name, value in cuts.items()}
         )
         stop_ids = np.asarray([[*stops, *[NOTHING] * (16 - len(stops))]], np.int32)
+        allowed = np.ones((1, vocab), bool)
+        if matcher:
+            allowed[0] = np.unpackbits(matcher.mask().view(np.uint8), bitorder="little")[:vocab]
         token, logprob, gap = _step(
-            params, padded, np.int32(len(tokens)), sampling, np.int32([step]), history, stop_ids
+            params, padded, np.int32(len(tokens)), sampling, np.int32([step]), history, stop_ids, allowed
         )
         out.ids.append(int(token)), out.logprobs.append(float(logprob)), out.gaps.append(float(gap))
         tokens.append(out.ids[-1])
-        if tokens[-1] in stops:
+        if matcher:
+            matcher.accept(tokens[-1])
+        if tokens[-1] in stops or (matcher and matcher.done):
             break
     return out
 
@@ -64,11 +71,12 @@ def _logprobs(params, tokens):
 
 
 @jax.jit
-def _step(params, tokens, length, sampling: Sampling, step, history: History, stop_ids):
+def _step(params, tokens, length, sampling: Sampling, step, history: History, stop_ids, allowed):
     logits, _ = forward(params, tokens, lengths=length[None], last_only=True)
-    token, logprob = sample(logits, sampling, step, history=history, stop_ids=stop_ids)
-    best = jax.lax.top_k(logits[0], 2)[0]
-    return token[0], logprob[0], best[0] - best[1]
+    limited = jnp.where(allowed, logits, -jnp.inf)
+    token, _ = sample(limited, sampling, step, history=history, stop_ids=stop_ids)
+    best = jax.lax.top_k(limited[0], 2)[0]
+    return token[0], jax.nn.log_softmax(logits[0])[token[0]], best[0] - best[1]
 
 
 def assert_same(params: Params, request: Request, ids: list[int], logprobs: list[float], *, ended: bool = True) -> None:

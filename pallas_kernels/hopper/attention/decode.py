@@ -38,6 +38,8 @@ class DecodeTiles:
 
 
 TILES = {64: DecodeTiles(stages=5), 128: DecodeTiles()}  # by head_dim
+# Of as many blocks as multiprocessors or more, several share a multiprocessor: one loads while another begins or ends.
+SHARED_TILES = {64: DecodeTiles(stages=2), 128: DecodeTiles(keys=64, stages=2)}
 
 
 def check(q: jax.Array, k: jax.Array | LayerView, v: jax.Array | LayerView, start: jax.Array) -> None:
@@ -74,7 +76,7 @@ def flash_decode(
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> jax.Array:
     """q [B, T, heads, D], k and v [B, kv_heads, S, D], start [B] -> [B, T, heads, D]; see `attention_reference`."""
-    return _attend(q, Cache.contiguous(k, v), start, tiles or TILES[q.shape[3]], interpret)
+    return _attend(q, Cache.contiguous(k, v), start, tiles, interpret)
 
 
 @functools.partial(jax.jit, static_argnames=("tiles", "interpret"))
@@ -91,16 +93,17 @@ def flash_decode_paged(
 ) -> jax.Array:
     """q [B, T, heads, D], k and v [layers, pages, kv_heads, size, D], table [B, P], start [B] -> [B, T, heads, D]; see
     `paged_attention_reference`."""
-    return _attend(q, Cache.paged(k, v, table, layer), start, tiles or TILES[q.shape[3]], interpret)
+    return _attend(q, Cache.paged(k, v, table, layer), start, tiles, interpret)
 
 
 def _attend(
-    q: jax.Array, cache: Cache, start: jax.Array, tiles: DecodeTiles, interpret: plgpu.InterpretGPUParams | None
+    q: jax.Array, cache: Cache, start: jax.Array, tiles: DecodeTiles | None, interpret: plgpu.InterpretGPUParams | None
 ) -> jax.Array:
     B, T, heads, D = q.shape
     kv_heads = cache.k.shape[2]
     group = heads // kv_heads
     q = pad_rows_unless_short(q.reshape(B, T, kv_heads, group, D), 3)
+    tiles = tiles or (SHARED_TILES if B * kv_heads >= planned().sms else TILES)[D]
     splits = max(1, min((tiles.blocks or planned().sms) // (B * kv_heads), pl.cdiv(cache.positions, tiles.keys)))
     found = attend_splits(q, cache, start, splits=splits, tiles=tiles, interpret=interpret)
     if splits == 1:

@@ -98,7 +98,8 @@ def _check_cache(
     x: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array, table: jax.Array | None, keys: int
 ) -> None:
     if k.shape != v.shape or start.shape != x.shape[:1] or (table is None and k.shape[1] != x.shape[0]):
-        raise Unsupported(f"x {x.shape}, start {start.shape}, k {k.shape} and v {v.shape} do not belong together")
+        found = f"found x {x.shape}, start {start.shape}, k {k.shape} and v {v.shape}"
+        raise Unsupported(f"k and v must have one shape, and x, start and the cache one batch size: {found}")
     if table is None:
         return
     if k.shape[3] != keys:

@@ -61,7 +61,7 @@ class GridBarrier:
 
         @pl.when((seen < wanted) & (limit > 0))
         def _() -> None:
-            message = f"decode_step: block {{}} waited in vain for {phase.name} of layer {{}}: {{}} of {{}} arrived"
+            message = f"decode_step: block {{}} stopped waiting for {phase.name} of layer {{}}: {{}} of {{}} arrived"
             pl.debug_print(message, b.index, b.layer, seen, wanted)
             gave_up[b.warpgroup] = 1
 

@@ -1,4 +1,4 @@
-"""``python -m bench.against OTHER``: this tree and another one measured in turns, in one run on one device.
+"""``python -m bench.two_trees OTHER``: this tree and another one measured in turns, in one run on one device.
 
 There is one worker process per tree and weight format. It loads random weights of a preset, compiles, and waits. Then
 all workers measure in turns, so that a device that becomes warmer or slower affects both trees alike. With ``--pause``
@@ -76,7 +76,7 @@ class Worker:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f"bench.against: the worker of {self.tree}, {self.quant} ended with an error, see above")
+            raise SystemExit(f"bench.two_trees: the worker of {self.tree}, {self.quant} ended with an error, see above")
         return json.loads(line)
 
     def measure(self) -> dict[str, float]:
@@ -99,7 +99,7 @@ def start(tree: Path, quant: str, job: dict[str, Any]) -> Worker:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser("python -m bench.against", description=(__doc__ or "").split("\n")[0])
+    p = argparse.ArgumentParser("python -m bench.two_trees", description=(__doc__ or "").split("\n")[0])
     p.add_argument("other", type=Path, metavar="OTHER", help="the folder of another checkout")
     p.add_argument("--commit", required=True, metavar="NAME", help="the commit that OTHER holds, for the records")
     p.add_argument("--preset", default="7b", help="the shape of the model (default: 7b)")
@@ -146,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
         for worker, found in zip(workers, samples, strict=True)
         for name, values in found.items()
     ]
-    append(args.results / "against.jsonl", [run.record(**f) | {"commit": f["of"]} for f in fields])
+    append(args.results / "two-trees.jsonl", [run.record(**f) | {"commit": f["of"]} for f in fields])
     for worker in workers:
         worker.process.kill()
 
@@ -156,7 +156,7 @@ def record_fields(preset: str, worker: Worker, name: str, values: list[float], c
     kind, *_, size = name.split()
     return {
         "suite": "compare",
-        "case": f"against-{kind}",
+        "case": f"two-trees-{kind}",
         "impl": "pallas",
         "model": preset,
         "dtype": {"none": "bf16", "int4": "int4-g128"}.get(worker.quant, worker.quant),

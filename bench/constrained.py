@@ -1,0 +1,85 @@
+"""The engine's rate with a constraint on every row, beside the same engine's without one, in turns.
+
+``python -m bench.constrained --shape llama-2-7b --rows 32``: random weights of a preset's shape with SmolLM2's
+vocabulary; without ``--shape``, SmolLM2 itself. Prints one JSON object.
+"""
+
+import argparse
+import json
+import statistics
+
+import jax
+import jax.numpy as jnp
+
+import jllama
+from jllama import Engine, SamplingSettings
+from jllama.engine.constraint import Constraint
+from jllama.formats import open_source
+from jllama.params import Params
+from jllama.text.grammars import Grammars
+from jllama.text.tokenizer import tokenizer_for
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 40},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+        "tags": {"type": "array", "items": {"enum": ["red", "green", "blue"]}, "maxItems": 3},
+    },
+    "required": ["name", "age", "tags"],
+    "additionalProperties": False,
+}
+SCHEMA = {"type": "array", "items": PERSON, "minItems": 1000}  # no row ends before its limit
+PROMPT = "People as JSON: "
+
+
+def main() -> None:
+    """Measure, and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", help="a preset of jllama, with random weights")
+    parser.add_argument("--rows", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--repeat", type=int, default=3)
+    args = parser.parse_args()
+    source = open_source("smollm2")
+    tokenizer = tokenizer_for(source)
+    if args.shape:
+        config = jllama.preset(args.shape).replace(vocab_size=source.config.vocab_size, eos_ids=source.config.eos_ids)
+        params = jllama.init(config, jax.random.key(0), dtype=jnp.bfloat16, stacked=True)
+    else:
+        params = jllama.load(source)
+    prompt = tokenizer.encode(PROMPT)
+    engine = Engine(params, slots=args.rows, max_len=len(prompt) + args.tokens)
+    grammars = Grammars(tokenizer, params.config.vocab_size, params.config.eos_ids)
+    constraint = grammars.compile("json_schema", SCHEMA)
+    rates: dict[str, list[float]] = {"free": [], "constrained": []}
+    for turn in range(args.repeat + 1):  # the first compiles
+        for name, of in (("free", None), ("constrained", constraint)):
+            rate = measured(engine, prompt, args, of)
+            if turn:
+                rates[name].append(rate)
+    free, bound = (statistics.median(rates[name]) for name in ("free", "constrained"))
+    shape = args.shape or "smollm2"
+    found = dict(shape=shape, rows=args.rows, ratio=round(bound / free, 3), tokens_per_s=rates, params=size(params))
+    print(json.dumps(found | {"device": jax.devices()[0].device_kind}))
+
+
+def measured(engine: Engine, prompt: list[int], args: argparse.Namespace, constraint: Constraint | None) -> float:
+    """New tokens a second."""
+    before = engine.statistics
+    how = SamplingSettings(temperature=1.0, seed=1)
+    stop_ids = () if constraint is None else None
+    engine.generate(
+        [prompt] * args.rows, max_new_tokens=args.tokens, sampling=how, stop_ids=stop_ids, constraint=constraint
+    )
+    after = engine.statistics
+    return (after.new_tokens - before.new_tokens) / (after.seconds - before.seconds)
+
+
+def size(params: Params) -> int:
+    """Numbers in the weights."""
+    return sum(a.size for a in jax.tree.leaves(params))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""What limits a request to some texts: the tokens that may come next, a mask at a time.
+
+The masks are made on the host, in threads, while the device computes the logits that they are for.
+"""
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Protocol
+
+import numpy as np
+
+THREADS = 8  # at most, for the masks of one step
+
+
+class Matcher(Protocol):
+    """Where one text stands in its grammar."""
+
+    def mask(self) -> np.ndarray:
+        """The tokens that may come next: [ceil(vocabulary / 32)] uint32; token t is bit ``t % 32`` of word ``t // 32``.
+        None at all is a dead end, which ends the request."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """Go on by a token."""
+        ...
+
+    @property
+    def done(self) -> bool:
+        """Whether the text is complete and nothing may follow."""
+        ...
+
+
+class Constraint(Protocol):
+    """A grammar. Any number of requests may have the same one."""
+
+    def matcher(self) -> Matcher:
+        """The beginning of a new text."""
+        ...
+
+
+class Progress:
+    """The matcher of a request, which follows the tokens that have come."""
+
+    def __init__(self, constraint: Constraint, prompt: int) -> None:
+        self._matcher, self._known = constraint.matcher(), prompt
+
+    def follow(self, tokens: Sequence[int]) -> Matcher:
+        """The matcher after all ``tokens``, of which the first are the prompt."""
+        while self._known < len(tokens):
+            self._matcher.accept(tokens[self._known])
+            self._known += 1
+        return self._matcher
+
+
+def masks_of(matchers: Sequence[Matcher | None], rows: int, vocab: int) -> np.ndarray:
+    """The masks [rows, ceil(vocab / 32)] uint32 of the first rows; a row without a matcher may draw any token."""
+    masks = np.full((rows, -(-vocab // 32)), 2**32 - 1, np.uint32)
+
+    def fill(part: list[tuple[int, Matcher]]) -> None:
+        for i, matcher in part:
+            masks[i] = matcher.mask()
+
+    limited = [(i, m) for i, m in enumerate(matchers) if m is not None]
+    parts = [part for n in range(THREADS) if (part := limited[n::THREADS])]
+    if len(parts) < 2 or (os.cpu_count() or 1) < 3:
+        fill(limited)
+    else:
+        list(_threads().map(fill, parts))
+    return masks
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(THREADS, thread_name_prefix="masks")
