@@ -16,6 +16,7 @@ import numpy as np
 from flax import struct
 from jax import lax
 from jax.core import Tracer
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from jllama.config import Backend
 from jllama.errors import InputError
@@ -333,7 +334,9 @@ def adjust(
 def top_logprobs(logits: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     """The ids [B, count] and log-probabilities [B, count] of the likeliest tokens, the likeliest first. What a small
     vocabulary lacks has the id NOTHING."""
-    values, ids = lax.top_k(jax.nn.log_softmax(logits, axis=-1), min(count, logits.shape[-1]))
+    # XLA's top_k on a GPU reads its input as if rows were contiguous. A product may leave columns contiguous instead.
+    rows = with_layout_constraint(jax.nn.log_softmax(logits, axis=-1), Layout(major_to_minor=(0, 1)))
+    values, ids = lax.top_k(rows, min(count, logits.shape[-1]))
     pad = ((0, 0), (0, count - values.shape[-1]))
     return jnp.pad(ids, pad, constant_values=NOTHING).astype(jnp.int32), jnp.pad(values, pad)
 

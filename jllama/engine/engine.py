@@ -152,7 +152,7 @@ class Engine:
             score_from=request.score_from,
             constrained=request.constraint is not None,
         )
-        progress = request.constraint and Progress(request.constraint, len(request.prompt))
+        progress = None if request.constraint is None else Progress(request.constraint, len(request.prompt))
         self._scheduler.add(sequence)
         handle = self._handles[sequence] = Handle(request, sequence, Completion(sequence.tokens[:]), progress)
         if (first := request.score_from) is not None:

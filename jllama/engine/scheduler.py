@@ -135,12 +135,13 @@ class Scheduler:
         self._turn += 1
         plan = Plan()
         busy = bool(self.waiting) or any(not s.joined for s in self.running)
-        steps = 1 if self._one_by_one else self.steps[0] if busy else self.steps[1]
+        one_by_one = self._one_by_one
+        steps = 1 if one_by_one else self.steps[0] if busy else self.steps[1]
         self._grow(steps)
         for sequence in self.running:
             self._feed(sequence, plan)
         self._admit(plan, steps)
-        if self._one_by_one:
+        if one_by_one or self._one_by_one:  # one may have joined, or given its place back
             self._draw_one(plan)
             return plan
         plan.rows = [s for s in self.running if s.joined and s.left > 0]

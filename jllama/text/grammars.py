@@ -30,7 +30,7 @@ _GROWTH, _LEAST = 256, 64 << 10
 _JSON = dict(whitespace_pattern=r"( |\n {0,16})", lenient=False, coerce_one_of=False)
 _COUNTS = ("minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties")
 _MARK = "\x01"  # not part of any word, so no merge joins it with the text after it
-_LIMITS = dict(max_lexer_states=20_000, max_grammar_size=100_000, verbose_errors=False)
+_LIMITS: dict[str, Any] = dict(max_lexer_states=20_000, max_grammar_size=100_000, verbose_errors=False)
 
 
 class Grammar:

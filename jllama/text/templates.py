@@ -231,7 +231,7 @@ def with_loaded_arguments(messages: Sequence[Message]) -> list[Message]:
     def loaded(call: Any) -> Any:
         function = call.get("function") if isinstance(call, Mapping) else None
         arguments = function.get("arguments") if isinstance(function, Mapping) else None
-        if not isinstance(arguments, str):
+        if not isinstance(function, Mapping) or not isinstance(arguments, str):
             return call
         try:
             value = json.loads(arguments)

@@ -64,6 +64,7 @@ class FakeDevice:
         for s in plan.joins:
             self.rows[s.slot] = [s, len(s.tokens) - 1, s.tokens[-1], len(s.tokens) - s.prompt, False]
         out = []
+        assert plan.steps in (0, *self.scheduler.steps)
         for s in plan.rows:
             row = self.rows[s.slot]
             assert row[0] is s, "a row runs in the slot that it joined"

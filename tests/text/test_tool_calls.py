@@ -108,6 +108,7 @@ TOOLS = [
 def test_a_call_that_must_come_is_one_of_the_tools_for_any_logits(style: Style, name: str) -> None:
     pytest.importorskip("llguidance")
     functions, tok = check_tools(TOOLS), tokenizer(name)
+    token_bytes = tok.token_bytes()
     grammars, rng, called = Grammars(tok, tok.n_ids, (tok.eos_id,)), np.random.default_rng(1), set()
     for choice, names in (("required", ["sum", "say"]), ({"type": "function", "function": {"name": "say"}}, ["say"])):
         assert chosen(choice, functions) == names
@@ -118,7 +119,7 @@ def test_a_call_that_must_come_is_one_of_the_tools_for_any_logits(style: Style, 
                 allowed = np.flatnonzero(np.unpackbits(matcher.mask().view(np.uint8), bitorder="little"))
                 ids.append(int(rng.choice(allowed)))
                 matcher.accept(ids[-1])
-            text = b"".join(tok.token_bytes()[i] for i in ids if i != tok.eos_id).decode()
+            text = b"".join(token_bytes[i] for i in ids if i != tok.eos_id).decode()
             found = parse_tool_calls(text, style, names)
             assert found.content == ""
             assert 1 <= len(found.calls) <= (8 if parallel else 1)
