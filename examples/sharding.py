@@ -1,6 +1,8 @@
 """A model over several devices: trained there, and sampled where it lies, without a copy.
 
-XLA_FLAGS=--xla_force_host_platform_device_count=4 python examples/sharding.py
+On a CPU, with four devices, which wait for one another in one pool of threads:
+
+    PJRT_NPROC=32 XLA_FLAGS=--xla_force_host_platform_device_count=4 python examples/sharding.py
 """
 
 import functools
@@ -52,6 +54,7 @@ def main() -> None:
     momentum = jax.tree.map(jnp.zeros_like, params)
     for i in range(STEPS):
         params, momentum, value = train_step(params, momentum, batch(i))
+        value.block_until_ready()
     print(f"loss after {STEPS} steps: {value:.2f}")
 
     prompts = batch(1000)[:8]

@@ -71,6 +71,8 @@ def set_up(args: argparse.Namespace, *, quiet: bool = False) -> None:
             "(JAX_PLATFORMS=cpu in the environment keeps it off a GPU)",
             file=sys.stderr,
         )
+    if args.tp * args.dp > 1:  # CPU devices wait for one another in one pool of threads, which may be too small
+        os.environ.setdefault("PJRT_NPROC", "32")
     if not args.no_compilation_cache:
         enable_cache(args.compilation_cache)
     start_clock()

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from jllama.config import LlamaConfig, Quant
 from jllama.kernels import QuantizedTensor, Weight, WeightFormat
@@ -17,6 +17,7 @@ from jllama.mesh.layout import (
     FUSED_PARTS,
     MODEL,
     AnyMesh,
+    auto,
     axis_size,
     check_mesh,
     divisor,
@@ -97,7 +98,8 @@ def unshard(params: Params) -> Params:
         return params
     shards = axis_size(params.mesh, MODEL)
     rows = {f: np.concatenate([*part_rows(params.config, shards, f).values()]) for f in FUSED_PARTS}
-    alone = jax.device_put(replace(params, mesh=None), jax.devices()[0])
+    alone = replace(laid_out(params, auto(params.mesh)), mesh=None)
+    alone = jax.device_put(alone, SingleDeviceSharding(jax.devices()[0]))
     return _with_rows(alone, rows) if shards > 1 else alone
 
 
