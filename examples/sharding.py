@@ -51,10 +51,10 @@ def main() -> None:
     mesh = mesh_of_all_devices()
     print("mesh:", dict(mesh.shape))
     params = jllama.init(CONFIG, jax.random.key(0), mesh=mesh)
-    momentum = jax.tree.map(jnp.zeros_like, params)
+    momentum, value = jax.tree.map(jnp.zeros_like, params), jnp.inf
     for i in range(STEPS):
         params, momentum, value = train_step(params, momentum, batch(i))
-        value.block_until_ready()
+        jax.block_until_ready(value)
     print(f"loss after {STEPS} steps: {value:.2f}")
 
     prompts = batch(1000)[:8]

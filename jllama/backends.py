@@ -33,8 +33,9 @@ def backends(
     parts = axis_size(params.mesh, DATA)
     batch = -(-batch // parts) * parts
     sampling = make_sampling(batch) if sampling is None else sampling
-    how = dict(stacked=params.stacked, mesh=params.mesh)
-    cache = jax.eval_shape(lambda: init_cache(params.config, batch, max_len, params.dtype, **how))
+    cache = jax.eval_shape(
+        lambda: init_cache(params.config, batch, max_len, params.dtype, stacked=params.stacked, mesh=params.mesh)
+    )
 
     def token(params: Params, tokens: jax.Array, cache: KVCache, sampling: Sampling) -> tuple[jax.Array, jax.Array]:
         if params.mesh is not None:

@@ -169,7 +169,8 @@ def decode_chunk(
 def _state_specs(cache: KVCache, top: int, mesh: AnyMesh) -> Any:
     """The `PartitionSpec` of every array of a `DecodeState` with such a cache, as a prefix of the state."""
     rows: Any = spec(mesh, DATA)
-    return DecodeState(cache.specs(mesh), *(rows,) * 7, top)
+    token = done = drawn = limit = stop_ids = history = sampling = rows
+    return DecodeState(cache.specs(mesh), token, done, drawn, limit, stop_ids, history, sampling, top)
 
 
 def stop_table(batch: int, stop_ids: Sequence[int]) -> np.ndarray:

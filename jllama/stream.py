@@ -124,7 +124,8 @@ class Session:
         logits, cache = self._prefill(prompts, int(limit.max()))
         sampling = make_sampling(self.batch) if sampling is None else sampling
         if fill:
-            sampling = jax.tree.map(lambda a: a[np.minimum(np.arange(self._rows), self.batch - 1)], sampling)
+            rows = np.minimum(np.arange(self._rows), self.batch - 1)
+            sampling = replace(sampling, **{k: jax.tree.map(lambda a: a[rows], v) for k, v in vars(sampling).items()})
         history = begin_history(sampling, *pad(prompts), self.params.config.vocab_size)
         (state, output), choices = jit_sample_first(
             logits,
@@ -218,8 +219,8 @@ class Session:
         size = min(bucket(tokens, MIN_CACHE), self.max_len)
         if self._cache is None:
             params = self.params
-            how = dict(stacked=params.stacked, mesh=params.mesh)
-            return init_cache(params.config, self._rows, size, params.dtype, **how)
+            where = params.config, self._rows, size, params.dtype
+            return init_cache(*where, stacked=params.stacked, mesh=params.mesh)
         return self._cache if size <= self._cache.max_len else grow(self._cache, size)
 
 

@@ -89,8 +89,9 @@ class Engine:
         count, slots, pieces = (-(-n // parts) for n in (count, slots, budget // tuning.piece))  # of each part
         sizes = dict(slots=slots, max_len=self.max_len, pieces=pieces)
         self._device = Device(params, pages=count, width=width, tuning=tuning, backend=backend, **sizes)
-        of_part = dict(piece=tuning.piece, steps=tuning.steps, **sizes)
-        self._scheduler = Parts([Scheduler(Pages(count, PAGE), **of_part) for _ in range(parts)])
+        pools = [Pages(count, PAGE) for _ in range(parts)]
+        how = dict(piece=tuning.piece, **sizes)
+        self._scheduler = Parts([Scheduler(pool, steps=tuning.steps, **how) for pool in pools])
         self._handles: dict[Scheduled, Handle] = {}
         self._in_flight: Launch | None = None
         self._paused = self._torn = False
@@ -296,10 +297,11 @@ class Engine:
     def _read(self, launch: Launch) -> list[Event]:
         events: list[Event] = []
         parts, scores = fetch((launch.drawn, launch.scores), self.params.mesh)  # blocks
-        if launch.rows:
-            drawn = jax.tree.map(lambda *part: np.concatenate(part), *parts)
+        drawn = jax.tree.map(lambda *part: np.concatenate(part), *parts) if parts else None
+        if drawn is not None:
             self._decode_steps += int((drawn.tokens != NO_TOKEN).any(axis=1).sum())
         for i, s in launch.rows:
+            assert drawn is not None
             came = drawn.tokens[:, i] != NO_TOKEN
             ids, logprobs, count = drawn.tokens[came, i].tolist(), drawn.logprobs[came, i].tolist(), int(came.sum())
             handle = self._handles.get(s)

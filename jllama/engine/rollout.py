@@ -7,6 +7,7 @@ All prompts are fed first, each once; the samples of a prompt share its full pag
 import functools
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +95,7 @@ def rollout(
         )
         own = jax.tree.map(lambda a: a.at[state.request].get(mode="clip"), sampling)
         stop_rows = jnp.broadcast_to(stops, (slots, stops.shape[0]))
-        how = dict(stop_ids=stop_rows, axis=params.axis, backend=backend)
+        how: dict[str, Any] = dict(stop_ids=stop_rows, axis=params.axis, backend=backend)
         token, logprob = sample(logits, own, state.drawn, state.history, **how)
         where = jnp.where(alive, state.request, requests), state.drawn
         drawn = state.drawn + alive

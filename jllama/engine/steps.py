@@ -6,6 +6,7 @@ The table of pages comes with every call: who has which page is the scheduler's 
 
 import functools
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -102,8 +103,8 @@ def join_extras(
 ) -> EngineState:
     """One row's further settings and history."""
     if mesh is not None:
-        same = jax.tree.map(lambda _: PartitionSpec(), (settings, tokens))
-        arguments, layout = (state, slot, settings, tokens, prompt, length), dict(zip((2, 3), same, strict=True))
+        whole = jax.tree.map(lambda _: PartitionSpec(), (settings, tokens))
+        arguments, layout = (state, slot, settings, tokens, prompt, length), {2: whole[0], 3: whole[1]}
         return over(mesh, join_extras, *arguments, out=state.specs(mesh), layout=layout)
     assert state.extras is not None
     old = state.extras
@@ -166,7 +167,7 @@ def decode(
             axis = params.axis
             if axis is not None and kind == "full":
                 logits, axis = vocabulary.gather(logits, axis), None
-            how = dict(stop_ids=rows.stop_ids, axis=axis, backend=backend)
+            how: dict[str, Any] = dict(stop_ids=rows.stop_ids, axis=axis, backend=backend)
             token, logprob = sample(logits, sampling, rows.drawn, history, **how)
         likeliest = top_logprobs(logits, MAX_TOP_LOGPROBS) if kind == "full" else None
         drawn = Drawn(jnp.where(alive, token, NO_TOKEN), jnp.where(alive, logprob, 0.0), likeliest)

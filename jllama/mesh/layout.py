@@ -73,7 +73,7 @@ def check_mesh(config: LlamaConfig, mesh: AnyMesh) -> None:
     if uneven := _uneven(config, shards := axis_size(mesh, MODEL)):
         fit = [str(n) for n in range(1, config.n_heads + 1) if not _uneven(config, n)]
         raise InputError(
-            f"mesh: {MODEL!r} has {shards} devices, which do not divide {' and '.join(uneven)}; "
+            f"mesh: {MODEL!r} (--tp) has {shards} devices, which do not divide {' and '.join(uneven)}; "
             f"this model divides over {', '.join(fit)}"
         )
 
@@ -171,9 +171,10 @@ def weight_spec(mesh: AnyMesh, field: str, weight: Weight, *, stacked: bool = Fa
         return QuantizedTensor(whole, spec(mesh, *lead, *kept))  # pyright: ignore[reportArgumentType]
     if groups % shards:
         fit = [str(n) for n in range(1, groups + 1) if groups % n == 0]
+        what = f"the {groups} groups of {weight.group} inputs of {field}"
         raise InputError(
-            f"mesh: {MODEL!r} has {shards} devices, which do not divide the {groups} groups of {weight.group} inputs "
-            f"of {field}; they divide over {', '.join(fit)}"
+            f"mesh: {MODEL!r} (--tp) has {shards} devices, which do not divide {what}; "
+            f"they divide over {', '.join(fit)}"
         )
     return QuantizedTensor(whole, whole)  # pyright: ignore[reportArgumentType]
 
