@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready$(if $(EXTRA),-$(EXTRA))
 comma := ,
 
-.PHONY: demo chat test test-latest lowering-latest wheel-test docs setup lint format bench peers clean
+.PHONY: demo chat serve test test-latest lowering-latest wheel-test docs setup lint format bench peers clean
 
 demo: setup
 	@$(BIN)/python -m jllama.generate -p "Once upon a time," -n 300 --temp 0.7 --top-p 0.9 --seed 7 --echo
@@ -16,6 +16,10 @@ demo: setup
 # The temperature is the one that the model's authors advise.
 chat: setup
 	@$(BIN)/python -m jllama chat --model smollm2 --temp 0.2
+
+# OpenAI's API on http://127.0.0.1:8000, for this machine only.
+serve: setup
+	@$(BIN)/python -m jllama serve --model smollm2
 
 test: setup
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal

@@ -14,6 +14,7 @@ from types import ModuleType
 COMMANDS = {
     "generate": ("jllama.cli.generate", "generate text from prompts"),
     "chat": ("jllama.cli.chat", "chat with a model in the terminal"),
+    "serve": ("jllama.cli.serve", "serve a model over HTTP, with OpenAI's API"),
     "info": ("jllama.cli.info", "describe a checkpoint and how it would run on this machine"),
     "perplexity": ("jllama.cli.perplexity", "measure how well a model predicts a text"),
 }

@@ -76,8 +76,8 @@ def version_line() -> str:
     return f"jllama {jllama.__version__} (jax {jax}, Python {sys.version.split()[0]})"
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that select a model and how it runs."""
+def add_model_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add the flags that select a model and how it runs. Returns their group."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "-m",
@@ -96,7 +96,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--backend", choices=("auto", "xla", "pallas"), default="auto", help="implementation of the ops (default: auto)"
     )
     help_context = "context length, including the prompt (default: the model's)"
-    group.add_argument("-c", "--max-seq-len", "--ctx-size", type=int, metavar="N", help=help_context)
+    group.add_argument("-c", "--max-seq-len", "--max-len", "--ctx-size", type=int, metavar="N", help=help_context)
     help_tp = "divide the model's weights over N devices (tensor parallel; default: 1)"
     group.add_argument("--tp", "--tensor-parallel-size", type=int, default=1, metavar="N", help=help_tp)
     help_dp = "divide the prompts over N groups of devices, each with the whole model (data parallel; default: 1)"
@@ -108,6 +108,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--compilation-cache", metavar="DIR", help="directory for compiled programs, which later runs reuse"
     )
     group.add_argument("--no-compilation-cache", action="store_true", help="do not read or write compiled programs")
+    return group
 
 
 def add_process_flags(parser: argparse.ArgumentParser) -> None:

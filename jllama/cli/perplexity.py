@@ -77,7 +77,8 @@ def measure(
 ) -> Perplexity:
     """The perplexity of ``windows``, of which ``slots`` run at a time. ``progress`` is told how many more are
     finished."""
-    from jllama.engine.engine import Engine, pages_in_memory
+    from jllama.engine.engine import Engine
+    from jllama.engine.memory import pages_in_memory
     from jllama.engine.request import Request
     from jllama.paged import pages_for
 

@@ -35,7 +35,7 @@ class Launch:
     rows: list[tuple[int, Scheduled]]  # those that draw, with their places in what is drawn
     drawn: list[steps.Drawn]  # of one program after another
     pieces: list[tuple[int, Piece]]  # those that are scored, with their places in the scores
-    scores: tuple[jax.Array, jax.Array] | None
+    scores: steps.Scores | None
     masked: bool = False  # whether the next masks depend on what is drawn
 
 
@@ -157,7 +157,7 @@ class Device:
         self.programs.add(("copy", COPIES, ""))
         self._state = steps.jit_copy(self._state, source, target, mesh=self.mesh)
 
-    def _feed(self, parts: list[list[Piece]], size: int, scored: bool) -> tuple[jax.Array, jax.Array] | None:
+    def _feed(self, parts: list[list[Piece]], size: int, scored: bool) -> steps.Scores | None:
         total = size * self.parts
         tokens, start = np.zeros((total, self.tuning.piece + 1), np.int32), np.zeros(total, np.int32)
         for i, p in places(parts, size):

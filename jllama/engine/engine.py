@@ -9,26 +9,26 @@ import jax
 import numpy as np
 
 from jllama.config import Backend
-from jllama.device import default_device, free_on
+from jllama.device import default_device
 from jllama.engine.constraint import Constraint, Progress
 from jllama.engine.device import Device, Launch
+from jllama.engine.memory import pages_in_memory
 from jllama.engine.pages import Pages
 from jllama.engine.parts import Parts
 from jllama.engine.request import Completion, Event, Handle, Request, SamplingSettings, per_prompt
 from jllama.engine.scheduler import Piece, Scheduler
 from jllama.engine.scheduler import Sequence as Scheduled
-from jllama.engine.steps import KINDS, NO_TOKEN
+from jllama.engine.steps import KINDS, NO_TOKEN, Drawn
 from jllama.engine.tuning import Tuning, tuning_for
 from jllama.errors import InputError
 from jllama.kernels import PAGE, Choice
-from jllama.mesh.layout import DATA, MODEL, axis_size, shard_config
+from jllama.mesh.layout import DATA, axis_size
 from jllama.mesh.place import adopted, placed
-from jllama.mesh.run import fetch, least
-from jllama.paged import page_bytes, pages_for
+from jllama.mesh.run import fetch
+from jllama.paged import pages_for
 from jllama.params import Params
 
 BUDGET = 512  # tokens of prompts a turn
-UNKNOWN_MEMORY = 4 << 30  # bytes for pages where the device does not say what is free
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,8 @@ class Engine:
         handle = self._handles[sequence] = Handle(request, sequence, Completion(sequence.tokens[:]), progress)
         if (first := request.score_from) is not None:
             ids, n = sequence.tokens[first:], len(request.prompt) - first
-            handle.completion = Completion(sequence.tokens[:first], ids, [0.0] * n, greedy=[False] * n)
+            handle.completion = Completion(sequence.tokens[:first], ids, [0.0] * n)
+            handle.completion.top_logprobs, handle.completion.greedy = [{}] * n, [False] * n
         if request.sampling.kind == "full":
             self._device.add_extras()
         return handle
@@ -295,13 +296,26 @@ class Engine:
         return [h.completion for h in handles]
 
     def _read(self, launch: Launch) -> list[Event]:
-        events: list[Event] = []
         parts, scores = fetch((launch.drawn, launch.scores), self.params.mesh)  # blocks
-        drawn = jax.tree.map(lambda *part: np.concatenate(part), *parts) if parts else None
-        if drawn is not None:
-            self._decode_steps += int((drawn.tokens != NO_TOKEN).any(axis=1).sum())
-        for i, s in launch.rows:
-            assert drawn is not None
+        events: list[Event] = []
+        if parts:
+            events = self._read_drawn(launch.rows, jax.tree.map(lambda *part: np.concatenate(part), *parts))
+        for place, piece in launch.pieces:
+            self._read_scores(piece, *(found[place] for found in scores))
+            if piece.sequence.finish and (handle := self._handles.get(piece.sequence)):
+                events.append(Event(handle, [], [], piece.sequence.finish))  # pyright: ignore[reportArgumentType]
+        seen = {*(s for _, s in launch.rows), *(piece.sequence for _, piece in launch.pieces)}
+        for s in seen:
+            if s.finish is not None and s in self._handles:
+                self._finish(self._handles[s])
+        if any(s.finish == "error" for s in seen):
+            self._restart()  # the cache may hold NaN, which no mask hides
+        return [e for e in events if e.ids or e.finish_reason]
+
+    def _read_drawn(self, rows: list[tuple[int, Scheduled]], drawn: Drawn) -> list[Event]:
+        events: list[Event] = []
+        self._decode_steps += int((drawn.tokens != NO_TOKEN).any(axis=1).sum())
+        for i, s in rows:
             came = drawn.tokens[:, i] != NO_TOKEN
             ids, logprobs, count = drawn.tokens[came, i].tolist(), drawn.logprobs[came, i].tolist(), int(came.sum())
             handle = self._handles.get(s)
@@ -320,26 +334,17 @@ class Engine:
                 names, values = (a[came, i, :asked].tolist() for a in drawn.top)
                 completion.top_logprobs += [dict(zip(*pair, strict=True)) for pair in zip(names, values, strict=True)]
             events.append(Event(handle, ids, logprobs, s.finish))  # pyright: ignore[reportArgumentType]
-        for place, piece in launch.pieces:
-            self._read_scores(piece, scores[0][place], scores[1][place])
-            if piece.sequence.finish and (handle := self._handles.get(piece.sequence)):
-                events.append(Event(handle, [], [], piece.sequence.finish))  # pyright: ignore[reportArgumentType]
-        seen = {*(s for _, s in launch.rows), *(piece.sequence for _, piece in launch.pieces)}
-        for s in seen:
-            if s.finish is not None and s in self._handles:
-                self._finish(self._handles[s])
-        if any(s.finish == "error" for s in seen):
-            self._restart()  # the cache may hold NaN, which no mask hides
-        return [e for e in events if e.ids or e.finish_reason]
+        return events
 
-    def _read_scores(self, piece: Piece, logprobs: np.ndarray, greedy: np.ndarray) -> None:
+    def _read_scores(self, piece: Piece, logprobs: np.ndarray, best: np.ndarray, values: np.ndarray) -> None:
         s, handle = piece.sequence, self._handles.get(piece.sequence)
         if handle is not None and not self._broken(s, logprobs[: piece.count]):
             assert s.score_from is not None
             for i in range(max(0, s.score_from - piece.start - 1), piece.count):
                 place = piece.start + 1 + i - s.score_from
                 handle.completion.logprobs[place] = float(logprobs[i])
-                handle.completion.greedy[place] = bool(greedy[i])
+                handle.completion.greedy[place] = bool(best[i] == handle.completion.ids[place])
+                handle.completion.top_logprobs[place] = {int(best[i]): float(values[i])}
         self._scheduler.read_scores(s, 1)
 
     def _broken(self, sequence: Scheduled, logprobs: np.ndarray) -> bool:
@@ -365,19 +370,3 @@ class Engine:
         self._in_flight = None
         self._scheduler.restart()
         self._device.reset(extras=any(h.request.sampling.kind == "full" for h in self._handles.values()))
-
-
-def pages_in_memory(params: Params, memory: float) -> int:
-    """How many pages fit into this part of the device's free memory, or of that of a mesh's devices together."""
-    if not 0 < memory <= 1:
-        raise InputError(f"memory: expected a part of the device's, above 0 and at most 1, found {memory}")
-    config, mesh = params.config, params.mesh
-    if mesh is not None:
-        config = shard_config(config, axis_size(mesh, MODEL))
-    free, one = free_on(mesh), page_bytes(config, params.dtype)
-    if free is None:
-        return UNKNOWN_MEMORY // one * axis_size(mesh, DATA)
-    if free * memory < one:
-        raise InputError(f"memory: expected room for a page of {one} bytes, found {free} bytes free")
-    pages = int(free * memory) // one
-    return (pages if mesh is None else least(pages)) * axis_size(mesh, DATA)

@@ -112,7 +112,8 @@ class Completion:
     logprobs: list[float] = field(default_factory=list)  # under the model's own distribution
     text: str = ""  # only where a tokenizer takes part: `jllama.LM` and `jllama.complete`
     finish_reason: FinishReason | None = None  # "stop": a token or a text that ends it
-    top_logprobs: list[dict[int, float]] = field(default_factory=list)  # by token, the likeliest first; where asked for
+    # By token, the likeliest first, where asked for; of `Engine.score`: the likeliest.
+    top_logprobs: list[dict[int, float]] = field(default_factory=list)
     greedy: list[bool] = field(default_factory=list)  # of `Engine.score`: whether the token is the likeliest
 
 

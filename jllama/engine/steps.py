@@ -40,6 +40,9 @@ class Drawn:
     top: tuple[jax.Array, jax.Array] | None  # ids and log-probabilities [steps, R, MAX_TOP_LOGPROBS]
 
 
+Scores = tuple[jax.Array, jax.Array, jax.Array]
+
+
 def feed(
     params: Params,
     state: EngineState,
@@ -69,8 +72,8 @@ def score(
     targets: jax.Array,  # [B, T]: the token that follows each
     *,
     backend: Backend = "auto",
-) -> tuple[EngineState, tuple[jax.Array, jax.Array]]:
-    """`feed`, and the log-probability [B, T] of every target, and whether it is the likeliest."""
+) -> tuple[EngineState, Scores]:
+    """`feed`, and the log-probability [B, T] of every target, the likeliest token, and its log-probability."""
     if params.mesh is not None:
         of_shard, arguments = functools.partial(score, backend=backend), (state, tokens, start, table, targets)
         out = state.specs(params.mesh), spec(params.mesh, DATA)
@@ -78,9 +81,10 @@ def score(
     logits, cache = forward(params, tokens, PagedCache(state.k, state.v, table, start), backend=backend)
     flat, wanted = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
     if params.axis is None:
-        found = log_probability(flat, wanted), jnp.argmax(flat, axis=-1) == wanted
+        best = jnp.argmax(flat, axis=-1).astype(jnp.int32)
+        found = log_probability(flat, wanted), best, log_probability(flat, best)
     else:
-        found = vocabulary.log_probability(flat, wanted, params.axis), vocabulary.greedy(flat, params.axis)[0] == wanted
+        found = vocabulary.log_probability(flat, wanted, params.axis), *vocabulary.greedy(flat, params.axis)
     return replace(state, k=cache.k, v=cache.v), jax.tree.map(lambda a: a.reshape(targets.shape), found)
 
 

@@ -14,7 +14,8 @@ from jax.typing import DTypeLike
 from jllama.config import Backend, Quant
 from jllama.decode import check_prompts
 from jllama.device import bandwidth, default_device
-from jllama.engine.engine import Engine, pages_in_memory
+from jllama.engine.engine import Engine
+from jllama.engine.memory import pages_in_memory
 from jllama.engine.request import Completion, Request, SamplingSettings
 from jllama.errors import InputError
 from jllama.formats import open_source
@@ -302,7 +303,7 @@ class LM:
     def _engine(self, lengths: Sequence[int], slots: int | None) -> Generator[Engine]:
         """An engine for requests of these lengths, prompts and new tokens together: the idle one if it fits, or a new
         one. Two runs at the same time have separate engines."""
-        slots = SLOTS.get(default_device().platform, SLOTS_ELSEWHERE) if slots is None else slots
+        slots = default_slots() if slots is None else slots
         # Few sizes, so that few shapes are compiled.
         longest = min(bucket(max(lengths, default=1), MIN_CACHE), self.max_len)
         pages = bucket(sum(sorted(map(pages_for, lengths))[-slots:]), MIN_PAGES)
@@ -315,6 +316,11 @@ class LM:
             yield engine
         finally:
             self._idle_engine = engine
+
+
+def default_slots() -> int:
+    """Rows of an engine at a time, where nobody says how many."""
+    return SLOTS.get(default_device().platform, SLOTS_ELSEWHERE)
 
 
 def _serves(engine: Engine, lm: LM, slots: int, longest: int, pages: int) -> bool:

@@ -186,6 +186,7 @@ class TextStream:
         self._settled_end = len(self._ids)  # the text of the ids before this one has been released or held
         self._stop = stop
         self._held = ""
+        self.settled = 0  # characters that no later id changes: those released, and those held for a stop string
         self.stopped = False
 
     def push(self, ids: list[int]) -> str:
@@ -225,6 +226,7 @@ class TextStream:
     def _release(self, text: str) -> str:
         """Add settled text, and return what cannot be the beginning of a stop string."""
         self._held += text
+        self.settled += len(text)
         found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if found:
             self.stopped = True

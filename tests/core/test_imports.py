@@ -65,7 +65,10 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("jllama/engine/scheduler.py", ("jllama.errors", "jllama.engine.pages")),
     ("jllama/engine/*", (*CORE, "jllama.engine")),
     ("jllama/evaluation.py", (*CORE, "jllama.engine", "jllama.text", "jllama.formats")),
-    ("jllama/serve/**", (*CORE, "jllama.engine", "jllama.text", "jllama.formats", "jllama.serve")),
+    (
+        "jllama/serve/**",
+        (*CORE, "jllama.engine", "jllama.text", "jllama.formats", "jllama.serve", "jllama.__version__"),
+    ),
     ("jllama/cli/*", ("jllama",)),
     *((f"{name.replace('.', '/')}.py", PURE) for name in PURE),
     ("jllama/mesh/*", PURE),
@@ -75,6 +78,8 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("examples/*", ("jllama", "pallas_kernels", "convert", "examples")),
     ("tests/**", OURS),
 )
+# Packages that a folder may import at once, as nothing imports the folder before its extra is known to be there.
+EXTRAS = {"jllama/serve/": {"fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client", "llguidance", "h11"}}
 TORCH_FOLDERS = ("bench/peers", "tests", "examples")
 MAX_LINES = 400
 
@@ -153,6 +158,8 @@ def test_every_file_imports_only_what_its_folder_may() -> None:
         ("convert/check.py", "from bench import record"),
         ("bench/peers/ours.py", "from tests import tiny"),
         ("jllama/decode.py", "from . import stream"),
+        ("jllama/engine/engine.py", "from jllama.serve import bridge"),
+        ("jllama/serve/routes.py", "from jllama.cli import options"),
     ],
 )
 def test_the_rules_notice_a_breach(path: str, code: str) -> None:
@@ -178,9 +185,26 @@ def test_what_is_no_base_dependency_is_imported_where_it_is_used() -> None:
         for folder in ("jllama", "convert")
         for path in (ROOT / folder).rglob("*.py")
         for i in imports_of(path)
-        if not i.lazy and i.name.split(".")[0] not in {*base, *OURS, *sys.stdlib_module_names}
+        if not i.lazy and i.name.split(".")[0] not in {*base, *OURS, *sys.stdlib_module_names, *_extra(relative(path))}
     ]
     assert eager == []
+    listed = " ".join(project["optional-dependencies"]["serve"])
+    assert all(name.replace("_", "-") in listed for name in ("fastapi", "uvicorn", "prometheus_client", "llguidance"))
+
+
+def _extra(path: str) -> set[str]:
+    return next((names for folder, names in EXTRAS.items() if path.startswith(folder)), set())
+
+
+def test_only_the_command_imports_the_server_and_late() -> None:
+    found = [
+        (relative(path), i)
+        for path in SOURCES
+        for i in imports_of(path)
+        if inside(i.name, ("jllama.serve",)) and not relative(path).startswith(("jllama/serve/", "tests/"))
+    ]
+    assert {path for path, _ in found} == {"jllama/cli/serve.py"}
+    assert [f"{path}:{i.line}" for path, i in found if not i.lazy] == []
 
 
 def test_torch_and_transformers_are_for_peers_and_tests() -> None:
@@ -199,7 +223,7 @@ def test_importing_jllama_imports_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("module", ["jllama.generate", "jllama.cli.chat", "jllama", "convert"])
+@pytest.mark.parametrize("module", ["jllama.generate", "jllama.cli.chat", "jllama.cli.serve", "jllama", "convert"])
 def test_help_waits_for_nothing_heavy(module: str) -> None:
     command = [sys.executable, "-X", "importtime", "-m", module, "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from np_sampler import np_sampler
 
 from jllama.errors import InputError
-from jllama.sampling import History, Sampling, adjust, make_sampling, sample
+from jllama.sampling import History, Sampling, adjust, make_sampling, sample, top_logprobs
 from pallas_kernels.draw import pick, truncate
 
 ROWS, VOCAB = 4, 50  # fixed, so that the properties below compile once for every set of settings
@@ -317,3 +317,14 @@ def test_a_key_of_jax_takes_the_seeds_place() -> None:
         make_sampling(3, key=rows)
     with pytest.raises(InputError, match="seed: expected either seed or key, found both"):
         make_sampling(4, key=rows, seed=1)
+
+
+@pytest.mark.gpu
+def test_the_likeliest_tokens_of_a_transposed_product_on_gpu() -> None:
+    """A product leaves the columns of its transpose contiguous."""
+    w, x = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(32000, 64), (64, 64)]))
+    ids, values = jax.jit(lambda w, x: top_logprobs((w @ x).T, 3))(w, x)
+    logprobs = jax.nn.log_softmax((w @ x).T, axis=-1)
+    order = np.argsort(-np.asarray(logprobs), axis=-1)[:, :3]
+    np.testing.assert_array_equal(ids, order)
+    np.testing.assert_allclose(values, np.take_along_axis(np.asarray(logprobs), order, axis=-1), rtol=1e-4)

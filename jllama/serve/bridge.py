@@ -1,0 +1,194 @@
+"""The engine in a thread of its own, and how the event loop talks to it.
+
+Commands go in through a queue. What a step brings goes out in one call to the event loop, whatever the number of rows.
+The event loop never waits for a device, and the engine never waits for a client.
+"""
+
+import asyncio
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from jax.errors import JaxRuntimeError
+
+from jllama.engine.engine import Engine, Statistics
+from jllama.engine.request import Completion, Event, FinishReason, Handle, Request
+from jllama.errors import InputError
+
+BROKEN = "the model's logits are NaN: its weights hold NaN or Inf, or overflow this dtype"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a step brought for one row of a group."""
+
+    row: int
+    ids: list[int]
+    logprobs: list[float]
+    top: list[dict[int, float]]  # of each id, the likeliest tokens, where asked for
+    finish: FinishReason | None = None
+    error: str | None = None  # with finish "error": why
+    scored: Completion | None = None  # of a row that is only scored, at its end
+
+
+class Group:
+    """The rows of one HTTP request. ``accepted`` says whether the engine took them; their progress then comes in
+    ``progress``."""
+
+    def __init__(self, requests: Sequence[Request]) -> None:
+        self.requests = requests
+        self.loop = asyncio.get_running_loop()
+        self.accepted: asyncio.Future[None] = self.loop.create_future()
+        self.progress: asyncio.Queue[Progress] = asyncio.Queue()
+        self.handles: list[Handle] = []  # of the engine's thread
+
+
+type Message = tuple[Group, Progress | InputError | None]
+type Command = Callable[[], None]
+
+
+class EngineThread:
+    """Owns an engine from `start` to `stop`. If the thread dies of an error, every group gets an error, and
+    ``on_death`` is called in that thread."""
+
+    def __init__(self, engine: Engine, on_death: Callable[[], None] = lambda: None) -> None:
+        self.statistics: Statistics = engine.statistics  # a snapshot of the last step's end
+        self.alive = False
+        self.on_death = on_death
+        self._engine = engine
+        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._rows: dict[Handle, tuple[Group, int]] = {}
+        self._out: list[Message] = []
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Begin to serve."""
+        self.alive = True
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread after the step that is under way, and wait for it. What runs then gets no more."""
+        self._commands.put(self._stop)
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def submit(self, group: Group) -> None:
+        """Hand in a group: all of its rows, or none."""
+        self._commands.put(lambda: self._submit(group))
+        if not self.alive:  # died meanwhile: nobody reads commands any more
+            self._fail(group)
+
+    def abort(self, group: Group, row: int | None = None) -> None:
+        """End one row, or all; it leaves before the next step begins. Rows that have ended stay as they are."""
+        self._commands.put(lambda: self._abort(group, row))
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                self._obey()
+                if self._engine.busy:
+                    self._step()
+                self.statistics = self._engine.statistics
+                self._send()
+            self.alive = False
+        finally:  # no handler: the error itself goes to threading.excepthook
+            if self.alive:
+                self.alive = False
+                self._send()
+                for group in {id(group): group for group, _ in self._rows.values()}.values():
+                    self._fail(group)
+                self.on_death()
+
+    def _obey(self) -> None:
+        """Carry out the commands that wait; with nothing else to do, wait for one."""
+        try:
+            if not self._engine.busy:
+                self._commands.get()()
+            while True:
+                self._commands.get_nowait()()
+        except queue.Empty:
+            return
+
+    def _stop(self) -> None:
+        self._stopping = True
+
+    def _submit(self, group: Group) -> None:
+        try:
+            group.handles = self._engine.submit_all(group.requests)
+        except InputError as error:
+            self._out.append((group, error))
+            return
+        self._rows |= {handle: (group, row) for row, handle in enumerate(group.handles)}
+        self._out.append((group, None))
+
+    def _abort(self, group: Group, row: int | None) -> None:
+        for handle in group.handles if row is None else group.handles[row : row + 1]:
+            self._engine.abort(handle)
+            self._rows.pop(handle, None)
+
+    def _step(self) -> None:
+        try:
+            events = self._engine.step()
+        except JaxRuntimeError as error:
+            if not self._shed(error):
+                raise
+            return
+        self._out += [message for event in events if (message := self._message(event)) is not None]
+
+    def _shed(self, error: RuntimeError) -> bool:
+        """After a step that failed, as for want of memory, end the newest row that runs. The engine computes the others
+        anew. False if nothing runs."""
+        running = [handle for handle in self._rows if handle.scheduled.slot is not None]
+        if not running:
+            return False
+        newest = max(running, key=lambda handle: handle.scheduled.order)
+        group, row = self._rows.pop(newest)
+        self._engine.abort(newest)
+        why = f"the device failed: {str(error).splitlines()[0][:200]}"
+        self._out.append((group, Progress(row, [], [], [], "error", why)))
+        return True
+
+    def _message(self, event: Event) -> Message | None:
+        found = self._rows.get(event.handle)
+        if found is None:
+            return None
+        if event.finish_reason is not None:
+            del self._rows[event.handle]
+        (group, row), completion = found, event.handle.completion
+        top = completion.top_logprobs[-len(event.ids) :] if event.ids else []
+        scored = completion if event.handle.request.score_from is not None else None
+        error = BROKEN if event.finish_reason == "error" else None
+        return group, Progress(row, event.ids, event.logprobs, top, event.finish_reason, error, scored)
+
+    def _fail(self, group: Group) -> None:
+        why = "the engine has died; the server ends"
+        rows = range(len(group.requests))
+        _post([(group, InputError(why)), *((group, Progress(row, [], [], [], "error", why)) for row in rows)])
+
+    def _send(self) -> None:
+        messages, self._out = self._out, []
+        _post(messages)
+
+
+def _post(messages: list[Message]) -> None:
+    """Give each event loop all that is for it, in one call."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[Message]] = {}
+    for message in messages:
+        by_loop.setdefault(message[0].loop, []).append(message)
+    for loop, some in by_loop.items():
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(_deliver, some)
+
+
+def _deliver(messages: list[Message]) -> None:
+    for group, what in messages:
+        if isinstance(what, Progress):
+            group.progress.put_nowait(what)
+        elif group.accepted.done():  # its client has gone, or it had been taken when the engine died
+            continue
+        elif what is None:
+            group.accepted.set_result(None)
+        else:
+            group.accepted.set_exception(what)

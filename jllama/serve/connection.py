@@ -1,0 +1,64 @@
+"""Uvicorn's connection, with bounds that it lacks: on the time for a request's head, on the time in which a client
+takes what is sent, and on the number of connections."""
+
+import asyncio
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+HEAD_SECONDS = 20.0  # in which a request's head must have come, from its first byte or the connection's beginning
+WRITE_SECONDS = 60.0  # in which a client must take some of what waits for it
+MAX_CONNECTIONS = 8192
+
+
+class Connection(H11Protocol):
+    """Closes where a client sends its head drop by drop, or reads nothing of its answer; takes no client beyond
+    `MAX_CONNECTIONS`."""
+
+    head_seconds = HEAD_SECONDS
+    write_seconds = WRITE_SECONDS
+    max_connections = MAX_CONNECTIONS
+    _timer: asyncio.TimerHandle | None = None
+    _write_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """A client has come."""
+        super().connection_made(transport)
+        if len(self.connections) > self.max_connections:
+            transport.close()
+        else:
+            self._timer = self.loop.call_later(self.head_seconds, transport.close)
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes have come. The clock runs while a head is not complete."""
+        super().data_received(data)
+        if self.conn.their_state is not h11.IDLE:
+            self._disarm()
+        elif self._timer is None:
+            self._timer = self.loop.call_later(self.head_seconds, self.transport.close)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The client has gone."""
+        self._disarm()
+        self._taken()
+        super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """Too much waits for the client. What it does not take is dropped at the end: `close` would wait for it."""
+        super().pause_writing()
+        self._write_timer = self.loop.call_later(self.write_seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """The client has taken most of it."""
+        super().resume_writing()
+        self._taken()
+
+    def _taken(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
+
+    def _disarm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None

@@ -1,0 +1,50 @@
+"""One engine on the embedded model for all tests of the server, and servers over it, in this process, on real
+sockets."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi", reason="needs the extra serve")
+
+from serving import SLOTS, Live, demo
+
+from jllama import Engine
+from jllama.serve.bridge import EngineThread
+from jllama.serve.model import Model
+from jllama.serve.routes import Service
+from jllama.serve.settings import Settings
+
+
+@pytest.fixture(scope="session")
+def engine() -> Iterator[EngineThread]:
+    """The engine's thread. Few slots and a small budget: few programs to compile."""
+    lm = demo()
+    thread = EngineThread(Engine(lm.params, slots=SLOTS, max_len=lm.max_len, budget=64))
+    thread.start()
+    yield thread
+    thread.stop()
+
+
+@pytest.fixture(scope="session")
+def make_live(engine: EngineThread) -> Iterator[Callable[..., Live]]:
+    """Start a server with some settings."""
+    made: list[Live] = []
+
+    def make(**settings: Any) -> Live:
+        lm = demo()
+        given = Settings(**{"names": ("demo", "alias"), "access_log": False} | settings)
+        live = Live(Service(Model.of(lm, lm.max_len), engine, given, slots=SLOTS))
+        made.append(live)
+        return live
+
+    yield make
+    for live in made:
+        live.stop()
+
+
+@pytest.fixture(scope="session")
+def live(make_live: Callable[..., Live]) -> Live:
+    """A server as it is by default."""
+    return make_live()
