@@ -4,6 +4,7 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,7 +19,7 @@ from jllama.engine.parts import Parts
 from jllama.engine.request import Completion, Event, Handle, Request, SamplingSettings, per_prompt
 from jllama.engine.scheduler import Piece, Scheduler
 from jllama.engine.scheduler import Sequence as Scheduled
-from jllama.engine.steps import KINDS, NO_TOKEN, Drawn
+from jllama.engine.steps import KINDS, NO_TOKEN
 from jllama.engine.tuning import Tuning, tuning_for
 from jllama.errors import InputError
 from jllama.kernels import PAGE, Choice
@@ -312,7 +313,7 @@ class Engine:
             self._restart()  # the cache may hold NaN, which no mask hides
         return [e for e in events if e.ids or e.finish_reason]
 
-    def _read_drawn(self, rows: list[tuple[int, Scheduled]], drawn: Drawn) -> list[Event]:
+    def _read_drawn(self, rows: list[tuple[int, Scheduled]], drawn: Any) -> list[Event]:
         events: list[Event] = []
         self._decode_steps += int((drawn.tokens != NO_TOKEN).any(axis=1).sum())
         for i, s in rows:
