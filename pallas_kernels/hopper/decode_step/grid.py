@@ -58,6 +58,11 @@ class GridBarrier:
         seen = pl.semaphore_read(self.arrivals)
         poll = lambda state: (state[0] + 1, pl.semaphore_read(self.arrivals))  # noqa: E731
         _, seen = lax.while_loop(waiting, poll, (jnp.int32(0), seen))
+        # Each thread has read the count at another time. All go on with what one of them saw: if some gave up and some
+        # did not, the next barrier would wait forever.
+        b.scratch.arrived[0] = seen
+        b.consumer_barrier()
+        seen = b.scratch.arrived[0]
 
         @pl.when((seen < wanted) & (limit > 0))
         def _() -> None:

@@ -126,6 +126,7 @@ class Scratch:
     scales_full: Ref  # a phase's scales have arrived
     consumers: Ref  # where the consumers wait for one another
     gave_up: Ref  # [consumers] int32: the hang detector's, see `StepPlan.spin_limit`
+    arrived: Ref  # [1] int32: likewise
     int8_weights: Ref  # [consumers, 64, step], for the interpreter only
     log_sums: Ref  # [64]: log2 of the softmax's sums
     new_k: Ref  # [8, head_dim]: to be written to the cache
@@ -172,6 +173,7 @@ def scratch_types(plan: StepPlan) -> Scratch:
         scales_free=plgpu.Barrier(num_arrivals=t.consumers, num_barriers=len(slots)) if grouped else None,
         consumers=plgpu.Barrier(num_arrivals=t.consumers),
         gave_up=plgpu.SMEM((t.consumers,), jnp.int32) if plan.spin_limit else None,
+        arrived=plgpu.SMEM((1,), jnp.int32) if plan.spin_limit else None,
         int8_weights=swizzled((t.consumers, WGMMA_ROWS, t.step), int8, s.fmt.group) if unpacked else None,
         log_sums=plgpu.SMEM((WGMMA_ROWS,), jnp.float32),
         new_k=new,
