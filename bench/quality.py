@@ -111,7 +111,7 @@ def prepared(params: "Params", dtype: str, impl: str) -> "Params":
     )
     if params.lm_head is not None:
         return dataclasses.replace(params, layers=layers, lm_head=rounded(params.lm_head))
-    # An embedding that is the head, too, has 8 bits in every format: `jllama.params.table_quantizer`.
+    # An embedding that is the head, too, has 8 bits in every format: `jllama.params.field_format`.
     embed: Any = params.embed
     return dataclasses.replace(params, layers=layers, embed=quantize(embed, "int8", ratios=ratios))
 

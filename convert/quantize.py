@@ -55,7 +55,7 @@ def quantised(
     def one(name: str, tensor: "Tensor") -> "Tensor":
         if len(tensor.shape) == 1 or (name == "embed" and not source.config.tie_embeddings):
             return tensor
-        form = ("int8", None) if name == "embed" else (quant, group)  # as `jllama.params.table_quantizer`
+        form = ("int8", None) if name == "embed" else (quant, group)  # as `jllama.params.field_format`
         return _quantised(name, tensor, *form, errors)
 
     return dataclasses.replace(source, tensors={name: one(name, t) for name, t in source.tensors.items()})

@@ -24,6 +24,9 @@ from jllama.kernels import Choice as Choice
 from jllama.kernels import QuantizedTensor as QuantizedTensor
 from jllama.kernels import Unsupported as Unsupported
 from jllama.kernels import quantize as quantize
+from jllama.mesh.place import shard as shard
+from jllama.mesh.place import shardings as shardings
+from jllama.mesh.place import unshard as unshard
 from jllama.model import forward as forward
 from jllama.params import Layer as Layer
 from jllama.params import Params as Params

@@ -6,6 +6,8 @@ import jax.numpy as jnp
 from jllama.cache import KVCache, init_cache
 from jllama.config import Backend
 from jllama.kernels import Choice, known, pinned, record
+from jllama.mesh.layout import DATA, axis_size, spec
+from jllama.mesh.run import on_shards
 from jllama.model import forward
 from jllama.params import Params
 from jllama.sampling import Sampling, make_sampling, sample
@@ -28,18 +30,25 @@ def backends(
 
     Raises `pallas_kernels.Unsupported` if ``backend="pallas"`` is given and an op has no kernel for it.
     """
+    parts = axis_size(params.mesh, DATA)
+    batch = -(-batch // parts) * parts
     sampling = make_sampling(batch) if sampling is None else sampling
-    cache = jax.eval_shape(lambda: init_cache(params.config, batch, max_len, params.dtype, stacked=params.stacked))
+    cache = jax.eval_shape(
+        lambda: init_cache(params.config, batch, max_len, params.dtype, stacked=params.stacked, mesh=params.mesh)
+    )
 
-    def token(params: Params, tokens: jax.Array, cache: KVCache) -> tuple[jax.Array, jax.Array]:
+    def token(params: Params, tokens: jax.Array, cache: KVCache, sampling: Sampling) -> tuple[jax.Array, jax.Array]:
+        if params.mesh is not None:
+            return on_shards(token, params, tokens, cache, sampling, out=spec(params.mesh, DATA))
         logits, _ = forward(params, tokens, cache, last_only=True, backend=backend)
-        return sample(logits, sampling, jnp.zeros(batch, jnp.int32), backend=backend)
+        drawn = jnp.zeros(tokens.shape[0], jnp.int32)
+        return sample(logits, sampling, drawn, axis=params.axis, backend=backend)
 
     where = known(params)
     phases = {}
     for phase, length in (("prefill", prompt), ("decode", 1)):
         tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
         with record() as choices, pinned(where):
-            jax.eval_shape(token, params, tokens, cache)
+            jax.eval_shape(token, params, tokens, cache, sampling)
         phases[phase] = dict(choices)
     return phases

@@ -1,15 +1,19 @@
 """The key/value cache: the keys and values of every layer, and the length of every row."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from jllama.config import LlamaConfig
 from jllama.kernels import DECODE_QUERIES, LayerView, attention, decode_attention, write
+from jllama.mesh.layout import DATA, MODEL, AnyMesh, axis_size, spec
 
 Layers = tuple[jax.Array, ...] | jax.Array  # one array per layer, or one stacked array with a leading layer axis
 
@@ -34,6 +38,12 @@ class KVCache:
     def max_len(self) -> int:
         """The number of positions that every row has room for."""
         return self.k[0].shape[-2] if isinstance(self.k, tuple) else self.k.shape[-2]
+
+    def specs(self, mesh: AnyMesh) -> "KVCache":
+        """The `PartitionSpec` of every array on a mesh."""
+        layers: Any = cache_spec(mesh, stacked=self.stacked)
+        k, v = jax.tree.map(lambda _: layers, (self.k, self.v))
+        return KVCache(k, v, spec(mesh, DATA))  # pyright: ignore[reportArgumentType]
 
     def layer(self, index: int) -> tuple[jax.Array, jax.Array] | tuple[LayerView, LayerView]:
         """The keys and values of a layer as ops take them. Nothing is copied."""
@@ -73,21 +83,46 @@ def _replaced(arrays: Layers, index: int, new: jax.Array) -> Layers:
     return (*arrays[:index], new, *arrays[index + 1 :])
 
 
-def init_cache(config: LlamaConfig, batch: int, max_len: int, dtype: DTypeLike, *, stacked: bool = False) -> KVCache:
-    """An empty cache with room for at least ``max_len`` positions per row. ``stacked`` must be as in the params."""
-    shape = (batch, config.n_kv_heads, _whole_tiles(max_len), config.head_dim)
-    return _empty(config.n_layers, shape, jnp.dtype(dtype), stacked)
+def init_cache(
+    config: LlamaConfig,
+    batch: int,
+    max_len: int,
+    dtype: DTypeLike,
+    *,
+    stacked: bool = False,
+    mesh: Mesh | None = None,
+) -> KVCache:
+    """An empty cache with room for at least ``max_len`` positions per row. ``stacked`` and ``mesh`` must be as in the
+    params. On a mesh, rows are divided over ``data`` and heads over ``model``."""
+    kv_heads = max(config.n_kv_heads, axis_size(mesh, MODEL))  # a key head that several shards have is there as often
+    shape = (batch, kv_heads, _whole_tiles(max_len), config.head_dim)
+    empty = _empty if mesh is None else _empty_on(mesh, stacked)
+    return empty(config.n_layers, shape, jnp.dtype(dtype), stacked)
 
 
-# One program allocates all layers. One allocation per layer would take longer than the prefill of a short prompt.
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _empty(n_layers: int, shape: tuple[int, ...], dtype: jnp.dtype, stacked: bool) -> KVCache:
+@functools.cache
+def _empty_on(mesh: Mesh, stacked: bool) -> Callable[..., KVCache]:
+    layers = NamedSharding(mesh, cache_spec(mesh, stacked=stacked))
+    lies = KVCache(layers, layers, NamedSharding(mesh, spec(mesh, DATA)))  # pyright: ignore[reportArgumentType]
+    return jax.jit(_new, static_argnums=(0, 1, 2, 3), out_shardings=lies)
+
+
+def cache_spec(mesh: AnyMesh, *, stacked: bool) -> PartitionSpec:
+    """How the keys, and the values, of a layer or of all stacked layers are divided."""
+    return spec(mesh, *(None,) * stacked, DATA, MODEL)
+
+
+def _new(n_layers: int, shape: tuple[int, ...], dtype: jnp.dtype, stacked: bool) -> KVCache:
     def arrays() -> Layers:
         if stacked:
             return jnp.zeros((n_layers, *shape), dtype)
         return tuple(jnp.zeros(shape, dtype) for _ in range(n_layers))
 
     return KVCache(arrays(), arrays(), jnp.zeros(shape[0], jnp.int32))
+
+
+# One program allocates all layers. One allocation per layer would take longer than the prefill of a short prompt.
+_empty = jax.jit(_new, static_argnums=(0, 1, 2, 3))
 
 
 def _whole_tiles(max_len: int) -> int:

@@ -115,6 +115,22 @@ def preset(name: str) -> LlamaConfig:
     return PRESETS[name]
 
 
+def layer_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every field that a `Layer` of such a model has."""
+    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    shapes = {
+        "attn_norm": (config.dim,),
+        "wqkv": (q + 2 * kv, config.dim),
+        "wo": (config.dim, q),
+        "ffn_norm": (config.dim,),
+        "w_gate_up": (2 * config.hidden_dim, config.dim),
+        "w_down": (config.dim, config.hidden_dim),
+    }
+    attention = {"bqkv": (q + 2 * kv,), "bo": (config.dim,)} if config.attention_bias else {}
+    mlp = {"b_gate_up": (2 * config.hidden_dim,), "b_down": (config.dim,)} if config.mlp_bias else {}
+    return shapes | attention | mlp
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file of bounded size."""
     try:

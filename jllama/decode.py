@@ -4,9 +4,11 @@
 calls the compiled pieces chunk by chunk, for callers that want text while it is generated.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from numbers import Integral
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +16,15 @@ import numpy as np
 from flax import struct
 from jax import lax
 from jax.core import Tracer
+from jax.sharding import Mesh
 
 from jllama.cache import KVCache, init_cache
 from jllama.config import Backend, LlamaConfig
 from jllama.errors import InputError
 from jllama.kernels import known, recorded, vary_with
+from jllama.mesh.layout import DATA, MODEL, AnyMesh, model_axis, spec
+from jllama.mesh.run import meshed, on_shards, over, specs
+from jllama.mesh.vocabulary import gather
 from jllama.model import forward
 from jllama.params import Params
 from jllama.sampling import History, Sampling, begin_history, make_sampling, sample, top_logprobs
@@ -39,6 +45,11 @@ class DecodeState:
     history: History  # the tokens so far; its fields are None where no setting needs them
     sampling: Sampling
     top: int = struct.field(pytree_node=False, default=0)  # report so many of the likeliest tokens at every step
+
+    def specs(self, mesh: AnyMesh) -> "DecodeState":
+        """The `PartitionSpec` of every array on a mesh."""
+        fields = {name: specs(value, mesh) for name, value in vars(self).items() if name != "top"}
+        return DecodeState(**fields, top=self.top)
 
 
 @struct.dataclass
@@ -65,6 +76,11 @@ def prefill(
     Returns the cache and the logits [B, V] of each row's last token so far. ``logits`` are those of the piece before,
     which finished rows keep.
     """
+    if params.mesh is not None:
+        of_shard = functools.partial(prefill, backend=backend)
+        vocabulary = spec(params.mesh, DATA, MODEL)
+        out = vocabulary, specs(cache, params.mesh)
+        return on_shards(of_shard, params, tokens, lengths, logits, cache, out=out, layout={2: vocabulary})
     new, cache = forward(params, tokens, cache, lengths=lengths, last_only=True, backend=backend)
     return jnp.where(lengths[:, None] > 0, new, logits), cache
 
@@ -78,10 +94,17 @@ def sample_first(
     history: History,
     *,
     top: int = 0,
+    mesh: Mesh | None = None,
+    axis: str | None = None,
     backend: Backend = "auto",
 ) -> tuple[DecodeState, StepOutput]:
     """Draw the first token of every row from the logits of the prompt. ``top``: also report so many of the likeliest
-    tokens, at this step and at those that follow."""
+    tokens, at this step and at those that follow. ``mesh`` and ``axis`` are those of the params (see `Params`)."""
+    if mesh is not None:
+        of_shard = functools.partial(sample_first, top=top, axis=model_axis(mesh), backend=backend)
+        arguments = logits, cache, sampling, limit, stop_ids, history
+        out = _state_specs(cache, top, mesh), spec(mesh, DATA)
+        return over(mesh, of_shard, *arguments, out=out, layout={0: spec(mesh, DATA, MODEL)})
     B = logits.shape[0]
     state = DecodeState(
         cache=cache,
@@ -94,7 +117,7 @@ def sample_first(
         sampling=sampling,
         top=top,
     )
-    return _draw(state, logits, backend)
+    return _draw(state, logits, axis, backend)
 
 
 def decode_step(params: Params, state: DecodeState, *, backend: Backend = "auto") -> tuple[DecodeState, StepOutput]:
@@ -109,12 +132,14 @@ def decode_step(params: Params, state: DecodeState, *, backend: Backend = "auto"
         last_only=True,
         backend=backend,
     )
-    return _draw(replace(state, cache=cache), logits, backend)
+    return _draw(replace(state, cache=cache), logits, params.axis, backend)
 
 
-def _draw(state: DecodeState, logits: jax.Array, backend: Backend) -> tuple[DecodeState, StepOutput]:
+def _draw(state: DecodeState, logits: jax.Array, axis: str | None, backend: Backend) -> tuple[DecodeState, StepOutput]:
+    if axis is not None and state.top:
+        logits, axis = gather(logits, axis), None
     token, logprob = sample(
-        logits, state.sampling, state.drawn, state.history, stop_ids=state.stop_ids, backend=backend
+        logits, state.sampling, state.drawn, state.history, stop_ids=state.stop_ids, axis=axis, backend=backend
     )
     likeliest = top_logprobs(logits, state.top) if state.top else None
     output = StepOutput(jnp.where(state.done, NO_TOKEN, token), jnp.where(state.done, 0.0, logprob), likeliest)
@@ -128,6 +153,10 @@ def decode_chunk(
     params: Params, state: DecodeState, *, steps: int, backend: Backend = "auto"
 ) -> tuple[DecodeState, StepOutput]:
     """Run ``steps`` decode steps as one `lax.scan`. The arrays of the `StepOutput` are [steps, B]."""
+    if params.mesh is not None:
+        of_shard = functools.partial(decode_chunk, steps=steps, backend=backend)
+        out = state.specs(params.mesh), spec(params.mesh, None, DATA)
+        return on_shards(of_shard, params, state, out=out)
 
     def step(state: DecodeState, _: None) -> tuple[DecodeState, StepOutput]:
         return decode_step(params, state, backend=backend)
@@ -135,6 +164,13 @@ def decode_chunk(
     if jax.sharding.get_abstract_mesh().manual_axes:  # under shard_map, a carry must have the type of the result
         state = jax.tree.map(vary_with, state, jax.eval_shape(step, state, None)[0])
     return lax.scan(step, state, length=steps)
+
+
+def _state_specs(cache: KVCache, top: int, mesh: AnyMesh) -> Any:
+    """The `PartitionSpec` of every array of a `DecodeState` with such a cache, as a prefix of the state."""
+    rows: Any = spec(mesh, DATA)
+    token = done = drawn = limit = stop_ids = history = sampling = rows
+    return DecodeState(cache.specs(mesh), token, done, drawn, limit, stop_ids, history, sampling, top)
 
 
 def stop_table(batch: int, stop_ids: Sequence[int]) -> np.ndarray:
@@ -210,14 +246,20 @@ def _generate(
     top: int,
     backend: Backend,
 ) -> Generated:
+    params = meshed(params, tokens)
+    if params.mesh is not None:
+        of_shard = functools.partial(_generate, max_new_tokens=max_new_tokens, top=top, backend=backend)
+        return on_shards(of_shard, params, tokens, lengths, sampling, stops, out=spec(params.mesh, DATA))
     B, T = tokens.shape
     config = params.config
     history = begin_history(sampling, tokens, lengths, config.vocab_size)
     cache = init_cache(config, B, T + max_new_tokens, params.dtype, stacked=params.stacked)
-    logits = jnp.zeros((B, config.vocab_size), jnp.float32)
+    logits = jnp.zeros((B, params.embed.shape[0]), jnp.float32)
     logits, cache = prefill(params, tokens, lengths, logits, cache, backend=backend)
     limit = jnp.full(B, max_new_tokens, jnp.int32)
-    state, first = sample_first(logits, cache, sampling, limit, stops, history, top=top, backend=backend)
+    state, first = sample_first(
+        logits, cache, sampling, limit, stops, history, top=top, axis=params.axis, backend=backend
+    )
     state, rest = decode_chunk(params, state, steps=max_new_tokens - 1, backend=backend)
     drawn = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]).swapaxes(0, 1), first, rest)
     return Generated(drawn.tokens, drawn.logprobs, state.drawn, drawn.top)
@@ -274,7 +316,9 @@ def _known(x: jax.Array | np.ndarray) -> bool:
 # (see `recorded`).
 jit_prefill = jax.jit(recorded(prefill), static_argnames=("backend", "arch"), donate_argnames="cache")
 jit_sample_first = jax.jit(
-    recorded(sample_first), static_argnames=("top", "backend", "arch"), donate_argnames=("cache", "history")
+    recorded(sample_first),
+    static_argnames=("top", "mesh", "axis", "backend", "arch"),
+    donate_argnames=("cache", "history"),
 )
 _jit_generate = jax.jit(recorded(_generate), static_argnames=("max_new_tokens", "top", "backend", "arch"))
 jit_decode_chunk = jax.jit(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 Device = Any  # a jax.Device; jax exports that name as a variable, which type checkers reject as a type
 
@@ -63,6 +64,17 @@ def trim_heap() -> None:
     own heap. For a large model, this adds up to gigabytes of unused memory."""
     with contextlib.suppress(OSError, AttributeError):  # other C libraries have no malloc_trim
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def free_on(mesh: Mesh | None) -> int | None:
+    """Free memory of the default device, or of each device of a mesh that this process has."""
+    if mesh is None:
+        return free_bytes(default_device())
+    devices = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
+    free = [n for n in map(free_bytes, devices) if n is not None]
+    if not free:
+        return None
+    return min(free) // len(devices) if devices[0].platform == "cpu" else min(free)  # CPU devices share the memory
 
 
 def _meminfo_available() -> int | None:

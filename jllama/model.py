@@ -2,15 +2,18 @@
 
 import functools
 from dataclasses import replace
-from typing import overload
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.core import Tracer
 
 from jllama.cache import KVCache
 from jllama.config import Backend, LlamaConfig
 from jllama.kernels import (
     DECODE_QUERIES,
+    Weight,
     affine,
     attention,
     ffn,
@@ -22,6 +25,8 @@ from jllama.kernels import (
     rotate,
     split_heads,
 )
+from jllama.mesh.layout import DATA, MODEL, spec
+from jllama.mesh.run import meshed, on_shards, specs
 from jllama.paged import PagedCache
 from jllama.params import Layer, Params
 from jllama.rope import rotations
@@ -64,6 +69,11 @@ def forward(
     ``last_only`` they are [B, vocab_size], for the last real token of each row. The returned cache is None if no cache
     was given.
     """
+    params = meshed(params, tokens)
+    if params.mesh is not None:
+        traced = any(isinstance(a, Tracer) for a in jax.tree.leaves((params, tokens, cache, lengths)))
+        run = _on_mesh if traced else _jit_on_mesh  # without jit, every operation would be a program of all devices
+        return run(params, tokens, cache, lengths, last_only=last_only, backend=backend)
     B, T = tokens.shape
     start = jnp.zeros(B, jnp.int32) if cache is None else cache.lengths
     lengths = jnp.full(B, T, jnp.int32) if lengths is None else lengths
@@ -75,6 +85,21 @@ def forward(
     else:
         logits, cache = op_by_op(*arguments, last_only=last_only)
     return logits, None if cache is None else replace(cache, lengths=start + lengths)
+
+
+def _on_mesh(params: Params, tokens: jax.Array, cache: Cache | None, lengths: jax.Array | None, **how: Any) -> Any:
+    """`forward` on every shard. The vocabulary of the logits is divided over the mesh."""
+    mesh = params.mesh
+    assert mesh is not None
+    logits = spec(mesh, DATA, *(None,) * (not how["last_only"]), MODEL)
+
+    def of_shard(shard: Params, tokens: jax.Array, cache: Cache | None, lengths: jax.Array | None) -> Any:
+        return forward(shard, tokens, cache, lengths=lengths, **how)
+
+    return on_shards(of_shard, params, tokens, cache, lengths, out=(logits, specs(cache, mesh)))
+
+
+_jit_on_mesh = jax.jit(_on_mesh, static_argnames=("last_only", "backend"))
 
 
 def blocks(
@@ -93,8 +118,8 @@ def blocks(
     start = jnp.zeros(x.shape[0], jnp.int32) if cache is None else cache.lengths
     for i in range(params.config.n_layers):
         layer = params.layer(i)
-        x, cache = attend(x, layer, i, cache, start, (cos, sin), params.config, backend)
-        x = feed_forward(x, layer, params.config.norm_eps, backend)
+        x, cache = attend(x, layer, i, cache, start, (cos, sin), params, backend)
+        x = feed_forward(x, layer, params, backend)
 
     if last_only:  # select before the head, which is the largest matmul
         x = last_token(x, lengths)
@@ -109,15 +134,17 @@ def attend(
     cache: Cache | None,
     start: jax.Array,  # [B]: the position of each row's first token
     rotation: tuple[jax.Array, jax.Array],
-    config: LlamaConfig,
+    params: Params,
     backend: str,
 ) -> tuple[jax.Array, Cache | None]:
     """The attention half of a block, including its norm and its residual."""
     B, T, _ = x.shape
-    h = rms_norm(x, layer.attn_norm, eps=config.norm_eps, backend=backend)
-    q, new, cache = project(h, layer, index, cache, start, rotation, config, backend)
+    h = rms_norm(x, layer.attn_norm, eps=params.config.norm_eps, backend=backend)
+    q, new, cache = project(h, layer, index, cache, start, rotation, params.config, backend)
     out = attention(q, *new, start, backend=backend) if cache is None else cache.attend(index, q, backend=backend)
     product = functools.partial(matmul, backend=backend)
+    if params.axis is not None:
+        product = functools.partial(summed, axis=params.axis, backend=backend)
     return affine(product, out.reshape(B, T, -1), layer.wo, layer.bo, residual=x), cache
 
 
@@ -149,10 +176,24 @@ def project(
     return q, (), cache.write(index, k, v)
 
 
-def feed_forward(x: jax.Array, layer: Layer, eps: float, backend: str) -> jax.Array:
+def feed_forward(x: jax.Array, layer: Layer, params: Params, backend: str) -> jax.Array:
     """The other half of a block: x [B, T, dim] -> the same. With biases, which no kernel of it adds, op by op."""
-    arguments = x, layer.ffn_norm, layer.w_gate_up, layer.w_down
-    if layer.b_gate_up is None:
-        return ffn(*arguments, eps=eps, backend=backend)
+    arguments, eps = (x, layer.ffn_norm, layer.w_gate_up, layer.w_down), params.config.norm_eps
+    if params.axis is not None:
+        part = _ffn(arguments, layer.b_gate_up, None, eps=eps, backend=backend, residual=False)
+        y = lax.psum(part, params.axis)
+        return x + (y if layer.b_down is None else y + layer.b_down)
+    return _ffn(arguments, layer.b_gate_up, layer.b_down, eps=eps, backend=backend)
+
+
+def _ffn(arguments: tuple, first: jax.Array | None, second: jax.Array | None, *, backend: str, **how: Any) -> jax.Array:
+    if first is None:
+        return ffn(*arguments, backend=backend, **how)
     by_ops = functools.partial(ffn_reference, product=functools.partial(matmul, backend=backend))
-    return ffn.try_kernel(by_ops, *arguments, biases=(layer.b_gate_up, layer.b_down), eps=eps, backend=backend)
+    return ffn.try_kernel(by_ops, *arguments, biases=(first, second), backend=backend, **how)
+
+
+def summed(x: jax.Array, w: Weight, *, residual: jax.Array | None = None, axis: str, **how: Any) -> jax.Array:
+    """`matmul` where every shard along ``axis`` has a part of x's features and of w's inputs."""
+    y = lax.psum(matmul(x, w, **how), axis)
+    return y if residual is None else residual + y

@@ -4,14 +4,17 @@ It stands where a `KVCache` does: `forward` takes either, and asks it to write n
 """
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jllama.config import LlamaConfig
 from jllama.errors import InputError
 from jllama.kernels import PAGE, paged_attention, write_pages
+from jllama.mesh.layout import DATA, MODEL, AnyMesh, axis_size, spec
 
 
 @struct.dataclass
@@ -32,6 +35,13 @@ class PagedCache:
         """Pages hold all layers, on a leading axis."""
         return True
 
+    def specs(self, mesh: AnyMesh) -> "PagedCache":
+        """The `PartitionSpec` of every array on a mesh. The pages of a row lie where the row does: the numbers in its
+        table are those of that part of the pool."""
+        rows: Any = spec(mesh, DATA)
+        pages: Any = pages_spec(mesh)
+        return PagedCache(pages, pages, rows, rows)
+
     def attend(self, index: int, q: jax.Array, *, backend: str = "auto") -> jax.Array:
         """Attention of the queries [B, T, heads, D] that stand behind each row's length over a layer's keys and
         values."""
@@ -46,12 +56,21 @@ class PagedCache:
         )
 
 
-def init_pages(config: LlamaConfig, pages: int, dtype: jnp.dtype | type) -> tuple[jax.Array, jax.Array]:
+def pages_spec(mesh: AnyMesh) -> PartitionSpec:
+    """How the keys, and the values, of a pool are divided: pages over ``data``, heads over ``model``."""
+    return spec(mesh, None, DATA, MODEL)
+
+
+def init_pages(
+    config: LlamaConfig, pages: int, dtype: jnp.dtype | type, *, mesh: Mesh | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Keys and values of an empty pool."""
     if pages < 1:
         raise InputError(f"pages: expected at least 1, found {pages}")
-    shape = (config.n_layers, pages, config.n_kv_heads, PAGE, config.head_dim)
-    return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+    kv_heads = max(config.n_kv_heads, axis_size(mesh, MODEL))  # a key head that several shards have is there as often
+    shape = (config.n_layers, pages, kv_heads, PAGE, config.head_dim)
+    lies = None if mesh is None else NamedSharding(mesh, pages_spec(mesh))
+    return jnp.zeros(shape, dtype, device=lies), jnp.zeros(shape, dtype, device=lies)
 
 
 def page_bytes(config: LlamaConfig, dtype: jnp.dtype | type) -> int:

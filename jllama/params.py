@@ -13,9 +13,11 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
+from jax.core import Tracer
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from jllama.config import LlamaConfig, Quant
+from jllama.config import LlamaConfig, Quant, layer_shapes
 from jllama.errors import InputError
 from jllama.kernels import (
     GROUPS,
@@ -23,11 +25,22 @@ from jllama.kernels import (
     QuantizedTensor,
     Weight,
     WeightFormat,
-    dequantize,
     group_size,
     materialize,
     quantize,
 )
+from jllama.mesh.layout import (
+    MODEL,
+    auto,
+    axis_size,
+    check_mesh,
+    divisor,
+    named,
+    order,
+    take_rows,
+    weight_spec,
+)
+from jllama.mesh.vocabulary import lookup
 
 
 @struct.dataclass
@@ -54,7 +67,9 @@ class Params:
     weight. One stacked `Layer` with a leading layer axis is for kernels that index the layer themselves. The kernel
     that runs a whole decode step in one launch needs the stacked form.
 
-    ``config`` is static: it is part of the tree's structure.
+    ``config`` is static: it is part of the tree's structure. So are ``mesh``, over which the arrays are divided as
+    `jllama.mesh.layout` says (None: one device), and ``axis``, which a shard inside `jax.shard_map` has: the mesh axis
+    along which other devices hold the rest of the model.
     """
 
     embed: Weight  # [vocab_size, dim]; integers only where it is the head, too
@@ -62,6 +77,8 @@ class Params:
     norm: jax.Array  # [dim]
     lm_head: Weight | None  # [vocab_size, dim]; None: tied to embed
     config: LlamaConfig = struct.field(pytree_node=False)
+    mesh: Mesh | None = struct.field(pytree_node=False, default=None)
+    axis: str | None = struct.field(pytree_node=False, default=None)
 
     @property
     def stacked(self) -> bool:
@@ -90,10 +107,7 @@ class Params:
 
     def embedded(self, tokens: jax.Array) -> jax.Array:
         """The rows of the embedding for ``tokens`` [...], as activations [..., dim]."""
-        if isinstance(self.embed, QuantizedTensor):
-            rows = QuantizedTensor(self.embed.data[tokens], self.embed.scale[tokens])
-            return dequantize(rows, self.dtype)
-        return self.embed[tokens]
+        return lookup(self.embed, tokens, self.axis, self.dtype)
 
 
 def _is_weight(x: Any) -> bool:
@@ -120,13 +134,46 @@ def put[T](stacked: T | None, entry: T, index: int, count: int) -> T:
     """Write ``entry`` to position ``index`` of the leading axis of ``stacked``, in place. If ``stacked`` is None, it is
     first allocated with ``count`` positions. Peak memory is the stacked arrays plus one entry."""
     if stacked is None:
-        stacked = jax.tree.map(lambda a: jnp.zeros((count, *a.shape), a.dtype), entry)
+        stacked = jax.tree.map(lambda a: jnp.zeros((count, *a.shape), a.dtype, device=_stacked_sharding(a)), entry)
     return _put(stacked, entry, index)
+
+
+def _stacked_sharding(array: jax.Array) -> NamedSharding | None:
+    """Where a stack of such arrays lies; None: on the default device."""
+    lies = None if isinstance(array, Tracer) else array.sharding
+    return NamedSharding(lies.mesh, PartitionSpec(None, *lies.spec)) if isinstance(lies, NamedSharding) else None
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _put(stacked: Any, entry: Any, index: int) -> Any:
     return jax.tree.map(lambda s, a: lax.dynamic_update_index_in_dim(s, a, index, 0), stacked, entry)
+
+
+def param_specs(params: Params) -> Params:
+    """The `PartitionSpec` of every array of params that have a mesh; their arrays may be any shapes."""
+    assert params.mesh is not None
+    mesh, stacked = params.mesh, params.stacked
+
+    def of_layer(layer: Layer) -> Layer:
+        return each_field(layer, lambda field, weight: weight_spec(mesh, field, weight, stacked=stacked))
+
+    layers = of_layer(params.layers) if isinstance(params.layers, Layer) else tuple(map(of_layer, params.layers))
+    model = {field: getattr(params, field) for field in ("embed", "norm", "lm_head")}
+    specs = {field: weight_spec(mesh, field, weight) for field, weight in model.items() if weight is not None}
+    return replace(params, layers=layers, **specs)
+
+
+def laid_out(params: Params, mesh: Mesh) -> Params:
+    """Params whose arrays have the shapes that the mesh needs, with the arrays where it needs them. What lies there
+    already is not copied."""
+    params = replace(params, mesh=mesh)
+    return jax.device_put(params, named(mesh, param_specs(params)))
+
+
+def each_field(layer: Layer, function: Callable[[str, Weight], Any]) -> Layer:
+    """A layer with ``function(field, weight)`` in place of every weight that it has."""
+    fields = {name: value for name, value in vars(layer).items() if value is not None}
+    return Layer(**{name: function(name, value) for name, value in fields.items()})
 
 
 def weight_bytes(params: Params, *, per_token: bool = False) -> int:
@@ -147,19 +194,20 @@ def unpacked(params: Params) -> Params:
     return jax.tree.map(one, params, is_leaf=_is_weight)
 
 
-def quantizer(quant: Quant, group: int | None = None) -> Callable[[jax.Array], Weight]:
+def quantizer(quant: Quant, group: int | None = None, shards: int = 1) -> Callable[[jax.Array], Weight]:
     """A function that converts a float weight to the given format: ``none``, ``int8`` (by default one scale per output
-    channel) or ``int4`` (by default one scale per 128 inputs)."""
+    channel) or ``int4`` (by default one scale per 128 inputs). No group is in two of ``shards`` parts of a row."""
     if quant == "none":
         return lambda w: w
     fmt = WeightFormat(quant)
-    requested = group if group is not None else {WeightFormat.INT8: None, WeightFormat.INT4: 128}[fmt]
+    return lambda w: _quantize(w, fmt, quant_group(w.shape[-1], quant, group, shards))
 
-    def apply(w: jax.Array) -> QuantizedTensor:
-        size = None if requested is None else group_size(w.shape[-1], requested)
-        return _quantize(w, fmt, size)
 
-    return apply
+def quant_group(width: int, quant: Quant, group: int | None, shards: int = 1) -> int | None:
+    """How many of a row's ``width`` inputs share a scale; None: all. Where each of several shards has a part of every
+    row, no group is in two of them."""
+    requested = {"int8": None, "int4": 128}[quant] if group is None else group
+    return None if requested is None else group_size(width // shards, requested)
 
 
 def check_group(config: LlamaConfig, quant: Quant, group: int | None) -> None:
@@ -176,31 +224,17 @@ def check_group(config: LlamaConfig, quant: Quant, group: int | None) -> None:
         raise InputError(f"group: expected {expected} ({rows}), found {group}")
 
 
-def table_quantizer(quant: Quant, config: LlamaConfig) -> Callable[[jax.Array], Weight]:
-    """`quantizer` for the embedding. A lookup table stays floats. One that is the head, too, is read whole at every
-    step: with int8 or int4 layers it is int8, one scale a row, because 4 bits would lose too much in the logits."""
-    return quantizer("none" if quant == "none" or not config.tie_embeddings else "int8")
+def field_format(field: str, config: LlamaConfig, quant: Quant, group: int | None) -> tuple[Quant, int | None]:
+    """The format and group of a matrix in a model that is quantised. A lookup table stays floats. One that is the head,
+    too, is read whole at every step. It is int8, one scale a row, because 4 bits would lose too much in the logits."""
+    if field != "embed" or quant == "none":
+        return quant, group
+    return ("int8" if config.tie_embeddings else "none"), None
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _quantize(w: jax.Array, fmt: WeightFormat, group: int | None) -> QuantizedTensor:
     return quantize(w, fmt, group=group)
-
-
-def layer_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of every field that a `Layer` of such a model has."""
-    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    shapes = {
-        "attn_norm": (config.dim,),
-        "wqkv": (q + 2 * kv, config.dim),
-        "wo": (config.dim, q),
-        "ffn_norm": (config.dim,),
-        "w_gate_up": (2 * config.hidden_dim, config.dim),
-        "w_down": (config.dim, config.hidden_dim),
-    }
-    attention = {"bqkv": (q + 2 * kv,), "bo": (config.dim,)} if config.attention_bias else {}
-    mlp = {"b_gate_up": (2 * config.hidden_dim,), "b_down": (config.dim,)} if config.mlp_bias else {}
-    return shapes | attention | mlp
 
 
 def init(
@@ -211,36 +245,65 @@ def init(
     quant: Quant = "none",
     group: int | None = None,
     stacked: bool = False,
+    mesh: Mesh | None = None,
 ) -> Params:
     """Random weights for training, tests and benchmarks, scaled so that a deep model is stable at the start. With
-    ``stacked``, they are created in the stacked form (see `Params`)."""
-    to_weight = quantizer(quant, group)
-
-    def normal(key: jax.Array, shape: tuple[int, ...], scale: float = 1.0) -> jax.Array:
-        return _normal(key, shape, scale * 0.02, jnp.dtype(dtype))
+    ``stacked``, they are created in the stacked form (see `Params`). On a ``mesh``, every device gets its part of the
+    weights that one device would get."""
+    fields = _Fields(config, jnp.dtype(dtype), quant, group, None if mesh is None else auto(mesh))
+    shapes = layer_shapes(config)
 
     def one_layer(key: jax.Array) -> Layer:
-        fields: dict[str, Any] = {}
-        for i, (name, shape) in enumerate(layer_shapes(config).items()):
-            if len(shape) == 1:  # norms change nothing at first, and neither do biases
-                fields[name] = jnp.full(shape, name.endswith("norm"), dtype)
-            else:
-                # Projections that add to the residual stream are scaled down. Otherwise its variance would grow with
-                # every layer.
-                scale = (2 * config.n_layers) ** -0.5 if name in ("wo", "w_down") else 1.0
-                fields[name] = to_weight(normal(jax.random.fold_in(key, i), shape, scale))
-        return Layer(**fields)
+        keys = {name: jax.random.fold_in(key, i) for i, name in enumerate(shapes)}
+        return Layer(**{name: fields.make(name, shape, keys[name]) for name, shape in shapes.items()})
 
     embed_key, head_key, layers_key = jax.random.split(key, 3)
     vocabulary = (config.vocab_size, config.dim)
     layers = (one_layer(jax.random.fold_in(layers_key, i)) for i in range(config.n_layers))
-    return Params(
-        embed=table_quantizer(quant, config)(normal(embed_key, vocabulary)),
+    params = Params(
+        embed=fields.make("embed", vocabulary, embed_key),
         layers=_stack_one_by_one(layers, config.n_layers) if stacked else tuple(layers),
-        norm=jnp.ones(config.dim, dtype),
-        lm_head=None if config.tie_embeddings else to_weight(normal(head_key, vocabulary)),
+        norm=fields.make("norm", (config.dim,), key),
+        lm_head=None if config.tie_embeddings else fields.make("lm_head", vocabulary, head_key),
         config=config,
     )
+    return params if mesh is None else laid_out(params, mesh)
+
+
+class _Fields:
+    """Makes random weights, one compiled function a field."""
+
+    def __init__(self, config: LlamaConfig, dtype: jnp.dtype, quant: Quant, group: int | None, mesh: Mesh | None):
+        self._config, self._dtype, self._mesh = config, dtype, mesh
+        self._quant: Quant = quant
+        self._group = group
+        self._shards = axis_size(mesh, MODEL)
+        self._compiled: dict[str, Callable[[jax.Array], Weight]] = {}
+        if mesh is not None:
+            check_mesh(config, mesh)
+
+    def make(self, field: str, shape: tuple[int, ...], key: jax.Array) -> Any:
+        """A weight of this field."""
+        whole = functools.partial(self._whole, field, shape)
+        if self._mesh is None:
+            return whole(key)
+        if field not in self._compiled:
+            spec = weight_spec(self._mesh, field, jax.eval_shape(whole, key))
+            self._compiled[field] = jax.jit(whole, out_shardings=named(self._mesh, spec))
+        return self._compiled[field](key)
+
+    def _whole(self, field: str, shape: tuple[int, ...], key: jax.Array) -> Weight:
+        if len(shape) == 1:  # norms change nothing at first, and neither do biases
+            weight = jnp.full(shape, field.endswith("norm"), self._dtype)
+        else:
+            # Projections that add to the residual stream are scaled down. Otherwise its variance would grow with every
+            # layer.
+            scale = (2 * self._config.n_layers) ** -0.5 if field in ("wo", "w_down") else 1.0
+            weight = _normal(key, shape, scale * 0.02, self._dtype)
+            quant, group = field_format(field, self._config, self._quant, self._group)
+            weight = quantizer(quant, group, divisor(field, self._shards))(weight)
+        index = order(self._config, self._shards, field)
+        return weight if index is None else take_rows(field, weight, index)
 
 
 def _stack_one_by_one(layers: Iterable[Layer], count: int) -> Layer:

@@ -6,6 +6,7 @@ temperature, top-k, top-p, min-p. `pallas_kernels.draw` does the last four.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -20,6 +21,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jllama.config import Backend
 from jllama.errors import InputError
 from jllama.kernels import draw, log_probability
+from jllama.mesh.vocabulary import gather, greedy
 
 
 @struct.dataclass
@@ -267,9 +269,17 @@ def sample(
     history: History | None = None,  # the tokens so far, as far as the settings need them
     *,
     stop_ids: jax.Array | None = None,  # [B, n]: the stop tokens of each row, for `Sampling.min_tokens`
+    axis: str | None = None,
     backend: Backend = "auto",
 ) -> tuple[jax.Array, jax.Array]:
-    """Draw one token per row. Returns the tokens [B] and their log-probabilities [B] under the unmodified logits."""
+    """Draw one token per row. Returns the tokens [B] and their log-probabilities [B] under the unmodified logits.
+
+    With ``axis``, inside `jax.shard_map`, ``logits`` [B, V / shards] are this shard's part of the vocabulary. They are
+    gathered only if a setting needs them, so that the draw is the same as on one device."""
+    if axis is not None:
+        if not jax.tree.leaves(replace(sampling, key=None)):
+            return greedy(logits, axis)
+        logits = gather(logits, axis)
     history = History() if history is None else history
     adjusted = adjust(logits, sampling, step, history, stop_ids)
     token, logprob = draw_adjusted(adjusted, sampling, step, backend=backend)

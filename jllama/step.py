@@ -68,6 +68,8 @@ def _check(
         return step_weights(stack(params)), jnp.stack(cache.k), jnp.stack(cache.v)
 
     assert kernel.check is not None
+    if params.axis is not None:
+        raise Unsupported("the model is divided over a mesh, whose sums the launch does not exchange")
     if params.config.attention_bias or params.config.mlp_bias:
         raise Unsupported(NO_BIAS)
     try:

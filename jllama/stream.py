@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from jllama.cache import KVCache, grow, init_cache
 from jllama.compilation import compile_seconds
@@ -23,6 +24,9 @@ from jllama.decode import (
 )
 from jllama.errors import InputError
 from jllama.kernels import Choice, Recorded, known
+from jllama.mesh.layout import DATA, MODEL, axis_size, spec
+from jllama.mesh.place import placed
+from jllama.mesh.run import fetch
 from jllama.params import Params
 from jllama.sampling import Sampling, begin_history, make_sampling
 
@@ -84,8 +88,12 @@ class Session:
     timings: Timings = field(default_factory=Timings)
 
     def __post_init__(self) -> None:
+        self.params, mesh = placed(self.params), self.params.mesh
+        # On a mesh, rows that nobody asked for make the batch a multiple of the devices along `data`.
+        self._rows = -(-self.batch // axis_size(mesh, DATA)) * axis_size(mesh, DATA)
         # Allocated once: the device idles during all host work before the first operation of a prompt.
-        self._no_logits = jnp.zeros((self.batch, self.params.config.vocab_size), jnp.float32)
+        lies = None if mesh is None else NamedSharding(mesh, spec(mesh, DATA, MODEL))
+        self._no_logits = jnp.zeros((self._rows, self.params.config.vocab_size), jnp.float32, device=lies)
         self.backends: dict[str, dict[str, Choice]] = {}
         self._compiled: set[object] = set()  # programs of decode chunks that ran in this session
         self._drop_cache()
@@ -96,7 +104,7 @@ class Session:
 
     def _drop_cache(self) -> None:
         self._cache: KVCache | None = None
-        self._cached_ids: list[list[int]] = [[] for _ in range(self.batch)]  # the tokens of the cache, row by row
+        self._cached_ids: list[list[int]] = [[] for _ in range(self._rows)]  # the tokens of the cache, row by row
 
     def run(
         self,
@@ -110,12 +118,24 @@ class Session:
         self.timings, self.backends = Timings(), {}
         self._static = {"backend": self.backend, "arch": known(self.params)}
         clock = Clock(self.timings)
-        limit = np.asarray([min(max_new_tokens, self.max_len - len(p)) for p in prompts], np.int32)
+        fill = self._rows - self.batch
+        limit = np.asarray([*(min(max_new_tokens, self.max_len - len(p)) for p in prompts), *[0] * fill], np.int32)
+        prompts = [*prompts, *[[0]] * fill]
         logits, cache = self._prefill(prompts, int(limit.max()))
         sampling = make_sampling(self.batch) if sampling is None else sampling
+        if fill:
+            rows = np.minimum(np.arange(self._rows), self.batch - 1)
+            sampling = replace(sampling, **{k: jax.tree.map(lambda a: a[rows], v) for k, v in vars(sampling).items()})
         history = begin_history(sampling, *pad(prompts), self.params.config.vocab_size)
         (state, output), choices = jit_sample_first(
-            logits, cache, sampling, limit, stop_table(self.batch, stop_ids), history, **self._static
+            logits,
+            cache,
+            sampling,
+            limit,
+            stop_table(self._rows, stop_ids),
+            history,
+            mesh=self.params.mesh,
+            **self._static,
         )
         self._record("prefill", choices)
         left = int(limit.max()) - 1
@@ -140,7 +160,7 @@ class Session:
                 compiled = program in self._compiled
                 ahead = launch() if compiled else None
                 tokens = self._collect(output)
-                clock.tick(sum(map(len, tokens.ids)), steps=output.tokens.size // self.batch)
+                clock.tick(sum(map(len, tokens.ids)), steps=output.tokens.size // self._rows)
                 yield tokens
                 ahead = ahead if compiled or not any(tokens.ids) else launch()
                 if ahead is None or not any(tokens.ids):
@@ -157,13 +177,14 @@ class Session:
                 self._cache = state.cache
 
     def _collect(self, output: StepOutput) -> TokenChunk:
-        output = jax.device_get(output)  # blocks; copies both arrays at the same time
-        tokens, logprobs = (a.reshape(-1, self.batch).T for a in (output.tokens, output.logprobs))  # [B, steps]
+        # Blocks; copies both arrays at the same time.
+        tokens, logprobs = fetch((output.tokens, output.logprobs), self.params.mesh)
+        tokens, logprobs = (a.reshape(-1, self._rows).T[: self.batch] for a in (tokens, logprobs))  # [B, steps]
         if np.isnan(logprobs).any():
             row = int(np.isnan(logprobs).any(axis=1).argmax())
             raise InputError(f"model: row {row}: logits are NaN: the weights hold NaN or Inf, or overflow this dtype")
         ids = [row[row != NO_TOKEN].tolist() for row in tokens]
-        for cached, new in zip(self._cached_ids, ids, strict=True):
+        for cached, new in zip(self._cached_ids, ids, strict=False):
             cached.extend(new)
         return TokenChunk(
             ids,
@@ -179,11 +200,14 @@ class Session:
         # The last drawn token is not in the cache. The last token of a prompt is always computed, for its logits.
         kept = [min(_common_prefix(c[:-1], p), len(p) - 1) for c, p in zip(self._cached_ids, prompts, strict=True)]
         cache = self._cache_for(max(map(len, prompts)) + new_tokens)
-        cache = replace(cache, lengths=np.asarray(kept, np.int32))
+        lengths = np.asarray(kept, np.int32)
+        if (mesh := self.params.mesh) is not None:  # donated with the cache, so it lies as the result does
+            lengths = jax.device_put(lengths, NamedSharding(mesh, spec(mesh, DATA)))
+        cache = replace(cache, lengths=lengths)
         self._drop_cache()  # it is donated from here on; `run` stores the new one
         logits = self._no_logits
         rest = [list(p[k:]) for p, k in zip(prompts, kept, strict=True)]
-        self.timings.prompt_tokens = sum(map(len, rest))
+        self.timings.prompt_tokens = sum(map(len, rest[: self.batch]))
         for at in range(0, max(map(len, rest)), PREFILL_PIECE):
             tokens, lengths = pad([row[at : at + PREFILL_PIECE] for row in rest])
             (logits, cache), choices = jit_prefill(self.params, tokens, lengths, logits, cache, **self._static)
@@ -195,7 +219,8 @@ class Session:
         size = min(bucket(tokens, MIN_CACHE), self.max_len)
         if self._cache is None:
             params = self.params
-            return init_cache(params.config, self.batch, size, params.dtype, stacked=params.stacked)
+            where = params.config, self._rows, size, params.dtype
+            return init_cache(*where, stacked=params.stacked, mesh=params.mesh)
         return self._cache if size <= self._cache.max_len else grow(self._cache, size)
 
 

@@ -11,7 +11,7 @@ from .layer_view import LayerView
 from .matmul import NO_BIAS, Weight, affine, check_product, matmul_reference, product
 from .rms_norm import rms_norm_reference
 
-Biases = tuple[jax.Array, jax.Array] | None
+Biases = tuple[jax.Array, jax.Array | None] | None
 
 
 def swiglu(gate_up: jax.Array) -> jax.Array:
@@ -28,13 +28,16 @@ def ffn_reference(
     *,
     eps: float,
     biases: Biases = None,
+    residual: bool = True,
     product: Callable[..., jax.Array] = matmul_reference,
 ) -> jax.Array:
     """x [..., dim], norm [dim], w_gate_up [2 * hidden, dim], w_down [dim, hidden] -> [..., dim]. ``biases``, where
-    there are any, are of the two products: [2 * hidden] and [dim]. ``product`` multiplies."""
+    there are any, are of the two products: [2 * hidden] and [dim]. ``residual``: whether x is added, which a shard
+    leaves out whose result is a part of the sum. ``product`` multiplies."""
     first, second = biases or (None, None)
     h = rms_norm_reference(x, norm, eps=eps)
-    return affine(product, swiglu(affine(product, h, w_gate_up, first)), w_down, second, residual=x)
+    gated = swiglu(affine(product, h, w_gate_up, first))
+    return affine(product, gated, w_down, second, residual=x if residual else None)
 
 
 def check_ffn(
@@ -62,12 +65,14 @@ def ffn_kernel(
     w_down: Weight | LayerView,
     *,
     eps: float,
+    residual: bool = True,
     **options: Any,
 ) -> jax.Array:
     """`ffn_reference` in two products. SwiGLU is the first one's epilogue, the residual add the second one's. The gate
     and up projections are never written to memory. XLA computes the norm: one pass over ``x``, 1 % of the work."""
     h = rms_norm_reference(x, norm, eps=eps)
-    return product(product(h, w_gate_up, swiglu=True, **options), w_down, residual=x, **options)
+    gated = product(h, w_gate_up, swiglu=True, **options)
+    return product(gated, w_down, residual=x if residual else None, **options)
 
 
 ffn = Op("ffn", ffn_reference, {"hopper": Kernel(ffn_kernel, check_ffn)})

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jllama.cli import inputs
-from jllama.cli.options import Parser, add_model_flags, add_sampling_flags, sampling_options
+from jllama.cli.options import Parser, add_model_flags, add_process_flags, add_sampling_flags, sampling_options
 from jllama.cli.progress import Progress
 from jllama.errors import InputError, reported
 
@@ -47,6 +47,7 @@ def parser() -> Parser:
     parser.add_argument("--regex", metavar="REGEX", help=help_regex)
     add_sampling_flags(parser, temperature=0.0)
     add_model_flags(parser)
+    add_process_flags(parser)
     group = parser.add_argument_group("output")
     group.add_argument("--echo", action="store_true", help="also print the prompt")
     group.add_argument("--ids", action="store_true", help="print token ids instead of text, one completion per line")
@@ -64,10 +65,13 @@ def main(argv: list[str] | None = None) -> int:
     with reported("jllama generate"):
         check(args)
         options = sampling_options(args) | {"ignore_eos": args.ignore_eos} | constraint_options(args)
-        prompts = read_prompts(args)
+        prompts = read_prompts(args) if args.coordinator is None else None  # before anything slow is imported
+        from jllama.cli.processes import from_first, together
         from jllama.cli.runtime import as_input_error
 
-        as_input_error(lambda: run(args, prompts, options))
+        with together(args):
+            given = from_first(lambda: read_prompts(args)) if prompts is None else prompts
+            as_input_error(lambda: run(args, given, options))
     return 0
 
 

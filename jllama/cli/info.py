@@ -107,7 +107,8 @@ def chat_of(source: "Source") -> str:
 def memory(source: "Source", batch: int, context: int, free: int | None) -> list[dict[str, Any]]:
     """The memory for weights, cache and workspace in every form in which the checkpoint can be loaded, and whether it
     fits."""
-    from jllama.formats.checkpoint import DTYPES, QUANTS, default_dtype, memory_of, stored
+    from jllama.formats.checkpoint import DTYPES, default_dtype
+    from jllama.formats.memory import QUANTS, memory_of, stored
 
     quant, group = stored(source)
     forms: list[tuple[str, Quant, int | None]] = [(dtype, quant, group) for dtype in DTYPES]

@@ -97,6 +97,10 @@ def add_model_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     )
     help_context = "context length, including the prompt (default: the model's)"
     group.add_argument("-c", "--max-seq-len", "--max-len", "--ctx-size", type=int, metavar="N", help=help_context)
+    help_tp = "divide the model's weights over N devices (tensor parallel; default: 1)"
+    group.add_argument("--tp", "--tensor-parallel-size", type=int, default=1, metavar="N", help=help_tp)
+    help_dp = "divide the prompts over N groups of devices, each with the whole model (data parallel; default: 1)"
+    group.add_argument("--dp", "--data-parallel-size", type=int, default=1, metavar="N", help=help_dp)
     group.add_argument("-t", "--threads", type=int, metavar="N", help="number of CPU cores to use (default: all)")
     help_layers = "accepted but has no effect: the whole model runs on the device that JAX finds"
     group.add_argument("-ngl", "--gpu-layers", "--n-gpu-layers", metavar="N", help=help_layers)
@@ -105,6 +109,15 @@ def add_model_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     )
     group.add_argument("--no-compilation-cache", action="store_true", help="do not read or write compiled programs")
     return group
+
+
+def add_process_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags for a run of several processes, each with some of the devices."""
+    group = parser.add_argument_group("several processes (all run the same command, and process 0 prints)")
+    help_coordinator = "address of process 0, or auto: jax finds it in a cluster that it knows, such as Slurm"
+    group.add_argument("--coordinator", metavar="HOST:PORT", help=help_coordinator)
+    group.add_argument("--num-processes", type=int, metavar="N", help="how many processes there are")
+    group.add_argument("--process-id", type=int, metavar="I", help="which of them this is, from 0")
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser, temperature: float) -> None:

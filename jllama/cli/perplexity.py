@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jllama.cli.inputs import read_text
-from jllama.cli.options import Parser, add_model_flags
+from jllama.cli.options import Parser, add_model_flags, add_process_flags
 from jllama.cli.progress import Progress
 from jllama.errors import InputError, reported
 
@@ -77,7 +77,8 @@ def measure(
 ) -> Perplexity:
     """The perplexity of ``windows``, of which ``slots`` run at a time. ``progress`` is told how many more are
     finished."""
-    from jllama.engine.engine import Engine, pages_in_memory
+    from jllama.engine.engine import Engine
+    from jllama.engine.memory import pages_in_memory
     from jllama.engine.request import Request
     from jllama.paged import pages_for
 
@@ -128,6 +129,7 @@ def parser() -> Parser:
     help_slots = "windows that run at a time (default: 16)"
     parser.add_argument("--slots", "--batch-size", type=int, default=SLOTS, metavar="N", help=help_slots)
     add_model_flags(parser)
+    add_process_flags(parser)
     parser.add_argument("--json", action="store_true", help="print a JSON object")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
     return parser
@@ -140,10 +142,13 @@ def main(argv: list[str] | None = None) -> int:
         for name in ("windows", "slots"):
             if (value := getattr(args, name)) is not None and value < 1:
                 raise InputError(f"--{name}: expected at least 1, found {value}")
-        text = read_text(args.text)
+        text = read_text(args.text) if args.coordinator is None else None  # before anything slow is imported
+        from jllama.cli.processes import from_first, together
         from jllama.cli.runtime import as_input_error
 
-        as_input_error(lambda: print(run(args, text)))
+        with together(args):
+            given = from_first(lambda: read_text(args.text)) if text is None else text
+            as_input_error(lambda: print(run(args, given)))
     return 0
 
 

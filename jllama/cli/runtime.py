@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import jax
 
+from jllama.cli.mesh import mesh_of
 from jllama.cli.progress import loading_bar
 from jllama.compilation import enable_cache, start_clock
 from jllama.config import Backend
@@ -18,6 +19,7 @@ from jllama.formats import open_source
 from jllama.formats.lora import lora_spec, with_lora
 from jllama.formats.source import Source
 from jllama.kernels import QuantizedTensor, Unsupported, require_kernels
+from jllama.mesh.layout import MODEL, axis_size
 from jllama.params import Params, weight_bytes
 from jllama.stream import Timings
 from jllama.text.lm import LM
@@ -52,6 +54,7 @@ def open_model(args: argparse.Namespace, *, quiet: bool = False) -> Opened:
         tokenizer=args.tokenizer,
         chat_template=getattr(args, "chat_template", None),
         backend=args.backend,
+        mesh=mesh_of(args),
         progress=None if quiet else loading_bar,
     )
     jax.block_until_ready(lm.params)
@@ -68,6 +71,8 @@ def set_up(args: argparse.Namespace, *, quiet: bool = False) -> None:
             "(JAX_PLATFORMS=cpu in the environment keeps it off a GPU)",
             file=sys.stderr,
         )
+    if args.tp * args.dp > 1:  # CPU devices wait for one another in one pool of threads, which may be too small
+        os.environ.setdefault("PJRT_NPROC", "32")
     if not args.no_compilation_cache:
         enable_cache(args.compilation_cache)
     start_clock()
@@ -83,14 +88,21 @@ def _use_cores(count: int) -> None:
 
 def device_line(backend: Backend, params: Params) -> str:
     """What runs the model, for the banner: kernels or XLA, and the device."""
-    kind = default_device().device_kind
+    mesh = params.mesh
+    kind = _times(1 if mesh is None else mesh.size) + default_device().device_kind
     if backend == "xla":
         return f"XLA on {kind}"
     try:
         require_kernels()
     except Unsupported:
         return f"XLA on {kind}"
-    return f"kernels on {kind}" + (", one launch a step" if params.stacked else "")
+    return f"kernels on {kind}" + (
+        ", one launch a step" if params.stacked and axis_size(params.mesh, MODEL) == 1 else ""
+    )
+
+
+def _times(devices: int) -> str:
+    return f"{devices} x " if devices > 1 else ""
 
 
 def figures(params: Params, timings: Timings) -> str:
@@ -98,9 +110,9 @@ def figures(params: Params, timings: Timings) -> str:
     if timings.decode_steps == 0 or timings.decode <= 0:
         return _tokens(timings.new_tokens)
     rate = weight_bytes(params, per_token=True) * timings.decode_steps / timings.decode
-    device = default_device()
+    device, shards = default_device(), axis_size(params.mesh, MODEL)
     peak = bandwidth(device)
-    percent = f" ({100 * rate / peak:.0f} % of {device.device_kind})" if peak else ""
+    percent = f" ({100 * rate / peak / shards:.0f} % of {_times(shards)}{device.device_kind})" if peak else ""
     speed = f"{timings.decode_rate:.1f} tokens/s, {rate / 1e9:.1f} GB/s of weights{percent}"
     prefill = f"prefill {_tokens(timings.prompt_tokens)} in {timings.prefill:.3f} s"
     return f"{_tokens(timings.new_tokens)}, {speed}; {prefill}"

@@ -1,12 +1,13 @@
 """What an engine launches: plans turned into small numpy arrays and compiled steps, over the state that they change."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from tqdm import tqdm
 
 from jllama.config import Backend
@@ -15,9 +16,10 @@ from jllama.engine.constraint import Matcher, masks_of
 from jllama.engine.request import Request
 from jllama.engine.scheduler import Piece, Plan
 from jllama.engine.scheduler import Sequence as Scheduled
-from jllama.engine.state import EngineState, extra_settings, init_extras, init_state, rows_of
+from jllama.engine.state import EngineState, extra_settings, init_extras, init_state, on_devices, rows_of
 from jllama.engine.tuning import Tuning, sizes
 from jllama.kernels import Choice, Recorded, known
+from jllama.mesh.layout import DATA, axis_size
 from jllama.params import Params
 
 COPIES = 16  # pages a launch
@@ -30,15 +32,27 @@ Matchers = dict[Scheduled, Matcher]
 class Launch:
     """What a plan will bring, once it has run."""
 
-    rows: list[Scheduled]
+    rows: list[tuple[int, Scheduled]]  # those that draw, with their places in what is drawn
     drawn: list[steps.Drawn]  # of one program after another
     pieces: list[tuple[int, Piece]]  # those that are scored, with their places in the scores
     scores: steps.Scores | None
     masked: bool = False  # whether the next masks depend on what is drawn
 
 
+def places[T](parts: Sequence[Sequence[T]], size: int) -> Iterator[tuple[int, T]]:
+    """The items of every part, with their places in an array that has ``size`` places for each part."""
+    return ((part * size + i, item) for part, items in enumerate(parts) for i, item in enumerate(items))
+
+
+def fitting(known: list[int], parts: Sequence[Sequence[Any]]) -> int:
+    """The first size that holds the items of every part."""
+    return next(size for size in known if size >= max(map(len, parts)))
+
+
 class Device:
-    """The state of ``slots`` rows over a pool of ``pages``, and the weights of every step."""
+    """The state of ``slots`` rows over a pool of ``pages``, and the weights of every step. On a mesh, each part along
+    its axis ``data`` has so many: a launch has arrays with the same number of places for each part, one after the
+    other, and in them the slots and pages are numbered from 0 in each part."""
 
     def __init__(
         self,
@@ -53,6 +67,7 @@ class Device:
         backend: Backend,
     ) -> None:
         self.params, self.slots, self.pages = params, slots, pages
+        self.mesh, self.parts = params.mesh, axis_size(params.mesh, DATA)
         self.max_len, self.tuning, self.backend = max_len, tuning, backend
         self.programs: set[tuple[str, int, str]] = set()  # used so far: name, rows or pieces, kind
         self.backends: dict[str, dict[str, Choice]] = {}  # of "prefill" and "decode": the choice for every op
@@ -67,7 +82,8 @@ class Device:
 
     def reset(self, *, extras: bool = False) -> None:
         """An empty cache, and no row."""
-        self._state: EngineState = init_state(self.params.config, self.slots, self.pages, self.params.dtype)
+        sizes = self.slots * self.parts, self.pages * self.parts
+        self._state: EngineState = init_state(self.params.config, *sizes, self.params.dtype, mesh=self.mesh)
         self._logits: jax.Array | None = None  # [slots, vocabulary]: of next tokens, while there are constraints
         if extras:
             self.add_extras()
@@ -75,31 +91,38 @@ class Device:
     def add_extras(self) -> None:
         """Room for what only some requests ask for; made at the first of them."""
         if self._state.extras is None:
-            self._state = replace(self._state, extras=init_extras(self.params.config, self.slots))
+            extras = init_extras(self.params.config, self.slots * self.parts)
+            self._state = on_devices(replace(self._state, extras=extras), self.mesh)
 
-    def launch(self, plan: Plan, requests: Requests, matchers: Matchers) -> Launch:
-        """Start everything; nothing is waited for. ``matchers`` are those of rows with a constraint."""
-        for at in range(0, len(plan.copies), COPIES):
-            self._copy(plan.copies[at : at + COPIES])
-        scored = [(i, p) for i, p in enumerate(plan.pieces) if p.sequence.limit == 0]
-        scores, drawn = None, []
-        if plan.pieces:
-            size = next(b for b in self._of_pieces if b >= len(plan.pieces))
-            scores = self._feed(plan.pieces, size, bool(scored))
-        if plan.joins:
-            self._join(plan.joins, requests)
-        if plan.rows:
-            size = next(b for b in self._of_rows if b >= len(plan.rows))
-            kind = max((requests[s].sampling.kind for s in plan.rows), key=steps.KINDS.index)
-            if plan.steps:
-                drawn = self._decode(plan.rows, size, kind, plan.steps)
-            else:
-                drawn = [self._draw(plan.rows, size, kind, [matchers.get(s) for s in plan.rows])]
-        if plan.ahead:
-            self._look_ahead(plan.ahead, next(b for b in self._of_rows if b >= len(plan.ahead)))
-        for array in jax.tree.leaves((scores, drawn)):
-            array.copy_to_host_async()
-        return Launch(plan.rows, drawn, scored, scores, bool(plan.rows) and not plan.steps)
+    def launch(self, plans: Sequence[Plan], requests: Requests, matchers: Matchers) -> Launch:
+        """Start everything that the parts plan; nothing is waited for. ``matchers`` are those of rows with a
+        constraint."""
+        names = ("copies", "pieces", "joins", "rows", "ahead")
+        copies, pieces, joins, rows, ahead = ([getattr(plan, name) for plan in plans] for name in names)
+        for at in range(0, max(map(len, copies)), COPIES):
+            self._copy([part[at : at + COPIES] for part in copies])
+        scores, scored, drawing = None, [], []
+        drawn: list[steps.Drawn] = []
+        if any(pieces):
+            size = fitting(self._of_pieces, pieces)
+            scored = [(i, p) for i, p in places(pieces, size) if p.sequence.limit == 0]
+            scores = self._feed(pieces, size, bool(scored))
+        if any(joins):
+            self._join(joins, requests)
+        one_by_one = [plan.rows if not plan.steps else [] for plan in plans]
+        if any(rows):
+            size = fitting(self._of_rows, rows)
+            drawing = list(places(rows, size))
+            kind = max((requests[s].sampling.kind for _, s in drawing), key=steps.KINDS.index)
+            drawn = self._decode(rows, size, kind, [plan.steps for plan in plans])
+            if any(one_by_one):
+                drawn.append(self._draw(one_by_one, size, kind, matchers))
+        if any(ahead):
+            self._look_ahead(ahead, fitting(self._of_rows, ahead))
+        if jax.process_count() == 1:
+            for array in jax.tree.leaves((scores, drawn)):
+                array.copy_to_host_async()
+        return Launch(drawing, drawn, scored, scores, any(one_by_one))
 
     def warm_up(self, kinds: Sequence[str], *, constraints: bool, progress: bool) -> None:
         """Compile every step for every number of rows: each runs once, on nothing."""
@@ -108,110 +131,123 @@ class Device:
         ahead = self._of_rows if constraints else []
         count = 2 + len(feeds) + (1 + constraints) * len(decodes) + len(ahead)
         with tqdm(total=count, unit="program", disable=not progress) as bar:
-            self._copy([])
+            nothing: list[list[Any]] = [[] for _ in range(self.parts)]
+            self._copy(nothing)
             bar.update()
-            self._join([], {})
+            self._join(nothing, {})
             bar.update()
             for size, scored in feeds:
-                self._feed([], size, scored)
+                self._feed(nothing, size, scored)
                 bar.update()
             for size, kind in decodes:
-                self._decode([], size, kind, self.tuning.steps[0])
+                self._decode(nothing, size, kind, [self.tuning.steps[0]] * self.parts)
                 bar.update()
                 if constraints:
-                    self._draw([], size, kind, [])
+                    self._draw(nothing, size, kind, {})
                     bar.update()
             for size in ahead:
-                self._look_ahead([], size)
+                self._look_ahead(nothing, size)
                 bar.update()
 
-    def _copy(self, copies: list[tuple[int, int]]) -> None:
-        source, target = np.zeros(COPIES, np.int32), np.full(COPIES, self.pages, np.int32)
-        for i, (a, b) in enumerate(copies):
+    def _copy(self, parts: list[list[tuple[int, int]]]) -> None:
+        total = COPIES * self.parts
+        source, target = np.zeros(total, np.int32), np.full(total, self.pages, np.int32)
+        for i, (a, b) in places(parts, COPIES):
             source[i], target[i] = a, b
         self.programs.add(("copy", COPIES, ""))
-        self._state = steps.jit_copy(self._state, source, target)
+        self._state = steps.jit_copy(self._state, source, target, mesh=self.mesh)
 
-    def _feed(self, pieces: list[Piece], size: int, scored: bool) -> steps.Scores | None:
-        tokens, start = np.zeros((size, self.tuning.piece + 1), np.int32), np.zeros(size, np.int32)
-        for i, p in enumerate(pieces):
+    def _feed(self, parts: list[list[Piece]], size: int, scored: bool) -> steps.Scores | None:
+        total = size * self.parts
+        tokens, start = np.zeros((total, self.tuning.piece + 1), np.int32), np.zeros(total, np.int32)
+        for i, p in places(parts, size):
             real = p.sequence.tokens[p.start : p.start + p.count + 1]
             tokens[i, : len(real)], start[i] = real, p.start
-        table = self._table([p.sequence for p in pieces], size)
-        how: dict[str, Any] = dict(start=start, table=table, **self._static)
+        table = self._table([[p.sequence for p in pieces] for pieces in parts], size)
         self.programs.add(("score" if scored else "feed", size, ""))
         scores = None
         if scored:
-            found, ran = steps.jit_score(self.params, self._state, tokens[:, :-1], targets=tokens[:, 1:], **how)
-            self._state, scores = found
+            where = tokens[:, :-1], start, table, tokens[:, 1:]
+            (self._state, scores), ran = steps.jit_score(self.params, self._state, *where, **self._static)
         else:
-            self._state, ran = steps.jit_feed(self.params, self._state, tokens[:, :-1], **how)
+            self._state, ran = steps.jit_feed(self.params, self._state, tokens[:, :-1], start, table, **self._static)
         self._record("prefill", ran)
         return scores
 
-    def _join(self, joins: list[Scheduled], requests: Requests) -> None:
+    def _join(self, parts: list[list[Scheduled]], requests: Requests) -> None:
         config = self.params.config
-        rows = rows_of(
-            [(requests[s], s.tokens, len(s.tokens) - s.prompt) for s in joins],
-            [requests[s].stops(config) for s in joins],
-            self.slots,
-        )
+        rows = [
+            rows_of(
+                [(requests[s], s.tokens, len(s.tokens) - s.prompt) for s in joins],
+                [requests[s].stops(config) for s in joins],
+                self.slots,
+            )
+            for joins in parts
+        ]
         self.programs.add(("join", self.slots, ""))
-        self._state = steps.jit_join(self._state, self._slots_of(joins, self.slots), rows)
-        for s in joins:
+        joined = jax.tree.map(lambda *arrays: np.concatenate(arrays), *rows)
+        self._state = steps.jit_join(self._state, self._slots_of(parts, self.slots), joined, mesh=self.mesh)
+        for part, s in ((part, s) for part, joins in enumerate(parts) for s in joins):
             if requests[s].sampling.kind == "full":
                 tokens = np.zeros(self.max_len, np.int32)
                 tokens[: len(s.tokens)] = s.tokens
                 self.programs.add(("join_extras", 1, ""))
-                where = self._slots_of([s], 1)[0], extra_settings(requests[s])
-                text = tokens, np.int32(s.prompt), np.int32(len(s.tokens))
-                self._state = steps.jit_join_extras(self._state, *where, *text)
+                slot = self._slots_of([[s] if i == part else [] for i in range(self.parts)], 1)
+                where = slot, extra_settings(requests[s]), tokens, np.int32(s.prompt), np.int32(len(s.tokens))
+                self._state = steps.jit_join_extras(self._state, *where, mesh=self.mesh)
 
-    def _decode(self, rows: list[Scheduled], size: int, kind: str, count: int) -> list[steps.Drawn]:
-        """``count`` steps. The program has the smaller number of steps that a turn may have, and runs as often as that
-        takes. So one program for every kind and number of rows is enough."""
-        self.programs.add(("decode", size, kind))
-        where = self._slots_of(rows, size), self._table(rows, size)
+    def _decode(self, parts: list[list[Scheduled]], size: int, kind: str, counts: list[int]) -> list[steps.Drawn]:
+        """So many steps for the rows of each part. The program has the smaller number of steps that a turn may have,
+        and runs as often as needed. So one program for every kind and number of rows is enough."""
         unit, drawn = self.tuning.steps[0], []
-        for _ in range(count // unit):
+        for done in range(0, max(counts), unit):
+            rows = [part if count > done else [] for part, count in zip(parts, counts, strict=True)]
+            self.programs.add(("decode", size, kind))
+            where = self._slots_of(rows, size), self._table(rows, size)
             found, ran = steps.jit_decode(self.params, self._state, *where, steps=unit, kind=kind, **self._static)
             self._state, part = found
             drawn.append(part)
             self._record("decode", ran)
         return drawn
 
-    def _look_ahead(self, rows: list[Scheduled], size: int) -> None:
+    def _look_ahead(self, parts: list[list[Scheduled]], size: int) -> None:
         self.programs.add(("look_ahead", size, ""))
-        where = self._known_logits(), self._slots_of(rows, size), self._table(rows, size)
+        where = self._known_logits(), self._slots_of(parts, size), self._table(parts, size)
         found, ran = masked.jit_look_ahead(self.params, self._state, *where, **self._static)
         self._state, self._logits = found
         self._record("decode", ran)
 
-    def _draw(self, rows: list[Scheduled], size: int, kind: str, matchers: list[Matcher | None]) -> steps.Drawn:
+    def _draw(self, parts: list[list[Scheduled]], size: int, kind: str, matchers: Matchers) -> steps.Drawn:
         self.programs.add(("draw_allowed", size, kind))
-        where = self._slots_of(rows, size), masks_of(matchers, size, self.params.config.vocab_size)
-        how = dict(kind=kind, **self._static)
-        (self._state, drawn), ran = masked.jit_draw_allowed(self._state, self._known_logits(), *where, **how)
+        by_place: list[Matcher | None] = [None] * (size * self.parts)
+        for i, s in places(parts, size):
+            by_place[i] = matchers.get(s)
+        masks = masks_of(by_place, len(by_place), self.params.config.vocab_size)
+        how = dict(kind=kind, mesh=self.mesh, **self._static)
+        where = self._known_logits(), self._slots_of(parts, size), masks
+        (self._state, drawn), ran = masked.jit_draw_allowed(self._state, *where, **how)
         self._record("decode", ran)
         return drawn
 
     def _known_logits(self) -> jax.Array:
         if self._logits is None:  # made at the first request with a constraint
-            self._logits = jnp.zeros((self.slots, self.params.config.vocab_size), jnp.float32)
+            lies = None if self.mesh is None else NamedSharding(self.mesh, masked.logits_spec(self.mesh))
+            shape = (self.slots * self.parts, self.params.config.vocab_size)
+            self._logits = jnp.zeros(shape, jnp.float32, device=lies)
         return self._logits
 
     def _record(self, phase: str, ran: Recorded) -> None:
         self.backends.setdefault(phase, {}).update(ran.choices)
 
-    def _table(self, sequences: Sequence[Scheduled], size: int) -> np.ndarray:
-        table = np.full((size, self._width), self.pages, np.int32)
-        for row, s in zip(table, sequences, strict=False):
-            row[: len(s.pages)] = s.pages
+    def _table(self, parts: list[list[Scheduled]], size: int) -> np.ndarray:
+        table = np.full((size * self.parts, self._width), self.pages, np.int32)
+        for i, s in places(parts, size):
+            table[i, : len(s.pages)] = s.pages
         return table
 
-    def _slots_of(self, sequences: Sequence[Scheduled], size: int) -> np.ndarray:
-        slots = np.full(size, self.slots, np.int32)
-        for i, s in enumerate(sequences):
+    def _slots_of(self, parts: list[list[Scheduled]], size: int) -> np.ndarray:
+        slots = np.full(size * self.parts, self.slots, np.int32)
+        for i, s in places(parts, size):
             assert s.slot is not None
             slots[i] = s.slot
         return slots

@@ -4,27 +4,32 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
 
 from jllama.config import Backend
-from jllama.device import default_device, free_bytes
+from jllama.device import default_device
 from jllama.engine.constraint import Constraint, Progress
 from jllama.engine.device import Device, Launch
+from jllama.engine.memory import pages_in_memory
 from jllama.engine.pages import Pages
+from jllama.engine.parts import Parts
 from jllama.engine.request import Completion, Event, Handle, Request, SamplingSettings, per_prompt
-from jllama.engine.scheduler import Piece, Plan, Scheduler
+from jllama.engine.scheduler import Piece, Scheduler
 from jllama.engine.scheduler import Sequence as Scheduled
-from jllama.engine.steps import KINDS, NO_TOKEN, Drawn
+from jllama.engine.steps import KINDS, NO_TOKEN
 from jllama.engine.tuning import Tuning, tuning_for
 from jllama.errors import InputError
 from jllama.kernels import PAGE, Choice
-from jllama.paged import page_bytes, pages_for
+from jllama.mesh.layout import DATA, axis_size
+from jllama.mesh.place import adopted, placed
+from jllama.mesh.run import fetch
+from jllama.paged import pages_for
 from jllama.params import Params
 
 BUDGET = 512  # tokens of prompts a turn
-UNKNOWN_MEMORY = 4 << 30  # bytes for pages where the device does not say what is free
 
 
 @dataclass(frozen=True)
@@ -75,16 +80,19 @@ class Engine:
         self.max_len = context if max_len is None else max_len
         if not 2 <= self.max_len <= context:
             raise InputError(f"max_len: expected 2 to {context} (the model's context), found {max_len}")
-        width = pages_for(self.max_len)
+        width, params = pages_for(self.max_len), placed(params)
         count = pages
         if count is None:
             fits = pages_in_memory(params, memory)
             count = min(fits, slots * width) if default_device().platform == "cpu" else fits
         self.slots, self.backend = slots, backend
-        sizes = dict(slots=slots, max_len=self.max_len, pieces=budget // tuning.piece)
+        parts = axis_size(params.mesh, DATA)
+        count, slots, pieces = (-(-n // parts) for n in (count, slots, budget // tuning.piece))  # of each part
+        sizes = dict(slots=slots, max_len=self.max_len, pieces=pieces)
         self._device = Device(params, pages=count, width=width, tuning=tuning, backend=backend, **sizes)
-        self._pages = Pages(count, PAGE)
-        self._scheduler = Scheduler(self._pages, piece=tuning.piece, steps=tuning.steps, **sizes)
+        pools = [Pages(count, PAGE) for _ in range(parts)]
+        how = dict(piece=tuning.piece, **sizes)
+        self._scheduler = Parts([Scheduler(pool, steps=tuning.steps, **how) for pool in pools])
         self._handles: dict[Scheduled, Handle] = {}
         self._in_flight: Launch | None = None
         self._paused = self._torn = False
@@ -98,6 +106,7 @@ class Engine:
 
     @params.setter
     def params(self, new: Params) -> None:
+        new = adopted(new, self.params.mesh)
         old, found = (jax.tree.map(lambda a: (a.shape, str(a.dtype)), p) for p in (self.params, new))
         if old != found:
             raise InputError("params: expected weights of the shapes, formats and config that the engine has")
@@ -114,15 +123,15 @@ class Engine:
         """A snapshot."""
         s = self._scheduler
         return Statistics(
-            running=len(s.running),
-            waiting=len(s.waiting),
-            pages_used=self._pages.count - self._pages.free,
-            pages=self._pages.count,
-            prompt_tokens=s.prompt_tokens,
-            prefix_hits=s.hits,
+            running=s.running,
+            waiting=s.waiting,
+            pages_used=sum(pool.count - pool.free for pool in s.pools),
+            pages=sum(pool.count for pool in s.pools),
+            prompt_tokens=s.total("prompt_tokens"),
+            prefix_hits=s.total("hits"),
             new_tokens=self._new_tokens,
             decode_steps=self._decode_steps,
-            preemptions=s.preemptions,
+            preemptions=s.total("preemptions"),
             seconds=self._seconds,
         )
 
@@ -220,12 +229,12 @@ class Engine:
             with jax.profiler.TraceAnnotation("jllama.read"):
                 events, before = self._read(before), None
         with jax.profiler.TraceAnnotation("jllama.plan"):
-            plan = Plan() if self._paused else self._scheduler.plan()
-        if plan:
-            handles = {s: self._handles[s] for s in {*plan.rows, *plan.joins}}
+            plans = [] if self._paused else self._scheduler.plan()
+        if any(plans):
+            handles = {s: self._handles[s] for plan in plans for s in {*plan.rows, *plan.joins}}
             matchers = {s: h.progress.follow(s.tokens) for s, h in handles.items() if h.progress}
             with jax.profiler.TraceAnnotation("jllama.launch"):
-                self._in_flight = self._device.launch(plan, {s: h.request for s, h in handles.items()}, matchers)
+                self._in_flight = self._device.launch(plans, {s: h.request for s, h in handles.items()}, matchers)
         if before is not None:
             with jax.profiler.TraceAnnotation("jllama.read"):
                 events = self._read(before)
@@ -288,7 +297,7 @@ class Engine:
         return [h.completion for h in handles]
 
     def _read(self, launch: Launch) -> list[Event]:
-        parts, scores = jax.device_get((launch.drawn, launch.scores))  # blocks
+        parts, scores = fetch((launch.drawn, launch.scores), self.params.mesh)  # blocks
         events: list[Event] = []
         if parts:
             events = self._read_drawn(launch.rows, jax.tree.map(lambda *part: np.concatenate(part), *parts))
@@ -296,7 +305,7 @@ class Engine:
             self._read_scores(piece, *(found[place] for found in scores))
             if piece.sequence.finish and (handle := self._handles.get(piece.sequence)):
                 events.append(Event(handle, [], [], piece.sequence.finish))  # pyright: ignore[reportArgumentType]
-        seen = {*launch.rows, *(piece.sequence for _, piece in launch.pieces)}
+        seen = {*(s for _, s in launch.rows), *(piece.sequence for _, piece in launch.pieces)}
         for s in seen:
             if s.finish is not None and s in self._handles:
                 self._finish(self._handles[s])
@@ -304,14 +313,14 @@ class Engine:
             self._restart()  # the cache may hold NaN, which no mask hides
         return [e for e in events if e.ids or e.finish_reason]
 
-    def _read_drawn(self, rows: list[Scheduled], drawn: Drawn) -> list[Event]:
+    def _read_drawn(self, rows: list[tuple[int, Scheduled]], drawn: Any) -> list[Event]:
         events: list[Event] = []
         self._decode_steps += int((drawn.tokens != NO_TOKEN).any(axis=1).sum())
-        for i, s in enumerate(rows):
-            count = int((drawn.tokens[:, i] != NO_TOKEN).sum())
-            ids, logprobs = drawn.tokens[:count, i].tolist(), drawn.logprobs[:count, i].tolist()
+        for i, s in rows:
+            came = drawn.tokens[:, i] != NO_TOKEN
+            ids, logprobs, count = drawn.tokens[came, i].tolist(), drawn.logprobs[came, i].tolist(), int(came.sum())
             handle = self._handles.get(s)
-            if handle is None or self._broken(s, drawn.logprobs[:count, i]):
+            if handle is None or self._broken(s, drawn.logprobs[came, i]):
                 s.unread -= 1
                 events += [Event(handle, [], [], "error")] if handle is not None else []
                 continue
@@ -323,7 +332,7 @@ class Engine:
             completion.logprobs += logprobs
             self._new_tokens += count
             if asked:
-                names, values = (a[:count, i, :asked].tolist() for a in drawn.top)
+                names, values = (a[came, i, :asked].tolist() for a in drawn.top)
                 completion.top_logprobs += [dict(zip(*pair, strict=True)) for pair in zip(names, values, strict=True)]
             events.append(Event(handle, ids, logprobs, s.finish))  # pyright: ignore[reportArgumentType]
         return events
@@ -362,15 +371,3 @@ class Engine:
         self._in_flight = None
         self._scheduler.restart()
         self._device.reset(extras=any(h.request.sampling.kind == "full" for h in self._handles.values()))
-
-
-def pages_in_memory(params: Params, memory: float) -> int:
-    """How many pages fit into this part of the device's free memory."""
-    if not 0 < memory <= 1:
-        raise InputError(f"memory: expected a part of the device's, above 0 and at most 1, found {memory}")
-    free, one = free_bytes(default_device()), page_bytes(params.config, params.dtype)
-    if free is None:
-        return UNKNOWN_MEMORY // one
-    if free * memory < one:
-        raise InputError(f"memory: expected room for a page of {one} bytes, found {free} bytes free")
-    return int(free * memory) // one

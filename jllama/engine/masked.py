@@ -6,10 +6,12 @@ before and makes the next mask. All rows take part, so that a step reads the wei
 may draw any token.
 """
 
+import functools
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 
 from jllama.config import Backend
 from jllama.decode import NO_TOKEN
@@ -17,6 +19,9 @@ from jllama.engine.request import MAX_TOP_LOGPROBS
 from jllama.engine.state import EngineState
 from jllama.engine.steps import Drawn, advance, put_history, sampling_of
 from jllama.kernels import log_probability, recorded
+from jllama.mesh.layout import DATA, MODEL, AnyMesh, model_axis, spec
+from jllama.mesh.run import on_shards, over
+from jllama.mesh.vocabulary import gather
 from jllama.model import forward
 from jllama.paged import PagedCache
 from jllama.params import Params
@@ -33,6 +38,10 @@ def look_ahead(
     backend: Backend = "auto",
 ) -> tuple[EngineState, jax.Array]:
     """Feed the last token of every row, and put what it says of the next one in ``logits``."""
+    if params.mesh is not None:
+        of_shard, lies = functools.partial(look_ahead, backend=backend), logits_spec(params.mesh)
+        out = state.specs(params.mesh), lies
+        return on_shards(of_shard, params, state, logits, slots, table, out=out, layout={1: lies})
     rows = state.rows.take(slots)
     cache, alive = PagedCache(state.k, state.v, table, rows.length), (~rows.done).astype(jnp.int32)
     new, cache = forward(params, rows.token[:, None], cache, lengths=alive, last_only=True, backend=backend)
@@ -47,11 +56,18 @@ def draw_allowed(
     mask: jax.Array,  # [R, ceil(V / 32)] uint32: the tokens that each row may draw
     *,
     kind: str,  # one of KINDS
+    mesh: Mesh | None = None,
+    axis: str | None = None,
     backend: Backend = "auto",
 ) -> tuple[EngineState, Drawn]:
     """One token for every row, never one that its mask or a setting excludes: a row for which nothing is left ends
-    without one."""
+    without one. ``mesh`` and ``axis`` are those of the params."""
+    if mesh is not None:
+        of_shard = functools.partial(draw_allowed, kind=kind, axis=model_axis(mesh), backend=backend)
+        out, layout = (state.specs(mesh), spec(mesh, None, DATA)), {1: logits_spec(mesh)}
+        return over(mesh, of_shard, state, logits, slots, mask, out=out, layout=layout)
     rows, own = state.rows.take(slots), logits.at[slots].get(mode="clip")
+    own = own if axis is None else gather(own, axis)
     keys, extras, history = jax.vmap(jax.random.key)(rows.seed), None, History()
     if kind == "full" and state.extras is not None:
         extras = jax.tree.map(lambda a: a.at[slots].get(mode="clip"), state.extras)
@@ -73,6 +89,11 @@ def draw_allowed(
     return replace(state, rows=state.rows.put(slots, advance(rows, token))), drawn
 
 
+def logits_spec(mesh: AnyMesh) -> PartitionSpec:
+    """How the logits of all slots are divided."""
+    return spec(mesh, DATA, MODEL)
+
+
 def unpack(mask: jax.Array, vocab: int) -> jax.Array:
     """[R, vocab] bool from packed bits [R, ceil(vocab / 32)] uint32."""
     bits = mask[:, :, None] >> jnp.arange(32, dtype=jnp.uint32) & 1
@@ -80,4 +101,6 @@ def unpack(mask: jax.Array, vocab: int) -> jax.Array:
 
 
 jit_look_ahead = jax.jit(recorded(look_ahead), static_argnames=("backend", "arch"), donate_argnames=("state", "logits"))
-jit_draw_allowed = jax.jit(recorded(draw_allowed), static_argnames=("kind", "backend", "arch"), donate_argnames="state")
+jit_draw_allowed = jax.jit(
+    recorded(draw_allowed), static_argnames=("kind", "mesh", "axis", "backend", "arch"), donate_argnames="state"
+)

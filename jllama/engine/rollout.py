@@ -4,8 +4,10 @@ All prompts are fed first, each once; the samples of a prompt share its full pag
 `lax.while_loop` draws: a row whose text has ended takes the next request at the next step.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,9 @@ from jax import lax
 from jllama.config import Backend
 from jllama.decode import NO_TOKEN, Generated, stop_table
 from jllama.errors import InputError
-from jllama.kernels import PAGE
+from jllama.kernels import PAGE, vary_with
+from jllama.mesh.layout import DATA, axis_size, spec
+from jllama.mesh.run import meshed, on_shards
 from jllama.model import forward
 from jllama.paged import PagedCache, init_pages, pages_for
 from jllama.params import Params
@@ -70,6 +74,12 @@ def rollout(
         raise InputError(
             f"sampling: expected {requests} rows ({B} prompts, {n} of each), found {sampling.key.shape[0]}"
         )
+    params = meshed(params, prompts)
+    if params.mesh is not None:
+        parts = axis_size(params.mesh, DATA)
+        how = dict(slots=-(-slots // parts), max_new_tokens=max_new_tokens, n=n, stop_ids=stop_ids, backend=backend)
+        of_shard = functools.partial(rollout, **how)
+        return on_shards(of_shard, params, prompts, lengths, sampling, out=spec(params.mesh, DATA))
     stops = jnp.asarray(stop_table(1, config.eos_ids if stop_ids is None else stop_ids)[0])
     layout = _Layout(prompts, lengths, n, slots, max_new_tokens)
 
@@ -85,7 +95,8 @@ def rollout(
         )
         own = jax.tree.map(lambda a: a.at[state.request].get(mode="clip"), sampling)
         stop_rows = jnp.broadcast_to(stops, (slots, stops.shape[0]))
-        token, logprob = sample(logits, own, state.drawn, state.history, stop_ids=stop_rows, backend=backend)
+        how: dict[str, Any] = dict(stop_ids=stop_rows, axis=params.axis, backend=backend)
+        token, logprob = sample(logits, own, state.drawn, state.history, **how)
         where = jnp.where(alive, state.request, requests), state.drawn
         drawn = state.drawn + alive
         return replace(
@@ -119,7 +130,7 @@ def rollout(
         logprobs=jnp.zeros(shape, jnp.float32),
         lengths=jnp.zeros(requests, jnp.int32),
     )
-    state = lax.while_loop(more, step, state)
+    state = lax.while_loop(more, step, vary_with(state, lengths))  # under shard_map: the type of the result
     return Generated(state.tokens, state.logprobs, state.lengths)
 
 
@@ -168,7 +179,9 @@ def _feed(params: Params, layout: _Layout, backend: Backend) -> tuple[jax.Array,
         _, cache = forward(params, group[0], cache, last_only=True, backend=backend)
         return (cache.k, cache.v), None
 
-    pool, _ = lax.scan(feed, init_pages(params.config, layout.pages, params.dtype), (tokens, table))
+    pool = init_pages(params.config, layout.pages, params.dtype)
+    pool = vary_with(pool, *jax.tree.leaves(params.layers), tokens)  # under shard_map: the type of the result
+    pool, _ = lax.scan(feed, pool, (tokens, table))
     return pool
 
 

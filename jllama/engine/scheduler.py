@@ -21,6 +21,11 @@ RESERVE = 4  # of so many rows, one needs another page in the next turn: 16 step
 OVERTAKE = 64  # so many requests that come later pass one whose priority is lower by 1, and no more
 
 
+def order(arrivals: int, priority: int) -> int:
+    """The place in the queue of the request that comes after so many others."""
+    return arrivals - OVERTAKE * priority
+
+
 @dataclass(eq=False)
 class Sequence:
     """One prompt and what is drawn after it."""
@@ -44,6 +49,7 @@ class Sequence:
     unread: int = 0  # plans whose results have not come yet
     epoch: int = 0  # which weights wrote its pages
     finish: str | None = None  # "stop", "length", "abort", "error" or "dead_end"
+    part: int | None = None  # which of several parts of slots and pages it runs on, once that is decided
 
     @property
     def left(self) -> int:
@@ -94,6 +100,13 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Put a request in the queue, or refuse at once what could never run."""
+        self.check(sequence)
+        sequence.order = order(self._arrivals, sequence.priority)
+        self._arrivals += 1
+        self.enqueue(sequence)
+
+    def check(self, sequence: Sequence) -> None:
+        """Raise `InputError` if a request could never run."""
         sequence.prompt = n = len(sequence.tokens)
         longest = n + sequence.limit
         if longest > self.max_len:
@@ -106,9 +119,16 @@ class Scheduler:
                 f"request: expected at most {self.pages.count} pages of {self.pages.size} tokens (the whole pool), "
                 f"found a need of {needed}: a prompt of {n} and max_new_tokens {sequence.limit}"
             )
-        sequence.order = self._arrivals - OVERTAKE * sequence.priority
-        self._arrivals += 1
-        self._queue(sequence)
+
+    @property
+    def load(self) -> int:
+        """How many sequences it has."""
+        return len(self.running) + len(self.waiting)
+
+    def held(self, sequence: Sequence) -> int:
+        """How many tokens of a sequence the pool holds."""
+        prefix = self.pages.find(sequence.tokens[:-1], sequence.salt, self._turn)
+        return len(prefix.pages) * self.pages.size + prefix.tail_tokens
 
     def plan(self) -> Plan:
         """The next turn; empty where there is nothing to do before more results are read."""
@@ -192,12 +212,13 @@ class Scheduler:
         """The cache is lost: all that run begin anew, from the tokens that have come."""
         for sequence in list(self.running):
             self._leave(sequence)
-            self._queue(sequence)
+            self.enqueue(sequence)
         for sequence in self.waiting:
             sequence.unread = 0
         self.forget()
 
-    def _queue(self, sequence: Sequence) -> None:
+    def enqueue(self, sequence: Sequence) -> None:
+        """Put a request at its place in the queue."""
         bisect.insort(self.waiting, sequence, key=lambda s: s.order)
 
     def _leave(self, sequence: Sequence) -> None:
@@ -211,7 +232,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         """Take everything from a row; it is computed anew from its tokens, once those under way have come."""
         self._leave(sequence)
-        self._queue(sequence)
+        self.enqueue(sequence)
         self.preemptions += 1
 
     def _grow(self, steps: int) -> None:

@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.sharding import Mesh
 
 from jllama.config import LlamaConfig
 from jllama.engine.request import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_BIAS, MAX_STOP_IDS, Request
-from jllama.paged import init_pages
+from jllama.mesh.layout import DATA, AnyMesh, named, spec
+from jllama.paged import init_pages, pages_spec
 from jllama.sampling import NO_ID, NOTHING, History, Sampling, bias_table, word_table
 
 
@@ -59,12 +61,25 @@ class EngineState:
     rows: Rows
     extras: Extras | None
 
+    def specs(self, mesh: AnyMesh) -> "EngineState":
+        """The `PartitionSpec` of every array on a mesh."""
+        rows, pages = spec(mesh, DATA), pages_spec(mesh)
+        of_rows = jax.tree.map(lambda _: rows, (self.rows, self.extras))
+        return EngineState(pages, pages, *of_rows)  # pyright: ignore[reportArgumentType]
 
-def init_state(config: LlamaConfig, slots: int, pages: int, dtype: jnp.dtype | type) -> EngineState:
+
+def init_state(
+    config: LlamaConfig, slots: int, pages: int, dtype: jnp.dtype | type, *, mesh: Mesh | None = None
+) -> EngineState:
     """Nobody runs."""
     rows = jax.tree.map(lambda a: jnp.zeros((slots, *a.shape[1:]), a.dtype), rows_of([], [], 1))
-    k, v = init_pages(config, pages, dtype)
-    return EngineState(k, v, replace(rows, done=jnp.ones(slots, bool)), None)
+    k, v = init_pages(config, pages, dtype, mesh=mesh)
+    return on_devices(EngineState(k, v, replace(rows, done=jnp.ones(slots, bool)), None), mesh)
+
+
+def on_devices(state: EngineState, mesh: Mesh | None) -> EngineState:
+    """The state with every array where a mesh needs it."""
+    return state if mesh is None else jax.device_put(state, named(mesh, state.specs(mesh)))
 
 
 def init_extras(config: LlamaConfig, slots: int) -> Extras:

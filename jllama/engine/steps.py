@@ -4,18 +4,24 @@ or pieces, and, of `decode`, a kind of drawing.
 The table of pages comes with every call: who has which page is the scheduler's knowledge, and some kilobytes.
 """
 
+import functools
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
+from jax.sharding import Mesh, PartitionSpec
 
 from jllama.config import Backend
 from jllama.decode import NO_TOKEN
 from jllama.engine.request import MAX_TOP_LOGPROBS
 from jllama.engine.state import EngineState, Extras, Rows
-from jllama.kernels import log_probability, recorded
+from jllama.kernels import log_probability, recorded, vary_with
+from jllama.mesh import vocabulary
+from jllama.mesh.layout import DATA, spec
+from jllama.mesh.run import on_shards, over
 from jllama.model import forward
 from jllama.paged import PagedCache
 from jllama.params import Params
@@ -48,6 +54,9 @@ def feed(
 ) -> EngineState:
     """Put keys and values of prompts into the cache. What fills a piece up comes behind its sequence's end, where it is
     overwritten before it is seen."""
+    if params.mesh is not None:
+        of_shard, arguments = functools.partial(feed, backend=backend), (state, tokens, start, table)
+        return on_shards(of_shard, params, *arguments, out=state.specs(params.mesh))
     cache = PagedCache(state.k, state.v, table, start)
     with jax.named_scope("jllama.feed"):
         _, cache = forward(params, tokens, cache, last_only=True, backend=backend)
@@ -65,27 +74,42 @@ def score(
     backend: Backend = "auto",
 ) -> tuple[EngineState, Scores]:
     """`feed`, and the log-probability [B, T] of every target, the likeliest token, and its log-probability."""
+    if params.mesh is not None:
+        of_shard, arguments = functools.partial(score, backend=backend), (state, tokens, start, table, targets)
+        out = state.specs(params.mesh), spec(params.mesh, DATA)
+        return on_shards(of_shard, params, *arguments, out=out)
     logits, cache = forward(params, tokens, PagedCache(state.k, state.v, table, start), backend=backend)
     flat, wanted = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
-    best = jnp.argmax(flat, axis=-1).astype(jnp.int32)
-    found = log_probability(flat, wanted), best, log_probability(flat, best)
+    if params.axis is None:
+        best = jnp.argmax(flat, axis=-1).astype(jnp.int32)
+        found = log_probability(flat, wanted), best, log_probability(flat, best)
+    else:
+        found = vocabulary.log_probability(flat, wanted, params.axis), *vocabulary.greedy(flat, params.axis)
     return replace(state, k=cache.k, v=cache.v), jax.tree.map(lambda a: a.reshape(targets.shape), found)
 
 
-def join(state: EngineState, slots: jax.Array, rows: Rows) -> EngineState:
+def join(state: EngineState, slots: jax.Array, rows: Rows, *, mesh: Mesh | None = None) -> EngineState:
     """Rows begin to draw in their slots; a slot past the last is none."""
+    if mesh is not None:
+        return over(mesh, join, state, slots, rows, out=state.specs(mesh))
     return replace(state, rows=state.rows.put(slots, rows))
 
 
 def join_extras(
     state: EngineState,
-    slot: jax.Array,
+    slot: jax.Array,  # [parts]: of the part that has the row; of the others, one past the last
     settings: Sampling,
     tokens: jax.Array,  # [max_len] int32: of prompt and text, filled up with anything
     prompt: jax.Array,  # how many are of the prompt
     length: jax.Array,  # how many are real
+    *,
+    mesh: Mesh | None = None,
 ) -> EngineState:
     """One row's further settings and history."""
+    if mesh is not None:
+        whole = jax.tree.map(lambda _: PartitionSpec(), (settings, tokens))
+        arguments, layout = (state, slot, settings, tokens, prompt, length), {2: whole[0], 3: whole[1]}
+        return over(mesh, join_extras, *arguments, out=state.specs(mesh), layout=layout)
     assert state.extras is not None
     old = state.extras
     assert old.history.counts is not None
@@ -98,11 +122,13 @@ def join_extras(
     back = length - jnp.arange(old.history.recent.shape[1], 0, -1)
     recent = jnp.where(back >= 0, tokens[jnp.maximum(back, 0)], NO_TOKEN)
     new = Extras(settings, History(seen, counts, recent))
-    return replace(state, extras=jax.tree.map(lambda a, b: a.at[slot].set(b), old, new))
+    return replace(state, extras=jax.tree.map(lambda a, b: a.at[slot[0]].set(b, mode="drop"), old, new))
 
 
-def copy(state: EngineState, source: jax.Array, target: jax.Array) -> EngineState:
+def copy(state: EngineState, source: jax.Array, target: jax.Array, *, mesh: Mesh | None = None) -> EngineState:
     """Pages ``source`` [n] copied to ``target`` [n]; a target past the last is none."""
+    if mesh is not None:
+        return over(mesh, copy, state, source, target, out=state.specs(mesh))
 
     def copied(pages: jax.Array) -> jax.Array:
         return pages.at[:, target].set(pages.at[:, source].get(mode="clip"), mode="drop")
@@ -122,6 +148,10 @@ def decode(
 ) -> tuple[EngineState, Drawn]:
     """Some tokens for every row that is not done. The number of steps is fixed: a GPU would wait for the host at every
     turn of a loop that ends on a condition."""
+    if params.mesh is not None:
+        of_shard = functools.partial(decode, steps=steps, kind=kind, backend=backend)
+        out = state.specs(params.mesh), spec(params.mesh, None, DATA)
+        return on_shards(of_shard, params, state, slots, table, out=out)
     rows = state.rows.take(slots)
     keys = jax.vmap(jax.random.key)(rows.seed)
     extras = None
@@ -138,13 +168,18 @@ def decode(
                 params, rows.token[:, None], cache, lengths=alive.astype(jnp.int32), last_only=True, backend=backend
             )
         with jax.named_scope("jllama.draw"):
-            token, logprob = sample(logits, sampling, rows.drawn, history, stop_ids=rows.stop_ids, backend=backend)
+            axis = params.axis
+            if axis is not None and kind == "full":
+                logits, axis = vocabulary.gather(logits, axis), None
+            how: dict[str, Any] = dict(stop_ids=rows.stop_ids, axis=axis, backend=backend)
+            token, logprob = sample(logits, sampling, rows.drawn, history, **how)
         likeliest = top_logprobs(logits, MAX_TOP_LOGPROBS) if kind == "full" else None
         drawn = Drawn(jnp.where(alive, token, NO_TOKEN), jnp.where(alive, logprob, 0.0), likeliest)
         rows = advance(replace(rows, length=cache.lengths), token)
         return ((cache.k, cache.v), rows, history.add(token, alive)), drawn
 
     begin = (state.k, state.v), rows, extras.history if extras else History()
+    begin = vary_with(begin, rows.token)  # under shard_map, a carry must have the type of the result
     ((k, v), rows, history), drawn = lax.scan(step, begin, length=steps)
     if extras is not None:
         state = put_history(state, slots, history)
@@ -185,4 +220,4 @@ def _jit(function, *static: str):
 # every op (see `recorded`). A profile shows them under their names: ``jit_feed``, ``jit_decode`` and so on.
 jit_feed, jit_score = (_jit(recorded(function), "backend", "arch") for function in (feed, score))
 jit_decode = _jit(recorded(decode), "steps", "kind", "backend", "arch")
-jit_join, jit_join_extras, jit_copy = _jit(join), _jit(join_extras), _jit(copy)
+jit_join, jit_join_extras, jit_copy = (_jit(function, "mesh") for function in (join, join_extras, copy))

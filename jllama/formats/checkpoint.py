@@ -4,34 +4,35 @@ The readers of the formats are in the other modules of this folder. Here the ten
 quantised and copied to the device, one at a time. The files are mapped, so the host holds no copy of the model.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from jllama.cache import cache_bytes
 from jllama.config import LlamaConfig, Quant
-from jllama.device import default_device, free_bytes, trim_heap
+from jllama.device import default_device, trim_heap
 from jllama.errors import InputError
 from jllama.formats import open_source
-from jllama.formats.layout import FUSED, expected_shapes, fused
+from jllama.formats.layout import FUSED, fused
+from jllama.formats.memory import QUANTS, check_memory, stored
 from jllama.formats.native import directory
 from jllama.formats.native import save as write
+from jllama.formats.sharded import Shards
 from jllama.formats.source import BLOCK_BYTES, Integers, Quantization, Source, Tensor
 from jllama.formats.transform import as_dtype
-from jllama.kernels import QuantizedTensor, Weight, WeightFormat, group_size, materialize
-from jllama.params import Layer, Params, check_group, put, quantizer, table_quantizer
+from jllama.kernels import QuantizedTensor, Weight, materialize
+from jllama.mesh.layout import DATA, MODEL, auto, axis_size, part_rows
+from jllama.params import Layer, Params, check_group, field_format, laid_out, put, quantizer
 from jllama.step import runs_whole
-from jllama.stream import PREFILL_PIECE
 
 DTYPES = ("float32", "bfloat16", "float16")
-QUANTS: tuple[Quant, ...] = get_args(Quant)
 
 Progress = Callable[[Iterable[str], int], Iterable[str]]  # wraps the iterator of tensor names; the int is their count
 
@@ -45,9 +46,10 @@ def load(
     batch: int = 1,
     max_len: int | None = None,
     stacked: bool | None = None,
+    mesh: Mesh | None = None,
     progress: Progress | None = None,
 ) -> Params:
-    """Load a checkpoint onto the default device.
+    """Load a checkpoint onto the default device, or onto a mesh, every device of which reads its part.
 
     ``dtype`` is that of activations, cache and unquantised weights, as a name or as jax.numpy takes it. The default is
     float32 on a CPU. On a GPU it is the checkpoint's dtype, or bfloat16 if its weights are quantised.
@@ -57,6 +59,8 @@ def load(
     not fit on the device together with this cache.
     ``stacked`` is the form of the layers (see `Params`). By default they are stacked if a decode step can then run in
     one launch.
+    ``mesh`` has the axes ``data``, over which rows are divided, and ``model``, over which the weights are; either may
+    be missing (see `jllama.shardings`).
     """
     source = path if isinstance(path, Source) else open_source(path)
     dtype = default_dtype(source) if dtype is None else dtype_name(dtype)
@@ -68,15 +72,24 @@ def load(
             f"quant: expected 'none' for {source.path}, whose weights have {source.quant.bits} bits already"
         )
     max_len = max_len or source.config.max_seq_len
-    check_memory(source, dtype, quant, group, batch, max_len)
+    shards = None if mesh is None else Shards(source.config, auto(mesh), dtype)
+    if shards is not None:
+        shards.check(source)
+    check_memory(source, dtype, quant, group, batch, max_len, mesh)
     if stacked is None:
         form = stored(source) if quant == "none" else (quant, group)
-        stacked = _uniform(source) and runs_whole(source.config, dtype, *form, batch=batch, max_len=max_len)
+        batch = -(-batch // axis_size(mesh, DATA))
+        stacked = (
+            _uniform(source)
+            and axis_size(mesh, MODEL) == 1
+            and runs_whole(source.config, dtype, *form, batch=batch, max_len=max_len)
+        )
     elif stacked and not _uniform(source):
         raise InputError(f"{source.path}: stacked: expected every layer in the format of the first, found another")
-    params = _assemble(source, dtype, quant, group, progress or (lambda names, _: names), stacked)
+    put_weight = functools.partial(_put_on_one_device, dtype) if shards is None else shards.put
+    params = _assemble(source, quant, group, put_weight, progress or (lambda names, _: names), stacked)
     trim_heap()  # what quantising freed would otherwise stay beside the weights
-    return params
+    return params if mesh is None else laid_out(params, mesh)
 
 
 def dtype_name(dtype: DTypeLike) -> str:
@@ -88,13 +101,6 @@ def dtype_name(dtype: DTypeLike) -> str:
     if name not in DTYPES:
         raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, found {name!r}")
     return str(name)
-
-
-def stored(source: Source) -> tuple[Quant, int | None]:
-    """The weight format of the layers, as the arguments ``quant`` and ``group`` of `load`."""
-    if source.quant is None:
-        return "none", None
-    return ("int8" if source.quant.bits == 8 else "int4"), source.quant.group
 
 
 def _uniform(source: Source) -> bool:
@@ -118,9 +124,9 @@ def default_dtype(source: Source) -> str:
 
 def _assemble(
     source: Source,
-    dtype: str,
     quant: Quant,
     group: int | None,
+    put_weight: Callable[..., Weight],
     progress: Progress,
     stacked: bool,
 ) -> Params:
@@ -133,11 +139,12 @@ def _assemble(
     for name in progress(names, len(names)):
         prefix, _, field = name.rpartition(".")
         parts = [f"{prefix}.{part}" for part in parts_of[field]] if prefix else [name]
-        tensors = [source.tensors[part] for part in parts]
-        if name == "embed" and not _is_integer_table(config, tensors[0]):
-            tensors = [as_dtype(tensors[0], "float32") if tensors[0].quant else tensors[0]]
-        to_weight = table_quantizer(quant, config) if name == "embed" else quantizer(quant, group)
-        weight = _to_device(tensors, dtype, None if len(tensors[0].shape) == 1 else to_weight)
+        tensors, matrix = [source.tensors[part] for part in parts], len(source.tensors[parts[0]].shape) > 1
+        keeps_integers = matrix and (name != "embed" or _is_integer_table(config, tensors[0]))
+        if not keeps_integers and tensors[0].quant:
+            tensors = [as_dtype(tensor, "float32") for tensor in tensors]
+        form = field_format(field, config, quant, group) if matrix else ("none", None)
+        weight = put_weight(field, tensors, *form)
         if prefix and stacked:
             loaded[field] = put(loaded.get(field), weight, int(prefix.removeprefix("layers.")), config.n_layers)
         else:
@@ -156,101 +163,27 @@ def _is_integer_table(config: LlamaConfig, embed: Tensor) -> bool:
     return config.tie_embeddings and embed.quant == Quantization(8, None)
 
 
-def _to_device(tensors: list[Tensor], dtype: str, to_weight: Callable[[jax.Array], Weight] | None) -> Weight:
-    """The tensors, concatenated along their rows, on the device. Large ones are converted block by block, so that no
-    float copy of them is in memory."""
-    quants = {tensor.quant for tensor in tensors}
-    if to_weight is not None and len(quants) == 1 and (quant := tensors[0].quant) is not None:
-        kind = jnp.int8 if quant.bits == 8 else jnp.int4
+def _put_on_one_device(dtype: str, field: str, tensors: list[Tensor], quant: Quant, group: int | None) -> Weight:
+    """The tensors, concatenated along their rows, on the default device. Floats become ``quant``. Large ones are
+    converted block by block, so that no float copy of them is in memory."""
+    del field
+    if len({tensor.quant for tensor in tensors}) == 1 and (stored := tensors[0].quant) is not None:
+        kind = jnp.int8 if stored.bits == 8 else jnp.int4
         arrays = [tensor.read() for tensor in tensors]
         data = jnp.concatenate([jnp.asarray(array.data, kind) for array in arrays])
         return QuantizedTensor(data, jnp.concatenate([jnp.asarray(array.scale) for array in arrays]))
+    to_weight = quantizer(quant, group)
 
     # Unquantised parts, or parts of different formats, are concatenated as floats. This is done on the device, because
     # the host would need a copy.
     def converted(floats: list[jax.Array]) -> Weight:
-        whole = floats[0] if len(floats) == 1 else jnp.concatenate(floats)
-        weight = whole if to_weight is None else to_weight(whole)
+        weight = to_weight(floats[0] if len(floats) == 1 else jnp.concatenate(floats))
         return weight if isinstance(weight, QuantizedTensor) else weight.astype(dtype)
 
     if sum(4 * math.prod(tensor.shape) for tensor in tensors) <= 2 * BLOCK_BYTES:
         return converted([jnp.asarray(tensor.floats(0, tensor.shape[0])) for tensor in tensors])
     blocks = [converted([jnp.asarray(t.floats(*block))]) for t in tensors for block in t.blocks(BLOCK_BYTES)]
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), *blocks)
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes that a run takes on the device."""
-
-    weights: int
-    cache: int
-    workspace: int  # activations and attention scores of one prefill piece, and one large tensor during load
-
-    @property
-    def total(self) -> int:
-        """The sum of all three."""
-        return self.weights + self.cache + self.workspace
-
-
-def memory_of(config: LlamaConfig, dtype: str, quant: Quant, group: int | None, batch: int, max_len: int) -> Memory:
-    """The memory that a model would take with these settings."""
-    cache = cache_bytes(config, batch, max_len, jnp.dtype(dtype))
-    return Memory(model_bytes(config, dtype, quant, group), cache, workspace_bytes(config, batch, max_len, dtype))
-
-
-def model_bytes(config: LlamaConfig, dtype: str, quant: Quant, group: int | None = None) -> int:
-    """Bytes of the weights on the device."""
-    itemsize, total = jnp.dtype(dtype).itemsize, 0
-    for name, shape in expected_shapes(config).items():
-        size = int(np.prod(shape))
-        if quant == "none" or len(shape) == 1 or (name == "embed" and not config.tie_embeddings):
-            total += size * itemsize
-        elif name == "embed":  # see `table_quantizer`
-            total += size + 4 * shape[0]
-        else:
-            bits = WeightFormat(quant).bits
-            per_scale = shape[-1] if bits == 8 and group is None else group_size(shape[-1], group or 128)
-            total += size * bits // 8 + size // per_scale * (4 if per_scale == shape[-1] else 2)
-    return total
-
-
-def workspace_bytes(config: LlamaConfig, batch: int, max_len: int, dtype: str) -> int:
-    """An estimate of the bytes that a run needs besides weights and cache."""
-    rows = batch * min(max_len, PREFILL_PIECE)
-    activations = rows * (4 * config.dim + 3 * config.hidden_dim) * 4
-    scores = rows * config.n_heads * max_len * 4
-    return activations + scores + config.vocab_size * config.dim * jnp.dtype(dtype).itemsize
-
-
-def check_memory(source: Source, dtype: str, quant: Quant, group: int | None, batch: int, max_len: int) -> None:
-    """Raise `InputError` if weights, cache and workspace do not fit into the free memory of the device. This is checked
-    before anything is loaded. The message names settings that would fit."""
-    free = free_bytes(default_device())
-    if free is None:
-        return
-    narrower: tuple[Quant, ...] = QUANTS[QUANTS.index(quant) + 1 :]
-    if source.quant is not None:  # a quantised checkpoint cannot be quantised again
-        (quant, group), narrower = stored(source), ()
-
-    def need(quant: Quant, max_len: int, group: int | None = group) -> Memory:
-        return memory_of(source.config, dtype, quant, group, batch, max_len)
-
-    needed = need(quant, max_len)
-    if needed.total <= free:
-        return
-    fits = [f"--quant {name}" for name in narrower if need(name, max_len, None).total <= free][:1]
-    lengths = [n for n in (max_len >> k for k in range(1, 8)) if n >= 128 and need(quant, n).total <= free]
-    fits += [f"--max-seq-len {n}" for n in lengths[:1]]
-    raise InputError(
-        f"{source.path}: needs {_gb(needed.total)} "
-        f"(weights {_gb(needed.weights)}, cache {_gb(needed.cache)}, rest workspace), the device has {_gb(free)} free; "
-        f"{'would fit: ' + ' or '.join(fits) if fits else 'no setting would fit'}"
-    )
-
-
-def _gb(n: int) -> str:
-    return f"{n / 1e9:.2f} GB"
 
 
 def save(params: Params, path: str | Path, *, tokenizer: str | Path | None = None, force: bool = False) -> None:
@@ -263,31 +196,36 @@ def save(params: Params, path: str | Path, *, tokenizer: str | Path | None = Non
 
 def _unfused(params: Params) -> Iterator[tuple[str, Tensor]]:
     """Name and tensor of every weight, unfused, as in a source. A tensor is copied to the host when it is read."""
-    yield "embed", _tensor("embed", params.embed)
-    yield "norm", _tensor("norm", params.norm)
-    if params.lm_head is not None:
-        yield "lm_head", _tensor("lm_head", params.lm_head)
-    shapes = expected_shapes(params.config)
+    shards = axis_size(params.mesh, MODEL)
+    if params.mesh is not None:
+        params = laid_out(params, auto(params.mesh))
+    for name in ("embed", "norm", "lm_head"):
+        if (weight := getattr(params, name)) is not None:
+            yield name, _tensor(name, weight)
     for i in range(params.config.n_layers):
         layer = materialize(params.layer(i))
         for field, parts in fused(params.config).items():
-            at = 0
-            for name in (f"layers.{i}.{part}" for part in parts):
-                rows = shapes[name][0]
-                yield name, _tensor(name, getattr(layer, field), at, rows)
-                at += rows
+            rows = part_rows(params.config, shards, field)
+            for part in parts:
+                name = f"layers.{i}.{part}"
+                yield name, _tensor(name, getattr(layer, field), rows.get(part))
 
 
-def _tensor(name: str, weight: Weight, at: int = 0, count: int | None = None) -> Tensor:
-    """``count`` rows of a weight from row ``at``, as a tensor of a source."""
-    shape = (weight.shape[0] if count is None else count, *weight.shape[1:])
+def _tensor(name: str, weight: Weight, index: np.ndarray | None = None) -> Tensor:
+    """Rows of a weight (default: all), as a tensor of a source."""
+    shape = (weight.shape[0] if index is None else len(index), *weight.shape[1:])
+
+    def chosen(begin: int, end: int) -> Weight:
+        at = np.arange(begin, end) if index is None else index[begin:end]
+        consecutive = at[-1] - at[0] == end - begin - 1  # so they are where one device holds the model
+        return jax.tree.map(lambda a: a[at[0] : at[-1] + 1] if consecutive else a[at], weight)
+
     if not isinstance(weight, QuantizedTensor):
-        dtype = str(weight.dtype)
-        return Tensor(shape, dtype, name, lambda begin, end: np.asarray(weight[at + begin : at + end]))
+        return Tensor(shape, str(weight.dtype), name, lambda begin, end: np.asarray(chosen(begin, end)))
 
     def rows(begin: int, end: int) -> Integers:
-        data = weight.data[at + begin : at + end].astype(jnp.int8)
-        return Integers(np.asarray(data), np.asarray(weight.scale[at + begin : at + end]))
+        part: Any = chosen(begin, end)
+        return Integers(np.asarray(part.data.astype(jnp.int8)), np.asarray(part.scale))
 
     quant = Quantization(weight.bits, None if weight.scale.shape[-1] == 1 else weight.group)
     return Tensor(shape, str(weight.scale.dtype), name, rows, quant)

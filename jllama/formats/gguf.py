@@ -175,8 +175,19 @@ def _tensor(file: GgufFile, name: str) -> Tensor:
         bits = 8 if tensor.kind == "Q8_0" else 4
         # If a row is one block, it has one scale, which is the same as no groups.
         group = None if tensor.shape[1] == GROUP else GROUP
-        return Tensor(tensor.shape, "float16", where, lambda b, e: unpack(raw[b:e]), Quantization(bits, group))
+
+        def columns(begin: int, end: int, left: int, right: int) -> Integers:
+            return unpack(_blocks_of(raw[begin:end], tensor, left, right))
+
+        quant = Quantization(bits, group)
+        return Tensor(tensor.shape, "float16", where, lambda b, e: unpack(raw[b:e]), quant, columns)
     return _dequantised(tensor, where, raw)
+
+
+def _blocks_of(raw: np.ndarray, tensor: GgufTensor, left: int, right: int) -> np.ndarray:
+    """The bytes [rows, n] of the blocks that hold a range of columns."""
+    size = tensor.block_bytes
+    return raw[:, left // tensor.block * size : -(-right // tensor.block) * size]
 
 
 def _dequantised(tensor: GgufTensor, where: str, raw: np.ndarray) -> Tensor:
@@ -192,7 +203,13 @@ def _dequantised(tensor: GgufTensor, where: str, raw: np.ndarray) -> Tensor:
         with np.errstate(all="ignore"):  # a damaged scale may overflow; writers count values that are not finite
             return quants.dequantize(raw[begin:end], kind).astype(np.float32, copy=False)
 
-    return Tensor(tensor.shape, "float32", where, rows)
+    def columns(begin: int, end: int, left: int, right: int) -> np.ndarray:
+        part = np.ascontiguousarray(_blocks_of(raw[begin:end], tensor, left, right))
+        with np.errstate(all="ignore"):
+            floats = quants.dequantize(part, kind).astype(np.float32, copy=False)
+        return floats[:, left % tensor.block :][:, : right - left]
+
+    return Tensor(tensor.shape, "float32", where, rows, columns=columns)
 
 
 def _blocks(raw: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:

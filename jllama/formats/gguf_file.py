@@ -63,10 +63,19 @@ class GgufTensor:
     begin: int
 
     @property
+    def block(self) -> int:
+        """Elements of one block."""
+        return _block(self.kind)[0]
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block."""
+        return _block(self.kind)[1]
+
+    @property
     def row_bytes(self) -> int:
         """Bytes of one row along the last axis."""
-        elements, size = _block(self.kind)
-        return self.shape[-1] // elements * size
+        return self.shape[-1] // self.block * self.block_bytes
 
 
 @dataclass(frozen=True)

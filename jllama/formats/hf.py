@@ -20,7 +20,7 @@ from jllama.formats.files import first_of, inside, label
 from jllama.formats.layout import hf_names
 from jllama.formats.pth import PthFile
 from jllama.formats.safetensors_file import SafetensorsFile
-from jllama.formats.source import DTYPES, Integers, Quantization, Source, Tensor
+from jllama.formats.source import DTYPES, Integers, Quantization, Source, Tensor, scales_of
 
 TOKENIZERS = ("tokenizer.model", "tokenizer.json", "tokenizer.bin")
 EXTRAS = (
@@ -170,8 +170,14 @@ def _quantized(files: dict[str, TensorFile], name: str, where: str, bits: int) -
         data = file.array(name)[begin:end]
         return Integers(data if bits == 8 else unpack_int4(data), scales.array(scale_name)[begin:end])
 
+    def columns(begin: int, end: int, left: int, right: int) -> Integers:
+        scale = scales.array(scale_name)[begin:end]
+        data = file.array(name)[begin:end, left // 2 : (right + 1) // 2]
+        data = unpack_int4(data)[:, left % 2 : left % 2 + right - left]
+        return Integers(data, scale[:, scales_of(scale.shape[1], shape[1], left, right)])
+
     group = None if scale.shape[1] == 1 else shape[1] // scale.shape[1]
-    return Tensor(shape, str(scale.dtype), where, rows, Quantization(bits, group))
+    return Tensor(shape, str(scale.dtype), where, rows, Quantization(bits, group), None if bits == 8 else columns)
 
 
 def unpack_int4(packed: np.ndarray) -> np.ndarray:

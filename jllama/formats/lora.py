@@ -23,6 +23,7 @@ from jllama.formats.layout import FUSED, LAYER, expected_shapes, unfused_layer_s
 from jllama.formats.safetensors_file import SafetensorsFile
 from jllama.formats.source import DTYPES, Source, Tensor
 from jllama.kernels import QuantizedTensor, Weight
+from jllama.mesh.layout import MODEL, axis_size, order
 from jllama.params import Layer, Params
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -151,7 +152,7 @@ def _merged(tensor: Tensor, a: np.ndarray, b: np.ndarray) -> Tensor:
         floats = tensor.floats(begin, end).astype(np.float32)
         return (floats + b[begin:end] @ a).astype(DTYPES[dtype])
 
-    return dataclasses.replace(tensor, dtype=dtype, quant=None, rows=rows)
+    return dataclasses.replace(tensor, dtype=dtype, quant=None, rows=rows, columns=None)
 
 
 def merge_lora(params: Params, adapter: LoraAdapter, weight: float | jax.Array = 1.0) -> Params:
@@ -167,7 +168,9 @@ def merge_lora(params: Params, adapter: LoraAdapter, weight: float | jax.Array =
         changes = {part: change(layer, part) for part in FUSED[field]}
         if all(c is None for c in changes.values()):
             return None
-        return jnp.concatenate([jnp.zeros(shapes[part]) if c is None else c for part, c in changes.items()])
+        whole = jnp.concatenate([jnp.zeros(shapes[part]) if c is None else c for part, c in changes.items()])
+        index = order(params.config, axis_size(params.mesh, MODEL), field)
+        return whole if index is None else whole[index]
 
     fields = [field for field in FUSED if not field.endswith("norm")]
     n_layers = params.config.n_layers
@@ -176,7 +179,7 @@ def merge_lora(params: Params, adapter: LoraAdapter, weight: float | jax.Array =
     lm_head = params.lm_head if head is None else _added(params.lm_head, weight * (head[1] @ head[0]))
     if isinstance(params.layers, Layer):
         whole = {
-            field: jnp.stack([jnp.zeros(_shape(field, shapes)) if c is None else c for c in found])
+            field: jnp.stack([jnp.zeros(getattr(params.layers, field).shape[1:]) if c is None else c for c in found])
             for field, found in changes.items()
             if any(c is not None for c in found)
         }
@@ -186,11 +189,6 @@ def merge_lora(params: Params, adapter: LoraAdapter, weight: float | jax.Array =
         for i, layer in enumerate(params.layers)
     )
     return dataclasses.replace(params, layers=layers, lm_head=lm_head)
-
-
-def _shape(field: str, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
-    parts = [shapes[part] for part in FUSED[field]]
-    return (sum(shape[0] for shape in parts), *parts[0][1:])
 
 
 def _changed(layer: Layer, changes: dict[str, Any]) -> Layer:

@@ -59,21 +59,45 @@ class Tensor:
     where: str  # file and tensor, for error messages
     rows: Callable[[int, int], Any]
     quant: Quantization | None = None
+    # ``columns(begin, end, left, right)`` reads a part of some rows, where that is less work than to slice the rows.
+    columns: Callable[[int, int, int, int], Any] | None = None
 
     def read(self) -> Any:
         """The whole tensor."""
         return self.rows(0, self.shape[0])
+
+    def part(self, begin: int, end: int, left: int, right: int) -> Any:
+        """Columns ``left`` to ``right`` of a range of rows of a matrix. Groups of a quantised one must not be split."""
+        if (left, right) == (0, self.shape[-1]):
+            return self.rows(begin, end)
+        if self.columns is not None:
+            return self.columns(begin, end, left, right)
+        rows = self.rows(begin, end)
+        if not isinstance(rows, Integers):
+            return rows[:, left:right]
+        return Integers(
+            rows.data[:, left:right], rows.scale[:, scales_of(rows.scale.shape[1], self.shape[-1], left, right)]
+        )
 
     def floats(self, begin: int, end: int) -> np.ndarray:
         """A range of rows as floats; quantised rows are dequantised."""
         rows = self.rows(begin, end)
         return rows.floats() if isinstance(rows, Integers) else rows
 
-    def blocks(self, nbytes: int = BLOCK_BYTES) -> Iterator[tuple[int, int]]:
-        """Row ranges ``(begin, end)`` of blocks that take about ``nbytes`` as float32."""
-        width = 4 * int(np.prod(self.shape[1:], dtype=np.int64))
+    def blocks(self, nbytes: int = BLOCK_BYTES, *, begin: int = 0, end: int | None = None) -> Iterator[tuple[int, int]]:
+        """Row ranges, from ``begin`` to ``end`` (default: all), of blocks that take about ``nbytes`` as float32."""
+        width, end = 4 * int(np.prod(self.shape[1:], dtype=np.int64)), self.shape[0] if end is None else end
         step = max(1, nbytes // width)
-        return ((begin, min(begin + step, self.shape[0])) for begin in range(0, self.shape[0], step))
+        return ((at, min(at + step, end)) for at in range(begin, end, step))
+
+
+def scales_of(groups: int, width: int, left: int, right: int) -> slice:
+    """Which of a row's scales belong to a range of its columns."""
+    if groups == 1:
+        return slice(0, 1)
+    group = width // groups
+    assert left % group == right % group == 0, (left, right, group)
+    return slice(left // group, right // group)
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def permuted(tensor: Tensor, index: np.ndarray) -> Tensor:
             return Integers(part.data[chosen - low], part.scale[chosen - low])
         return part[chosen - low]
 
-    return dataclasses.replace(tensor, rows=rows)
+    return dataclasses.replace(tensor, rows=rows, columns=None)
 
 
 def joined(tensors: Sequence[Tensor], axis: int) -> Tensor:
@@ -61,11 +61,20 @@ def joined(tensors: Sequence[Tensor], axis: int) -> Tensor:
         return first
     shape = list(first.shape)
     shape[axis] = sum(tensor.shape[axis] for tensor in tensors)
+    ends = np.cumsum([tensor.shape[axis] for tensor in tensors])
     if axis == 1:
+
+        def columns(begin: int, end: int, left: int, right: int) -> np.ndarray:
+            parts = [
+                tensor.part(begin, end, max(left - at, 0), min(right - at, tensor.shape[1]))
+                for tensor, at in zip(tensors, [0, *ends[:-1]], strict=True)
+                if left < at + tensor.shape[1] and right > at
+            ]
+            return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+
         return dataclasses.replace(
-            first, shape=tuple(shape), rows=lambda b, e: np.concatenate([t.rows(b, e) for t in tensors], axis=1)
+            first, shape=tuple(shape), rows=lambda b, e: columns(b, e, 0, shape[1]), columns=columns
         )
-    ends = np.cumsum([tensor.shape[0] for tensor in tensors])
 
     def rows(begin: int, end: int) -> np.ndarray:
         parts = [

@@ -8,18 +8,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, overload
 
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from jllama.config import Backend, Quant
 from jllama.decode import check_prompts
 from jllama.device import bandwidth, default_device
-from jllama.engine.engine import Engine, pages_in_memory
+from jllama.engine.engine import Engine
+from jllama.engine.memory import pages_in_memory
 from jllama.engine.request import Completion, Request, SamplingSettings
 from jllama.errors import InputError
 from jllama.formats import open_source
 from jllama.formats.checkpoint import load
 from jllama.formats.source import Source
 from jllama.kernels import Choice
+from jllama.mesh.layout import MODEL, axis_size
 from jllama.paged import pages_for
 from jllama.params import Params, unpacked, weight_bytes
 from jllama.sampling import make_sampling
@@ -108,6 +111,7 @@ class LM:
         tokenizer: str | Path | None = None,
         chat_template: str | Path | None = None,
         backend: Backend = "auto",
+        mesh: Mesh | None = None,
         progress: Callable[[Iterable[str], int], Iterable[str]] | None = None,
     ) -> LM:
         """Load a checkpoint of any format with its tokenizer, or with the tokenizer in the file ``tokenizer``.
@@ -132,6 +136,7 @@ class LM:
             batch=batch,
             max_len=max_len,
             stacked=False if backend == "xla" else None,  # stacked layers are slow without kernels
+            mesh=mesh,
             progress=progress,
         )
         if default_device().platform == "cpu":
@@ -329,7 +334,8 @@ def chunk_of(params: Params) -> int:
     second if the weights are read at the full memory bandwidth."""
     device = default_device()
     rate = bandwidth(device) or (10e9 if device.platform == "cpu" else 1e12)
-    return max(1, min(CHUNK, int(0.1 * rate / weight_bytes(params, per_token=True))))
+    of_device = weight_bytes(params, per_token=True) / axis_size(params.mesh, MODEL)
+    return max(1, min(CHUNK, int(0.1 * rate / of_device)))
 
 
 def check_stops(stops: Sequence[str]) -> tuple[str, ...]:

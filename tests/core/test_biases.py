@@ -19,8 +19,9 @@ from jllama.cache import init_cache
 from jllama.config import LlamaConfig
 from jllama.errors import InputError
 from jllama.formats import open_source
-from jllama.formats.checkpoint import load, memory_of, save
+from jllama.formats.checkpoint import load, save
 from jllama.formats.layout import expected_shapes, hf_names
+from jllama.formats.memory import memory_of
 from jllama.kernels import NO_BIAS, Choice
 from jllama.model import forward
 from jllama.params import Layer, Params, init, stack, unstack

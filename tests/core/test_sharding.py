@@ -8,13 +8,14 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_example_gives_the_same_tokens_on_four_devices() -> None:
+def test_the_example_trains_and_samples_on_four_devices() -> None:
     # Devices are counted when jax starts, so this needs a process of its own.
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "examples" / "sharding.py")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
-    assert "mesh: {'data': 2, 'model': 2}, tokens: P('data'" in done.stdout.replace("PartitionSpec(", "P(")
-    assert "same tokens as on one device: True" in done.stdout
-    difference = float(done.stdout.split("logits differ by ")[1].split()[0])
-    assert difference < 1e-3
+    assert "mesh: {'data': 2, 'model': 2}" in done.stdout
+    assert float(done.stdout.split("steps: ")[1].split()[0]) < 1
+    assert int(done.stdout.split("as they began: ")[1].split("%")[0]) >= 80
+    assert "the engine says the same: True" in done.stdout
+    assert "and so does one device: True" in done.stdout

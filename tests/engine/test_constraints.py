@@ -27,7 +27,7 @@ SETTINGS = [SamplingSettings(), SamplingSettings(0.8, top_k=20, min_p=0.01)]
 def engine(pages: int = PAGES) -> Engine:
     """An engine that may use only ``pages`` of its pool."""
     made = Engine(tiny.model(), slots=SLOTS, pages=PAGES, max_len=MAX_LEN, budget=64, tuning=TUNING)
-    made._pages.take(PAGES - pages)
+    made._scheduler.pools[0].take(PAGES - pages)
     return made
 
 
@@ -68,7 +68,7 @@ def test_texts_are_those_of_requests_alone_whatever_the_neighbours_arrivals_and_
         e.step()
     check([h for h in handles if h.completion.finish_reason != "abort"])
     assert e.statistics.preemptions > 3
-    assert e._pages.free == 3
+    assert e._scheduler.pools[0].free == 3
     ended = [h for h in handles if h.request.constraint is GRAMMARS[1] and len(h.completion.ids) == 9]
     assert ended
     assert all(h.completion.finish_reason == "stop" for h in ended)  # as the grammar ends, also at the limit

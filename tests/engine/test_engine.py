@@ -28,7 +28,7 @@ SLOTS, PAGES, MAX_LEN = 4, 16, 256  # the same in all tests, so that the steps a
 def engine(pages: int = PAGES, **more: object) -> Engine:
     """An engine that may use only ``pages`` of its pool. The pool has the same shape in every test."""
     made = Engine(tiny.model(), slots=SLOTS, pages=PAGES, max_len=MAX_LEN, budget=2 * CPU.piece, **more)
-    made._pages.take(PAGES - pages)
+    made._scheduler.pools[0].take(PAGES - pages)
     return made
 
 
@@ -93,7 +93,7 @@ def test_a_hundred_requests_through_a_pool_that_forces_preemption() -> None:
     assert all(h.finished for h in handles)
     assert e.statistics.preemptions > 5
     assert e.statistics.prefix_hits > 1000
-    assert e._pages.free == 5
+    assert e._scheduler.pools[0].free == 5
     assert e.statistics.new_tokens == sum(len(h.completion.ids) for h in handles)
 
 
@@ -123,7 +123,7 @@ def test_random_arrivals_aborts_and_pools(actions: list[tuple[str, int]], pages:
             for _ in range(n):
                 e.step()
     drain(e)
-    assert e._pages.free == pages
+    assert e._scheduler.pools[0].free == pages
     check([h for h in handles if h not in aborted])
     check(list(aborted), ended=False)
     assert all(h.completion.finish_reason == "abort" for h in aborted)
@@ -361,7 +361,7 @@ def test_a_bad_prompt_among_others_is_named_and_nothing_stays() -> None:
     with pytest.raises(InputError, match=r"prompt 1: request: expected at most 16 pages|prompt 1: .*max_len"):
         e.generate([[5], [5] * 250], max_new_tokens=20)
     assert not e.busy
-    assert e._pages.free == 3
+    assert e._scheduler.pools[0].free == 3
 
 
 @pytest.mark.parametrize(

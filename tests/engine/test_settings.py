@@ -67,4 +67,4 @@ def test_what_one_request_breaks_aborts_the_others() -> None:
     next(turns)
     turns.close()
     assert [h.completion.finish_reason for h in handles] == ["abort"] * 2
-    assert e._pages.free == 16
+    assert e._scheduler.pools[0].free == 16

@@ -13,10 +13,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import jllama.formats.checkpoint as checkpoint
+import jllama.formats.memory as memory
 from jllama.cache import cache_bytes
 from jllama.config import LlamaConfig, RopeScaling, from_hf, preset, to_hf
 from jllama.errors import InputError
-from jllama.formats.checkpoint import check_memory, load, model_bytes, save
+from jllama.formats.checkpoint import load, save
+from jllama.formats.memory import check_memory, model_bytes
 from jllama.formats.source import Quantization, Source, Tensor
 from jllama.model import forward
 from jllama.params import init, weight_bytes
@@ -154,7 +156,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def budget(monkeypatch: pytest.MonkeyPatch, free: int | None) -> None:
-    monkeypatch.setattr(checkpoint, "free_bytes", lambda device: free)
+    monkeypatch.setattr(memory, "free_on", lambda mesh: free)
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_read(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
