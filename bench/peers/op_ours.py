@@ -67,7 +67,7 @@ def build(case: opcases.Case, backend: str) -> Callable[..., Any]:
 
     from jllama.config import LlamaConfig
     from jllama.model import attend
-    from jllama.params import Layer
+    from jllama.params import Layer, Params
     from jllama.rope import rotations
     from pallas_kernels import attention, decode_attention, draw, ffn, matmul, paged_attention
 
@@ -92,8 +92,9 @@ def build(case: opcases.Case, backend: str) -> Callable[..., Any]:
 
     def layer(x: Any, *weights: Any) -> Any:
         held = Layer(*weights)
+        params = Params(weights[0], (held,), weights[0], None, config)  # a model without embedding and head
         rotation = rotations(jnp.broadcast_to(jnp.arange(seq), (batch, seq)), config)
-        x, _ = attend(x, held, 0, None, start, rotation, config, backend)
+        x, _ = attend(x, held, 0, None, start, rotation, params, backend)
         return ffn(x, held.ffn_norm, held.w_gate_up, held.w_down, eps=EPS, backend=backend)
 
     return layer

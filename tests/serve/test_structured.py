@@ -50,7 +50,7 @@ def test_an_answer_is_one_of_its_schema(live: Live, path: str, streams: bool) ->
         ({"json": {"const": 7}}, lambda text: json.loads(text) == 7),
         ({"json": '{"const": 8}'}, lambda text: json.loads(text) == 8),
     ],
-    ids=str,
+    ids=["regex", "choice", "grammar", "json", "json-as-text"],
 )
 def test_structured_outputs_of_each_kind(live: Live, asked: dict[str, Any], fits: Any) -> None:
     answer = live.complete("So", structured_outputs=asked, temperature=1.0, max_tokens=20, logprobs=0)
