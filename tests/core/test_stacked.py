@@ -198,7 +198,7 @@ def test_why_a_step_goes_op_by_op() -> None:
             apart = choice(unstack(params), backend=backend)
             assert apart == Choice("ops", "weights are held layer by layer: jllama.stack joins them")
         tied = init(
-            SMALL.replace(tie_embeddings=True), jax.random.key(0), dtype=jnp.bfloat16, quant="int8", stacked=True
+            SMALL.replace(tie_embeddings=True), jax.random.key(0), dtype=jnp.bfloat16, quant="int4", stacked=True
         )
         assert "all weights must have one format" in choice(tied).why
         assert runs_whole(SMALL, "bfloat16")

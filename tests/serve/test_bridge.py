@@ -60,10 +60,10 @@ def failing(engine: Engine, times: int, error: Exception) -> Engine:
     """An engine whose next launches with two rows fail."""
     launch, left = engine._device.launch, iter(range(times))
 
-    def broken(plan: Plan, *more: Any) -> Launch:
-        if len(plan.rows) == 2 and next(left, None) is not None:
+    def broken(plans: list[Plan], *more: Any) -> Launch:
+        if sum(len(plan.rows) for plan in plans) == 2 and next(left, None) is not None:
             raise error
-        return launch(plan, *more)
+        return launch(plans, *more)
 
     engine._device.launch = broken
     return engine
