@@ -67,7 +67,7 @@ def cache_bytes(dims: Mapping[str, int], dtype: str, batch: int, context: float)
 
 
 def dims(config: Any) -> dict[str, int]:
-    """The sizes of a `LlamaConfig` that floors need, as plain numbers."""
+    """What the least possible time of a step is computed from: numbers of a `LlamaConfig`."""
     layer = config.dim * config.head_dim * (2 * config.n_heads + 2 * config.n_kv_heads)
     layer += 3 * config.dim * config.hidden_dim
     return {

@@ -112,7 +112,10 @@ class Kernel:
 
 @dataclass(frozen=True, eq=False)  # equal only to itself: jax hashes the functions that it traces
 class Op:
-    """A named operation. ``reference`` is its specification; ``kernels`` are its kernels by `Arch.name`.
+    """An operation that has a plain implementation and, for some devices, a kernel.
+
+    ``reference`` is a `jax.numpy` function: it defines the result. ``kernels`` has the kernel for each family of
+    devices, by `Arch.name`.
 
     ``skip_reason(*args, **kwargs)`` says why the reference runs, on every backend, although the kernel could; None
     where the kernel should run.

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from .attention import DECODE_QUERIES, attention_reference
 from .dispatch import Kernel, Op
 from .hopper.attention import decode, prefill
+from .qkv import put_tokens
 
 PAGE = 64  # positions per page: a tile of keys of the attention kernels, so that each tile needs one lookup
 
@@ -46,16 +47,14 @@ def write_pages(
     layer: jax.Array | int,
 ) -> jax.Array:
     """``pages`` with ``new`` at positions ``start`` and after. Positions without a page are dropped."""
-    B, T, kv_heads, _ = new.shape
+    B, T = new.shape[:2]
     count, size = pages.shape[1], pages.shape[3]
     position = start[:, None] + jnp.arange(T)  # [B, T]
     page = jnp.take_along_axis(table, position // size, axis=1, mode="fill", fill_value=count)
     # The scatter promises unique indices, so indices outside must differ, too.
     nowhere = count + jnp.arange(B * T, dtype=page.dtype).reshape(B, T)
     page = jnp.where(page < count, page, nowhere)
-    # Index every axis but the last, in order. Otherwise XLA on a GPU transposes, and so copies, all pages.
-    places = pages.at[layer, page[:, :, None], jnp.arange(kv_heads), (position % size)[:, :, None]]
-    written = places.set(new.astype(pages.dtype), mode="drop", unique_indices=True)
+    written = put_tokens(pages, new, layer, page, position % size)
     # The barrier keeps XLA's CPU backend from fusing the write into the read that follows.
     return jax.lax.optimization_barrier(written)
 

@@ -64,16 +64,25 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 def write(cache: jax.Array, new: jax.Array, start: jax.Array, layer: jax.Array | int | None = None) -> jax.Array:
     """``cache`` [B, kv_heads, S, D], or ``layer`` of [layers, ...], with new [B, T, kv_heads, D] from ``start`` [B] on.
     Tokens past its end are dropped."""
-    B, T, kv_heads, _ = new.shape
-    rows, slots = jnp.arange(B)[:, None], start[:, None] + jnp.arange(T)[None]  # [B, T]
+    B, T = new.shape[:2]
+    rows, slots = jnp.arange(B)[:, None], start[:, None] + jnp.arange(T)[None]  # [B, 1], [B, T]
     if layer is not None:
-        # Index every axis but the last, in order. Otherwise XLA on a GPU transposes, and so copies, the cache.
-        places = cache.at[layer, rows[:, :, None], jnp.arange(kv_heads), slots[:, :, None]]
-        return places.set(new.astype(cache.dtype), mode="drop", unique_indices=True)
+        return put_tokens(cache, new, layer, rows, slots)
     written = cache.at[rows, :, slots].set(new.astype(cache.dtype), mode="drop", unique_indices=True)
     # Attention reads what is written here. Without the barrier, XLA's CPU backend also fuses the write into that read:
     # every layer is then copied and written twice.
     return lax.optimization_barrier(written)
+
+
+def put_tokens(
+    cache: jax.Array, new: jax.Array, layer: jax.Array | int, rows: jax.Array, slots: jax.Array
+) -> jax.Array:
+    """``cache`` [layers, rows, kv_heads, slots, D] with new [B, T, kv_heads, D], each token in its row and slot [B, T].
+    No two tokens may have the same place. A token whose place lies outside is dropped."""
+    # Every axis but the last has an index, in the order of the axes. With a slice among them, XLA's GPU backend
+    # transposes the cache before it writes, and that copies all of it.
+    places = cache.at[layer, rows[:, :, None], jnp.arange(new.shape[2]), slots[:, :, None]]
+    return places.set(new.astype(cache.dtype), mode="drop", unique_indices=True)
 
 
 def check_qkv(

@@ -36,7 +36,8 @@ def main() -> None:
 
 
 def _end_with(parent: int) -> None:
-    """End this process when its parent is killed. In the middle of a request it would not notice otherwise."""
+    """Watch the parent process, and end this one when the parent is killed. While this process computes an answer, it
+    does not read from the parent, so it would not find out by itself."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)

@@ -17,7 +17,7 @@ from jllama.config import Backend
 from jllama.decode import NO_TOKEN
 from jllama.engine.request import MAX_TOP_LOGPROBS
 from jllama.engine.state import EngineState
-from jllama.engine.steps import Drawn, advance, put_history, sampling_of
+from jllama.engine.steps import Drawn, advance, drawing, put_history
 from jllama.kernels import log_probability, recorded
 from jllama.mesh.layout import DATA, MODEL, AnyMesh, model_axis, spec
 from jllama.mesh.run import on_shards, over
@@ -25,7 +25,7 @@ from jllama.mesh.vocabulary import gather
 from jllama.model import forward
 from jllama.paged import PagedCache
 from jllama.params import Params
-from jllama.sampling import History, adjust, draw_adjusted, top_logprobs
+from jllama.sampling import adjust, draw_adjusted, top_logprobs
 
 
 def look_ahead(
@@ -68,11 +68,7 @@ def draw_allowed(
         return over(mesh, of_shard, state, logits, slots, mask, out=out, layout=layout)
     rows, own = state.rows.take(slots), logits.at[slots].get(mode="clip")
     own = own if axis is None else gather(own, axis)
-    keys, extras, history = jax.vmap(jax.random.key)(rows.seed), None, History()
-    if kind == "full" and state.extras is not None:
-        extras = jax.tree.map(lambda a: a.at[slots].get(mode="clip"), state.extras)
-        history = extras.history
-    sampling = sampling_of(rows, keys, extras, kind)
+    sampling, history = drawing(state, slots, rows, kind)
     allowed = adjust(own, sampling, rows.drawn, history, rows.stop_ids)
     allowed = jnp.where(unpack(mask, own.shape[1]), allowed, -jnp.inf)
     rows = replace(rows, done=rows.done | jnp.all(allowed == -jnp.inf, axis=-1))
@@ -84,7 +80,7 @@ def draw_allowed(
     logprob = jnp.where(alive, log_probability(own, token), 0.0)
     top = top_logprobs(own, MAX_TOP_LOGPROBS) if kind == "full" else None
     drawn = jax.tree.map(lambda a: a[None], Drawn(jnp.where(alive, token, NO_TOKEN), logprob, top))
-    if extras is not None:
+    if kind == "full":
         state = put_history(state, slots, history.add(token, alive))
     return replace(state, rows=state.rows.put(slots, advance(rows, token))), drawn
 

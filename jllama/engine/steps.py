@@ -153,11 +153,7 @@ def decode(
         out = state.specs(params.mesh), spec(params.mesh, None, DATA)
         return on_shards(of_shard, params, state, slots, table, out=out)
     rows = state.rows.take(slots)
-    keys = jax.vmap(jax.random.key)(rows.seed)
-    extras = None
-    if kind == "full":
-        extras = jax.tree.map(lambda a: a.at[slots].get(mode="clip"), state.extras)
-    sampling = sampling_of(rows, keys, extras, kind)
+    sampling, history = drawing(state, slots, rows, kind)
 
     def step(carry: tuple, _: None) -> tuple[tuple, Drawn]:
         (k, v), rows, history = carry
@@ -178,10 +174,10 @@ def decode(
         rows = advance(replace(rows, length=cache.lengths), token)
         return ((cache.k, cache.v), rows, history.add(token, alive)), drawn
 
-    begin = (state.k, state.v), rows, extras.history if extras else History()
+    begin = (state.k, state.v), rows, history
     begin = vary_with(begin, rows.token)  # under shard_map, a carry must have the type of the result
     ((k, v), rows, history), drawn = lax.scan(step, begin, length=steps)
-    if extras is not None:
+    if kind == "full":
         state = put_history(state, slots, history)
     return replace(state, k=k, v=v, rows=state.rows.put(slots, rows)), drawn
 
@@ -198,6 +194,16 @@ def advance(rows: Rows, token: jax.Array) -> Rows:
     drawn = rows.drawn + ~rows.done
     ended = jnp.any(token[:, None] == rows.stop_ids, axis=-1) | (drawn >= rows.limit)
     return replace(rows, token=jnp.where(rows.done, rows.token, token), drawn=drawn, done=rows.done | ended)
+
+
+def drawing(state: EngineState, slots: jax.Array, rows: Rows, kind: str) -> tuple[Sampling, History]:
+    """How the rows in some slots are drawn, and what they have drawn so far, as far as the kind needs it."""
+    keys = jax.vmap(jax.random.key)(rows.seed)
+    if kind != "full":
+        return sampling_of(rows, keys, None, kind), History()
+    assert state.extras is not None
+    extras: Extras = jax.tree.map(lambda a: a.at[slots].get(mode="clip"), state.extras)
+    return sampling_of(rows, keys, extras, kind), extras.history
 
 
 def sampling_of(rows: Rows, keys: jax.Array, extras: Extras | None, kind: str) -> Sampling:

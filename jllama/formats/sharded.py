@@ -131,7 +131,8 @@ def _float_dtype(tensor: Tensor) -> np.dtype:
 
 
 def _floats(places: Iterator[Place], dtype: np.dtype) -> np.ndarray:
-    """Parts of tensors as floats, joined along their rows. They are copied block by block."""
+    """Parts of several tensors as one array of floats, one part below the other. Each part is read a block of rows at a
+    time, so that memory holds it only once."""
     found = list(places)
     rows = sum(end - begin for _, begin, end, _, _ in found)
     out = np.empty((rows, found[0][4] - found[0][3])[: len(found[0][0].shape)], dtype)

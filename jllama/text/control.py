@@ -26,7 +26,7 @@ def looks_like_control(text: str) -> bool:
 
 
 class ControlTokens:
-    """The control tokens of a tokenizer. They can be searched for in a text."""
+    """A tokenizer's control tokens, such as ``<|eot_id|>``, and where their names occur in a text."""
 
     def __init__(self, tokens: Iterable[ControlToken]) -> None:
         # Longer names come first, so that a name wins over its own prefix.

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decode_steps import EPS, ON_GPU, SMALL, Case, arguments, compare, error, rotations
+from decode_steps import EPS, GPU_CASES, ON_GPU, SMALL, SMALL_ON_GPU, Case, arguments, compare, error, rotations
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention import attention_reference
-from pallas_kernels.decode_step import CASES, decode_step
+from pallas_kernels.decode_step import decode_step
 from pallas_kernels.ffn import swiglu
 from pallas_kernels.hopper.decode_step import launch
 from pallas_kernels.hopper.decode_step.memory import StepBuffers
@@ -23,14 +23,6 @@ from pallas_kernels.qkv import rotate
 from pallas_kernels.rms_norm import rms_norm_reference
 
 pytestmark = pytest.mark.timeout(180)
-
-GPU_CASES = {
-    "small": (dict(dim=512, hidden=1024, heads=8, kv_heads=2, head_dim=64, vocab=1000, layers=3), (5, 0, 300), 2),
-    "7b-layers": (CASES["7b"] | dict(layers=2), (700,), 1),
-    "7b-eight": (CASES["7b"] | dict(layers=2), (700, 1, 0, 64, 63, 65, 900, 127), 1),
-    "70b-layers": (CASES["70b"] | dict(layers=1), (700,), 8),
-    "tinyllama": (CASES["tinyllama"] | dict(layers=2), (1020, 9), 4),
-}
 
 
 @pytest.mark.gpu
@@ -50,8 +42,7 @@ def test_step_on_gpu(name: str, fmt: str) -> None:
 def test_many_steps_on_gpu() -> None:
     """A donated scan of steps, each with fresh inputs, reads the keys that it wrote. After every step the logits are
     those of the reference on the same cache."""
-    size = dict(dim=512, hidden=1024, heads=8, kv_heads=2, head_dim=64, vocab=1000, layers=3)
-    steps, D = 500, size["head_dim"]
+    size, steps, D = SMALL_ON_GPU, 500, SMALL_ON_GPU["head_dim"]
     args = arguments("bf16", (0, 7), 1, 512, **size)
     weights, k, v, start = args[1:5]
     xs = jax.random.normal(jax.random.key(1), (steps, 2, 1, size["dim"]), jnp.bfloat16)

@@ -7,14 +7,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decode_steps import EPS, ON_GPU, Case, arguments, compare_pages, error, exact, in_pages, rotations
+from decode_steps import (
+    EPS,
+    GPU_CASES,
+    ON_GPU,
+    SMALL_ON_GPU,
+    Case,
+    arguments,
+    compare_pages,
+    error,
+    exact,
+    in_pages,
+    rotations,
+)
 from h200 import H200
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bench.lowered_modules import decode_step_case, watched
 from pallas_kernels import Unsupported
-from pallas_kernels.decode_step import CASES, check, decode_step, decode_step_kernel
+from pallas_kernels.decode_step import check, decode_step, decode_step_kernel
 from pallas_kernels.hopper.decode_step.plan import StepTiles
 from pallas_kernels.paged_attention import PAGE
 
@@ -103,21 +115,15 @@ def test_refused_with_the_reason(size: int, table: jax.ShapeDtypeStruct, reason:
 
 # On a GPU
 
-GPU_CASES = {
-    "small": (dict(dim=512, hidden=1024, heads=8, kv_heads=2, head_dim=64, vocab=1000, layers=3), (127, 0, 300), 2),
-    "7b-one": (CASES["7b"] | dict(layers=2), (700,), 1),
-    "7b-eight": (CASES["7b"] | dict(layers=2), (700, 1, 0, 64, 63, 65, 900, 127), 1),
-    "70b-layers": (CASES["70b"] | dict(layers=1), (700,), 8),
-    "tinyllama": (CASES["tinyllama"] | dict(layers=2), (1020, 9), 4),
-}
+PAGED_CASES = GPU_CASES | {"small": (SMALL_ON_GPU, (127, 0, 300), 2)}  # the first row goes on in another page
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("fmt", ON_GPU)
-@pytest.mark.parametrize("name", GPU_CASES)
+@pytest.mark.parametrize("name", PAGED_CASES)
 def test_pages_on_gpu(name: str, fmt: str) -> None:
     """Against the contiguous step and the reference. Rows share a page; of several, the last has lost its pages."""
-    (size, start, queries), P = GPU_CASES[name], 16
+    (size, start, queries), P = PAGED_CASES[name], 16
     table = np.random.RandomState(0).permutation(len(start) * P).reshape(-1, P)
     table[np.asarray(start) >= PAGE, 0] = table[0, 0]
     if len(start) > 1:
@@ -139,8 +145,7 @@ def test_pages_on_gpu(name: str, fmt: str) -> None:
 def test_many_steps_over_pages_on_gpu(fmt: str) -> None:
     """2,000 steps over donated pages read the keys that they wrote. A second run, and one over a contiguous cache, give
     the same bits."""
-    size = dict(dim=512, hidden=1024, heads=8, kv_heads=2, head_dim=64, vocab=1000, layers=3)
-    steps, P = 2000, 33
+    size, steps, P = SMALL_ON_GPU, 2000, 33
     table = np.random.RandomState(1).permutation(3 * P).reshape(3, P)
     args = arguments(fmt, (0, 7, 90), 1, 8, **size)
     contiguous, paged, listed = in_pages(args, table, 3 * P + 1)

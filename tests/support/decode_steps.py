@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import QuantizedTensor, dequantize, quantize
-from pallas_kernels.decode_step import StepWeights, decode_step_reference
+from pallas_kernels.decode_step import CASES, StepWeights, decode_step_reference
 from pallas_kernels.paged_attention import PAGE, gather
 
 EPS = 1e-5
@@ -18,6 +18,15 @@ ON_GPU = {"bf16": {}, "int8": dict(fmt="int8"), "int4-g128": dict(fmt="int4", gr
 REFUSED = {"int8-g64": dict(fmt="int8", group=64)}  # has not run on a GPU
 FORMATS = ON_GPU | REFUSED
 SMALL = dict(dim=128, hidden=256, heads=2, kv_heads=1, head_dim=64, vocab=128, layers=1)
+SMALL_ON_GPU = dict(dim=512, hidden=1024, heads=8, kv_heads=2, head_dim=64, vocab=1000, layers=3)
+# Sizes, lengths of the rows of the cache, and new tokens a row.
+GPU_CASES = {
+    "small": (SMALL_ON_GPU, (5, 0, 300), 2),
+    "7b-layers": (CASES["7b"] | dict(layers=2), (700,), 1),
+    "7b-eight": (CASES["7b"] | dict(layers=2), (700, 1, 0, 64, 63, 65, 900, 127), 1),
+    "70b-layers": (CASES["70b"] | dict(layers=1), (700,), 8),
+    "tinyllama": (CASES["tinyllama"] | dict(layers=2), (1020, 9), 4),
+}
 
 
 def on_device(seed: int) -> Callable[[tuple[int, ...]], Any]:
