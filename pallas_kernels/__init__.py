@@ -6,6 +6,7 @@ from .decode_step import StepWeights, decode_step
 from .dispatch import BACKENDS, Choice, Kernel, Op, Recorded, Unsupported, record, recorded, require_kernels
 from .draw import draw, log_probability
 from .ffn import ffn, ffn_reference
+from .finish_layer import finish_layer
 from .formats import WeightFormat
 from .layer_view import LayerView, materialize
 from .matmul import NO_BIAS, Weight, affine, matmul
@@ -16,7 +17,7 @@ from .rms_norm import rms_norm
 from .transforms import vary_with
 
 OPS: dict[str, Op] = {
-    op.name: op for op in (rms_norm, matmul, qkv, attention, decode_attention, paged_attention, ffn, decode_step, draw)
+    op.name: op for op in (rms_norm, matmul, qkv, attention, decode_attention, paged_attention, ffn, finish_layer, decode_step, draw)
 }
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "draw",
     "ffn",
     "ffn_reference",
+    "finish_layer",
     "group_size",
     "known",
     "log_probability",
