@@ -12,7 +12,7 @@ import jax
 from .ffn import ffn_reference
 from .dispatch import Kernel, Op, Unsupported
 from .hopper.add_norm import add_norm, warpgroups_for
-from .hopper.common.tiles import Weight
+from .hopper.common.tiles import Weight, pad_rows
 from .hopper.gemm.medium_m import MEDIUM_M_MAX, check_medium_m, medium_m_sums
 from .layer_view import LayerView
 from .matmul import SMALL_M_MAX, matmul_reference
@@ -78,12 +78,14 @@ def finish_layer_kernel(
 ) -> Result:
     """`finish_layer_reference` in five launches; ``options`` are those of `medium_m_sums`."""
     shape, options = x.shape, options | {"interpret": interpret}
-    rows = (-1, shape[-1])
-    sums = _sums(out.reshape(-1, out.shape[-1]), wo, options)
-    x, h = add_norm(sums, x.reshape(rows), ffn_norm, eps=eps, interpret=interpret)
+    rows = math.prod(shape[:-1])
+    # TMA takes 8 rows at a time. Padded here, no kernel has to do it again.
+    out, x = (pad_rows(a.reshape(rows, -1), 0) for a in (out, x))
+    sums = _sums(out, wo, options)
+    x, h = add_norm(sums, x, ffn_norm, eps=eps, interpret=interpret)
     gated = _sums(h, w_gate_up, options | dict(swiglu=True, splittable=False, out_dtype=x.dtype))[0]
     x, h = add_norm(_sums(gated, w_down, options), x, next_norm, eps=eps, interpret=interpret)
-    return x.reshape(shape), h.reshape(shape)
+    return x[:rows].reshape(shape), h[:rows].reshape(shape)
 
 
 def _sums(x: jax.Array, w: Weight | LayerView, options: dict[str, Any]) -> jax.Array:

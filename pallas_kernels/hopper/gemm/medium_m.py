@@ -20,7 +20,7 @@ from ...arch import planned
 from ...dispatch import Unsupported
 from ...layer_view import layer_index
 from ..common.ring import acquire, drain
-from ..common.tiles import Weight, check_operands, data_and_scale, format_of
+from ..common.tiles import Weight, check_operands, data_and_scale, format_of, pad_rows
 from ..common.warp_specialize import warp_specialize
 from .medium_m_block import Block, scratch_of
 from .medium_m_consumer import consume
@@ -103,7 +103,7 @@ def _launch(
     x: jax.Array, w: Weight, layer: jax.Array | None, *, p: MediumMPlan, shuffled: bool, interpret: Any
 ) -> jax.Array:
     data, scale = data_and_scale(w)
-    arguments = {"layer": layer, "x": x, "w": data, "scale": scale}
+    arguments = {"layer": layer, "x": pad_rows(x, 0), "w": data, "scale": scale}
     arguments = {name: a for name, a in arguments.items() if a is not None}
     problem = p.problem
     return plgpu.kernel(
@@ -143,7 +143,6 @@ def _block(*refs: Any, names: tuple[str, ...], p: MediumMPlan, shuffled: bool) -
 def _produce(block: Block) -> None:
     """Keep the ring full. Copies run ahead of the products, from one work tile into the next."""
     p, scratch = block.plan, block.scratch
-    rows = pl.ds(block.turns * 0, p.problem.columns)  # JAX 0.12 refuses to copy past the end of x from a constant start
 
     def turn(t: Any, count: Any) -> Any:
         tile = block.work_tile(t)
@@ -155,7 +154,7 @@ def _produce(block: Block) -> None:
                 source = block.w.at[pl.ds(projection * p.problem.outputs + tile.out, p.n_out), inputs]
                 place = scratch.w_ring.at[slot, pl.ds(projection * p.n_out, p.n_out)]
                 plgpu.copy_gmem_to_smem(source, place, full)
-            plgpu.copy_gmem_to_smem(block.x.at[rows, inputs], scratch.x_ring.at[slot], full)
+            plgpu.copy_gmem_to_smem(block.x.at[:, inputs], scratch.x_ring.at[slot], full)
             return count + 1
 
         return lax.fori_loop(tile.start, tile.end, stage, count)

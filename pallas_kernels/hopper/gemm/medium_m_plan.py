@@ -6,7 +6,7 @@ plan is the cheapest candidate of a cost model: what bounds the busiest block, a
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -167,7 +167,7 @@ def make_plan(problem: MediumMProblem, tiles: MediumMTiles | None, sms: int, *, 
     best = min(_candidates(problem, sms), key=lambda p: p.nanoseconds, default=None)
     if best is None:
         raise Unsupported(f"no tiles for {problem.out} outputs of {problem.inner} inputs")
-    return best
+    return replace(best, interpret=interpret)
 
 
 def _candidates(problem: MediumMProblem, sms: int) -> list[MediumMPlan]:
