@@ -210,7 +210,7 @@ def _finish_by_ops(
     if params.axis is not None:
         product = functools.partial(summed, axis=params.axis, backend=backend)
     x = affine(product, out, wo, layer.bo, residual=x)
-    layer = layer.replace(ffn_norm=ffn_norm, w_gate_up=w_gate_up, w_down=w_down)
+    layer = replace(layer, ffn_norm=ffn_norm, w_gate_up=w_gate_up, w_down=w_down)
     x = feed_forward(x, layer, params, backend)
     return x, rms_norm(x, norm, eps=eps, backend=backend)
 

@@ -17,7 +17,19 @@ from .rms_norm import rms_norm
 from .transforms import vary_with
 
 OPS: dict[str, Op] = {
-    op.name: op for op in (rms_norm, matmul, qkv, attention, decode_attention, paged_attention, ffn, finish_layer, decode_step, draw)
+    op.name: op
+    for op in (
+        rms_norm,
+        matmul,
+        qkv,
+        attention,
+        decode_attention,
+        paged_attention,
+        ffn,
+        finish_layer,
+        decode_step,
+        draw,
+    )
 }
 
 __all__ = [

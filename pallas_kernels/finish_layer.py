@@ -9,8 +9,8 @@ from typing import Any
 
 import jax
 
-from .ffn import ffn_reference
 from .dispatch import Kernel, Op, Unsupported
+from .ffn import ffn_reference
 from .hopper.add_norm import add_norm, warpgroups_for
 from .hopper.common.tiles import Weight, pad_rows
 from .hopper.gemm.medium_m import MEDIUM_M_MAX, check_medium_m, medium_m_sums
@@ -93,9 +93,7 @@ def _sums(x: jax.Array, w: Weight | LayerView, options: dict[str, Any]) -> jax.A
     return medium_m_sums(x, w, layer=layer, **options)
 
 
-finish_layer = Op(
-    "finish_layer", finish_layer_reference, {"hopper": Kernel(finish_layer_kernel, check_finish_layer)}
-)
+finish_layer = Op("finish_layer", finish_layer_reference, {"hopper": Kernel(finish_layer_kernel, check_finish_layer)})
 
 CASES = {
     "7b": dict(dim=4096, hidden=11008, q_width=4096),

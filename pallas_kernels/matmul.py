@@ -75,8 +75,8 @@ def check_product(x: jax.Array, w: Weight | LayerView, *, swiglu: bool = False, 
 
 
 def product(x: jax.Array, w: Weight | LayerView, *, residual: jax.Array | None = None, **options: Any) -> jax.Array:
-    """`matmul_reference` by the small-M, medium-M or large-M GEMM, depending on the number of rows. ``options`` are that
-    kernel's."""
+    """`matmul_reference` by the small-M, medium-M or large-M GEMM, depending on the number of rows. ``options`` are
+    those of that kernel."""
     w, layer = (w.stacked, w.index) if isinstance(w, LayerView) else (w, None)
     lead = x.shape[:-1]
     x = x.reshape(-1, x.shape[-1])

@@ -322,7 +322,9 @@ def test_record_tells_what_every_op_of_a_forward_got_and_nothing_afterwards() ->
         forward(params, tokens, init_cache(tiny.CONFIG, 1, 4, jnp.float32), backend="xla")
         forward(params, tokens, backend="xla")
     forwards = set(OPS) - {"draw", "paged_attention"}
-    assert choices == {n: Choice("ops" if n in ("decode_step", "finish_layer", "qkv") else "xla", "asked for") for n in forwards}
+    assert choices == {
+        n: Choice("ops" if n in ("decode_step", "finish_layer", "qkv") else "xla", "asked for") for n in forwards
+    }
     choices.clear()
     forward(params, tokens, backend="xla")
     assert choices == {}

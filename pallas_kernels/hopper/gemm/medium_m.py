@@ -74,8 +74,8 @@ def medium_m_sums(
     sms: int | None = None,
     interpret: Any = False,
 ) -> jax.Array:
-    """The product [k_splits, rows, out] in float32 K splits. If it is not ``splittable``, the plan avoids K splits, and a
-    product without them is finished in ``out_dtype``.
+    """The product [k_splits, rows, out] in float32 K splits. If it is not ``splittable``, the plan avoids K splits, and
+    a product without them is finished in ``out_dtype``.
 
     With ``shuffled``, x comes in the order of inputs that `shuffle_inputs` gives, in which integers are widened with
     fewer instructions."""
@@ -128,9 +128,7 @@ def _block(*refs: Any, names: tuple[str, ...], p: MediumMPlan, shuffled: bool) -
     layer = given["layer"][0] if "layer" in given else 0
     scale = given["scale"].at[layer] if "scale" in given else None
     me = lax.axis_index("warpgroup")
-    block = Block(
-        p, me, lax.axis_index("block"), shuffled, given["x"], given["w"].at[layer], scale, out_ref, scratch
-    )
+    block = Block(p, me, lax.axis_index("block"), shuffled, given["x"], given["w"].at[layer], scale, out_ref, scratch)
     warp_specialize(
         me,
         lambda: _produce(block),

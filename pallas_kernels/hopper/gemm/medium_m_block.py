@@ -1,4 +1,4 @@
-"""What the producer and the consumers of a medium-M GEMM know in common: the block's work tiles, and its shared memory."""
+"""What the producer and the consumers of a medium-M GEMM know in common: its work tiles, and its shared memory."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple

@@ -15,7 +15,16 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, memref, vector
 
 from ..common.ring import consumer_barrier
-from ..common.thread_ops import SCALAR, WARPGROUP_SIZE, add, aligned_store, as_i32, as_indices, load_per_thread, store_per_thread
+from ..common.thread_ops import (
+    SCALAR,
+    WARPGROUP_SIZE,
+    add,
+    aligned_store,
+    as_i32,
+    as_indices,
+    load_per_thread,
+    store_per_thread,
+)
 from ..common.tiles import WGMMA_ROWS, broadcast_rows
 from ..common.widen import load_integers, load_shuffled, widen, widen_shuffled
 from .medium_m_block import Block, WorkTile
@@ -126,11 +135,12 @@ def _one_scale_a_group(block: Block, tile: WorkTile, count: Any, stages: Any) ->
         return total, ahead
 
     def stage(i: Any, carry: Any) -> Any:
-        return multiply(i, *carry, lambda: load(i + 1))
+        total, loaded = carry
+        return multiply(i, total, loaded, lambda: load(i + 1))
 
     zero = plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, p.problem.columns), jnp.float32), plgpu.Layout.WGMMA)
-    carry = lax.fori_loop(0, stages - 1, stage, (zero, load(0)))
-    return multiply(stages - 1, *carry, None)[0]
+    total, loaded = lax.fori_loop(0, stages - 1, stage, (zero, load(0)))
+    return multiply(stages - 1, total, loaded, None)[0]
 
 
 def _load(block: Block, number: Any) -> Any:

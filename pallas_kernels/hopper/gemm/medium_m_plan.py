@@ -1,7 +1,8 @@
 """How a medium-M GEMM is divided among the multiprocessors: plain arithmetic, no kernel.
 
-A work tile is an N tile (a range of rows of the weight) over one K split (a range of its inputs), for all rows of x. The
-plan is the cheapest candidate of a cost model: what bounds the busiest block, and what every work tile and K split adds.
+A work tile is an N tile (a range of rows of the weight) over one K split (a range of its inputs), for all rows of x.
+The plan is the cheapest candidate of a cost model: what bounds the busiest block, and what every work tile and every K
+split adds.
 """
 
 import itertools
