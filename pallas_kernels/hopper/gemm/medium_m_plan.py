@@ -23,7 +23,7 @@ PRODUCTS = 3500  # multiply-adds of 16-bit numbers
 WIDENED = {4: 75, 8: 60}  # integers of so many bits that become floats
 WORK_TILE_NS = 700  # to finish a work tile
 SUM_BYTES = 4000  # of float32 K splits, written and read again by all multiprocessors
-FUSION_NS = 2500  # the XLA fusion that adds K splits where no kernel does
+FUSION_NS = 4000  # the XLA fusion that adds K splits where no kernel does
 
 MAX_CONSUMERS = 4
 STAGED_ROWS = 64  # rows of the result that are transposed at a time
