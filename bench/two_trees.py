@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.record import RESULTS, Record, append, package_versions, start_run
+from jllama.errors import reported
 
 PROMPT, NEW_TOKENS = 128, 129
 # This program runs in each tree. It uses only names that both trees have. A decode's time is that of a whole `generate`
@@ -115,8 +116,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the command line."""
+    with reported("bench.two_trees"):
+        run(parser().parse_args(argv))
+
+
+def run(args: argparse.Namespace) -> None:
     """Measure both trees, print the ratios, and append the records."""
-    args = parser().parse_args(argv)
     job = {
         "preset": args.preset,
         "backend": args.backend,
