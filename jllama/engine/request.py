@@ -131,6 +131,14 @@ class Handle:
         """Whether nothing more will come."""
         return self.completion.finish_reason is not None
 
+    @property
+    def error(self) -> str | None:
+        """Why it ended, where its finish reason is "error"."""
+        if self.completion.finish_reason != "error":
+            return None
+        failed = None if self.progress is None else self.progress.error
+        return failed or "logits are NaN: the weights hold NaN or Inf, or overflow this dtype"
+
 
 @dataclass(frozen=True)
 class Event:
