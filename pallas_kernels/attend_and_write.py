@@ -16,6 +16,22 @@ from .paged_attention import PAGE, paged_attention_reference, write_pages
 from .qkv import rotate, split_heads, write
 
 
+def _attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    table: jax.Array | None,
+    start: jax.Array,
+    *,
+    layer: jax.Array | int | None,
+) -> jax.Array:
+    if table is not None:
+        assert layer is not None
+        return paged_attention_reference(q, k, v, table, start, layer=layer)
+    k, v = (k, v) if layer is None else (k[layer], v[layer])
+    return attention_reference(q, k, v, start)
+
+
 def attend_and_write_reference(
     y: jax.Array,  # [B, T, (heads + 2 * kv_heads) * D]: the heads of q, k and v, before rotary
     k: jax.Array,  # [layers, pages, kv_heads, size, D]; without a table [layers, B, kv_heads, S, D]
@@ -26,10 +42,10 @@ def attend_and_write_reference(
     sin: jax.Array,
     *,
     layer: jax.Array | int | None,  # None, without a table: k and v are of one layer, [B, kv_heads, S, D]
-    attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None = None,
+    attend: Callable[..., jax.Array] = _attention,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """-> [B, T, heads * D], and the cache with the new keys and values; positions without room are dropped. ``attend``
-    does the attention of q [B, T, heads, D] over the new cache."""
+    is the attention of q [B, T, heads, D] over the new cache."""
     kv_heads, D = k.shape[-3], k.shape[-1]
     q, k_new, v_new = split_heads(y, y.shape[-1] // D // kv_heads - 2, D)
     q, new = rotate(q, cos, sin), (rotate(k_new, cos, sin), v_new)
@@ -38,12 +54,7 @@ def attend_and_write_reference(
     else:
         assert layer is not None
         k, v = (write_pages(a, b, table, start, layer) for a, b in zip((k, v), new, strict=True))
-    if attend is not None:
-        out = attend(q, k, v)
-    elif table is not None:
-        out = paged_attention_reference(q, k, v, table, start, layer=layer)  # type: ignore[arg-type]
-    else:
-        out = attention_reference(q, *(a if layer is None else a[layer] for a in (k, v)), start)
+    out = attend(q, k, v, table, start, layer=layer)
     return out.reshape(*y.shape[:2], -1), k, v
 
 

@@ -127,14 +127,14 @@ def flash_decode_and_write(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See `attend_and_write_reference`. Inside a jit that owns k and v, they are changed in place."""
     (B, T, _), (*_, kv_heads, _, D) = y.shape, k.shape
-    stacked = [a.reshape(-1, *a.shape[-4:]) for a in (k, v)]
+    stacked = k.reshape(-1, *k.shape[-4:]), v.reshape(-1, *v.shape[-4:])
     tokens = NewTokens(y.reshape(B, T, -1, D), cos, sin, kv_heads, interpret is not None)
     plan = Plan.of(tokens, Cache.in_place(*stacked, table, layer), tiles)
     empty = [lax.empty(a.shape, dtype=a.dtype) for a in plan.outputs(tokens)]
 
-    def run(state: tuple[list[Ref], list[Ref]]) -> None:
-        keys_and_values, outputs = state
-        cache = Cache.in_place(*keys_and_values, table, layer)
+    def run(state: tuple[tuple[Ref, Ref], list[Ref]]) -> None:
+        (k, v), outputs = state
+        cache = Cache.in_place(k, v, table, layer)
         for ref, found in zip(outputs, plan.launch(tokens, cache, start, interpret), strict=True):
             ref[...] = found
 
