@@ -198,7 +198,7 @@ class Device:
                 self._state = steps.jit_join_extras(self._state, *where, mesh=self.mesh)
 
     def _decode(self, parts: list[list[Scheduled]], size: int, kind: str, counts: list[int]) -> list[StepOutput]:
-        """So many steps for the rows of each part. The program has the smaller number of steps that a turn may have,
+        """So many steps for the rows of each part. The program has the smallest number of steps that a turn may have,
         and runs as often as needed. So one program for every kind and number of rows is enough."""
         unit, outputs = self.tuning.steps[0], []
         for done in range(0, max(counts), unit):
