@@ -1,6 +1,7 @@
 """Llama's operations: each a `jax.numpy` reference and, where there is one, a Pallas kernel held to it."""
 
 from .arch import Arch, known, pinned
+from .attend_and_write import attend_and_write, attend_and_write_reference
 from .attention import DECODE_QUERIES, attention, decode_attention
 from .decode_step import StepWeights, decode_step
 from .dispatch import BACKENDS, Choice, Kernel, Op, Recorded, Unsupported, record, recorded, require_kernels
@@ -25,6 +26,7 @@ OPS: dict[str, Op] = {
         attention,
         decode_attention,
         paged_attention,
+        attend_and_write,
         ffn,
         finish_layer,
         decode_step,
@@ -51,6 +53,8 @@ __all__ = [
     "Weight",
     "WeightFormat",
     "affine",
+    "attend_and_write",
+    "attend_and_write_reference",
     "attention",
     "decode_attention",
     "decode_step",

@@ -1,6 +1,7 @@
 """What follows a product with K splits: their sums, the residual and RMSNorm, in one launch.
 
-A block has one row. Its warpgroups share the columns, and exchange only the sums of squares.
+A block has one row. Its warpgroups share the columns, and exchange only the sums of squares: one a warp, because Mosaic
+adds up the warps of a warpgroup in memory that all warpgroups of a block share.
 """
 
 import functools
@@ -17,6 +18,8 @@ from .common.ring import consumer_barrier
 from .common.thread_ops import WARPGROUP_SIZE
 
 MAX_WARPGROUPS = 4
+WARPS, LANES = 4, 32  # of a warpgroup, of a warp
+MAX_VECTOR = 8  # neighbouring columns of a thread
 MAX_PER_THREAD = 32  # numbers of a row: those of all K splits are loaded before the first is used
 
 
@@ -37,38 +40,48 @@ def add_norm(
     rows, dim = residual.shape
     warpgroups = warpgroups_for(dim)
     assert warpgroups is not None
-    result = jax.ShapeDtypeStruct(residual.shape, residual.dtype)
-    return plgpu.kernel(
-        functools.partial(_body, eps=eps, width=dim // warpgroups),
+    vector = math.gcd(dim // (warpgroups * WARPGROUP_SIZE), MAX_VECTOR)
+    columns = (dim // (WARPGROUP_SIZE * vector), WARPS, LANES, vector)  # a thread takes those that lie together
+    result = jax.ShapeDtypeStruct((rows, *columns), residual.dtype)
+    outputs = plgpu.kernel(
+        functools.partial(_body, eps=eps, dim=dim),
         out_type=(result, result),
-        scratch_types=(plgpu.SMEM((warpgroups,), jnp.float32), plgpu.Barrier(num_arrivals=warpgroups)),
+        scratch_types=(plgpu.SMEM((warpgroups, WARPS), jnp.float32), plgpu.Barrier(num_arrivals=warpgroups)),
         grid=(rows,),
         grid_names=("row",),
         num_threads=warpgroups,
         thread_name="warpgroup",
         interpret=interpret,
         kernel_name="add_norm",
-    )(sums, residual, weight)
+    )(sums.reshape(-1, rows, *columns), residual.reshape(rows, *columns), weight.reshape(columns))
+    x, normed = (a.reshape(rows, dim) for a in outputs)
+    return x, normed
 
 
 def _body(sums: Any, residual: Any, weight: Any, x_out: Any, normed_out: Any, squares: Any, summed: Any, *,
-          eps: float, width: int) -> None:  # fmt: skip
-    """One warpgroup's columns of one row."""
-    row, me = lax.axis_index("row"), lax.axis_index("warpgroup")
-    own = pl.ds(pl.multiple_of(me * width, width), width)
-    layout = plgpu.Layout.WG_STRIDED((width,), vec_size=math.gcd(width // WARPGROUP_SIZE, 8))
+          eps: float, dim: int) -> None:  # fmt: skip
+    """One warpgroup's columns of one row: a list of units [warps, lanes, vector]."""
+    row, me, warpgroups = lax.axis_index("row"), lax.axis_index("warpgroup"), squares.shape[0]
+    own = [me + i * warpgroups for i in range(weight.shape[0] // warpgroups)]
+    layout = plgpu.Layout.TILED(plgpu.Tiling((weight.shape[1:],)), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
 
-    def load(ref: Any) -> jax.Array:
-        return plgpu.load(ref, layout=layout, optimized=False)
+    def load(ref: Any) -> list[jax.Array]:
+        return [plgpu.load(ref.at[unit], layout=layout, optimized=False) for unit in own]
+
+    def store(ref: Any, units: list[jax.Array]) -> None:
+        for number, unit in zip(own, units, strict=True):
+            ref[number] = unit
 
     # All loads before the first use.
-    parts = [load(sums.at[i, row, own]) for i in range(sums.shape[0])]
-    before, gain = load(residual.at[row, own]), load(weight.at[own])
-    total = functools.reduce(jnp.add, parts) + before.astype(jnp.float32)
-    rounded = total.astype(x_out.dtype)
-    x_out[row, own] = rounded
-    x = rounded.astype(jnp.float32)
-    squares[me] = jnp.sum(x * x)
+    parts = [load(sums.at[i, row]) for i in range(sums.shape[0])]
+    before, gains = load(residual.at[row]), load(weight)
+    totals = [functools.reduce(jnp.add, of_unit) for of_unit in zip(*parts, strict=True)]
+    rounded = [(a + b.astype(jnp.float32)).astype(x_out.dtype) for a, b in zip(totals, before, strict=True)]
+    store(x_out.at[row], rounded)
+    x = [a.astype(jnp.float32) for a in rounded]
+    squares.at[me][...] = functools.reduce(jnp.add, [a * a for a in x]).sum(axis=2).sum(axis=1)
     consumer_barrier(summed)
-    mean = functools.reduce(jnp.add, [squares[i] for i in range(squares.shape[0])]) / residual.shape[1]
-    normed_out[row, own] = (x * lax.rsqrt(mean + eps) * gain.astype(jnp.float32)).astype(normed_out.dtype)
+    of_warps = [squares[i, j] for i in range(warpgroups) for j in range(WARPS)]
+    inv_rms = lax.rsqrt(functools.reduce(jnp.add, of_warps) / dim + eps)
+    normed = [a * inv_rms * gain.astype(jnp.float32) for a, gain in zip(x, gains, strict=True)]
+    store(normed_out.at[row], [a.astype(normed_out.dtype) for a in normed])

@@ -119,7 +119,7 @@ def test_a_layer_is_five_launches(case: str, fmt: str, rows: int) -> None:
         text = jax.jit(run).trace(*arguments(case, fmt, rows)).lower(lowering_platforms=("cuda",)).as_text()
     functions = {name: ops(body) for name, body in re.findall(r"func\.func \w+ @(\w+)\((.*?)\n  }", text, re.DOTALL)}
     main = functions.pop("main")
-    assert all(kernel == {"custom_call": 1} for kernel in functions.values())
+    assert all(kernel.pop("custom_call") == 1 and set(kernel) <= {"reshape"} for kernel in functions.values())
     assert main["call"] == 5
     assert set(main) <= {"call", "constant", "reshape"}
 
