@@ -236,7 +236,7 @@ def test_ids_through_llama2c_text(tmp_path: Path) -> None:
 # The command lines
 
 
-@pytest.mark.parametrize("module", ["compare", "ops", "report"])
+@pytest.mark.parametrize("module", ["compare", "engine", "ops", "report"])
 def test_help_imports_nothing_heavy(module: str) -> None:
     code = (
         f"import sys\nfrom bench import {module}\n"
