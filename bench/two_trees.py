@@ -91,7 +91,8 @@ class Worker:
 
 def start(tree: Path, quant: str, job: dict[str, Any]) -> Worker:
     """Start a worker. Its first line comes when it has compiled everything."""
-    environment = {**os.environ, "PYTHONPATH": str(tree), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    path = os.pathsep.join(filter(None, (str(tree), os.environ.get("PYTHONPATH"))))  # packages may lie on it
+    environment = {**os.environ, "PYTHONPATH": path, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     command = [sys.executable, "-c", WORKER, json.dumps(job | {"quant": quant})]
     process = subprocess.Popen(
         command, cwd=tree, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

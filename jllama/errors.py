@@ -6,6 +6,10 @@ import os
 import sys
 from collections.abc import Iterator
 
+# What a template or a grammar from elsewhere may raise: its own errors, not an interrupt.
+RAISED = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RuntimeError)
+RAISED += (TypeError, ValueError)
+
 
 class InputError(ValueError):
     """Bad input. The message is one line: the file, field or flag, what was found and what was expected."""

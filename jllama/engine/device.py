@@ -13,7 +13,7 @@ from tqdm import tqdm
 from jllama.config import Backend
 from jllama.decode import StepOutput
 from jllama.engine import masked, steps
-from jllama.engine.constraint import Matcher, masks_of
+from jllama.engine.constraint import Progress, masks_of
 from jllama.engine.request import Request
 from jllama.engine.scheduler import Piece, Plan
 from jllama.engine.scheduler import Sequence as Scheduled
@@ -26,7 +26,7 @@ from jllama.params import Params
 COPIES = 16  # pages a launch
 
 Requests = dict[Scheduled, Request]
-Matchers = dict[Scheduled, Matcher]
+Matchers = dict[Scheduled, Progress]
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ class Device:
                 self._state = steps.jit_join_extras(self._state, *where, mesh=self.mesh)
 
     def _decode(self, parts: list[list[Scheduled]], size: int, kind: str, counts: list[int]) -> list[StepOutput]:
-        """So many steps for the rows of each part. The program has the smaller number of steps that a turn may have,
+        """So many steps for the rows of each part. The program has the smallest number of steps that a turn may have,
         and runs as often as needed. So one program for every kind and number of rows is enough."""
         unit, outputs = self.tuning.steps[0], []
         for done in range(0, max(counts), unit):
@@ -220,7 +220,7 @@ class Device:
 
     def _draw(self, parts: list[list[Scheduled]], size: int, kind: str, matchers: Matchers) -> StepOutput:
         self.programs.add(("draw_allowed", size, kind))
-        by_place: list[Matcher | None] = [None] * (size * self.parts)
+        by_place: list[Progress | None] = [None] * (size * self.parts)
         for i, s in places(parts, size):
             by_place[i] = matchers.get(s)
         masks = masks_of(by_place, len(by_place), self.params.config.vocab_size)

@@ -95,7 +95,7 @@ class Engine:
         self._scheduler = Parts([Scheduler(pool, steps=tuning.steps, **how) for pool in pools])
         self._handles: dict[Scheduled, Handle] = {}
         self._in_flight: Launch | None = None
-        self._paused = self._torn = False
+        self._paused = self._torn = self._nan = False
         self._new_tokens, self._decode_steps, self._seconds = 0, 0, 0.0
 
     @property
@@ -196,8 +196,7 @@ class Engine:
                 events = [event for event in self.step() if event.handle in place]
                 for event in events:
                     if event.finish_reason == "error":
-                        why = "logits are NaN: the weights hold NaN or Inf, or overflow this dtype"
-                        raise InputError(f"model: prompt {place[event.handle]}: {why}")
+                        raise InputError(f"model: prompt {place[event.handle]}: {event.handle.error}")
                 yield events
         finally:
             for handle in handles:
@@ -309,7 +308,7 @@ class Engine:
         for s in seen:
             if s.finish is not None and s in self._handles:
                 self._finish(self._handles[s])
-        if any(s.finish == "error" for s in seen):
+        if self._nan:
             self._restart()  # the cache may hold NaN, which no mask hides
         return [e for e in events if e.ids or e.finish_reason]
 
@@ -352,13 +351,18 @@ class Engine:
         if not np.isnan(logprobs).any():
             return False
         self._scheduler.finish(sequence, "error")
+        self._nan = True
         return True
 
     def _check_constraint(self, sequence: Scheduled, progress: Progress, count: int) -> None:
         """End a text that its grammar ends, or in which no token may come next."""
-        if not count:
+        done = progress.follow(sequence.tokens).done
+        if progress.error is not None:
+            self._scheduler.finish(sequence, "error")
+            sequence.finish = "error"
+        elif not count:
             self._scheduler.finish(sequence, "dead_end")
-        elif progress.follow(sequence.tokens).done:
+        elif done:
             self._scheduler.finish(sequence, "stop")
             sequence.finish = "stop"  # also where the limit has ended it just now
 
@@ -368,6 +372,7 @@ class Engine:
 
     def _restart(self) -> None:
         """An empty cache: what ran is computed anew."""
+        self._nan = False
         self._in_flight = None
         self._scheduler.restart()
         self._device.reset(extras=any(h.request.sampling.kind == "full" for h in self._handles.values()))

@@ -67,7 +67,7 @@ def test_the_decode_loop_makes_no_copy_of_the_cache() -> None:
 def test_the_choice_of_a_platform_makes_no_copy_of_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where jit does not know for which device it traces, the cache goes through both ways of every op."""
     monkeypatch.setattr("pallas_kernels.arch._gpu", lambda: GPU)
-    for name in ("model.qkv", "model.matmul", "cache.decode_attention", "model.ffn"):
+    for name in ("model.attend_and_write", "model.matmul", "model.ffn"):
         monkeypatch.setattr(f"jllama.{name}", faked(OPS[name.partition(".")[2]]))
     lowered = jax.jit(decode_chunk, static_argnames="steps", donate_argnames="state").lower(
         tiny.model(config=LONG), long_state(), steps=4
