@@ -5,6 +5,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import jax
@@ -25,6 +26,17 @@ jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 ROOT = Path(__file__).parents[1]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Where pytest-timeout is not installed, as on a borrowed GPU machine, limits of time are known and do nothing."""
+    if find_spec("pytest_timeout") is None:
+        parser.addini("timeout", "seconds that a test may take")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if find_spec("pytest_timeout") is None:
+        config.addinivalue_line("markers", "timeout(seconds): seconds that a test may take")
 
 
 def pytest_unconfigure() -> None:
