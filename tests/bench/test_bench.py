@@ -209,6 +209,21 @@ def test_no_decode_step_is_computed_for_nothing() -> None:
     assert [even_chunk(n) for n in (0, 1, 32, 64, 128, 100)] == [1, 1, 32, 64, 64, 50]
 
 
+def test_several_prompts_get_the_tokens_that_each_gets_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    import tiny
+
+    from bench.peers.ours import Ours, open_model
+
+    monkeypatch.setattr(Ours, "_load", lambda self, batch: None)
+    ours, prompts = open_model({"backend": "xla"}), [[1, 5, 7, 9], [1, 8, 4, 4]]
+    ours.params = tiny.model(config=tiny.CONFIG.replace(n_layers=1))
+    together, alone = ours.generate(prompts, 4), ours.generate(prompts[:1], 4)
+    assert together.ids[0] == alone.ids[0]
+    assert [len(row) for row in together.ids] == [4, 4]
+    assert together.first_s > 0 < together.decode_s
+    assert ours.chosen()["choices"]["decode"]["matmul"] == ["xla", "asked for"]
+
+
 def test_ids_through_llama2c_text(tmp_path: Path) -> None:
     prompt = [1, 9, 4, 9, 5]
     assert to_text(prompt, 9) == f"{chr(FIRST + 4)} {chr(FIRST + 5)}"
