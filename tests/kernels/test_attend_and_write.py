@@ -115,7 +115,6 @@ def assert_close(case: Case, found: tuple[jax.Array, ...], arguments: list[Any])
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("name", SMALL)
 def test_interpreted_it_gives_the_bits_of_what_it_replaces(name: str) -> None:
     case = SMALL[name]
