@@ -15,3 +15,8 @@ def lower(f: Callable[..., Any], *args: Any) -> None:
     """Lower for an H200, on a machine that has none."""
     with jax.sharding.use_abstract_mesh(H200):
         jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",))
+
+
+def several(count: int, axis: str = "model") -> jax.sharding.AbstractMesh:
+    """A mesh of so many H200s."""
+    return jax.sharding.AbstractMesh((count,), (axis,), abstract_device=H200.abstract_device)

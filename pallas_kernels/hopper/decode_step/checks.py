@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from ...arch import planned
 from ...dispatch import Unsupported
@@ -20,8 +21,15 @@ PRODUCTS = tuple(phase for phase in (*LAYER_PHASES, HEAD) if isinstance(phase, P
 SIZES = {"q_width": "heads * head_dim", "qkv_width": "(heads + 2 * kv_heads) * head_dim"}  # as errors name them
 
 
-def shape_of(x: jax.Array, weights: StepWeights, k: jax.Array, eps: float, table: jax.Array | None = None) -> StepShape:
-    """The sizes that the arrays have."""
+def shape_of(
+    x: jax.Array,
+    weights: StepWeights,
+    k: jax.Array,
+    eps: float,
+    table: jax.Array | None = None,
+    axis: str | None = None,
+) -> StepShape:
+    """The sizes that the arrays have; ``axis`` is a mesh axis along which other devices have the rest of the model."""
     L, _, kv_heads, S, D = k.shape
     return StepShape(
         batch=x.shape[0],
@@ -36,6 +44,8 @@ def shape_of(x: jax.Array, weights: StepWeights, k: jax.Array, eps: float, table
         max_len=S if table is None else table.shape[1] * S,
         fmt=format_of(weights.wqkv),
         eps=eps,
+        devices=1 if axis is None else lax.axis_size(axis),
+        axis=axis,
     )
 
 
@@ -50,13 +60,14 @@ def check(
     *,
     eps: float,
     table: jax.Array | None = None,
+    axis: str | None = None,
     tiles: StepTiles | None = None,
     blocks: int | None = None,
     **_: Any,
 ) -> None:
     """Raise `Unsupported` where the kernel cannot run these arguments."""
     _check_processes()
-    shape = shape_of(x, weights, k, eps, table)
+    shape = shape_of(x, weights, k, eps, table, axis)
     tiles_here = tiles or tiles_for(shape.fmt)
     _check_dtypes(x, weights, k, v)
     _check_cache(x, k, v, start, table, tiles_here.keys)

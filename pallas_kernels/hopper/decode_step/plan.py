@@ -43,7 +43,8 @@ class StepTiles:
 
 @dataclass(frozen=True)
 class StepShape:
-    """The sizes of one step: ``batch`` rows of ``queries`` new tokens each."""
+    """The sizes of one step: ``batch`` rows of ``queries`` new tokens each. ``devices`` along
+    the mesh axis ``axis`` share the model, and each has so many of the heads, the hidden units and the vocabulary."""
 
     batch: int
     queries: int
@@ -57,6 +58,8 @@ class StepShape:
     max_len: int
     fmt: Format
     eps: float
+    devices: int = 1
+    axis: str | None = None
 
     @property
     def tokens(self) -> int:
@@ -219,6 +222,15 @@ class StepPlan:
         """Blocks that have arrived at the grid barrier once all phases before this one are done."""
         position = 0 if phase is self.head else self.layer_phases.index(phase)
         return (layer * len(self.layer_phases) + position) * self.blocks
+
+    def exchanges(self, phase: ProductPhase) -> bool:
+        """Whether a phase's sums are added up over devices."""
+        return phase.over_devices and self.shape.devices > 1
+
+    def exchange_number(self, phase: Phase, layer: Any) -> Any:
+        """Which exchange of the launch this phase of this layer makes, from 1 on."""
+        exchanging = [p for p in self.layer_phases if isinstance(p, ProductPhase) and p.over_devices]
+        return layer * len(exchanging) + exchanging.index(phase) + 1  # type: ignore[arg-type]
 
     @property
     def scale_slots(self) -> tuple[tuple[ProductPhase, ...], ...]:

@@ -43,6 +43,7 @@ from ..common.thread_ops import (
 )
 from ..common.tiles import WGMMA_ROWS, transforms_of
 from .block import Block, TileOps
+from .exchange import find_peers, receive, send
 from .memory import Ref
 from .phase import ProductPhase
 from .plan import LIMB_BLOCK, LIMBS, MAX_TOKENS, UNIT_COLUMNS
@@ -310,5 +311,5 @@ def first_row_of(thread: Any) -> Any:
 
 MOSAIC = TileOps(
     load, load_units, load_rows, load_scalars, rotate_heads, broadcast_to_unit, store_x,
-    load_scales, combine_limbs, store_sums, load_int4, int4_frees_slot=True,
+    load_scales, combine_limbs, store_sums, load_int4, find_peers, send, receive, int4_frees_slot=True,
 )  # fmt: skip

@@ -1,0 +1,84 @@
+"""The persistent decode step of a model that several devices share.
+
+Pallas's GPU interpreter has no memory of other devices. So the devices are simulated one after the other, with the
+exchange between two launches: that shows what is sent, what is added up, and in which order. Real shapes are lowered
+for devices that are not there. On GPUs the steps run (marker gpu, on a machine with several).
+"""
+
+import functools
+from dataclasses import fields, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from decode_steps import EPS, Case, compare, error, exact, rotations
+from h200 import several
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import PartitionSpec as P
+from test_decode_step import abstract
+
+from pallas_kernels import QuantizedTensor, StepWeights, decode_step
+from pallas_kernels.decode_step import CASES
+from pallas_kernels.hopper.decode_step.checks import shape_of
+from pallas_kernels.hopper.decode_step.interpreted import launch_per_phase
+from pallas_kernels.hopper.decode_step.plan import StepTiles
+from pallas_kernels.hopper.decode_step.run import step_arrays
+from pallas_kernels.hopper.decode_step.tuned import plan_for_device
+
+pytestmark = pytest.mark.timeout(240)
+
+ROWS, COLUMNS = ("wqkv", "w_gate_up", "head"), ("wo", "w_down")  # what of a weight is divided
+
+
+def shard(args: tuple, device: int, devices: int) -> tuple:
+    """What one of the devices has of a step's arguments: some of the heads, of the hidden units and of the
+    vocabulary."""
+    x, w, k, v, *rest = args
+    kv_heads, D, q_width = k.shape[2], k.shape[4], w.wo.shape[-1]
+
+    def rows(a: jax.Array, sizes: list[int]) -> jax.Array:
+        """A part of each of several matrices that are stacked along the rows."""
+        parts = jnp.split(a, np.cumsum(sizes)[:-1], axis=-2)
+        return jnp.concatenate([jnp.split(part, devices, axis=-2)[device] for part in parts], axis=-2)
+
+    def columns(a: jax.Array) -> jax.Array:
+        return a if a.shape[-1] == 1 else jnp.split(a, devices, axis=-1)[device]
+
+    stacked = {
+        "wqkv": [q_width, kv_heads * D, kv_heads * D],
+        "w_gate_up": [w.w_down.shape[-1]] * 2,
+        "head": [w.head.shape[0]],
+    }
+    parts = {name: jax.tree.map(functools.partial(rows, sizes=s), getattr(w, name)) for name, s in stacked.items()}
+    parts |= {name: jax.tree.map(columns, getattr(w, name)) for name in COLUMNS}
+    caches = [jnp.split(cache, devices, axis=2)[device] for cache in (k, v)]
+    return x, replace(w, **parts), *caches, *rest
+
+
+DEVICE_CASES = {
+    "two": (2, Case((70, 3), 128, blocks=2, size=dict(layers=2, heads=4, kv_heads=2))),
+    "four-overlapping": (4, Case((9,), queries=2, blocks=5, size=dict(heads=8, kv_heads=4, hidden=512))),
+    "int8": (2, Case((9,), fmt="int8", blocks=2, size=dict(dim=256, heads=8, kv_heads=2, hidden=512))),
+    "int4": (2, Case((9,), fmt="int4-g128", blocks=3, size=dict(dim=512, heads=8, kv_heads=2, hidden=1024))),
+}
+
+
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize("name", DEVICE_CASES)
+def test_simulated_devices(name: str) -> None:
+    devices, case = DEVICE_CASES[name]
+    args = case.arguments()
+    shards = [shard(args, i, devices) for i in range(devices)]
+    shape = replace(shape_of(*shards[0][:3], eps=EPS), devices=devices, axis="model")
+    plan = plan_for_device(shape, StepTiles(depth=4, chunk=2048), case.blocks)
+    plan = replace(plan, interpret=True)
+    arrays = [step_arrays(plan, *one) for one in shards]
+    left = launch_per_phase(plan, *zip(*arrays, strict=True), plgpu.InterpretGPUParams())  # type: ignore[arg-type]
+    for one in left[1:]:  # the residual stream has the same bits everywhere
+        np.testing.assert_array_equal(one.x, left[0].x)
+    tokens, (B, T) = shape.tokens, args[0].shape[:2]
+    logits = jnp.concatenate([one.logits[:tokens] for one in left], axis=-1).reshape(B, T, -1)
+    caches = [jnp.concatenate([getattr(one, name) for one in left], axis=2) for name in "kv"]
+    compare((logits, *caches), args)
