@@ -18,6 +18,7 @@ from .table import HEAD, LAYER_PHASES
 from .tuned import plan_for_device, ring_fits, tiles_for
 
 PRODUCTS = tuple(phase for phase in (*LAYER_PHASES, HEAD) if isinstance(phase, ProductPhase))
+RAGGED = {16: 64, 8: 64, 4: 128}  # what inputs must be a multiple of, by the bits of weights: at least 64 bytes
 SIZES = {"q_width": "heads * head_dim", "qkv_width": "(heads + 2 * kv_heads) * head_dim"}  # as errors name them
 
 
@@ -142,10 +143,8 @@ def _check_sizes(s: StepShape, tiles: StepTiles) -> None:
         raise Unsupported(f"the cache's length must be a multiple of 8, found {s.max_len}")
     for phase in PRODUCTS:
         inner, name = getattr(s, phase.inner), SIZES.get(phase.inner, phase.inner)
-        if inner % tiles.step:
-            raise Unsupported(f"{name} must be a multiple of {tiles.step}, found {inner}")
-        if s.fmt.group is not None and inner // s.fmt.group % 2:
-            raise Unsupported(f"{name} must be an even number of groups of {s.fmt.group}, found {inner}")
+        if inner % (multiple := min(tiles.step, RAGGED[s.fmt.bits])):
+            raise Unsupported(f"{name} must be a multiple of {multiple}, found {inner}")
     for phase in PRODUCTS:
         outer, name = getattr(s, phase.outer), SIZES.get(phase.outer, phase.outer)
         if outer % 8:

@@ -87,6 +87,15 @@ def _exchanged(buffers: Sequence[StepBuffers]) -> list[StepBuffers]:
     return [replace(one, exchange=own) for one in buffers]
 
 
+def in_whole_steps(plan: StepPlan, weight: Any) -> Any:
+    """A weight with zeros where TMA would read beyond the end of a row."""
+
+    def padded(a: jax.Array) -> jax.Array:
+        return jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, -a.shape[-1] % plan.tiles.step)])
+
+    return replace(weight, data=padded(weight.data)) if plan.shape.fmt.quantized else padded(weight)
+
+
 def nan_buffers(plan: StepPlan) -> dict[BufferName, jax.Array]:
     """Buffers before a step, full of NaN where a phase must write before another reads."""
 

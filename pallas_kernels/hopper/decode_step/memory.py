@@ -4,6 +4,7 @@ Each class is a pytree of which there are two versions: one of arrays or types, 
 references to them, inside.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -156,7 +157,7 @@ def scratch_types(plan: StepPlan) -> Scratch:
         p = plan.product(phase)
         x = (t.chunk // t.step // p.k_splits, p.k_splits * s.columns, t.step)
         return ProductScratch(
-            x=swizzled(x, int8 if s.fmt.quantized else bf16, s.fmt.group),
+            x=swizzled(x, int8 if s.fmt.quantized else bf16, x_slice(plan)),
             limb_scales=plgpu.SMEM(limb_scales_shape(p, plan), jnp.float32),
             sums=plgpu.SMEM(sums_shape(p, plan), jnp.float32),
         )
@@ -185,12 +186,17 @@ def scratch_types(plan: StepPlan) -> Scratch:
         new_k=new,
         new_v=new,
         residual=plgpu.SMEM((t.consumers, MAX_TOKENS, residual_columns(plan)), jnp.bfloat16),
-        ring=swizzled((plan.depth, WGMMA_ROWS, t.step), s.fmt.dtype, s.fmt.group if s.fmt.bits == 8 else None),
+        ring=swizzled((plan.depth, WGMMA_ROWS, t.step), s.fmt.dtype, plan.weight_slice if s.fmt.bits == 4 else x_slice(plan)),
         scales=tuple(map(scales, slots)) if grouped else (),
         overlay=plgpu.RefUnion(*map(product, plan.product_phases), attention, part),
         squares=plgpu.SMEM((t.consumers, 4), jnp.float32),
         softmax_weights=swizzled((WGMMA_ROWS, t.keys), bf16) if plan.interpret else None,
     )
+
+
+def x_slice(plan: StepPlan) -> int:
+    """Columns of x, and of weights that wgmma reads from shared memory, that are multiplied at a time."""
+    return math.gcd(plan.weight_slice, plan.shape.fmt.group or plan.tiles.step)
 
 
 def residual_columns(plan: StepPlan) -> int:

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from ...quantized import QuantizedTensor
 from ...step_weights import StepWeights
 from .checks import shape_of
-from .interpreted import INTERPRETED, launch_per_phase, nan_buffers
+from .interpreted import INTERPRETED, in_whole_steps, launch_per_phase, nan_buffers
 from .launch import launch_step
 from .memory import StepBuffers, StepInputs, empty_buffers
 from .phase import Phase
-from .plan import MAX_TOKENS, StepPlan, StepTiles
+from .plan import MAX_TOKENS, StepPlan, StepTiles, scales_in_line
 from .table import LAYER_PHASES
 from .thread_ops import MOSAIC
 from .tuned import plan_for_device
@@ -75,9 +75,11 @@ def step_arrays(
         return jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, columns - a.shape[-1])])
 
     def scales_in_lines(w: Any) -> Any:
-        return QuantizedTensor(w.data, lines_of_16(w.scale)) if plan.shape.fmt.grouped else w
+        return QuantizedTensor(w.data, in_lines(w.scale)) if plan.shape.fmt.grouped else w
 
     products = {p.weight: scales_in_lines(getattr(weights, p.weight)) for p in plan.product_phases}
+    if plan.interpret:
+        products = {name: in_whole_steps(plan, w) for name, w in products.items()}
     gains = {p.gain: padded(getattr(weights, p.gain)) for p in plan.product_phases if p.gain}
     inputs = StepInputs(
         start=start.astype(jnp.int32),
@@ -89,7 +91,8 @@ def step_arrays(
     return inputs, StepBuffers(**({"exchange": None} | empty | {"x": padded(tokens_first(x)), "k": k, "v": v}))
 
 
-def lines_of_16(scales: jax.Array) -> jax.Array:
+def in_lines(scales: jax.Array) -> jax.Array:
     """Scales [..., out, groups] as they lie in memory, in the form of `scales_shape`."""
     *lead, out, groups = scales.shape
-    return scales.reshape(*lead, out // 8, groups // 2, 16)
+    line = scales_in_line(groups)
+    return scales.reshape(*lead, out // 8, 8 * groups // line, line)
