@@ -166,7 +166,7 @@ def test_real_shapes_lower(case: str, fmt: str, batch: int, queries: int) -> Non
         (dict(head_dim=32), "head_dim must be 64 or 128"),
         (dict(heads=64, kv_heads=4), "at most 8 query heads"),
         (dict(max_len=1023), "multiple of 8"),
-        (dict(dim=2048 + 64), "dim must be a multiple of 128"),
+        (dict(dim=2048 + 32), "dim must be a multiple of 64"),
         (dict(vocab=32001), "vocab must be a multiple of 8"),
     ],
 )

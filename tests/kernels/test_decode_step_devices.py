@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decode_steps import EPS, Case, compare
+from decode_steps import EPS, ON_GPU, Case, arguments, compare, error
 from h200 import several
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import PartitionSpec as P
@@ -85,9 +85,8 @@ def test_simulated_devices(name: str) -> None:
 # Lowered for H200s: the real shapes
 
 
-def on_mesh(args: tuple, devices: int, backend: str = "pallas", **options: Any) -> Any:
+def on_mesh(args: tuple, mesh: Any, backend: str = "pallas") -> Any:
     """A step under `jax.shard_map`, with what every device has of the arguments."""
-    mesh = several(devices) if jax.device_count() < devices else jax.make_mesh((devices,), ("model",))
     w = args[1]
 
     def spec(name: str, weight: Any) -> Any:
@@ -100,7 +99,7 @@ def on_mesh(args: tuple, devices: int, backend: str = "pallas", **options: Any) 
 
     weights = replace(w, **{field.name: spec(field.name, getattr(w, field.name)) for field in fields(StepWeights)})
     cache = P(None, None, "model")
-    step = functools.partial(decode_step, eps=EPS, axis="model", backend=backend, **options)
+    step = functools.partial(decode_step, eps=EPS, axis="model", backend=backend)
     given = P(), weights, cache, cache, P(), P(), P()
     return jax.shard_map(step, mesh=mesh, in_specs=given, out_specs=(P(None, None, "model"), cache, cache))
 
@@ -110,9 +109,9 @@ def on_mesh(args: tuple, devices: int, backend: str = "pallas", **options: Any) 
     [("7b", "bf16", 4, 1), ("7b", "int4-g128", 2, 1), ("70b", "int8", 4, 1), ("70b", "int4-g128", 2, 8)],
 )
 def test_real_shapes_lower(case: str, fmt: str, devices: int, batch: int) -> None:
-    args = abstract(fmt, batch, 1, 1024, **CASES[case])
-    with jax.sharding.use_abstract_mesh(several(devices)):
-        text = jax.jit(on_mesh(args, devices)).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    args, mesh = abstract(fmt, batch, 1, 1024, **CASES[case]), several(devices)
+    with jax.sharding.use_abstract_mesh(mesh):
+        text = jax.jit(on_mesh(args, mesh)).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("@mosaic_gpu") == 1
     assert "all_reduce" not in text
     assert "uses_xla_collective_metadata = true" in text
@@ -121,5 +120,29 @@ def test_real_shapes_lower(case: str, fmt: str, devices: int, batch: int) -> Non
 def test_refused_where_the_mesh_has_other_axes() -> None:
     args = abstract("bf16", 1, 1, 1024, **CASES["tinyllama"])
     mesh = jax.sharding.AbstractMesh((2, 2), ("data", "model"), abstract_device=several(2).abstract_device)
-    with jax.sharding.use_abstract_mesh(mesh), pytest.raises(Unsupported, match="spans the whole mesh, which has the axes data"):
-        jax.eval_shape(on_mesh(args, 2), *args)
+    with (
+        jax.sharding.use_abstract_mesh(mesh),
+        pytest.raises(Unsupported, match="whole mesh, which has the axes data"),
+    ):
+        jax.eval_shape(on_mesh(args, mesh), *args)
+
+
+# On GPUs
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("fmt", ON_GPU)
+def test_step_on_several_gpus(fmt: str) -> None:
+    """A step is that of the reference, which adds up with psum, and has the same bits each time."""
+    devices = 2 if jax.device_count() < 4 else 4
+    size = dict(dim=1024, hidden=devices * 896, heads=16, kv_heads=8, head_dim=64, vocab=2048, layers=3)
+    args = jax.jit(lambda: arguments(fmt, (5, 0, 300), 2, 512, **size))()
+    mesh = jax.make_mesh((devices,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    wanted = jax.jit(on_mesh(args, mesh, "xla"))(*args)
+    step = jax.jit(on_mesh(args, mesh))
+    out = step(*args)
+    for mine, reference in zip(out, wanted, strict=True):
+        assert error(mine, reference) < 2e-2
+    for _ in range(100):
+        jax.tree.map(np.testing.assert_array_equal, step(*args), out)

@@ -70,8 +70,8 @@ def find_peers(b: Block) -> None:
 
 
 def send(b: Block, phase: ProductPhase, token: Any, outer: Any, lowest: Any, sums: jax.Array, count: int) -> None:
-    """Write the first ``count`` of ``sums`` [128], one a thread, of the outputs from ``outer`` on, into the memory of all
-    devices. Those below output ``lowest`` are another warpgroup's to write."""
+    """Write the first ``count`` of ``sums`` [128], one a thread, into the memory of all devices. They are of
+    the outputs from ``outer`` on; those below ``lowest`` are another warpgroup's to write."""
     shape = b.plan.shape
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), one_per_thread(WARPGROUP_SIZE), (SCALAR,) * 4))

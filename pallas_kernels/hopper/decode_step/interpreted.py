@@ -58,8 +58,9 @@ def _launch_phase(
     inputs: StepInputs,
     buffers: StepBuffers,
 ) -> StepBuffers:
-    body = functools.partial(work, phase=phase)
-    return call(plan, INTERPRETED, body, inputs, buffers, f"decode_step_{phase.name}", interpret, layer)
+    return call(
+        plan, INTERPRETED, lambda b: work(b, phase), inputs, buffers, f"decode_step_{phase.name}", interpret, layer
+    )
 
 
 def _whole_phase(b: Block, phase: Phase) -> None:

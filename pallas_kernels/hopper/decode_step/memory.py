@@ -186,7 +186,9 @@ def scratch_types(plan: StepPlan) -> Scratch:
         new_k=new,
         new_v=new,
         residual=plgpu.SMEM((t.consumers, MAX_TOKENS, residual_columns(plan)), jnp.bfloat16),
-        ring=swizzled((plan.depth, WGMMA_ROWS, t.step), s.fmt.dtype, plan.weight_slice if s.fmt.bits == 4 else x_slice(plan)),
+        ring=swizzled(
+            (plan.depth, WGMMA_ROWS, t.step), s.fmt.dtype, plan.weight_slice if s.fmt.bits == 4 else x_slice(plan)
+        ),
         scales=tuple(map(scales, slots)) if grouped else (),
         overlay=plgpu.RefUnion(*map(product, plan.product_phases), attention, part),
         squares=plgpu.SMEM((t.consumers, 4), jnp.float32),

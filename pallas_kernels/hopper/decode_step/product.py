@@ -20,7 +20,7 @@ from .outputs import own_outputs
 from .phase import ProductPhase, Prologue
 from .plan import LIMB_BLOCK
 from .prologues import own_units
-from .schedule import TileStages, loop, over_tiles
+from .schedule import TileStages, over_tiles
 from .thread_ops import SUMS
 
 
