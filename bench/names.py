@@ -8,11 +8,14 @@ NEWEST = ("device", "model", "dtype")  # what a run is the newest of
 WORKLOAD = ("case", "metric", "batch", "seq")  # without the number of new tokens, on which a rate hardly depends
 CHECKED = ("decode", "prefill")  # workloads that peers have, too
 NONE = "*nothing recorded yet*"
-OURS = ("xla", "pallas", "auto")
+OURS = ("xla", "pallas", "auto", "engine")
 NAMES = {
     "xla": "**jllama, XLA**",
     "pallas": "**jllama, Pallas kernels**",
     "auto": "**jllama, auto**",
+    "engine": "**jllama, engine**",
+    "vllm": "vLLM",
+    "vllm-fp8": "vLLM, fp8",
     "hf-eager": "HF transformers, eager",
     "hf-compile": "HF transformers, static cache + compile",
     "torch-graph": "plain PyTorch (CUDA graph on a GPU)",

@@ -20,7 +20,7 @@ Part = tuple[Comparison, Entry]
 
 def run(settings: argparse.Namespace) -> int:
     """Run every model in every dtype. Returns 1 if one of our own backends failed."""
-    settings.clock = Budget(settings.budget)
+    settings.clock, settings.ceilings = Budget(settings.budget), {}
     records: list[Record] = []
     with ExitStack() as still_open:
         if settings.order == "warm-together":

@@ -148,10 +148,11 @@ class Ours:
     def shape(self, model: str) -> dict[str, Any]:
         """The sizes of a checkpoint that floors and prompts need."""
         from bench.roofline import dims
+        from jllama.config import to_hf
 
         config, _ = opened(model)
         known = {"vocab_size": config.vocab_size, "bos_id": config.bos_id, "max_seq_len": config.max_seq_len}
-        return known | {"dims": dims(config), "n_params": config.n_params}
+        return known | {"dims": dims(config), "n_params": config.n_params, "config": to_hf(config, "bfloat16")}
 
     def encode(self, model: str, text: str) -> dict[str, Any]:
         """The ids of a text; None if the model has no tokenizer."""
