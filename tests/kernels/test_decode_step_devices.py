@@ -6,7 +6,9 @@ for devices that are not there. On GPUs the steps run (marker gpu, on a machine 
 """
 
 import functools
+import re
 from dataclasses import fields, replace
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -14,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from decode_steps import EPS, ON_GPU, Case, arguments, compare, error
-from h200 import several
+from h200 import SMS, several
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import PartitionSpec as P
 from test_decode_step import abstract
 
-from pallas_kernels import StepWeights, Unsupported, decode_step
+from pallas_kernels import StepWeights, Unsupported, decode_step, peers
 from pallas_kernels.decode_step import CASES
 from pallas_kernels.hopper.decode_step.checks import shape_of
 from pallas_kernels.hopper.decode_step.interpreted import launch_per_phase
@@ -57,16 +59,10 @@ def shard(args: tuple, device: int, devices: int) -> tuple:
     return x, replace(w, **parts), *caches, *rest
 
 
-DEVICE_CASES = {  # each device has hidden units that are no multiple of a stage
-    "bf16-tiles-overlap": (2, Case((9,), blocks=3, size=dict(layers=2, heads=4, kv_heads=2, hidden=640))),
-    "int4-odd-groups": (2, Case((9,), fmt="int4-g128", size=dict(dim=256, heads=8, kv_heads=2, hidden=768))),
-}
-
-
 @pytest.mark.usefixtures("quick_compilation")
-@pytest.mark.parametrize("name", DEVICE_CASES)
-def test_simulated_devices(name: str) -> None:
-    devices, case = DEVICE_CASES[name]
+def test_simulated_devices() -> None:
+    """Two devices, each with hidden units that are no multiple of a stage; N tiles overlap."""
+    devices, case = 2, Case((9,), blocks=3, size=dict(layers=2, heads=4, kv_heads=2, hidden=640))
     args = case.arguments()
     shards = [shard(args, i, devices) for i in range(devices)]
     shape = replace(shape_of(*shards[0][:3], eps=EPS), devices=devices, axis="model")
@@ -109,7 +105,7 @@ def on_mesh(args: tuple, mesh: Any, backend: str = "pallas") -> Any:
     [("7b", "bf16", 4, 1), ("7b", "int4-g128", 2, 1), ("70b", "int8", 4, 1), ("70b", "int4-g128", 2, 8)],
 )
 def test_real_shapes_lower(case: str, fmt: str, devices: int, batch: int) -> None:
-    args, mesh = abstract(fmt, batch, 1, 1024, **CASES[case]), several(devices)
+    args, mesh = abstract(fmt, batch, 1, 1024, **CASES[case]), several(model=devices)
     with jax.sharding.use_abstract_mesh(mesh):
         text = jax.jit(on_mesh(args, mesh)).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("@mosaic_gpu") == 1
@@ -119,12 +115,43 @@ def test_real_shapes_lower(case: str, fmt: str, devices: int, batch: int) -> Non
 
 def test_refused_where_the_mesh_has_other_axes() -> None:
     args = abstract("bf16", 1, 1, 1024, **CASES["tinyllama"])
-    mesh = jax.sharding.AbstractMesh((2, 2), ("data", "model"), abstract_device=several(2).abstract_device)
+    mesh = several(data=2, model=2)
     with (
         jax.sharding.use_abstract_mesh(mesh),
         pytest.raises(Unsupported, match="whole mesh, which has the axes data"),
     ):
         jax.eval_shape(on_mesh(args, mesh), *args)
+
+
+def test_lowers_where_rows_are_divided() -> None:
+    """Rows over the axis ``data``: a launch a device that exchanges nothing. The kernel changes arrays in place, which
+    jax allows under `jax.shard_map` only if they are not marked as varying."""
+    args, mesh = abstract("bf16", 4, 1, 256, **CASES["tinyllama"]), several(data=2)
+    step = functools.partial(decode_step, eps=EPS, backend="pallas")
+    rows, cache = P("data"), P(None, "data")
+    given = rows, P(), cache, cache, rows, rows, rows
+    with jax.sharding.use_abstract_mesh(mesh):
+        over = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=given, out_specs=(rows, cache, cache)))
+        text = over.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@mosaic_gpu") == 1
+    assert "uses_xla_collective_metadata = false" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (dict(process_index=1), "belong to several processes"),
+        (dict(id=5), r"from 0 on, in their order, found \[0, 5\]"),
+        (dict(device_kind="NVIDIA H100"), "of several kinds"),
+        ({}, "libcuda|not connected by NVLink"),
+    ],
+)
+def test_devices_that_are_no_peers(change: dict[str, Any], reason: str) -> None:
+    first = dict(id=0, process_index=0, device_kind="NVIDIA H200", core_count=SMS, local_hardware_id=98)
+    devices = SimpleNamespace(**first), SimpleNamespace(**first | dict(id=1, local_hardware_id=99) | change)
+    found = peers._why_apart(devices)
+    assert found is not None
+    assert re.search(reason, found)
 
 
 # On GPUs

@@ -17,6 +17,8 @@ def lower(f: Callable[..., Any], *args: Any) -> None:
         jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",))
 
 
-def several(count: int, axis: str = "model") -> jax.sharding.AbstractMesh:
-    """A mesh of so many H200s."""
-    return jax.sharding.AbstractMesh((count,), (axis,), abstract_device=H200.abstract_device)
+def several(**sizes: int) -> jax.sharding.AbstractMesh:
+    """A mesh of H200s, with these sizes of its axes."""
+    kinds = (jax.sharding.AxisType.Auto,) * len(sizes)
+    shape, names = tuple(sizes.values()), tuple(sizes)
+    return jax.sharding.AbstractMesh(shape, names, axis_types=kinds, abstract_device=H200.abstract_device)
