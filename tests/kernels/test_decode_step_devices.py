@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from decode_steps import EPS, ON_GPU, Case, arguments, compare, error
-from h200 import SMS, several
+from h200 import SMS, lower, several
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import PartitionSpec as P
 from test_decode_step import abstract
@@ -106,8 +106,7 @@ def on_mesh(args: tuple, mesh: Any, backend: str = "pallas") -> Any:
 )
 def test_real_shapes_lower(case: str, fmt: str, devices: int, batch: int) -> None:
     args, mesh = abstract(fmt, batch, 1, 1024, **CASES[case]), several(model=devices)
-    with jax.sharding.use_abstract_mesh(mesh):
-        text = jax.jit(on_mesh(args, mesh)).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    text = lower(on_mesh(args, mesh), *args, mesh=mesh)
     assert text.count("@mosaic_gpu") == 1
     assert "all_reduce" not in text
     assert "uses_xla_collective_metadata = true" in text
@@ -130,9 +129,7 @@ def test_lowers_where_rows_are_divided() -> None:
     step = functools.partial(decode_step, eps=EPS, backend="pallas")
     rows, cache = P("data"), P(None, "data")
     given = rows, P(), cache, cache, rows, rows, rows
-    with jax.sharding.use_abstract_mesh(mesh):
-        over = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=given, out_specs=(rows, cache, cache)))
-        text = over.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    text = lower(jax.shard_map(step, mesh=mesh, in_specs=given, out_specs=(rows, cache, cache)), *args, mesh=mesh)
     assert text.count("@mosaic_gpu") == 1
     assert "uses_xla_collective_metadata = false" in text
 
