@@ -18,6 +18,7 @@ LARGE = {
     "attention": "70b",
     "decode_attention": "70b",
     "paged_attention": "70b",
+    "attend_and_write": "70b",
 }
 
 
