@@ -6,9 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
+from bench.choice import NEWEST, latest
 from bench.comparison import Comparison, results
 from bench.entries import Entry, entries, say
-from bench.names import NEWEST, is_ours, latest
+from bench.names import is_ours
 from bench.process import Budget
 from bench.record import Record
 from bench.rows import table

@@ -1,6 +1,7 @@
 """``jllama serve``: an HTTP server with OpenAI's API."""
 
 import argparse
+import ipaddress
 import os
 import sys
 
@@ -27,6 +28,9 @@ def parser() -> Parser:
     group = parser.add_argument_group("network")
     group.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
     group.add_argument("--port", type=int, default=8000, metavar="N", help="port; 0: any free one (default: 8000)")
+    help_host = "name by which clients may address the server, beside addresses and localhost; may be repeated; *: any "
+    help_host += "(default: none where it listens on a loopback address, else any)"
+    group.add_argument("--allow-host", action="append", default=[], metavar="NAME", help=help_host)
     help_origin = "let web pages of this origin ask (CORS); may be repeated (default: none)"
     group.add_argument("--allow-origin", action="append", default=[], metavar="ORIGIN", help=help_origin)
     group = parser.add_argument_group("access")
@@ -94,6 +98,12 @@ def check(args: argparse.Namespace) -> tuple[str, ...]:
     return keys
 
 
+def hosts(host: str, allowed: list[str], *, local: bool) -> tuple[str, ...]:
+    """The names by which clients may address a server that listens on ``host``; none: any. A ``local`` one serves this
+    machine only, so nobody needs another name for it, unless a proxy passes one on."""
+    return tuple(dict.fromkeys((host, *allowed))) if local or allowed else ()
+
+
 def run(args: argparse.Namespace, keys: tuple[str, ...]) -> int:
     """Load the model, compile, and serve."""
     from jllama.cli.runtime import device_line, open_model
@@ -105,6 +115,7 @@ def run(args: argparse.Namespace, keys: tuple[str, ...]) -> int:
     from jllama.text.lm import default_slots
 
     with bind(args.host, args.port) as bound:
+        local = ipaddress.ip_address(bound.getsockname()[0]).is_loopback
         opened = open_model(args, quiet=args.quiet)
         lm = opened.lm
         slots = default_slots() if args.slots is None else args.slots
@@ -116,6 +127,7 @@ def run(args: argparse.Namespace, keys: tuple[str, ...]) -> int:
         settings = Settings(
             names=tuple(args.served_model_name) or (name,),
             api_keys=keys,
+            hosts=hosts(args.host, args.allow_host, local=local),
             origins=tuple(args.allow_origin),
             queue=args.max_queue,
             access_log=not args.no_access_log,
@@ -125,7 +137,7 @@ def run(args: argparse.Namespace, keys: tuple[str, ...]) -> int:
             say(f"{settings.names[0]}, {what}, context {lm.max_len:,} tokens, {slots} slots, {pages:,} pages")
             if lm.chat_format.note:
                 say(lm.chat_format.note)
-            if not keys and args.host not in ("127.0.0.1", "::1", "localhost"):
+            if not keys and not local:
                 say(f"no API key is set, and {args.host} can be reached from other machines")
         if not args.no_warm_up:
             if not args.quiet:

@@ -4,12 +4,15 @@ The masks are made on the host, in threads, while the device computes the logits
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from typing import Protocol
 
 import numpy as np
+
+from jllama.errors import RAISED
 
 THREADS = 8  # at most, for the masks of one step
 
@@ -41,24 +44,48 @@ class Constraint(Protocol):
 
 
 class Progress:
-    """The matcher of a request, which follows the tokens that have come."""
+    """The matcher of a request, which follows the tokens that have come. One that raises is a dead end from then on:
+    its own request ends, with ``error``, and no other notices."""
 
     def __init__(self, constraint: Constraint, prompt: int) -> None:
         self._matcher, self._known = constraint.matcher(), prompt
+        self.error: str | None = None
 
-    def follow(self, tokens: Sequence[int]) -> Matcher:
-        """The matcher after all ``tokens``, of which the first are the prompt."""
-        while self._known < len(tokens):
-            self._matcher.accept(tokens[self._known])
-            self._known += 1
-        return self._matcher
+    def follow(self, tokens: Sequence[int]) -> "Progress":
+        """Go on to the end of ``tokens``, of which the first are the prompt."""
+        with self._checked():
+            while self._known < len(tokens) and self.error is None:
+                self._matcher.accept(tokens[self._known])
+                self._known += 1
+        return self
+
+    def mask(self) -> np.ndarray:
+        """The tokens that may come next, as in `Matcher`."""
+        if self.error is None:
+            with self._checked():
+                return self._matcher.mask()
+        return np.zeros(1, np.uint32)
+
+    @property
+    def done(self) -> bool:
+        """Whether the text is complete and nothing may follow."""
+        with self._checked():
+            return self.error is None and self._matcher.done
+        return False
+
+    @contextmanager
+    def _checked(self) -> Generator[None]:
+        try:
+            yield
+        except RAISED as error:
+            self.error = f"the constraint failed: {type(error).__name__}: {str(error)[:200]!a}"
 
 
-def masks_of(matchers: Sequence[Matcher | None], rows: int, vocab: int) -> np.ndarray:
+def masks_of(matchers: Sequence[Progress | None], rows: int, vocab: int) -> np.ndarray:
     """The masks [rows, ceil(vocab / 32)] uint32 of the first rows; a row without a matcher may draw any token."""
     masks = np.full((rows, -(-vocab // 32)), 2**32 - 1, np.uint32)
 
-    def fill(part: list[tuple[int, Matcher]]) -> None:
+    def fill(part: list[tuple[int, Progress]]) -> None:
         for i, matcher in part:
             masks[i] = matcher.mask()
 

@@ -95,7 +95,7 @@ class Engine:
         self._scheduler = Parts([Scheduler(pool, steps=tuning.steps, **how) for pool in pools])
         self._handles: dict[Scheduled, Handle] = {}
         self._in_flight: Launch | None = None
-        self._paused = self._torn = False
+        self._paused = self._torn = self._nan = False
         self._new_tokens, self._decode_steps, self._seconds = 0, 0, 0.0
 
     @property
@@ -196,8 +196,7 @@ class Engine:
                 events = [event for event in self.step() if event.handle in place]
                 for event in events:
                     if event.finish_reason == "error":
-                        why = "logits are NaN: the weights hold NaN or Inf, or overflow this dtype"
-                        raise InputError(f"model: prompt {place[event.handle]}: {why}")
+                        raise InputError(f"model: prompt {place[event.handle]}: {event.handle.error}")
                 yield events
         finally:
             for handle in handles:
@@ -297,10 +296,10 @@ class Engine:
         return [h.completion for h in handles]
 
     def _read(self, launch: Launch) -> list[Event]:
-        parts, scores = fetch((launch.drawn, launch.scores), self.params.mesh)  # blocks
+        parts, scores = fetch((launch.outputs, launch.scores), self.params.mesh)  # blocks
         events: list[Event] = []
         if parts:
-            events = self._read_drawn(launch.rows, jax.tree.map(lambda *part: np.concatenate(part), *parts))
+            events = self._read_output(launch.rows, jax.tree.map(lambda *part: np.concatenate(part), *parts))
         for place, piece in launch.pieces:
             self._read_scores(piece, *(found[place] for found in scores))
             if piece.sequence.finish and (handle := self._handles.get(piece.sequence)):
@@ -309,18 +308,18 @@ class Engine:
         for s in seen:
             if s.finish is not None and s in self._handles:
                 self._finish(self._handles[s])
-        if any(s.finish == "error" for s in seen):
+        if self._nan:
             self._restart()  # the cache may hold NaN, which no mask hides
         return [e for e in events if e.ids or e.finish_reason]
 
-    def _read_drawn(self, rows: list[tuple[int, Scheduled]], drawn: Any) -> list[Event]:
+    def _read_output(self, rows: list[tuple[int, Scheduled]], output: Any) -> list[Event]:
         events: list[Event] = []
-        self._decode_steps += int((drawn.tokens != NO_TOKEN).any(axis=1).sum())
+        self._decode_steps += int((output.tokens != NO_TOKEN).any(axis=1).sum())
         for i, s in rows:
-            came = drawn.tokens[:, i] != NO_TOKEN
-            ids, logprobs, count = drawn.tokens[came, i].tolist(), drawn.logprobs[came, i].tolist(), int(came.sum())
+            came = output.tokens[:, i] != NO_TOKEN
+            ids, logprobs, count = output.tokens[came, i].tolist(), output.logprobs[came, i].tolist(), int(came.sum())
             handle = self._handles.get(s)
-            if handle is None or self._broken(s, drawn.logprobs[came, i]):
+            if handle is None or self._broken(s, output.logprobs[came, i]):
                 s.unread -= 1
                 events += [Event(handle, [], [], "error")] if handle is not None else []
                 continue
@@ -332,7 +331,7 @@ class Engine:
             completion.logprobs += logprobs
             self._new_tokens += count
             if asked:
-                names, values = (a[came, i, :asked].tolist() for a in drawn.top)
+                names, values = (a[came, i, :asked].tolist() for a in output.top)
                 completion.top_logprobs += [dict(zip(*pair, strict=True)) for pair in zip(names, values, strict=True)]
             events.append(Event(handle, ids, logprobs, s.finish))  # pyright: ignore[reportArgumentType]
         return events
@@ -352,13 +351,18 @@ class Engine:
         if not np.isnan(logprobs).any():
             return False
         self._scheduler.finish(sequence, "error")
+        self._nan = True
         return True
 
     def _check_constraint(self, sequence: Scheduled, progress: Progress, count: int) -> None:
         """End a text that its grammar ends, or in which no token may come next."""
-        if not count:
+        done = progress.follow(sequence.tokens).done
+        if progress.error is not None:
+            self._scheduler.finish(sequence, "error")
+            sequence.finish = "error"
+        elif not count:
             self._scheduler.finish(sequence, "dead_end")
-        elif progress.follow(sequence.tokens).done:
+        elif done:
             self._scheduler.finish(sequence, "stop")
             sequence.finish = "stop"  # also where the limit has ended it just now
 
@@ -368,6 +372,7 @@ class Engine:
 
     def _restart(self) -> None:
         """An empty cache: what ran is computed anew."""
+        self._nan = False
         self._in_flight = None
         self._scheduler.restart()
         self._device.reset(extras=any(h.request.sampling.kind == "full" for h in self._handles.values()))

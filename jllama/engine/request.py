@@ -89,6 +89,7 @@ class Request:
             raise InputError("prompt: expected at least 1 token, found 0")
         check_ids("prompt", self.prompt, config)
         _within("stop_ids: entries", len(self.stops(config)), 0, MAX_STOP_IDS)
+        check_ids("stop_ids", set(self.stops(config)).difference(config.eos_ids), config)
         if self.score_from is None:
             _within("max_new_tokens", self.max_new_tokens, 1, 2**31 - 1)
         elif self.constraint is not None:
@@ -130,6 +131,14 @@ class Handle:
     def finished(self) -> bool:
         """Whether nothing more will come."""
         return self.completion.finish_reason is not None
+
+    @property
+    def error(self) -> str | None:
+        """Why it ended, where its finish reason is "error"."""
+        if self.completion.finish_reason != "error":
+            return None
+        failed = None if self.progress is None else self.progress.error
+        return failed or "logits are NaN: the weights hold NaN or Inf, or overflow this dtype"
 
 
 @dataclass(frozen=True)

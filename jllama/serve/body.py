@@ -12,8 +12,7 @@ from starlette.requests import ClientDisconnect, Request
 from jllama.serve.errors import ApiError, from_validation
 from jllama.serve.gate import Gate
 from jllama.serve.settings import Settings
-
-MAX_DEPTH = 64  # of nested lists and objects
+from jllama.text.nesting import MAX_DEPTH, nested_within
 
 
 @asynccontextmanager
@@ -22,6 +21,8 @@ async def reading[B: BaseModel](request: Request, schema: type[B], settings: Set
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # what a web page may send anywhere without asking is no JSON
         raise ApiError(415, "content-type: expected application/json", code="unsupported_media_type")
+    if (request.headers.get("content-encoding") or "identity").strip().lower() != "identity":
+        raise ApiError(415, "content-encoding: expected none, found another", code="unsupported_media_type")
     parts: list[bytes] = []
     try:
         await _receive(request, settings, gate, parts)
@@ -66,13 +67,9 @@ def parse(content: bytes) -> dict[str, Any]:
         raise ApiError(400, "body: expected JSON of finite numbers and little depth, found other") from None
     if not isinstance(value, dict):
         raise ApiError(400, f"body: expected a JSON object, found {type(value).__name__}")
-    level: list[Any] = [value]
-    for _ in range(MAX_DEPTH):
-        level = [part for v in level for part in (v.values() if isinstance(v, dict) else v)]
-        level = [part for part in level if isinstance(part, dict | list)]
-        if not level:
-            return value
-    raise ApiError(400, f"body: expected at most {MAX_DEPTH} nested levels, found more")
+    if not nested_within(value):
+        raise ApiError(400, f"body: expected at most {MAX_DEPTH} nested levels, found more")
+    return value
 
 
 def _no_constant(name: str) -> NoReturn:

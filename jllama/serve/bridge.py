@@ -16,8 +16,6 @@ from jllama.engine.engine import Engine, Statistics
 from jllama.engine.request import Completion, Event, FinishReason, Handle, Request
 from jllama.errors import InputError
 
-BROKEN = "the model's logits are NaN: its weights hold NaN or Inf, or overflow this dtype"
-
 
 @dataclass(frozen=True)
 class Progress:
@@ -159,8 +157,7 @@ class EngineThread:
         (group, row), completion = found, event.handle.completion
         top = completion.top_logprobs[-len(event.ids) :] if event.ids else []
         scored = completion if event.handle.request.score_from is not None else None
-        error = BROKEN if event.finish_reason == "error" else None
-        return group, Progress(row, event.ids, event.logprobs, top, event.finish_reason, error, scored)
+        return group, Progress(row, event.ids, event.logprobs, top, event.finish_reason, event.handle.error, scored)
 
     def _fail(self, group: Group) -> None:
         why = "the engine has died; the server ends"

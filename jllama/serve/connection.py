@@ -43,6 +43,16 @@ class Connection(H11Protocol):
         self._taken()
         super().connection_lost(exc)
 
+    def send_400_response(self, msg: str) -> None:
+        """What came is no HTTP. A request before it on this connection may have begun: its answer goes no further."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:
+            self.transport.close()
+
     def pause_writing(self) -> None:
         """Too much waits for the client. What it does not take is dropped at the end: `close` would wait for it."""
         super().pause_writing()

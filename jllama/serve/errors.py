@@ -34,6 +34,8 @@ class ApiError(Exception):
                 return {"retry-after": "1"}
             case 408 | 413:
                 return {"connection": "close"}  # the rest of the body is not read
+            case 400 if self.code == "ambiguous_length":
+                return {"connection": "close"}
         return {}
 
 

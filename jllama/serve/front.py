@@ -2,7 +2,9 @@
 
 import hashlib
 import hmac
+import ipaddress
 import json
+import re
 import secrets
 import sys
 import time
@@ -46,11 +48,42 @@ class Keys:
         return found if scheme.lower() == "bearer" else None
 
 
+class Hosts:
+    """The names by which clients may address the server; none: any.
+
+    A page of another site can have its own name resolve to this machine, and then ask as if it were from here (DNS
+    rebinding). Its browser still sends that name. Addresses and localhost cannot be taken over so."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = {"localhost", *(name.lower() for name in names)} if names and "*" not in names else None
+
+    def knows(self, headers: Headers) -> bool:
+        """Whether a request is for this server. Clients of HTTP/1.0 that name no host are no browsers."""
+        given = headers.get("host")
+        if self._names is None or given is None:
+            return True
+        match = re.fullmatch(r"(?:\[([0-9a-f:.]+)\]|([^:\[\]]+?)\.?)(?::\d{1,5})?", given.lower())
+        if match is None:
+            return False
+        name = match[1] or match[2]
+        return name in self._names or _is_address(name)
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
 class Front:
     """Wraps the application. ``answered`` is told the scope and status of every request."""
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str], answered: Callable[[Scope, int], None], *, log: bool) -> None:
-        self._app, self._keys, self._answered, self._log = app, Keys(keys), answered, log
+    def __init__(
+        self, app: ASGIApp, keys: Keys, hosts: Hosts, answered: Callable[[Scope, int], None], *, log: bool
+    ) -> None:
+        self._app, self._keys, self._hosts, self._answered, self._log = app, keys, hosts, answered, log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request, or the lifespan."""
@@ -71,9 +104,9 @@ class Front:
             await send(message)
 
         try:
-            facts["tenant"] = tenant = self._keys.tenant(Headers(scope=scope))
-            if tenant is None and scope["path"] not in OPEN:
-                refused = ApiError(401, "authorization: expected a valid API key", code="invalid_api_key")
+            headers = Headers(scope=scope)
+            facts["tenant"] = tenant = self._keys.tenant(headers)
+            if (refused := self._refused(headers, tenant, scope["path"])) is not None:
                 await error_response(refused)(scope, receive, named)
             else:
                 await self._app(scope, receive, named)
@@ -81,6 +114,17 @@ class Front:
             self._answered(scope, status)
             if self._log:
                 _write(scope, name, status, time.perf_counter() - began, facts)
+
+    def _refused(self, headers: Headers, tenant: str | None, path: str) -> ApiError | None:
+        """Why a request goes no further."""
+        if not self._hosts.knows(headers):
+            return ApiError(421, "host: expected a name of this server (see --allow-host)", code="unknown_host")
+        if "transfer-encoding" in headers and "content-length" in headers:
+            # A proxy may have gone by the other of the two, and take what follows for somebody else's request.
+            return ApiError(400, "content-length: expected none beside transfer-encoding", code="ambiguous_length")
+        if tenant is None and path not in OPEN:
+            return ApiError(401, "authorization: expected a valid API key", code="invalid_api_key")
+        return None
 
 
 def _write(scope: Scope, name: str, status: int, seconds: float, facts: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from jllama.engine.constraint import Constraint
-from jllama.engine.request import MAX_STOP_IDS, Request, SamplingSettings
+from jllama.engine.request import MAX_STOP_IDS, Request, SamplingSettings, check_ids
 from jllama.errors import InputError
 from jllama.serve.constraints import Tools, constraint_of, tools_of
 from jllama.serve.errors import ApiError, bad
@@ -141,6 +141,7 @@ def _request(
     request = Request((0,), 1, settings, stop_ids, salt=salt, constraint=constraint)
     try:
         settings.check(model.config)
+        check_ids("stop_token_ids", body.stop_token_ids or (), model.config)
     except InputError as error:
         name = str(error).partition(":")[0]
         raise ApiError(400, str(error), param=name) from None

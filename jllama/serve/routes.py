@@ -20,7 +20,7 @@ from jllama.serve.answers import Answer, ChatAnswer, TextAnswer
 from jllama.serve.bridge import EngineThread
 from jllama.serve.errors import MAX_NAME, ApiError
 from jllama.serve.exchange import Exchange
-from jllama.serve.front import GONE, Front, error_response
+from jllama.serve.front import GONE, Front, Hosts, Keys, error_response
 from jllama.serve.gate import Gate
 from jllama.serve.metrics import Metrics
 from jllama.serve.model import Model
@@ -107,7 +107,7 @@ async def stream(running: Running, answer: Answer, options: StreamOptions | None
 
 def create_app(service: Service) -> ASGIApp:
     """The application for an HTTP server."""
-    app = FastAPI(title="jllama", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(title="jllama", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     _handle_errors(app)
     _add_model_routes(app, service)
     _add_state_routes(app, service)
@@ -117,7 +117,7 @@ def create_app(service: Service) -> ASGIApp:
         path = scope["path"]
         service.metrics.answered(path if path in routes else "other", status)
 
-    front = Front(app, settings.api_keys, answered, log=settings.access_log)
+    front = Front(app, Keys(settings.api_keys), Hosts(settings.hosts), answered, log=settings.access_log)
     if not settings.origins:
         return front
     # Outside the front: a browser's preflight carries no key.

@@ -10,6 +10,7 @@ from pydantic import model_validator as validated
 
 from jllama.engine.request import MAX_BIAS, MAX_STOP_IDS, MAX_TOP_LOGPROBS
 from jllama.text.grammars import MAX_CHOICES
+from jllama.text.nesting import is_unicode
 from jllama.text.templates import ROLES
 from jllama.text.tool_choice import MAX_TOOLS
 
@@ -45,11 +46,8 @@ def _texts(value: Any, name: str, count: int, length: int) -> tuple[str, ...]:
 
 def check_unicode(text: str) -> str:
     """The text, unless it holds half of a surrogate pair, which no tokenizer takes."""
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise ValueError("expected Unicode text, found a lone surrogate") from None
+    if not is_unicode(text):
+        raise ValueError("expected Unicode text, found a lone surrogate")
     return text
 
 

@@ -9,6 +9,7 @@ class Settings:
 
     names: tuple[str, ...] = ("jllama",)  # the model's names for clients; answers carry the first
     api_keys: tuple[str, ...] = ()  # none: everybody may ask
+    hosts: tuple[str, ...] = ()  # names by which clients may address it, beside localhost and addresses; none: any
     origins: tuple[str, ...] = ()  # web pages of these origins may ask (CORS)
     queue: int = 1024  # rows that may wait for a slot; more are refused with 429
     body_bytes: int = 4 << 20  # of a request

@@ -16,7 +16,7 @@ from functools import update_wrapper
 from itertools import islice
 from typing import Any, ClassVar
 
-from jllama.errors import InputError
+from jllama.errors import RAISED, InputError
 from jllama.formats.files import label
 
 MAX_TEMPLATE = 256 << 10  # characters
@@ -43,9 +43,6 @@ _PRODUCTS = {
 _PRODUCTS |= {"translate", "zfill"}
 _NOT_FOR_TEMPLATES = ("striptags", "urlize", "wordwrap", "xmlattr", "random")
 _WIDE = re.compile(r"\d{5}|\*|\{[^{}]*\{")  # a format string with a width that can make its result very long
-# Exceptions that a template can raise besides those of jinja2.
-_RAISED = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RuntimeError, SyntaxError)
-_RAISED += (TypeError, ValueError)
 
 
 class _Exceeded(RuntimeError):
@@ -143,7 +140,7 @@ class Template:
         if len(text) > MAX_TEMPLATE:
             raise InputError(f"{where}: expected at most {MAX_TEMPLATE} characters, found {len(text)}")
         self._where, self._meter, self._lock = where, _Meter(), threading.Lock()
-        self._raised = (*_RAISED, jinja2.TemplateError)
+        self._raised = (*RAISED, SyntaxError, jinja2.TemplateError)
         try:
             self._template = _environment(self._meter).from_string(text)
         except self._raised as error:

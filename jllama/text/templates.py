@@ -17,6 +17,7 @@ from jllama.formats.files import MappedFile, first_of, label
 from jllama.formats.source import Source
 from jllama.text.control import ControlTokens
 from jllama.text.dialog import Exchange, dialog_ids
+from jllama.text.nesting import MAX_DEPTH, is_unicode, nested_within
 from jllama.text.sandbox import MAX_TEMPLATE, Template
 from jllama.text.tokenizer import Tokenizer, special_text, tokenizer_config
 
@@ -99,6 +100,8 @@ class TemplateChat:
                 **special,
             }
         )
+        if not is_unicode(rendered):
+            raise InputError("messages: expected Unicode text, found a lone surrogate in them or in tools")
         return tokenizer.encode_rendered(rendered, letters)
 
     def stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -237,6 +240,9 @@ def with_loaded_arguments(messages: Sequence[Message]) -> list[Message]:
             value = json.loads(arguments)
         except (ValueError, RecursionError):
             raise InputError("messages: tool_calls: arguments: expected JSON, found something else") from None
+        if not nested_within(value):
+            expected = f"expected at most {MAX_DEPTH} nested levels, found more"
+            raise InputError(f"messages: tool_calls: arguments: {expected}")
         return {**call, "function": {**function, "arguments": value}}
 
     return [

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny
 from reference_engine import assert_same
-from toy_grammar import BEGIN, Walk, walk
+from toy_grammar import BEGIN, At, Walk, walk
 
 from jllama import Engine, Request, SamplingSettings
 from jllama.engine import masked, steps
@@ -18,7 +18,7 @@ from jllama.engine.tuning import Tuning
 from jllama.errors import InputError
 
 SLOTS, PAGES, MAX_LEN = 2, 8, 192  # few shapes: each is compiled
-TUNING = Tuning(piece=32, steps=(4, 16), rows=(SLOTS,), pieces=(2,))
+TUNING = Tuning(piece=32, steps=(4, 4, 16), rows=(SLOTS,), pieces=(2,))
 VOCAB = tiny.CONFIG.vocab_size
 GRAMMARS = [walk(VOCAB, 1), walk(VOCAB, 2, length=9), None, walk(VOCAB, 3, length=30), None]
 SETTINGS = [SamplingSettings(), SamplingSettings(0.8, top_k=20, min_p=0.01)]
@@ -103,6 +103,49 @@ def test_a_dead_end_ends_its_row_only() -> None:
     assert [h.completion.finish_reason for h in handles] == ["dead_end", "length", "length", "dead_end"]
     assert [len(h.completion.ids) for h in handles] == [2, 20, 20, 0]
     check(handles[1:3])
+
+
+class Faulty(At):
+    """Raises at one of its methods, at the third token."""
+
+    where = ""
+
+    def mask(self) -> np.ndarray:
+        if self.where == "mask" and self.count == 2:
+            raise MemoryError
+        return super().mask()
+
+    def accept(self, token: int) -> None:
+        if self.where == "accept" and self.count == 2:
+            raise KeyError(token)
+        super().accept(token)
+
+    @property
+    def done(self) -> bool:
+        if self.where == "done" and self.count == 3:
+            raise RuntimeError("a bug")
+        return super().done
+
+
+@pytest.mark.parametrize(("where", "count"), [("mask", 2), ("accept", 3), ("done", 3)])
+def test_a_constraint_that_raises_ends_its_row_only(where: str, count: int) -> None:
+    class Bad(Walk):
+        def matcher(self) -> At:
+            made = Faulty(self)
+            made.where = where
+            return made
+
+    e, good = engine(), GRAMMARS[0]
+    assert isinstance(good, Walk)
+    bad = Bad(VOCAB, good.after)
+    handles = [e.submit(Request(tiny.prompt(9), 20, stop_ids=(), constraint=c)) for c in (bad, good, None)]
+    drain(e)
+    assert [h.completion.finish_reason for h in handles] == ["error", "length", "length"]
+    assert [len(h.completion.ids) for h in handles] == [count, 20, 20]
+    assert (handles[0].error or "").startswith("the constraint failed: ")
+    check(handles[1:])
+    with pytest.raises(InputError, match="prompt 0: the constraint failed"):
+        e.generate([tiny.prompt(9)], max_new_tokens=9, stop_ids=(), constraint=bad)
 
 
 def test_samples_of_a_prompt_share_a_constraint() -> None:

@@ -187,7 +187,7 @@ def test_transforms_of_a_model_with_kernels(kernels: None, stacked: bool) -> Non
         return total((logits, stepped, after))
 
     with record() as choices:
-        forward(params, tokens, cache)
+        jax.eval_shape(forward, params, tokens, cache)
         assert choices["decode_step"].impl == ("pallas" if stacked else "ops")
     for transformed in (
         lambda f: jax.grad(f)(params, tokens),
@@ -263,10 +263,10 @@ def test_a_model_on_the_cpu_of_a_machine_with_a_gpu(gpu: None) -> None:
     run = jax.jit(generate, static_argnames="max_new_tokens")
     np.testing.assert_array_equal(run(params, jnp.asarray([prompt]), max_new_tokens=4).tokens, wanted)
     session = Session(params, 32)
-    assert [t for tokens in session.run([prompt], 4) for t in tokens.ids[0]] == wanted[0].tolist()
+    assert [t for tokens in session.run(prompt, 4) for t in tokens.ids] == wanted[0].tolist()
     assert session.backends["decode"]["matmul"] == Choice("xla", "needs an NVIDIA Hopper GPU, found platform 'cpu'")
     with pytest.raises(Unsupported, match="needs an NVIDIA Hopper GPU, found platform 'cpu'"):
-        list(Session(params, 32, backend="pallas").run([prompt], 4))
+        list(Session(params, 32, backend="pallas").run(prompt, 4))
 
 
 # What ran
@@ -278,7 +278,7 @@ def test_a_session_tells_what_ran_whether_it_was_traced_or_not() -> None:
     for settings in ({}, {}, dict(temperature=0.5)):
         session = Session(params, 64)
         assert session.backends == {}
-        for _ in session.run([tiny.prompt(6)], 3, make_sampling(1, **settings)):
+        for _ in session.run(tiny.prompt(6), 3, make_sampling(1, **settings)):
             pass
         found.append(session.backends)
     assert found[0] == found[1]
@@ -332,5 +332,5 @@ def test_arrays_on_the_cpu_of_a_gpu_machine() -> None:
     with pytest.raises(Unsupported, match="lowered for 'cpu'"):
         run(params, tokens, backend="pallas")
     session = Session(params, 32)
-    assert len([t for tokens in session.run([[5, 6, 7]], 4) for t in tokens.ids[0]]) == 4
+    assert len([t for tokens in session.run([5, 6, 7], 4) for t in tokens.ids]) == 4
     assert session.backends["decode"]["matmul"].impl == "xla"

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
+pytest.importorskip("httpx2", reason="needs the package httpx2 (make setup)")
 
 import browser as browsers
 from serving import SLOTS, Live, demo
 
-from jllama import Engine
+from jllama import LM, Engine
 from jllama.serve.bridge import EngineThread
 from jllama.serve.model import Model
 from jllama.serve.routes import Service
@@ -30,13 +31,13 @@ def engine() -> Iterator[EngineThread]:
 
 @pytest.fixture(scope="session")
 def make_live(engine: EngineThread) -> Iterator[Callable[..., Live]]:
-    """Start a server with some settings."""
+    """Start a server with some settings; of the embedded model, unless another is given."""
     made: list[Live] = []
 
-    def make(**settings: Any) -> Live:
-        lm = demo()
+    def make(lm: LM | None = None, thread: EngineThread = engine, **settings: Any) -> Live:
+        lm = lm or demo()
         given = Settings(**{"names": ("demo", "alias"), "access_log": False} | settings)
-        live = Live(Service(Model.of(lm, lm.max_len), engine, given, slots=SLOTS))
+        live = Live(Service(Model.of(lm, lm.max_len), thread, given, slots=SLOTS))
         made.append(live)
         return live
 

@@ -1,9 +1,6 @@
 """``jllama serve`` as a process of its own: the ready line, the official client, signals."""
 
-import os
-import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -11,41 +8,17 @@ from pathlib import Path
 
 import httpx2
 import pytest
+from process import KEY, Process
 from serving import demo
 
 from jllama.cli import serve
-
-KEY = "sk-from-the-environment"
-FLAGS = ["--slots", "2", "--port", "0", "--no-warm-up", "--served-model-name", "demo"]
-
-
-class Process:
-    """A server's process, from its ready line on."""
-
-    def __init__(self, cache: Path) -> None:
-        command = [sys.executable, "-W", "error", "-m", "jllama", "serve", *FLAGS, "--compilation-cache", str(cache)]
-        env = os.environ | {"JLLAMA_API_KEY": KEY}
-        self.process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert self.process.stderr is not None
-        self.lines: list[str] = []
-        for line in self.process.stderr:
-            self.lines.append(line)
-            if match := re.search(r"ready at (http://127\.0\.0\.1:\d+)\n", line):
-                self.url = match[1]
-                return
-        raise AssertionError("".join(self.lines))
-
-    def end(self) -> tuple[int, str, str]:
-        out, err = self.process.communicate(timeout=60)
-        return self.process.returncode, out, err
 
 
 @pytest.fixture
 def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     made = Process(tmp_path_factory.getbasetemp() / "xla")
     yield made
-    made.process.kill()
-    made.process.communicate()
+    made.kill()
 
 
 def test_the_official_client_and_a_drain(process: Process, capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,11 +61,11 @@ def test_the_official_client_and_a_drain(process: Process, capsys: pytest.Captur
         late = httpx2.post(f"{process.url}/v1/completions", json=body, headers=headers)
         assert late.status_code == 503
         assert [line for line in events if line][-1] == "data: [DONE]"
-    code, out, err = process.end()
-    assert code == 0
+    assert process.end() == 0
+    out, err = process.out, process.err
     assert "takes no new requests" in err
-    assert "Traceback" not in err + "".join(process.lines)
-    assert KEY not in out + err + "".join(process.lines)
+    assert "Traceback" not in err
+    assert KEY not in out + err
     assert out.count('"path": "/v1/completions"') == 4
     assert all(line.startswith("{") for line in out.splitlines())
 
@@ -106,9 +79,8 @@ def test_a_second_signal_ends_at_once(process: Process) -> None:
         for _ in range(2):
             process.process.send_signal(signal.SIGTERM)
             time.sleep(0.2)
-        code, _, err = process.end()
-    assert code == 128 + signal.SIGTERM, err
-    assert err.endswith("ends at once\n")
+        assert process.end() == 128 + signal.SIGTERM, process.err
+    assert process.err.endswith("ends at once\n")
 
 
 @pytest.mark.parametrize(

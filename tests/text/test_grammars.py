@@ -2,20 +2,25 @@
 
 import functools
 import json
+import resource
 import sys
 
 import numpy as np
 import pytest
+
+pytest.importorskip("llguidance", reason="needs the extra serve")
+pytest.importorskip("jsonschema", reason="needs the package jsonschema (make setup)")
+
 from shapes import Shape, shapes
 from smollm2 import needs_smollm2
 
 import jllama
 from jllama import LM, InputError
 from jllama.formats import open_source
+from jllama.text import grammars as grammars_module
 from jllama.text.grammars import MAX_CHOICES, MAX_DEPTH, Grammar, Grammars
 from jllama.text.tokenizer import Tokenizer, load_tokenizer, tokenizer_for
 
-pytest.importorskip("llguidance")
 EOS = 2
 MODELS = ["demo", pytest.param("smollm2", marks=needs_smollm2)]
 
@@ -203,15 +208,25 @@ def test_hostile_grammars_end_a_request_at_most(kind: str, value: object) -> Non
     assert len(matcher.mask()) == -(-(tokenizer("demo").n_ids + 5) // 32)
 
 
-def test_compiled_grammars_are_kept_up_to_a_number_of_bytes() -> None:
-    made = Grammars(tokenizer("demo"), 1024, (EOS,), cache_bytes=4 << 16)
+def test_compiled_grammars_are_kept_up_to_a_number_of_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Grammars(tokenizer("demo"), 1024, (EOS,), cache_bytes=13 << 20)
+    times = iter([0, 0.001, 0, 0.001, 0, 0.01])  # each counts 4 MiB and 400 MiB a second
+    monkeypatch.setattr(grammars_module.time, "thread_time", lambda: next(times, 0))
     first = made.compile("regex", "a+")
     assert made.compile("regex", "a+") is first
     second = made.compile("regex", "b+")
     made.compile("regex", "a+")
-    made.compile("choice", ["x" * 300])  # counts as more than 64 KiB
+    made.compile("regex", "(a|b)+")
     assert made.compile("regex", "a+") is first
     assert made.compile("regex", "b+") is not second
+
+
+def test_expressions_that_count_far_hold_little() -> None:
+    made = Grammars(tokenizer("demo"), 1024, (EOS,))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    held = [made.compile("regex", f"((a{{1000}}){{1000}}){{{n}}}") for n in range(1000, 1003)]
+    assert not allowed(held[0], *allowed(held[0])[:1])
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10  # KiB; 3 of 180 MiB without a limit
 
 
 def test_without_the_library_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
