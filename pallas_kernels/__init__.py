@@ -10,9 +10,9 @@ from .ffn import ffn, ffn_reference
 from .formats import WeightFormat
 from .layer_view import LayerView, materialize
 from .matmul import NO_BIAS, Weight, affine, matmul
-from .paged_attention import PAGE, paged_attention, write_pages
+from .paged_attention import PAGE, paged_attention
 from .peers import why_apart
-from .qkv import qkv, qkv_reference, rotate, split_heads, write
+from .qkv import qkv, qkv_reference, rotate, split_heads, write, write_pages
 from .quantized import GROUPS, QuantizedTensor, dequantize, group_size, quantize
 from .rms_norm import rms_norm
 from .transforms import vary_with

@@ -18,8 +18,8 @@ from .ffn import ffn_reference
 from .hopper.decode_step.checks import check
 from .hopper.decode_step.run import run_phases
 from .matmul import matmul_reference
-from .paged_attention import paged_attention_reference, write_pages
-from .qkv import rotate, split_heads, write
+from .paged_attention import paged_attention_reference
+from .qkv import rotate, split_heads, write, write_pages
 from .rms_norm import rms_norm_reference
 from .step_weights import StepWeights
 
