@@ -7,6 +7,7 @@ from .decode_step import StepWeights, decode_step
 from .dispatch import BACKENDS, Choice, Kernel, Op, Recorded, Unsupported, record, recorded, require_kernels
 from .draw import draw, log_probability
 from .ffn import ffn, ffn_reference
+from .finish_layer import finish_layer
 from .formats import WeightFormat
 from .layer_view import LayerView, materialize
 from .matmul import NO_BIAS, Weight, affine, matmul
@@ -28,6 +29,7 @@ OPS: dict[str, Op] = {
         paged_attention,
         attend_and_write,
         ffn,
+        finish_layer,
         decode_step,
         draw,
     )
@@ -61,6 +63,7 @@ __all__ = [
     "draw",
     "ffn",
     "ffn_reference",
+    "finish_layer",
     "group_size",
     "known",
     "log_probability",
