@@ -185,19 +185,17 @@ def project(
     """Project to queries, keys and values, and apply rotary. With a cache, the new keys and values are written to it;
     without one, they are returned as [B, kv_heads, T, head_dim]."""
     product = functools.partial(matmul, backend=backend)
-    if isinstance(cache, KVCache):
-        *arrays, place = cache.arrays(index)
-        by_ops = functools.partial(qkv_reference, product=product)
-        arguments = h, layer.wqkv, *arrays, start, *rotation
-        q, k, v = qkv.try_kernel(by_ops, *arguments, bias=layer.bqkv, layer=place, backend=backend)
-        return q, (), cache.with_arrays(index, k, v)
-
-    y = affine(product, h, layer.wqkv, layer.bqkv)
-    q, k, v = split_heads(y, config.n_heads // config.n_kv_heads, config.head_dim)
-    q, k = rotate(q, *rotation), rotate(k, *rotation)
     if cache is None:
+        y = affine(product, h, layer.wqkv, layer.bqkv)
+        q, k, v = split_heads(y, config.n_heads // config.n_kv_heads, config.head_dim)
+        q, k = rotate(q, *rotation), rotate(k, *rotation)
         return q, (k.swapaxes(1, 2), v.swapaxes(1, 2)), None
-    return q, (), cache.write(index, k, v)
+    *arrays, place = cache.arrays(index)
+    by_ops = functools.partial(qkv_reference, product=product)
+    arguments = h, layer.wqkv, *arrays, start, *rotation
+    how = dict(bias=layer.bqkv, layer=place, table=cache.table, backend=backend)
+    q, k, v = qkv.try_kernel(by_ops, *arguments, **how)
+    return q, (), cache.with_arrays(index, k, v)
 
 
 def finish(

@@ -11,8 +11,9 @@ from .finish_layer import finish_layer
 from .formats import WeightFormat
 from .layer_view import LayerView, materialize
 from .matmul import NO_BIAS, Weight, affine, matmul
-from .paged_attention import PAGE, paged_attention, write_pages
-from .qkv import qkv, qkv_reference, rotate, split_heads, write
+from .paged_attention import PAGE, paged_attention
+from .peers import why_apart
+from .qkv import qkv, qkv_reference, rotate, split_heads, write, write_pages
 from .quantized import GROUPS, QuantizedTensor, dequantize, group_size, quantize
 from .rms_norm import rms_norm
 from .transforms import vary_with
@@ -80,6 +81,7 @@ __all__ = [
     "rotate",
     "split_heads",
     "vary_with",
+    "why_apart",
     "write",
     "write_pages",
 ]

@@ -188,7 +188,7 @@ def test_transforms_of_a_model_with_kernels(kernels: None, stacked: bool) -> Non
         return total((logits, stepped, after))
 
     with record() as choices:
-        forward(params, tokens, cache)
+        jax.eval_shape(forward, params, tokens, cache)
         assert choices["decode_step"].impl == ("pallas" if stacked else "ops")
     for transformed in (
         lambda f: jax.grad(f)(params, tokens),
