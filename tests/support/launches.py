@@ -80,7 +80,7 @@ class Program:
 def _text(region: Any) -> str:
     """A region with its values numbered from 0: what MLIR calls them depends on what stands before."""
     names: dict[str, str] = {}
-    return re.sub(r"%\w+", lambda found: names.setdefault(found[0], f"%{len(names)}"), str(region))
+    return re.sub(r"%\w+", lambda found: names.setdefault(found[0], f"%{len(names)}"), "".join(map(str, region)))
 
 
 def operations_of_a_layer(lower: Any) -> Counter[str]:
