@@ -13,7 +13,7 @@ from .hopper.common.tiles import Weight
 from .hopper.gemm.large_m import check_large_m
 from .hopper.gemm.large_m_plan import LargeMTiles
 from .hopper.gemm.large_m_qkv import large_m_qkv
-from .hopper.gemm.small_m import SMALL_M_MAX
+from .hopper.gemm.medium_m import MEDIUM_M_MAX
 from .layer_view import LayerView
 from .matmul import NO_BIAS, affine, matmul_reference
 
@@ -137,8 +137,8 @@ def check_qkv(
     (B, T, inner), (cached, kv_heads, size, D) = x.shape, k.shape[-4:]
     cached = cached if table is None else table.shape[0]
     rows, chunk = math.prod(x.shape[:2]), LargeMTiles.chunk
-    if rows <= SMALL_M_MAX:
-        raise Unsupported(f"{rows} rows: the small-M GEMM takes up to {SMALL_M_MAX}")
+    if rows <= MEDIUM_M_MAX:
+        raise Unsupported(f"{rows} rows: smaller GEMMs take up to {MEDIUM_M_MAX}")
     if D not in (64, 128):
         raise Unsupported(f"head_dim must be 64 or 128, found {D}")
     if k.shape != v.shape or k.ndim != (4 if layer is None else 5) or (cached, *start.shape) != (B, B):

@@ -254,7 +254,7 @@ def test_a_prompt_of_the_7b_lowers_in_place() -> None:
 
 ROWS = Case((0,), 512, 1024)
 REFUSED = {
-    "few rows": (dataclasses.replace(ROWS, tokens=64), "64 rows: the small-M GEMM takes up to 64"),
+    "few rows": (dataclasses.replace(ROWS, tokens=64), "64 rows: smaller GEMMs take up to 64"),
     "head_dim": (dataclasses.replace(ROWS, head_dim=96), "head_dim must be 64 or 128, found 96"),
     "ragged": (dataclasses.replace(ROWS, start=(0, 3), tokens=70), "70 tokens of 2 sequences"),
     "outputs": (dataclasses.replace(ROWS, head_dim=64, heads=1), "192 outputs: must be a multiple of 128"),
