@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from h200 import H200, SMS, lower
+from jax.experimental.mosaic.gpu.fragmented_array import FragmentedArray
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from test_products import FORMATS, abstract, error, exact, interpreter, normal, race_free, weight
 
@@ -127,6 +128,23 @@ def test_a_layer_is_five_launches(case: str, fmt: str, rows: int) -> None:
 def ops(text: str) -> dict[str, int]:
     """How often every operation stands in a function."""
     return dict(collections.Counter(re.findall(r"= (?:stablehlo\.)?(\w+)", re.sub(r"\{.*", "", text))))
+
+
+@pytest.mark.parametrize("dim", [2048, 5120, 8192])
+def test_add_norm_sums_nothing_in_memory_that_its_warpgroups_share(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mosaic adds up the warps of a warpgroup in scratch memory of the block. Several warpgroups race there on a GPU;
+    the interpreter does not see it."""
+    reduce, sums = FragmentedArray.reduce, []
+
+    def recorded(array: Any, op: Any, axis: Any, scratch: Any = None, **how: Any) -> Any:
+        sums.append(scratch)
+        return reduce(array, op, axis, scratch, **how)
+
+    monkeypatch.setattr(FragmentedArray, "reduce", recorded)
+    shapes = ((3, 64, dim), jnp.float32), ((64, dim), jnp.bfloat16), ((dim,), jnp.bfloat16)
+    lower(functools.partial(add_norm, eps=EPS), *(jax.ShapeDtypeStruct(*s) for s in shapes))
+    assert sums
+    assert set(sums) == {None}
 
 
 @pytest.mark.parametrize("out_dtype", [jnp.bfloat16, jnp.float32])
