@@ -43,7 +43,7 @@ class OursEngine(Ours):
         handles = self.engine.submit_all(requests)
         for _ in self.engine.follow(handles):
             pass
-        self.backends = self.engine.backends
+        self.backends = lambda: self.engine.backends
         return [handle.completion.ids for handle in handles]
 
 

@@ -1,9 +1,8 @@
 """Which records tables and charts show: runs that held us and the peers, side by side."""
 
 from pathlib import Path
-from typing import Any
 
-from bench_records import CEILINGS, a_record
+from bench_records import a_record
 
 from bench import choice, plots
 from bench.record import Record
@@ -94,10 +93,9 @@ def test_what_a_reader_sees_first_is_side_by_side() -> None:
 
 
 def test_the_chart_by_rows_is_of_one_run_that_held_both(tmp_path: Path) -> None:
-    more: dict[str, Any] = dict(case="decode", ceilings=CEILINGS | dict(launch=1e-5, kernel=1e-6))
-    rows = [_rate("r1", i, b, 100.0 * b, **more) for i in ("engine", "vllm") for b in (1, 8, 64)]
-    short = [_rate("r2", i, b, 100.0 * b, **more) for i in ("engine", "vllm") for b in (1, 8)]
-    alone = [_rate("r3", "engine", b, 100.0 * b, **more) for b in (1, 8, 64)]
+    rows = [_rate("r1", i, b, 100.0 * b) for i in ("engine", "vllm") for b in (1, 8, 64)]
+    short = [_rate("r2", i, b, 100.0 * b) for i in ("engine", "vllm") for b in (1, 8)]
+    alone = [_rate("r3", "engine", b, 100.0 * b) for b in (1, 8, 64)]
     assert [p.name for p in plots.rows_plots(rows + short + alone, tmp_path)] == ["rows-7b-bf16-h200.png"]
     assert not list(plots.rows_plots(short + alone, tmp_path))
 

@@ -104,7 +104,9 @@ def test_products_in_fp8_have_a_higher_ceiling() -> None:
     assert roofline.floor_s(work, ceilings, "int8") == 2 * roofline.floor_s(work, ceilings, "fp8") == 1e3
 
 
-def test_peers_that_make_their_own_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peers_that_make_their_own_weights(
+    quick_workers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No weights are written. A peer that draws its own goes unchecked, and one that needs a file says so."""
     folder = tmp_path / "path" / "drawers"
     folder.mkdir(parents=True)

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from bench_records import CEILINGS, a_record
+from bench_records import a_record
 
 from bench import plots, record, regressions, report, rows, tables
 from bench.tables import TABLES
@@ -121,8 +121,7 @@ def test_pages_show_every_chart_that_is_kept_and_no_other() -> None:
 
 
 def test_equal_charts_are_equal_files(tmp_path: Path) -> None:
-    ceilings = CEILINGS | dict(launch=1e-5, kernel=1e-6)
-    rows = [a_record(ceilings=ceilings, work={"bytes": 1e10, "flops": 1e10, "tokens": 1})]
+    rows = [a_record(work={"bytes": 1e10, "flops": 1e10, "tokens": 1})]
     for name in ("a", "b"):
         list(plots.draw(rows, tmp_path / name))
     files = sorted(path.name for path in (tmp_path / "a").iterdir())
@@ -132,8 +131,7 @@ def test_equal_charts_are_equal_files(tmp_path: Path) -> None:
 
 
 def test_every_chart_of_the_newest_runs(tmp_path: Path) -> None:
-    ceilings = CEILINGS | dict(launch=1e-5, kernel=1e-6)
-    more = dict(ceilings=ceilings, work={"bytes": 1e10, "flops": 1e10, "tokens": 1})
+    more = dict(work={"bytes": 1e10, "flops": 1e10, "tokens": 1})
     op = more | dict(suite="ops", case="ffn", metric="ms", value=0.5, samples=[0.5], speedup={"xla": 1.0})
     rows = [a_record(**more), a_record(**more, batch=8), a_record(**op), a_record(**op, seq=16, context=32)]
     names = {path.name for path in plots.draw(rows, tmp_path)}
