@@ -9,6 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from bench.names import OURS
 from jllama.errors import InputError, reported
 
 DEMO_S = 90  # budget of a run without arguments, which should end within two minutes on any machine
@@ -33,7 +34,9 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--context", default="", metavar="N,...", help="also decode one row up to these lengths")
     p.add_argument("--sampled", action="store_true", help="also decode with temperature and top-p (our backends only)")
-    p.add_argument("--backends", default=None, help="our backends: xla,pallas,auto (default: xla, and pallas on a GPU)")
+    p.add_argument(
+        "--backends", default=None, help=f"ours: {','.join(OURS)} or none (default: xla, and pallas on a GPU)"
+    )
     p.add_argument("--peers", default=None, help="peers: names, all or none (default: all)")
     p.add_argument(
         "--peer-python", action="append", default=[], metavar="PEER=PATH", help="run a peer in another Python"
@@ -61,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--in-memory",
         action="store_true",
-        help="make a preset's weights on the device, not on disk (our backends only)",
+        help="make a preset's weights on the device, not on disk (ours, and peers that can: their tokens go unchecked)",
     )
     p.add_argument(
         "--results",
@@ -96,11 +99,12 @@ def checked(args: argparse.Namespace) -> argparse.Namespace:
     args.context = integers("--context", args.context) if args.context else []
     if short := [c for c in args.context if c < args.new_tokens + 2]:
         raise InputError(f"--context: expected at least {args.new_tokens + 2} (the new tokens and 2), found {short[0]}")
-    if args.in_memory and (not args.preset or args.peers not in (None, "none")):
-        raise InputError("--in-memory: expected --preset and no --peers, because peers read weights from disk")
+    if args.in_memory and not args.preset:
+        raise InputError("--in-memory: expected --preset, because the weights of a checkpoint are on disk")
     args.peers = peers_of(args.peers or ("none" if args.in_memory else "all"), "model")
     args.dtype = names("--dtype", args.dtype, DTYPES) if args.dtype else []
-    args.backends = names("--backends", args.backends, ("xla", "pallas", "auto")) if args.backends else []
+    if args.backends is not None:
+        args.backends = [] if args.backends == "none" else names("--backends", args.backends, OURS)
     for flag, value, low in (("--new-tokens", args.new_tokens, 2), ("--runs", args.runs, 1)):
         if value < low:
             raise InputError(f"{flag}: expected at least {low}, found {value}")

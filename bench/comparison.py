@@ -44,9 +44,12 @@ class Comparison:
 
     def add_entries(self, who: Sequence[Entry]) -> None:
         """Add the implementations, and load the reference's weights, which check their tokens. Where every process
-        makes the weights itself, each implementation's own weights check its tokens."""
+        makes the weights itself, our own implementations check their tokens with their own weights, and the reference
+        leaves the device."""
         self.entries = [entry.fresh() for entry in who]
-        if not self.drawn:
+        if self.drawn:
+            self.reference.rest()
+        else:
             self.reference.open(self.job)
 
     def __enter__(self) -> "Comparison":
@@ -88,6 +91,8 @@ class Comparison:
             "platform": self.platform,
             "batch": max(w.batch for w in self.loads),
             "max_len": max(w.context for w in self.loads) + 128,
+            "tokens": max(w.batch * w.context for w in self.loads),
+            "config": shape["config"],
             # Cache length in tokens, by batch.
             "rooms": {str(w.batch): max(o.context + 128 for o in self.loads if o.batch == w.batch) for w in self.loads},
             "context": shape["max_seq_len"],
@@ -96,7 +101,14 @@ class Comparison:
         }
 
     def _ceilings(self) -> dict[str, float]:
-        return self.reference.ceilings(self.dtype, self.weights)
+        """Those of the run's dtype. A GPU's are measured once for all comparisons of a command, because they do not
+        depend on the weights."""
+        if self.platform == "cpu":
+            return self.reference.ceilings(self.dtype, self.weights)
+        kind = self.dtype if self.dtype in ("f32", "f16") else "bf16"
+        if kind not in self.settings.ceilings:
+            self.settings.ceilings[kind] = self.reference.ceilings(self.dtype, self.weights)
+        return self.settings.ceilings[kind]
 
     def loads_of(self, entry: Entry) -> list[Workload]:
         """The workloads of an implementation. Peers get greedy ones only, because their tokens can be checked."""
@@ -115,6 +127,8 @@ class Comparison:
         """An estimate of the device memory that an implementation needs, in bytes."""
         if entry.why is not None:
             return 0.0
+        if entry.whole_device:
+            return math.inf
         cache = max(cache_bytes(self.dims, self.dtype, w.batch, w.context) for w in self.loads)
         return HEADROOM * weight_bytes(self.dims, self.dtype) + cache
 
@@ -163,7 +177,7 @@ class Comparison:
         )  # imports nothing heavy, so that the next request times the peer's own start
         entry.opened = entry.worker.ask("open", max(limit_s, 300), job=self.job | {"backend": entry.backend})
         if self.drawn:
-            entry.opened.pop("load_s")  # it is the time to make random weights, not to load them
+            entry.opened.pop("load_s", None)  # it is the time to make random weights, not to load them
 
     def _generate(self, entry: Entry, load: Workload) -> dict[str, Any]:
         assert entry.worker is not None
@@ -197,6 +211,8 @@ class Comparison:
     def _check(self, entry: Entry, load: Workload, ids: list[list[int]]) -> dict[str, Any]:
         if not self.drawn:
             return verify(self.reference.score, self.dtype, self.inputs[load], ids)
+        if not entry.ours:  # its random weights are others
+            return UNCHECKED
         try:
             return verify(entry.score, self.dtype, self.inputs[load], ids)
         except PeerFailed as error:  # weights that fill the device may leave no memory for the check

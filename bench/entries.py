@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bench import peers
+from bench.names import OURS
 from bench.process import Budget, PeerFailed, PeerUnsupported, Worker, find_python
 from bench.workloads import Workload
 
@@ -20,6 +21,8 @@ class Entry:
     python: str | None
     why: str | None = None  # why there is no result
     failed: bool = False  # whether that is a failure, not a limitation
+    dtype: str = ""  # the format of its weights, where that is not the run's
+    whole_device: bool = False  # see `bench.peers.Peer`
     worker: Worker | None = None
     opened: dict[str, Any] = field(default_factory=dict)
     outcomes: dict[Workload, dict[str, Any]] = field(default_factory=dict)
@@ -28,7 +31,7 @@ class Entry:
     @property
     def ours(self) -> bool:
         """Whether this is one of our own backends."""
-        return self.peer == "ours"
+        return self.impl in OURS
 
     def fresh(self) -> "Entry":
         """A copy that has not run yet."""
@@ -65,11 +68,17 @@ def say(text: str) -> None:
 
 def entries(settings: argparse.Namespace, platform: str) -> list[Entry]:
     """Our backends first, then the requested peers in their order."""
-    backends = settings.backends or (["xla"] if platform == "cpu" else ["xla", "pallas"])
-    found = [Entry(b, "ours", b, sys.executable) for b in backends]
+    backends = settings.backends
+    if backends is None:
+        backends = ["xla"] if platform == "cpu" else ["xla", "pallas"]
+    engine = {"engine": ("ours_engine", "auto")}
+    found = [Entry(b, *engine.get(b, ("ours", b)), sys.executable) for b in backends]
     for name in settings.peers:
+        peer = peers.load(name)
         python, why = find_python(name, settings.peer_python)
-        found.append(Entry(peers.load(name).name, name, "", python, why))
+        if settings.in_memory and not peer.draws:
+            why = "it reads weights from disk: leave out --in-memory"
+        found.append(Entry(peer.name, name, "", python, why, dtype=peer.dtype, whole_device=peer.whole_device))
     return found
 
 

@@ -4,7 +4,19 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from bench.names import CHECKED, commit_of, cores, is_cpu, is_ours, markdown, name_of, newest, short, versions_of
+from bench.choice import newest
+from bench.names import (
+    CHECKED,
+    commit_of,
+    cores,
+    is_cpu,
+    is_ours,
+    markdown,
+    model_name,
+    name_of,
+    short,
+    versions_of,
+)
 from bench.record import Record
 
 Column = tuple[Any, ...]  # the fields that decide a record's column
@@ -16,7 +28,7 @@ def glance(records: Sequence[Record], keep: Callable[[Record], bool]) -> str:
     chosen = [r for r in records if r["suite"] == "compare" and r["case"] in CHECKED and keep(r)]
     chosen = [r for group in newest(chosen) for r in group]
     columns = _columns(chosen)
-    cells = {(_row(r), _column(r)): r for r in chosen}
+    cells = {(_row(r), _column(r)): r for r in reversed(chosen)}  # the newest run last
     rows = sorted({_row(r) for r in chosen}, key=lambda row: _rank(row, columns, cells))
     dtypes = {dtype for _, dtype in rows}
     best = {c: max(r["value"] for r in chosen if _column(r) == c) for c in columns}
@@ -73,7 +85,7 @@ def _heads(columns: Sequence[Column], records: Sequence[Record]) -> list[str]:
     several = {k for k in COLUMN if len({n[k] for n in named}) > 1}
     heads = []
     for n in named:
-        parts = [n["model"]] if "model" in several else []
+        parts = [model_name(n["model"])] if "model" in several else []
         parts += [cores(n["device"]) if is_cpu(n) else n["device"]] if "device" in several else []
         if n["case"] == "prefill":
             parts.append(f"prefill {n['seq']:,}")
@@ -82,7 +94,7 @@ def _heads(columns: Sequence[Column], records: Sequence[Record]) -> list[str]:
         alike = [m for m in named if all(m[k] == n[k] for k in ("device", "model", "case", "batch"))]
         if n["case"] == "decode" and len(alike) > 1 and n != min(alike, key=lambda m: m["context"]):
             parts.append(f"{n['context']:,} tokens")
-        heads.append(", ".join(parts) or n["model"])
+        heads.append(", ".join(parts) or model_name(n["model"]))
     return heads
 
 

@@ -5,11 +5,17 @@
 #     models  the 7B shape in bf16: our backends and the peers that are installed         MODELS_S (default 280)
 #     quant   the same in int8 and int4, greedy and drawing: ours                         QUANT_S (default 130)
 #     ops     attention, feed-forward, layer, products, beside other libraries'           OPS_S (default 170)
+#     rows    1 to 256 rows in bf16: our engine, and vLLM                                 ROWS_S (default 430)
+#     fp8     the same rows: vLLM in fp8                                                  FP8_S (default 180)
+#     rows-quant  the same rows in int8 and int4: our engine                              ROWS_QUANT_S (default 340)
+#     static  1, 8 and 64 rows without an engine: ours, plain PyTorch, HF compiled        STATIC_S (default 240)
 #
-# All three fit one call of ten minutes. COMMIT names this tree, for a copy without its history. FOLDER receives the
+# The first three fit one call of ten minutes, the last four two. These write no weights: every process makes its own, and
+# no tokens of peers are checked. COMMIT names this tree, for a copy without its history. FOLDER receives the
 # records; `python -m bench.report` makes tables and charts of them elsewhere. All parts of a call are one run: one
 # machine, one after the other. The random weights stay in /tmp/bench-weights for the next call. The environment
-# changes what is run: PRESET, BATCH, CONTEXT, PREFILL, NEW_TOKENS, RUNS, SHARE, PEERS, OPS, ITERATIONS, BACKENDS.
+# changes what is run: PRESET, BATCH, CONTEXT, PREFILL, NEW_TOKENS, RUNS, SHARE, PEERS, OPS, ITERATIONS, BACKENDS,
+# VLLM_PYTHON (an interpreter that has vLLM).
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export JLLAMA_COMMIT=${1:?commit} JLLAMA_RUN=${JLLAMA_RUN:-$(date -u +%Y%m%d-%H%M%S)-gpu}
@@ -52,8 +58,27 @@ for part in "${@:-models}"; do
       ops "$((seconds * 15 / 100))" ops-f16 --op attention:1024/4096/8192 --dtype f16 --backends pallas \
         --peers jax-example
       ;;
+    rows)
+      compare "${ROWS_S:-430}" rows --in-memory --dtype "${DTYPE:-bf16}" --batch "${BATCH:-1,8,64,128,256}" \
+        --prefill "${PREFILL-512,2048}" --backends "${BACKENDS:-engine}" --peers "${PEERS:-vllm}" \
+        --order one-by-one ${VLLM_PYTHON:+--peer-python "vllm=$VLLM_PYTHON"}
+      ;;
+    fp8)
+      compare "${FP8_S:-180}" fp8 --in-memory --dtype bf16 --batch "${BATCH:-1,8,64,128,256}" --order one-by-one \
+        --prefill "${PREFILL-512,2048}" --backends none --peers vllm-fp8 \
+        ${VLLM_PYTHON:+--peer-python "vllm=$VLLM_PYTHON"}
+      ;;
+    rows-quant)
+      compare "${ROWS_QUANT_S:-340}" rows-quant --in-memory --dtype int8,int4 --batch "${BATCH:-1,8,64,256}" \
+        --prefill "${PREFILL-512,2048}" --backends "${BACKENDS:-engine}" --peers none
+      ;;
+    static)
+      compare "${STATIC_S:-240}" static --in-memory --dtype "${DTYPE:-bf16}" --batch "${BATCH:-1,8,64}" \
+        --prefill "${PREFILL-512,2048}" --backends "${BACKENDS:-pallas,xla}" --peers "${PEERS:-torch-graph,hf-compile}" \
+        --share 60
+      ;;
     *)
-      echo "gpu_session.sh: expected models, quant or ops, found $part" >&2
+      echo "gpu_session.sh: expected models, quant, ops, rows, fp8, rows-quant or static, found $part" >&2
       exit 2
       ;;
   esac

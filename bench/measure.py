@@ -11,6 +11,7 @@
 * Inputs rotate through more bytes than the last cache holds. They are random, never zeros.
 """
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ import numpy as np
 from bench.peers import NotSupported
 
 ITERATION_S = 10e-3  # aim for the time of an iteration, so that the host's part at its end is under 1 %
-MAX_CHAIN = 96  # operations in one compiled call
+MAX_CHAIN = int(os.environ.get("JLLAMA_BENCH_CHAIN", "96"))  # operations in one compiled call: fewer compile sooner
 MAX_CALLS = 8  # calls of an iteration, all dispatched before it waits
 MAX_SETS = 12  # input sets to rotate through
 

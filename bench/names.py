@@ -1,18 +1,19 @@
-"""Names of things in tables, and the choice of the records that tables show."""
+"""Names of things in tables."""
 
 from collections.abc import Collection, Iterable, Sequence
 
 from bench.record import Record
 
-NEWEST = ("device", "model", "dtype")  # what a run is the newest of
-WORKLOAD = ("case", "metric", "batch", "seq")  # without the number of new tokens, on which a rate hardly depends
 CHECKED = ("decode", "prefill")  # workloads that peers have, too
 NONE = "*nothing recorded yet*"
-OURS = ("xla", "pallas", "auto")
+OURS = ("xla", "pallas", "auto", "engine")
 NAMES = {
     "xla": "**jllama, XLA**",
     "pallas": "**jllama, Pallas kernels**",
     "auto": "**jllama, auto**",
+    "engine": "**jllama, engine**",
+    "vllm": "vLLM",
+    "vllm-fp8": "vLLM, fp8",
     "hf-eager": "HF transformers, eager",
     "hf-compile": "HF transformers, static cache + compile",
     "torch-graph": "plain PyTorch (CUDA graph on a GPU)",
@@ -24,6 +25,7 @@ NAMES = {
     "tokamax": "tokamax",
     "jax-example": "JAX's example kernel",
 }
+MODELS = {"f32.gguf": "SmolLM2-135M"}  # recorded by the name of a file
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], right: Collection[int] = ()) -> str:
@@ -41,34 +43,6 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], right: Collecti
 
 def _is_figure(cell: str) -> bool:
     return not cell or cell.removesuffix(" %").replace(",", "").replace(".", "").replace("e+", "").isdigit()
-
-
-def latest(records: Sequence[Record], keys: Sequence[str]) -> list[list[Record]]:
-    """Group records by ``keys``, and keep only the newest run of each group. So a group's records were measured side by
-    side."""
-    groups: dict[tuple[object, ...], list[Record]] = {}
-    for record in records:
-        groups.setdefault(tuple(record[k] for k in keys), []).append(record)
-    newest = {key: max(rows, key=lambda r: r["when"])["run"] for key, rows in groups.items()}
-    return [[r for r in rows if r["run"] == newest[key]] for key, rows in groups.items()]
-
-
-def newest(records: Sequence[Record]) -> list[list[Record]]:
-    """Group records that have a figure by device, model and dtype. Each workload's records come from its newest run, so
-    a run of a few workloads does not hide the others. If a run measured a workload twice (in two commands on one
-    machine), the second figure counts. Runs with a ``note`` are rehearsals; they count only where there is no other."""
-
-    def owner(record: Record) -> tuple[object, ...]:
-        return tuple(record[k] for k in NEWEST)
-
-    figures = [r for r in records if r["value"] is not None]
-    proper = {owner(r) for r in figures if "note" not in r}
-    figures = [r for r in figures if "note" not in r or owner(r) not in proper]
-    whole: dict[tuple[object, ...], list[Record]] = {}
-    for group in latest(figures, (*NEWEST, *WORKLOAD)):
-        last = {(r["impl"], r["metric"]): r for r in group}
-        whole.setdefault(owner(group[0]), []).extend(last.values())
-    return list(whole.values())
 
 
 def versions_of(records: Iterable[Record], *libraries: str) -> list[str]:
@@ -97,6 +71,11 @@ def is_ours(impl: str) -> bool:
     return impl in OURS
 
 
+def model_name(model: str) -> str:
+    """The name of a model in tables."""
+    return MODELS.get(model, model)
+
+
 def name_of(impl: str) -> str:
     """The name of an implementation in tables."""
     return NAMES.get(impl, impl)
@@ -110,6 +89,11 @@ def plain_name(impl: str) -> str:
 def short(value: float) -> str:
     """A figure with one decimal below 100, and none above."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def age_of(record: Record) -> str:
+    """The day of a record's run, and its commit."""
+    return f"{record['when'][:10]} {commit_of(record)}"
 
 
 def commit_of(record: Record) -> str:

@@ -9,11 +9,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.names import CHECKED, cores, is_cpu, latest, newest, plain_name, short, versions_of
+from bench.choice import bits, grouped, held_both, latest, newest
+from bench.names import CHECKED, cores, is_cpu, is_ours, model_name, plain_name, short, versions_of
 from bench.record import Record
 from bench.roofline import best_of, of_dict
 
 COLOURS = {"xla": "#1f77b4", "pallas": "#d62728", "auto": "#9467bd", "torch": "#ff7f0e", "torch-graph": "#e6ab02"}
+COLOURS |= {"engine": "#8b0000", "vllm": "#1b9e77", "vllm-fp8": "#66c2a5"}
 COLOURS |= {"hf-eager": "#c5b0d5", "hf-compile": "#8c564b", "llama.cpp": "#2ca02c", "llama2.c": "#bcbd22"}
 COLOURS |= {"cudnn": "#2ca02c", "tokamax": "#17becf", "jax-example": "#7f7f7f", "llama2.c-1t": "#dbdb8d"}
 OTHERS = ("#e377c2", "#aec7e8", "#98df8a", "#ffbb78")
@@ -47,7 +49,7 @@ def save(fig: Any, folder: Path, name: str) -> Path:
 
 def label(records: Sequence[Record]) -> str:
     """The device, versions, commits and runs of a chart's records."""
-    shown = versions_of(records, "jax", "torch", "transformers", "tokamax")
+    shown = versions_of(records, "jax", "vllm", "torch", "transformers", "tokamax")
     ran = sorted({(r["run"], r["commit"][:10]) for r in records})
     runs = "\n".join(f"run {run}, commit {commit}" for run, commit in ran)
     return f"{records[0]['device']}\n{', '.join(shown)}\n{runs}"
@@ -60,13 +62,14 @@ def colour(impl: str, impls: Sequence[str]) -> str:
 
 
 def draw(records: Sequence[Record], folder: Path) -> Iterator[Path]:
-    """Draw every chart, from the newest runs."""
+    """Draw every chart, from the runs that `bench.choice` chooses."""
     measured = [r for r in records if r["value"] is not None and r.get("ceilings") and "work" in r]
     whole = [r for r in measured if r["suite"] == "compare" and r["case"] in CHECKED]
     single = [r for r in measured if r["suite"] == "ops" and r["metric"] == "ms"]
     models = newest(whole)
     for group in models:
         yield from compare_plots(group, folder)
+    yield from rows_plots([r for r in whole if r["case"] == "decode"], folder)
     groups = latest(single, ("device", "case", "dtype"))
     for device, dtype in dict.fromkeys((g[0]["device"], g[0]["dtype"]) for g in groups):
         mine = [r for g in groups for r in g if (r["device"], r["dtype"]) == (device, dtype)]
@@ -81,9 +84,60 @@ def compare_plots(records: Sequence[Record], folder: Path) -> Iterator[Path]:
         chosen = [r for r in good if r["case"] == case]
         if chosen:
             fig = bars(chosen, case)
-            yield save(fig, folder, f"{case}-{chosen[0]['model']}-{chosen[0]['dtype']}-{short_device(chosen[0])}")
+            yield save(
+                fig, folder, f"{case}-{model_name(chosen[0]['model'])}-{chosen[0]['dtype']}-{short_device(chosen[0])}"
+            )
     if good and all("work" in r for r in good):
-        yield save(roofline(good), folder, f"roofline-{good[0]['model']}-{good[0]['dtype']}-{short_device(good[0])}")
+        yield save(
+            roofline(good),
+            folder,
+            f"roofline-{model_name(good[0]['model'])}-{good[0]['dtype']}-{short_device(good[0])}",
+        )
+
+
+def rows_plots(records: Sequence[Record], folder: Path) -> Iterator[Path]:
+    """The rate by the number of rows, from the newest run that held us and a peer at three numbers or more: one chart
+    for every device, model and number of bits."""
+    runs = sorted(grouped(records, ("run", "device", "model", "seq")), key=lambda g: g[-1]["when"])
+    found: dict[tuple[str, str, int], list[Record]] = {}
+    for run in runs:
+        for width in {bits(r) for r in run}:
+            mine = [r for r in run if bits(r) == width]
+            if sum(held_both(g) for g in grouped(mine, ("batch",))) >= 3:
+                found[run[0]["device"], run[0]["model"], width] = mine
+    for mine in found.values():
+        dtype = next(r["dtype"] for r in mine if is_ours(r["impl"]))
+        yield save(by_rows(mine), folder, f"rows-{model_name(mine[0]['model'])}-{dtype}-{short_device(mine[0])}")
+
+
+def by_rows(records: Sequence[Record]) -> Any:
+    """Two panels by the number of rows: tokens/s under the floor's, and the percent of the floor. The floor is what the
+    run's ceilings allow, so a peer with other weights has one of its own."""
+    fig, (rate, share) = figure(10, 4.4, columns=2)
+    impls = list(dict.fromkeys(r["impl"] for r in records))
+    series = [sorted(g, key=lambda r: r["batch"]) for g in grouped(records, ("impl", "dtype"))]
+    for line in series:
+        x, name, paint = [r["batch"] for r in line], plain_name(line[0]["impl"]), colour(line[0]["impl"], impls)
+        rate.plot(x, [r["value"] for r in line], "o-", color=paint, label=name)
+        share.plot(x, [100 * r["value"] / r["floor"] for r in line], "o-", color=paint, label=name)
+    for dtype in dict.fromkeys(r["dtype"] for r in records):
+        floors = sorted({(r["batch"], r["floor"]) for r in records if r["dtype"] == dtype})
+        style = "k--" if dtype != "fp8" else "k:"
+        rate.plot(*zip(*floors, strict=True), style, lw=1, label=f"what the ceilings allow, {dtype}")
+    ticks = sorted({r["batch"] for r in records})
+    for ax, title in ((rate, "tokens/s"), (share, "% of what the ceilings allow")):
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(ticks, [str(t) for t in ticks])
+        ax.set_xlabel("rows")
+        ax.set_title(title, fontsize=9)
+        ax.grid(alpha=0.3)
+    rate.set_yscale("log")
+    share.set_ylim(0, 105)
+    rate.legend(fontsize=8)
+    first, dtypes = records[0], " and ".join(sorted({r["dtype"] for r in records}))
+    title = f"decode, {model_name(first['model'])}, {dtypes}, prompt {first['seq']}"
+    fig.suptitle(f"{title}\n{label(records)}", fontsize=9)
+    return fig
 
 
 def ops_plots(records: Sequence[Record], folder: Path, steps: Sequence[Record] = ()) -> Iterator[Path]:
@@ -120,17 +174,23 @@ def bars(records: Sequence[Record], case: str) -> Any:
             end = (max(r["samples"]), at)
             ax.annotate(short(r["value"]), end, (6, -3), textcoords="offset points", fontsize=8, bbox=box)
         top = max(max(r["samples"]) for r in mine)
+        several = len({r["run"] for r in mine}) > 1
         if (floor := mine[0]["floor"]) and floor < 4 * top:
             ax.axvline(floor, color="black", ls="--", lw=1)
             top = max(top, floor)
         ax.set_xlim(0, top * 1.22)
-        ax.set_yticks(range(len(mine)), [plain_name(r["impl"]) for r in mine], fontsize=8)
+        ax.set_yticks(range(len(mine)), [_bar_name(r, several) for r in mine], fontsize=8)
         ax.tick_params(axis="x", labelsize=8)
         ax.set_title(f"batch {group[0]}, prompt {group[1]:,}", fontsize=9)
         ax.spines[["top", "right"]].set_visible(False)
     fig.supxlabel("tokens/s: median and range; dashed: what the ceilings of the run allow", fontsize=8)
-    fig.suptitle(f"{case}, {records[0]['model']} {records[0]['dtype']}\n{label(records)}", fontsize=9)
+    fig.suptitle(f"{case}, {model_name(records[0]['model'])} {records[0]['dtype']}\n{label(records)}", fontsize=9)
     return fig
+
+
+def _bar_name(r: Record, several: bool) -> str:
+    """What a bar is of, and its run where a panel has several."""
+    return plain_name(r["impl"]) + (f"\n{r['run']}" if several else "")
 
 
 def speedups(records: Sequence[Record], case: str) -> Any:

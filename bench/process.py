@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from bench.record import CHECKOUT, ROOT
 
@@ -54,7 +54,7 @@ class Worker:
 
     def __init__(self, peer: str, python: str = sys.executable) -> None:
         self.peer, self.python = peer, python
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
+        self._stderr = _log(peer)
         self._buffer = b""
         self._dead: str | None = None
         self.spawned = time.perf_counter()
@@ -154,6 +154,16 @@ def find_python(peer: str, given: dict[str, str], limit_s: float = 60) -> tuple[
             return python, None
         why = why or answer
     return None, why
+
+
+def _log(peer: str) -> IO[bytes]:
+    """Where a peer's stderr goes: a file that ends with the process, or one in the folder that ``JLLAMA_BENCH_LOGS``
+    names."""
+    folder = os.environ.get("JLLAMA_BENCH_LOGS")
+    if folder is None:
+        return tempfile.TemporaryFile()
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    return tempfile.NamedTemporaryFile(prefix=f"{peer}-", suffix=".log", dir=folder, delete=False)
 
 
 def _environment() -> dict[str, str]:

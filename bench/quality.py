@@ -44,8 +44,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line. Returns the exit code."""
-    args = parser().parse_args(argv)
     with reported("bench.quality"):
+        args = parser().parse_args(argv)
         if args.write_docs and not CHECKOUT:
             raise InputError("--write-docs: expected a checkout, which has docs/formats.md, found an installed package")
         if args.model is not None:

@@ -24,14 +24,25 @@ class Reference:
     timed."""
 
     def __init__(self, compiled: Path) -> None:
-        self.worker = Worker("ours")
         self._lock = threading.Lock()  # several peers may warm up at once
-        self.worker.ask("open", 120, job={"model": None, "compiled": str(compiled)})
+        self._job = {"model": None, "compiled": str(compiled)}
+        self._start()
         self.hello: dict[str, Any] = self.ask("hello", 120)
+
+    def _start(self) -> None:
+        self.worker, self._resting = Worker("ours"), False
+        self.worker.ask("open", 120, job=self._job)
+
+    def rest(self) -> None:
+        """End the process until something is asked of it. Until then it holds no memory of the device."""
+        self.worker.close()
+        self._resting = True
 
     def ask(self, do: str, limit_s: float, **args: Any) -> dict[str, Any]:
         """Call a method of `bench.peers.ours.Ours` in the process."""
         with self._lock:
+            if self._resting:
+                self._start()
             try:
                 return self.worker.ask(do, limit_s, args=args)
             except PeerFailed as error:

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 from bench.measure import spread
+from bench.names import is_ours
 from bench.record import HIGHER_IS_BETTER, Record
 
 LIMIT = 0.03
 KEY = ("suite", "case", "impl", "model", "dtype", "batch", "seq", "context", "metric", "device")
-OURS = ("xla", "pallas", "auto")
 SINGLE_NOISE = 0.25  # noise of figures that are measured once, such as loading or compilation
 
 
@@ -18,7 +18,7 @@ def against(records: Sequence[Record], commit: str) -> tuple[list[str], bool]:
     A regression is worse by more than 3 % plus the spread of both sides. The spread is half the distance between the
     quartiles, divided by the median.
     """
-    mine = [r for r in records if r["impl"] in OURS and r["value"] is not None]
+    mine = [r for r in records if is_ours(r["impl"]) and r["value"] is not None]
     old = {_key(r): r for r in sorted(mine, key=_when) if r["commit"].startswith(commit)}
     new = {_key(r): r for r in sorted(mine, key=_when) if not r["commit"].startswith(commit)}
     if not old:

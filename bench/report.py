@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench.choice import left_out
 from bench.record import RESULTS, ROOT, Record, read
 from jllama.errors import InputError, reported
 
@@ -52,6 +53,8 @@ def main(argv: list[str] | None = None) -> None:
             lines, worse = against(records, args.against)
             print("\n".join(lines))
             sys.exit(int(worse))
+        for line in left_out(records):
+            print(line)
         files = _files(args.files)
         if not args.check:
             _draw(records, Path(args.results) / "plots")

@@ -14,6 +14,7 @@ def records_of(
     run: Run, entry: Any, model: str, dtype: str, loads: Sequence[Workload], dims: Mapping[str, int]
 ) -> list[Record]:
     """All records of one implementation: a figure or a reason for every workload, and the time to open it."""
+    dtype = entry.dtype or dtype
     stored = {"int4": "int4-g128"}.get(dtype, dtype)
     versions = {**run.versions, **entry.opened.get("versions", {})}
     out = []
@@ -37,6 +38,8 @@ def records_of(
             "agreement": outcome["check"].get("agreement"),
             "backend_per_op": outcome.get("choices", {}),
         }
+        if settings := entry.opened.get("settings"):
+            more["settings"] = settings
         if any(r.get("idle") is not None for r in outcome["runs"]):
             more["idle_before"] = [r["idle"] for r in outcome["runs"]]  # idle fraction of all CPUs before each run
         made = _figures(load, outcome, floor, first=load is loads[0], entry=entry)
@@ -60,7 +63,7 @@ def work_of(load: Workload, dtype: str, dims: Mapping[str, int]) -> dict[str, fl
 def run_floor(run: Run, load: Workload, dtype: str, dims: Mapping[str, int]) -> float:
     """The most tokens/s that the ceilings of this run allow."""
     work = work_of(load, dtype, dims)
-    return work["tokens"] / floor_s(Work(work["bytes"], work["flops"]), of_dict(run.ceilings))
+    return work["tokens"] / floor_s(Work(work["bytes"], work["flops"]), of_dict(run.ceilings), dtype)
 
 
 def _figures(

@@ -6,9 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
+from bench.choice import NEWEST, latest
 from bench.comparison import Comparison, results
 from bench.entries import Entry, entries, say
-from bench.names import NEWEST, is_ours, latest
+from bench.names import is_ours
 from bench.process import Budget
 from bench.record import Record
 from bench.rows import table
@@ -20,7 +21,7 @@ Part = tuple[Comparison, Entry]
 
 def run(settings: argparse.Namespace) -> int:
     """Run every model in every dtype. Returns 1 if one of our own backends failed."""
-    settings.clock = Budget(settings.budget)
+    settings.clock, settings.ceilings = Budget(settings.budget), {}
     records: list[Record] = []
     with ExitStack() as still_open:
         if settings.order == "warm-together":

@@ -2,17 +2,18 @@
 
 from collections.abc import Callable, Sequence
 
+from bench.beside import beside
+from bench.choice import NEWEST, grouped, latest, newest
 from bench.glance import glance
 from bench.names import (
-    NEWEST,
+    age_of,
     commit_of,
     cores,
     is_cpu,
     is_ours,
-    latest,
     markdown,
+    model_name,
     name_of,
-    newest,
     short,
     versions_of,
 )
@@ -40,26 +41,26 @@ PUBLISHED: tuple[tuple[str, str, str, str, tuple[str, str, str]], ...] = (
 
 
 def _speeds(records: Sequence[Record], case: str, keep: Callable[[Record], bool]) -> str:
-    """Tokens/s: one row per implementation, grouped by what ran side by side."""
+    """Tokens/s: one row per implementation and run, the newest run of a workload first."""
     chosen = [r for r in records if r["suite"] == "compare" and r["case"] == case and keep(r)]
     chosen = [r for r in chosen if r["metric"] == "tokens_per_s" and r["value"] is not None]
     head = ("on", "model", "dtype", "batch", "prompt", "implementation", "tokens/s", "range", "% of floor")
     rows = []
     chosen = [r for group in newest(chosen) for r in group]
-    for group in sorted(latest(chosen, GROUP), key=lambda g: [g[0][k] for k in GROUP]):
+    for group in sorted(grouped(chosen, (*GROUP, "run")), key=lambda g: [g[0][k] for k in GROUP]):
         for r in sorted(group, key=lambda r: -r["value"]):
             agreed = "not checked" if r.get("agreement") is None else f"{100 * r['agreement']:.0f} %"
             start = (
                 cores(r["device"]),
-                r["model"],
+                model_name(r["model"]),
                 r["dtype"],
                 str(r["batch"]),
                 str(r["seq"]),
                 name_of(r["impl"]),
             )
             between = f"{short(min(r['samples']))} to {short(max(r['samples']))}"
-            rows.append((*start, short(r["value"]), between, _share(r), agreed, commit_of(r)))
-    return markdown((*head, "tokens agree", "commit"), rows) + _where(chosen)
+            rows.append((*start, short(r["value"]), between, _share(r), agreed, age_of(r)))
+    return markdown((*head, "tokens agree", "measured"), rows) + _where(chosen)
 
 
 def _share(r: Record) -> str:
@@ -82,7 +83,7 @@ def _where(records: Sequence[Record]) -> str:
         if is_cpu(r) and r.get("load_average"):
             parts.append(f"load average {r['load_average'][0]:.1f} at its start")
         parts += [r["note"]] if "note" in r else []
-        lines.append(f"<sub>{r['model']} {r['dtype']}: {', '.join(parts)}; run `{r['run']}`.</sub><br>")
+        lines.append(f"<sub>{model_name(r['model'])} {r['dtype']}: {', '.join(parts)}; run `{r['run']}`.</sub><br>")
     return "\n\n" + "\n".join(dict.fromkeys(lines)) if lines else ""
 
 
@@ -97,13 +98,13 @@ def _startup(records: Sequence[Record]) -> str:
     }
     chosen = [r for r in records if r["suite"] == "compare" and r["value"] is not None and r["case"] in wanted]
     chosen = [r for group in newest(chosen) for r in group]
-    found = {(*(r[k] for k in GROUP), r["impl"], r["case"]): r for r in chosen}
+    found = {(*(r[k] for k in GROUP), r["impl"], r["case"]): r for r in reversed(chosen)}  # the newest run last
     rows = []
     for *workload, impl in sorted({key[:-1] for key in found}):
         mine = {case: found.get((*workload, impl, case)) for case in wanted}
         one = next(r for r in mine.values() if r)
         cells = ["" if r is None else _seconds_or_mb(r) for r in mine.values()]
-        sizes = (one["device"], one["model"], one["dtype"], str(one["batch"]), str(one["seq"]))
+        sizes = (one["device"], model_name(one["model"]), one["dtype"], str(one["batch"]), str(one["seq"]))
         rows.append((*sizes, name_of(impl), *cells, commit_of(one)))
     head = ("device", "model", "dtype", "batch", "prompt", "implementation")
     return markdown((*head, *wanted.values(), "commit"), rows)
@@ -186,9 +187,9 @@ def _charts(*patterns: str) -> str:
 Table = Callable[[Sequence[Record]], str]
 TABLES: dict[str, Table] = {
     "glance-cpu": lambda records: glance(records, is_cpu),
-    "glance-gpu": lambda records: glance(records, lambda r: not is_cpu(r)),
-    "chart-decode-gpu": lambda _: _charts("decode-7b-bf16-h*"),
-    "charts-models-gpu": lambda _: _charts("decode-*-h[0-9]*", "prefill-*-h[0-9]*"),
+    "glance-gpu": beside,
+    "chart-decode-gpu": lambda _: _charts("rows-7b-bf16-h*") or _charts("decode-7b-bf16-h*"),
+    "charts-models-gpu": lambda _: _charts("rows-*", "decode-*-h[0-9]*", "prefill-*-h[0-9]*"),
     "charts-models-cpu": lambda _: _charts("decode-*-cpu-*"),
     "charts-roofline": lambda _: _charts("roofline-[!o]*"),
     "charts-ops-gpu": lambda _: _charts("roofline-ops-*-h[0-9]*", "speedup-*-h[0-9]*"),

@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from bench.record import RESULTS, Record, append, package_versions, start_run
+from jllama.errors import reported
 
 PROMPT, NEW_TOKENS = 128, 129
-# This program runs in each tree. It uses only names that both trees have.
+# This program runs in each tree. It uses only names that both trees have. A decode's time is that of a whole `generate`
+# less that of its first token.
 WORKER = """
 import json, statistics, sys, time
 import jax, jax.numpy as jnp, numpy as np
@@ -31,33 +33,33 @@ config = jllama.preset(job["preset"])
 params = jllama.init(config, jax.random.key(0), dtype=jnp.bfloat16, quant=job["quant"], stacked=True)
 jax.block_until_ready(params)
 random = np.random.default_rng(0)
+generate = jllama.generate
+if not hasattr(jllama.decode, "_jit_generate"):  # an older tree, which would compile at every call
+    generate = jax.jit(generate, static_argnames=("max_new_tokens", "stop_ids", "backend"))
 
 
-def run(batch, length, new_tokens):
-    session = jllama.Session(params, length + new_tokens, batch, job["backend"], chunk=64)
-    prompts = [random.integers(3, config.vocab_size, length).tolist() for _ in range(batch)]
+def seconds(batch, length, new_tokens):
+    prompts = jnp.asarray(random.integers(3, config.vocab_size, (batch, length)), jnp.int32)
     begin = time.perf_counter()
-    for _ in session.run(prompts, new_tokens):
-        pass
-    return session.timings, time.perf_counter() - begin
+    made = generate(params, prompts, max_new_tokens=new_tokens, stop_ids=(), backend=job["backend"])
+    jax.block_until_ready(made.tokens)
+    return time.perf_counter() - begin
 
 
 def measure():
     found = {}
     for batch in job["batches"]:
-        rates = [run(batch, job["prompt"], job["new_tokens"])[0].decode_rate for _ in range(3)]
-        found[f"decode batch {batch}"] = statistics.median(rates)
+        first, whole = (
+            statistics.median(seconds(batch, job["prompt"], new) for _ in range(3)) for new in (1, job["new_tokens"])
+        )
+        found[f"decode batch {batch}"] = batch * (job["new_tokens"] - 1) / (whole - first)
     for length in job["prefill"]:
-        seconds = [run(1, length, 1)[1] for _ in range(5)]
-        found[f"prefill {length}"] = length / statistics.median(seconds)
+        found[f"prefill {length}"] = length / statistics.median(seconds(1, length, 1) for _ in range(5))
     return found
 
 
-begin = time.perf_counter()
-run(1, job["prompt"], 1)
-cold = time.perf_counter() - begin
 measure()
-print(json.dumps({"device": jax.devices()[0].device_kind, "first token, cold": cold}), flush=True)
+print(json.dumps({"device": jax.devices()[0].device_kind}), flush=True)
 for line in sys.stdin:
     print(json.dumps(measure()), flush=True)
 """
@@ -89,7 +91,8 @@ class Worker:
 
 def start(tree: Path, quant: str, job: dict[str, Any]) -> Worker:
     """Start a worker. Its first line comes when it has compiled everything."""
-    environment = {**os.environ, "PYTHONPATH": str(tree), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    path = os.pathsep.join(filter(None, (str(tree), os.environ.get("PYTHONPATH"))))  # packages may lie on it
+    environment = {**os.environ, "PYTHONPATH": path, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     command = [sys.executable, "-c", WORKER, json.dumps(job | {"quant": quant})]
     process = subprocess.Popen(
         command, cwd=tree, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -114,8 +117,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the command line."""
+    with reported("bench.two_trees"):
+        run(parser().parse_args(argv))
+
+
+def run(args: argparse.Namespace) -> None:
     """Measure both trees, print the ratios, and append the records."""
-    args = parser().parse_args(argv)
     job = {
         "preset": args.preset,
         "backend": args.backend,

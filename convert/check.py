@@ -26,10 +26,10 @@ class Difference:
 def tolerance(a: Source, b: Source) -> float:
     """The relative difference to expect: 0 for the same float dtype, 1e-6 for the same quantised formats, and otherwise
     the rounding error of the less precise format."""
-    bits = min((t.quant.bits for s in (a, b) for t in s.tensors.values() if t.quant), default=0)
-    if bits:
+    formats = {t.quant.format for s in (a, b) for t in s.tensors.values() if t.quant}
+    if formats:
         same = all(a.tensors[name].quant == b.tensors[name].quant for name in a.tensors)
-        return 1e-6 if same else {8: 0.03, 4: 0.25}[bits]
+        return 1e-6 if same else 0.25 if "int4" in formats else 0.03
     dtypes = {a.dtype, b.dtype}
     return 0.0 if len(dtypes) == 1 else 2**-8 if "bfloat16" in dtypes else 2**-10
 

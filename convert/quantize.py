@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from jllama.config import Quant
     from jllama.formats.source import Source, Tensor
 
-BITS = {"int8": 8, "int4": 4}
 DEFAULT_GROUP = {"int8": None, "int4": 128}
 _BLOCK_BYTES = 64 << 20
 
@@ -46,7 +45,7 @@ def quantised(
 ) -> "Source":
     """The checkpoint with its matrices quantised when they are read. Their errors are then added to ``errors``."""
     if source.quant is not None:
-        raise InputError(f"{source.path}: expected float weights, found {source.quant.bits} bits already")
+        raise InputError(f"{source.path}: expected float weights, found {source.quant.format} already")
     from jllama.params import check_group
 
     check_group(source.config, quant, group)
@@ -94,7 +93,7 @@ def _quantised(
         return Integers(np.asarray(data), np.asarray(scale))
 
     dtype = "float32" if size == width else "float16"
-    return Tensor(tensor.shape, dtype, tensor.where, rows, Quantization(BITS[quant], None if size == width else size))
+    return Tensor(tensor.shape, dtype, tensor.where, rows, Quantization(quant, None if size == width else size))
 
 
 def _row_blocks(begin: int, end: int, width: int) -> list[tuple[int, int]]:
@@ -131,7 +130,7 @@ def parser() -> Parser:
     )
     parser.add_argument("source", type=Path, metavar="SRC", help="checkpoint to read")
     parser.add_argument("destination", type=Path, metavar="DST", help="directory to write")
-    parser.add_argument("--format", choices=tuple(BITS), default="int8", help="weight format (default: int8)")
+    parser.add_argument("--format", choices=tuple(DEFAULT_GROUP), default="int8", help="weight format (default: int8)")
     help_group = "number of inputs that share a scale (default: the whole row for int8, 128 for int4)"
     parser.add_argument("--group", type=int, choices=(128, 64, 32), help=help_group)
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="tokenizer (default: the checkpoint's own)")

@@ -67,7 +67,7 @@ def _check(source: Source) -> None:
 
 def _group(source: Source, wanted: int | None) -> int:
     config, quant = source.config, source.quant
-    if wanted is None and quant is not None and quant.bits == 8 and quant.group is not None:
+    if wanted is None and quant is not None and quant.format == "int8" and quant.group is not None:
         wanted = quant.group
     group = wanted or DEFAULT_GROUP
     # llama2.c's runq processes whole groups of every row, so the group size must divide all widths.
@@ -114,7 +114,7 @@ def _put(file: OutputFile, place: Place, source: Source, rotary: Iterator[np.nda
 def _integers(tensor: Tensor, begin: int, end: int, group: int) -> Integers:
     """Rows as integers with one float32 scale per group. The tensor's own integers are used if possible; otherwise the
     floats are rounded again."""
-    if tensor.quant is not None and tensor.quant.bits == 8:
+    if tensor.quant is not None and tensor.quant.format == "int8":
         rows = tensor.rows(begin, end)
         own = rows.data.shape[1] // rows.scale.shape[1]
         if own % group == 0:  # the scale of a longer group is repeated

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from jllama.config import LlamaConfig
-from jllama.kernels import DECODE_QUERIES, LayerView, attention, decode_attention, write
+from jllama.kernels import DECODE_QUERIES, LayerView, attention, decode_attention, paged_attention
 from jllama.mesh.layout import DATA, MODEL, AnyMesh, axis_size, spec
 
 Layers = tuple[jax.Array, ...] | jax.Array  # one array per layer, or one stacked array with a leading layer axis
@@ -39,6 +39,11 @@ class KVCache:
         """The number of positions that every row has room for."""
         return self.k[0].shape[-2] if isinstance(self.k, tuple) else self.k.shape[-2]
 
+    @property
+    def table(self) -> None:
+        """The pages of every row: none, a row's keys lie side by side."""
+        return None
+
     def specs(self, mesh: AnyMesh) -> "KVCache":
         """The `PartitionSpec` of every array on a mesh."""
         layers: Any = cache_spec(mesh, stacked=self.stacked)
@@ -64,19 +69,22 @@ class KVCache:
             return replace(self, k=k, v=v)
         return replace(self, k=_replaced(self.k, index, k), v=_replaced(self.v, index, v))
 
-    def attend(self, index: int, q: jax.Array, *, backend: str = "auto") -> jax.Array:
-        """Attention of queries [B, T, heads, D] over the keys and values of a layer. The first query of a row is at the
-        position of the row's length."""
-        op = decode_attention if q.shape[1] <= DECODE_QUERIES else attention
-        return op(q, *self.layer(index), self.lengths, backend=backend)
 
-    def write(self, index: int, k: jax.Array, v: jax.Array) -> "KVCache":
-        """Write k and v [B, T, kv_heads, head_dim] at the end of each row. The lengths are not advanced. Positions past
-        the end of the cache are dropped."""
-        *old, layer = self.arrays(index)
-        return self.with_arrays(
-            index, *(write(a, new, self.lengths, layer) for a, new in zip(old, (k, v), strict=True))
-        )
+def cached_attention(
+    q: jax.Array,  # [B, T, heads, D]: the first query of a row is at the position ``start`` says
+    k: jax.Array,  # what `KVCache.arrays` or `PagedCache.arrays` gives
+    v: jax.Array,
+    table: jax.Array | None,
+    start: jax.Array,  # [B]
+    *,
+    layer: jax.Array | int | None,
+    backend: str = "auto",
+) -> jax.Array:
+    """Attention [B, T, heads, D] over the keys and values of a layer, by the op for its kind of cache."""
+    if table is not None:
+        return paged_attention(q, k, v, table, start, layer=layer, backend=backend)
+    op = decode_attention if q.shape[1] <= DECODE_QUERIES else attention
+    return op(q, *(a if layer is None else LayerView(a, layer) for a in (k, v)), start, backend=backend)
 
 
 def _replaced(arrays: Layers, index: int, new: jax.Array) -> Layers:

@@ -260,9 +260,12 @@ def _generate(
     state, first = sample_first(
         logits, cache, sampling, limit, stops, history, top=top, axis=params.axis, backend=backend
     )
-    state, rest = decode_chunk(params, state, steps=max_new_tokens - 1, backend=backend)
-    drawn = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]).swapaxes(0, 1), first, rest)
-    return Generated(drawn.tokens, drawn.logprobs, state.drawn, drawn.top)
+    outputs = jax.tree.map(lambda a: a[None], first)  # [1, B]
+    if max_new_tokens > 1:  # a scan of no steps would be compiled, too
+        state, rest = decode_chunk(params, state, steps=max_new_tokens - 1, backend=backend)
+        outputs = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), outputs, rest)
+    outputs = jax.tree.map(lambda a: a.swapaxes(0, 1), outputs)  # [B, N]
+    return Generated(outputs.tokens, outputs.logprobs, state.drawn, outputs.top)
 
 
 def _stops(batch: int, stop_ids: Sequence[int] | jax.Array | np.ndarray) -> jax.Array:

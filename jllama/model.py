@@ -9,12 +9,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
 
-from jllama.cache import KVCache
+from jllama.cache import KVCache, cached_attention
 from jllama.config import Backend, LlamaConfig
 from jllama.kernels import (
     DECODE_QUERIES,
     Weight,
     affine,
+    attend_and_write,
+    attend_and_write_reference,
     attention,
     ffn,
     ffn_reference,
@@ -140,12 +142,36 @@ def attend(
     """The attention half of a block, including its norm and its residual."""
     B, T, _ = x.shape
     h = rms_norm(x, layer.attn_norm, eps=params.config.norm_eps, backend=backend)
-    q, new, cache = project(h, layer, index, cache, start, rotation, params.config, backend)
-    out = attention(q, *new, start, backend=backend) if cache is None else cache.attend(index, q, backend=backend)
+    if cache is not None and T <= DECODE_QUERIES:
+        out, cache = attend_new(h, layer, index, cache, rotation, backend)
+    else:
+        q, new, cache = project(h, layer, index, cache, start, rotation, params.config, backend)
+        if cache is None:
+            out = attention(q, *new, start, backend=backend)
+        else:
+            k, v, place = cache.arrays(index)
+            out = cached_attention(q, k, v, cache.table, start, layer=place, backend=backend)
     product = functools.partial(matmul, backend=backend)
     if params.axis is not None:
         product = functools.partial(summed, axis=params.axis, backend=backend)
     return affine(product, out.reshape(B, T, -1), layer.wo, layer.bo, residual=x), cache
+
+
+def attend_new(
+    h: jax.Array,  # [B, T, dim]
+    layer: Layer,
+    index: int,
+    cache: Cache,
+    rotation: tuple[jax.Array, jax.Array],
+    backend: str,
+) -> tuple[jax.Array, Cache]:
+    """Attention [B, T, heads * head_dim] of a few tokens over the cache, to which their keys and values are written."""
+    y = affine(functools.partial(matmul, backend=backend), h, layer.wqkv, layer.bqkv)
+    by_ops = functools.partial(attend_and_write_reference, attend=functools.partial(cached_attention, backend=backend))
+    *arrays, place = cache.arrays(index)
+    arguments = y, *arrays, cache.table, cache.lengths, *rotation
+    out, k, v = attend_and_write.try_kernel(by_ops, *arguments, layer=place, backend=backend)
+    return out, cache.with_arrays(index, k, v)
 
 
 def project(

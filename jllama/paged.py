@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jllama.config import LlamaConfig
 from jllama.errors import InputError
-from jllama.kernels import PAGE, paged_attention, write_pages
+from jllama.kernels import PAGE, write_pages
 from jllama.mesh.layout import DATA, MODEL, AnyMesh, axis_size, spec
 
 
@@ -42,10 +42,14 @@ class PagedCache:
         pages: Any = pages_spec(mesh)
         return PagedCache(pages, pages, rows, rows)
 
-    def attend(self, index: int, q: jax.Array, *, backend: str = "auto") -> jax.Array:
-        """Attention of the queries [B, T, heads, D] that stand behind each row's length over a layer's keys and
-        values."""
-        return paged_attention(q, self.k, self.v, self.table, self.lengths, layer=index, backend=backend)
+    def arrays(self, index: int) -> tuple[jax.Array, jax.Array, int]:
+        """The arrays that hold the keys and values of a layer, and the layer's index in them."""
+        return self.k, self.v, index
+
+    def with_arrays(self, index: int, k: jax.Array, v: jax.Array) -> "PagedCache":
+        """The cache with ``k`` and ``v`` in place of what `arrays` returns."""
+        del index
+        return replace(self, k=k, v=v)
 
     def write(self, index: int, k: jax.Array, v: jax.Array) -> "PagedCache":
         """Put k and v [B, T, kv_heads, head_dim] behind each row's length, which stays; what has no page is dropped."""

@@ -25,11 +25,6 @@ def step_weights(params: Params) -> StepWeights:
     return StepWeights(**layers, norm=params.norm, head=params.head)
 
 
-def _table(cache: Cache) -> jax.Array | None:
-    """The pages of every row; None where its keys lie side by side."""
-    return cache.table if isinstance(cache, PagedCache) else None
-
-
 def _over_params(function: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap ``function``, which takes the arrays of a step, so that it takes params and cache."""
 
@@ -46,7 +41,7 @@ def _over_params(function: Callable[..., Any]) -> Callable[..., Any]:
         **options: Any,
     ) -> tuple[jax.Array, Cache]:
         weights = step_weights(params)
-        how = dict(eps=params.config.norm_eps, table=_table(cache), **options)
+        how = dict(eps=params.config.norm_eps, table=cache.table, **options)
         logits, k, v = function(x, weights, cache.k, cache.v, cache.lengths, cos, sin, **how)
         return last_token(logits, lengths) if last_only else logits, replace(cache, k=k, v=v)
 
@@ -74,7 +69,7 @@ def _check(
         raise Unsupported(NO_BIAS)
     try:
         weights, k, v = jax.eval_shape(stacked, params, cache)
-        kernel.check(x, weights, k, v, cache.lengths, cos, sin, eps=params.config.norm_eps, table=_table(cache))
+        kernel.check(x, weights, k, v, cache.lengths, cos, sin, eps=params.config.norm_eps, table=cache.table)
     except InputError as reason:
         raise Unsupported(str(reason)) from None
     if not params.stacked:

@@ -1,5 +1,8 @@
-"""`Session`, the stateful layer over the pure functions of `jllama.decode`. It yields the tokens of one chunk while the
-device computes the next."""
+"""`Session`: one prompt at a time, streamed. It is the stateful layer over the pure functions of `jllama.decode`. It
+yields the tokens of one chunk while the device computes the next.
+
+Many prompts run with `jllama.Engine`; a batch inside another program is `jllama.generate`.
+"""
 
 import time
 from collections.abc import Generator, Sequence
@@ -66,31 +69,29 @@ class Timings:
 
 @dataclass(frozen=True)
 class TokenChunk:
-    """The new tokens of one chunk: ``ids[row]`` and ``logprobs[row]``. Both are empty for rows that are done."""
+    """The new tokens of one chunk, and their log-probabilities. Both are empty once the completion is done."""
 
-    ids: list[list[int]]
-    logprobs: list[list[float]]
+    ids: list[int]
+    logprobs: list[float]
 
 
 @dataclass
 class Session:
-    """A model with a cache that is kept between calls. The tokens at the start of a prompt that the cache already holds
-    are not computed again.
+    """A model with the cache of one sequence, which is kept between calls. The tokens at the start of a prompt that the
+    cache already holds are not computed again.
 
     After a run, ``backends`` says which implementation every op of ``"prefill"`` and of ``"decode"`` had, and why. It
     was recorded when the programs that ran were traced."""
 
     params: Params
     max_len: int
-    batch: int = 1
     backend: Backend = "auto"
     chunk: int = CHUNK
     timings: Timings = field(default_factory=Timings)
 
     def __post_init__(self) -> None:
         self.params, mesh = placed(self.params), self.params.mesh
-        # On a mesh, rows that nobody asked for make the batch a multiple of the devices along `data`.
-        self._rows = -(-self.batch // axis_size(mesh, DATA)) * axis_size(mesh, DATA)
+        self._rows = axis_size(mesh, DATA)  # of a mesh, the devices along `data` all compute the same row
         # Allocated once: the device idles during all host work before the first operation of a prompt.
         lies = None if mesh is None else NamedSharding(mesh, spec(mesh, DATA, MODEL))
         self._no_logits = jnp.zeros((self._rows, self.params.config.vocab_size), jnp.float32, device=lies)
@@ -104,41 +105,40 @@ class Session:
 
     def _drop_cache(self) -> None:
         self._cache: KVCache | None = None
-        self._cached_ids: list[list[int]] = [[] for _ in range(self._rows)]  # the tokens of the cache, row by row
+        self._cached_ids: list[int] = []  # the tokens of the cache
 
     def run(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompt: Sequence[int],
         max_new_tokens: int,
         sampling: Sampling | None = None,
         stop_ids: Sequence[int] = (),
     ) -> Generator[TokenChunk]:
-        """Continue the prompts, one per row of the batch. Close the iterator to stop early; the cache stays usable."""
-        self._check(prompts)
+        """Continue a prompt. ``sampling`` (default: greedy) has one row. Close the iterator to stop early; the cache
+        stays usable."""
+        check_prompts([prompt], self.max_len - 1, "one less than the context", self.params.config)
         self.timings, self.backends = Timings(), {}
         self._static = {"backend": self.backend, "arch": known(self.params)}
         clock = Clock(self.timings)
-        fill = self._rows - self.batch
-        limit = np.asarray([*(min(max_new_tokens, self.max_len - len(p)) for p in prompts), *[0] * fill], np.int32)
-        prompts = [*prompts, *[[0]] * fill]
-        logits, cache = self._prefill(prompts, int(limit.max()))
-        sampling = make_sampling(self.batch) if sampling is None else sampling
-        if fill:
-            rows = np.minimum(np.arange(self._rows), self.batch - 1)
-            sampling = replace(sampling, **{k: jax.tree.map(lambda a: a[rows], v) for k, v in vars(sampling).items()})
-        history = begin_history(sampling, *pad(prompts), self.params.config.vocab_size)
+        limit = min(max_new_tokens, self.max_len - len(prompt))
+        logits, cache = self._prefill(prompt, limit)
+        sampling = make_sampling(1) if sampling is None else sampling
+        if self._rows > 1:
+            rows = np.zeros(self._rows, np.int32)
+            sampling = replace(sampling, **jax.tree.map(lambda a: a[rows], vars(sampling)))
+        history = begin_history(sampling, *self._pad(prompt), self.params.config.vocab_size)
         (state, output), choices = jit_sample_first(
             logits,
             cache,
             sampling,
-            limit,
+            np.full(self._rows, limit, np.int32),
             stop_table(self._rows, stop_ids),
             history,
             mesh=self.params.mesh,
             **self._static,
         )
         self._record("prefill", choices)
-        left = int(limit.max()) - 1
+        left = limit - 1
         program = cache.max_len, jax.tree.structure(sampling)
 
         def launch() -> StepOutput | None:
@@ -153,17 +153,17 @@ class Session:
             return ahead
 
         try:
-            self._cached_ids = [list(p) for p in prompts]
+            self._cached_ids = list(prompt)
             while True:
                 # The next chunk is launched before this one is read, so that the device does not wait for the host. If
                 # its program must be compiled, it is launched after: the first token is there long before.
                 compiled = program in self._compiled
                 ahead = launch() if compiled else None
                 tokens = self._collect(output)
-                clock.tick(sum(map(len, tokens.ids)), steps=output.tokens.size // self._rows)
+                clock.tick(len(tokens.ids), steps=output.tokens.size // self._rows)
                 yield tokens
-                ahead = ahead if compiled or not any(tokens.ids) else launch()
-                if ahead is None or not any(tokens.ids):
+                ahead = ahead if compiled or not tokens.ids else launch()
+                if ahead is None or not tokens.ids:
                     break
                 output = ahead
         except InputError:  # NaN logits: the cache holds NaN, too
@@ -171,7 +171,7 @@ class Session:
             raise
         finally:
             # An interrupt may come after the cache was donated and before the new one was returned.
-            if not self._cached_ids[0] or state.cache.lengths.is_deleted():
+            if not self._cached_ids or state.cache.lengths.is_deleted():
                 self._drop_cache()
             else:
                 self._cache = state.cache
@@ -179,40 +179,33 @@ class Session:
     def _collect(self, output: StepOutput) -> TokenChunk:
         # Blocks; copies both arrays at the same time.
         tokens, logprobs = fetch((output.tokens, output.logprobs), self.params.mesh)
-        tokens, logprobs = (a.reshape(-1, self._rows).T[: self.batch] for a in (tokens, logprobs))  # [B, steps]
+        tokens, logprobs = (a.reshape(-1, self._rows)[:, 0] for a in (tokens, logprobs))  # [steps]
         if np.isnan(logprobs).any():
-            row = int(np.isnan(logprobs).any(axis=1).argmax())
-            raise InputError(f"model: row {row}: logits are NaN: the weights hold NaN or Inf, or overflow this dtype")
-        ids = [row[row != NO_TOKEN].tolist() for row in tokens]
-        for cached, new in zip(self._cached_ids, ids, strict=False):
-            cached.extend(new)
-        return TokenChunk(
-            ids,
-            [probs[: len(new)].tolist() for probs, new in zip(logprobs, ids, strict=True)],
-        )
+            raise InputError("model: logits are NaN: the weights hold NaN or Inf, or overflow this dtype")
+        ids = tokens[tokens != NO_TOKEN].tolist()
+        self._cached_ids += ids
+        return TokenChunk(ids, logprobs[: len(ids)].tolist())
 
-    def _check(self, prompts: Sequence[Sequence[int]]) -> None:
-        if len(prompts) != self.batch:
-            raise InputError(f"prompts: expected {self.batch} (the session's batch), found {len(prompts)}")
-        check_prompts(prompts, self.max_len - 1, "one less than the context", self.params.config)
-
-    def _prefill(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> tuple[jax.Array, KVCache]:
+    def _prefill(self, prompt: Sequence[int], new_tokens: int) -> tuple[jax.Array, KVCache]:
         # The last drawn token is not in the cache. The last token of a prompt is always computed, for its logits.
-        kept = [min(_common_prefix(c[:-1], p), len(p) - 1) for c, p in zip(self._cached_ids, prompts, strict=True)]
-        cache = self._cache_for(max(map(len, prompts)) + new_tokens)
-        lengths = np.asarray(kept, np.int32)
+        kept = min(_common_prefix(self._cached_ids[:-1], prompt), len(prompt) - 1)
+        cache = self._cache_for(len(prompt) + new_tokens)
+        lengths = np.full(self._rows, kept, np.int32)
         if (mesh := self.params.mesh) is not None:  # donated with the cache, so it lies as the result does
             lengths = jax.device_put(lengths, NamedSharding(mesh, spec(mesh, DATA)))
         cache = replace(cache, lengths=lengths)
         self._drop_cache()  # it is donated from here on; `run` stores the new one
         logits = self._no_logits
-        rest = [list(p[k:]) for p, k in zip(prompts, kept, strict=True)]
-        self.timings.prompt_tokens = sum(map(len, rest[: self.batch]))
-        for at in range(0, max(map(len, rest)), PREFILL_PIECE):
-            tokens, lengths = pad([row[at : at + PREFILL_PIECE] for row in rest])
+        self.timings.prompt_tokens = len(prompt) - kept
+        for at in range(kept, len(prompt), PREFILL_PIECE):
+            tokens, lengths = self._pad(prompt[at : at + PREFILL_PIECE])
             (logits, cache), choices = jit_prefill(self.params, tokens, lengths, logits, cache, **self._static)
             self._record("prefill", choices)
         return logits, cache
+
+    def _pad(self, ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """`pad` of the same row for every row of the cache."""
+        return pad([ids] * self._rows)
 
     def _cache_for(self, tokens: int) -> KVCache:
         """The cache, new or grown, with room for ``tokens``. It has little more, because attention reads all of it."""

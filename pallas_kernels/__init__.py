@@ -1,6 +1,7 @@
 """Llama's operations: each a `jax.numpy` reference and, where there is one, a Pallas kernel held to it."""
 
 from .arch import Arch, known, pinned
+from .attend_and_write import attend_and_write, attend_and_write_reference
 from .attention import DECODE_QUERIES, attention, decode_attention
 from .decode_step import StepWeights, decode_step
 from .dispatch import BACKENDS, Choice, Kernel, Op, Recorded, Unsupported, record, recorded, require_kernels
@@ -16,7 +17,19 @@ from .rms_norm import rms_norm
 from .transforms import vary_with
 
 OPS: dict[str, Op] = {
-    op.name: op for op in (rms_norm, matmul, qkv, attention, decode_attention, paged_attention, ffn, decode_step, draw)
+    op.name: op
+    for op in (
+        rms_norm,
+        matmul,
+        qkv,
+        attention,
+        decode_attention,
+        paged_attention,
+        attend_and_write,
+        ffn,
+        decode_step,
+        draw,
+    )
 }
 
 __all__ = [
@@ -38,6 +51,8 @@ __all__ = [
     "Weight",
     "WeightFormat",
     "affine",
+    "attend_and_write",
+    "attend_and_write_reference",
     "attention",
     "decode_attention",
     "decode_step",

@@ -37,6 +37,8 @@ class Model(Protocol):
         """The peak memory of the device (on a CPU: of the process)."""
         ...
 
+    # A model may also have ``settings``, a dictionary of what its library chose, for the record.
+
 
 # A case runs in four rounds: prepare, estimate the time, check and compile the timed calls, time. In the first and the
 # third, which compile, other implementations may use the device; in the second and the last none does.
@@ -61,6 +63,9 @@ class Peer:
     available: Callable[[], str | None]  # None, or why it cannot run and how to install it
     open: Callable[[dict[str, Any]], Any]
     packages: tuple[str, ...] = ()  # packages whose versions the record names
+    dtype: str = ""  # the format of its weights, where that is not the run's
+    draws: bool = False  # whether it makes random weights itself, from ``job["config"]``
+    whole_device: bool = False  # whether it takes the device's memory for itself, whatever the model needs
 
 
 def discover(kind: str) -> list[str]:

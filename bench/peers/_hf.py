@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from bench.peers import NotSupported, Output
+from bench.workloads import DRAWN, SEED
 
 INSTALL = "`make peers`, or pip install torch transformers accelerate"
 PACKAGES = ("torch", "transformers")
@@ -60,11 +61,16 @@ class HF:
 
     def __init__(self, job: dict[str, Any], cache: str | None) -> None:
         import torch
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, LlamaConfig
 
         self.torch, self.device = torch, torch_device(job["platform"])
-        torch.manual_seed(42)
-        model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch_dtype(job["dtype"]))
+        torch.manual_seed(SEED)
+        dtype = torch_dtype(job["dtype"])
+        if job["model"].startswith(DRAWN):
+            with self.device:
+                model = AutoModelForCausalLM.from_config(LlamaConfig(**job["config"]), dtype=dtype)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype)
         self.model = model.to(self.device).eval()
         # Every run has the same length: end-of-sequence does not stop it.
         self.model.generation_config.eos_token_id = None

@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 import time
+import traceback
 from typing import Any
 
 from bench.peers import NotSupported, Peer, Rounds, load
@@ -30,6 +31,7 @@ def main() -> None:
         except MemoryError as error:
             reply = {"error": f"out of memory: {_line(error)}"}
         except Exception as error:  # a peer may raise anything; its row shows the message
+            traceback.print_exc()
             reply = {"error": describe(error)}
         replies.write(json.dumps(reply) + "\n")
         replies.flush()
@@ -65,7 +67,9 @@ def _answer(name: str, request: dict[str, Any], state: dict[str, Any]) -> dict[s
         gc.collect()
         begin = time.perf_counter()
         state["peer"] = peer.open(request["job"])
-        return {"load_s": time.perf_counter() - begin, "versions": package_versions(peer.packages)}
+        load_s = time.perf_counter() - begin
+        settings = getattr(state["peer"], "settings", {})
+        return {"load_s": load_s, "versions": package_versions(peer.packages), "settings": settings}
     if do == "generate":
         drawing = {"sampled": True} if request.get("sampled") else {}  # only our backends get this request
         output = state["peer"].generate(request["prompts"], request["new_tokens"], **drawing)

@@ -13,4 +13,4 @@ def available() -> str | None:
     return missing("torch", "transformers", install=INSTALL)
 
 
-PEER = Peer("hf-compile", "model", available, lambda job: HF(job, cache="static"), PACKAGES)
+PEER = Peer("hf-compile", "model", available, lambda job: HF(job, cache="static"), PACKAGES, draws=True)

@@ -9,4 +9,5 @@ PEER = Peer(
     lambda: missing("torch", "transformers", install=INSTALL),
     lambda job: HF(job, cache=None),
     PACKAGES,
+    draws=True,
 )

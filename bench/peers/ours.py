@@ -13,8 +13,9 @@ from bench.workloads import DRAWN, SAMPLING, SEED
 if TYPE_CHECKING:
     from jllama.config import Quant
 
-CHUNK = 64  # steps per chunk; a terminal uses 16 to show text early, which a benchmark does not need
+CHUNK = 64  # steps per chunk of one prompt; a terminal uses 16 to show text early, which a benchmark does not need
 DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
+Timed = tuple[list[list[int]], float, float]  # the new ids of every row, and the seconds to the first and to the last
 PACKAGES = ("jax", "jaxlib", "numpy", "jax-cuda13-plugin", "jax-cuda12-plugin", "nvidia-cudnn-cu13")
 
 
@@ -39,6 +40,7 @@ class Ours:
 
     def __init__(self, job: dict[str, Any]) -> None:
         self.job, self.params, self.backends = job, None, {}
+        self._traced: dict[tuple[int, ...], dict[str, Any]] = {}  # `jllama.backends` of every kind of batch
         if job.get("compiled") is not None:
             from jllama.compilation import enable_cache
 
@@ -64,40 +66,53 @@ class Ours:
         jax.block_until_ready(self.params)
 
     def generate(self, prompts: list[list[int]], new_tokens: int, *, sampled: bool = False) -> Output:
-        """Generate greedily, or with `SAMPLING`, with the `Session` that the command line uses. The first token is
-        timed in a separate run, because in a long run later tokens are already under way when the first arrives, and
-        on a CPU may be done."""
-        self._load(len(prompts))
-        room, chunk = len(prompts[0]) + new_tokens, even_chunk(new_tokens - 1)
-        ids, first, _ = self._run(prompts, 1, room, chunk, sampled)
-        if new_tokens == 1:
-            return Output(ids, first, 0.0)
-        ids, arrived, total = self._run(prompts, new_tokens, room, chunk, sampled)
-        return Output(ids, first, total - min(first, arrived))
-
-    def _run(
-        self, prompts: list[list[int]], new_tokens: int, room: int, chunk: int, sampled: bool
-    ) -> tuple[list[list[int]], float, float]:
-        """The new ids, and the seconds to the first and to the last of them."""
-        from jllama.stream import Session
+        """Generate greedily, or with `SAMPLING`. The first token is timed in a run of its own, because in a long run
+        later tokens are already under way when the first arrives, and on a CPU may be done."""
         from pallas_kernels import Unsupported
 
-        assert self.params is not None
-        session = Session(
-            self.params, max_len=-(-room // 128) * 128, batch=len(prompts), backend=self.job["backend"], chunk=chunk
-        )
+        self._load(len(prompts))
+        run = self._stream if len(prompts) == 1 else self._batch
         sampling = _sampling(len(prompts), sampled)
-        ids: list[list[int]] = [[] for _ in prompts]
-        begin, first = time.perf_counter(), 0.0
         try:
-            for tokens in session.run(prompts, new_tokens, sampling):
-                first = first or time.perf_counter() - begin
-                for row, new in zip(ids, tokens.ids, strict=True):
-                    row.extend(new)
+            ids, first, _ = run(prompts, 1, new_tokens, sampling)
+            if new_tokens == 1:
+                return Output(ids, first, 0.0)
+            ids, arrived, total = run(prompts, new_tokens, new_tokens, sampling)
         except Unsupported as reason:
             raise NotSupported(str(reason)) from None
+        return Output(ids, first, total - min(first, arrived))
+
+    def _stream(self, prompts: list[list[int]], new: int, most: int, sampling: Any) -> Timed:
+        """One prompt, with the `Session` that the command line uses. Its cache has room for ``most`` new tokens."""
+        from jllama.stream import Session
+
+        assert self.params is not None
+        room = -(-(len(prompts[0]) + most) // 128) * 128
+        session = Session(self.params, max_len=room, backend=self.job["backend"], chunk=even_chunk(most - 1))
+        ids: list[int] = []
+        begin, first = time.perf_counter(), 0.0
+        for tokens in session.run(prompts[0], new, sampling):
+            first = first or time.perf_counter() - begin
+            ids += tokens.ids
         self.backends = session.backends
-        return ids, first, time.perf_counter() - begin
+        return [ids], first, time.perf_counter() - begin
+
+    def _batch(self, prompts: list[list[int]], new: int, most: int, sampling: Any) -> Timed:
+        """Several prompts, with `jllama.generate`, whose tokens arrive together."""
+        import numpy as np
+
+        import jllama
+
+        assert self.params is not None
+        begin, options = time.perf_counter(), {"sampling": sampling, "backend": self.job["backend"]}
+        made = jllama.generate(self.params, np.asarray(prompts), max_new_tokens=new, stop_ids=(), **options)
+        ids = np.asarray(made.tokens).tolist()
+        spent = time.perf_counter() - begin
+        batch, prompt, room = sizes = len(prompts), len(prompts[0]), len(prompts[0]) + most
+        if (key := (*sizes, sampling is None)) not in self._traced:  # the trace takes seconds
+            self._traced[key] = jllama.backends(self.params, batch=batch, prompt=prompt, max_len=room, **options)
+        self.backends = self._traced[key]
+        return ids, spent, spent
 
     def peak_bytes(self) -> int:
         """The peak memory of the device; on a CPU, of the process."""
@@ -107,7 +122,7 @@ class Ours:
         return int(stats.get("peak_bytes_in_use") or process_peak())
 
     def chosen(self) -> dict[str, Any]:
-        """Which implementation ran last for every op of a prefill and of a decode step, and why."""
+        """Which implementation the last run had for every op of a prefill and of a decode step, and why."""
         return {"choices": {p: {op: [c.impl, c.why] for op, c in ops.items()} for p, ops in self.backends.items()}}
 
     def hello(self) -> dict[str, Any]:
@@ -148,10 +163,11 @@ class Ours:
     def shape(self, model: str) -> dict[str, Any]:
         """The sizes of a checkpoint that floors and prompts need."""
         from bench.roofline import dims
+        from jllama.config import to_hf
 
         config, _ = opened(model)
         known = {"vocab_size": config.vocab_size, "bos_id": config.bos_id, "max_seq_len": config.max_seq_len}
-        return known | {"dims": dims(config), "n_params": config.n_params}
+        return known | {"dims": dims(config), "n_params": config.n_params, "config": to_hf(config, "bfloat16")}
 
     def encode(self, model: str, text: str) -> dict[str, Any]:
         """The ids of a text; None if the model has no tokenizer."""

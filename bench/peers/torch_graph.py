@@ -10,6 +10,7 @@ from typing import Any
 
 from bench.peers import NotSupported, Output, Peer, missing
 from bench.peers._hf import PACKAGES, peak_bytes, pick_threads, torch_device, torch_dtype
+from bench.workloads import DRAWN, SEED
 
 Tensors = dict[str, Any]
 
@@ -19,17 +20,14 @@ class Decoder:
 
     def __init__(self, job: dict[str, Any]) -> None:
         import torch
-        from safetensors.torch import load_file
 
         self.torch = torch
         self.device, self.dtype = torch_device(job["platform"]), torch_dtype(job["dtype"])
-        path = Path(job["model"])
-        self.config = c = json.loads((path / "config.json").read_text())
+        drawn = job["model"].startswith(DRAWN)
+        self.config = c = job["config"] if drawn else json.loads(Path(job["model"], "config.json").read_text())
         if c.get("rope_scaling"):
             raise NotSupported("does not support scaled rotary embeddings")
-        raw: Tensors = {}
-        for file in sorted(path.glob("*.safetensors")):
-            raw |= {k: v.to(self.device, self.dtype) for k, v in load_file(file).items()}
+        raw = self._random() if drawn else self._read(Path(job["model"]))
         self.heads, self.kv = c["num_attention_heads"], c["num_key_value_heads"]
         self.D = c.get("head_dim") or c["hidden_size"] // self.heads
         self.embed, self.norm = raw["model.embed_tokens.weight"], raw["model.norm.weight"]
@@ -41,6 +39,35 @@ class Decoder:
         self.room: tuple[int, int] | None = None
         if self.device.type == "cpu":
             pick_threads(job["cores"], lambda: self.generate([[1, 5, 7, 9]], 9))
+
+    def _read(self, path: Path) -> Tensors:
+        from safetensors.torch import load_file
+
+        raw: Tensors = {}
+        for file in sorted(path.glob("*.safetensors")):
+            raw |= {k: v.to(self.device, self.dtype) for k, v in load_file(file).items()}
+        return raw
+
+    def _random(self) -> Tensors:
+        """Random tensors under the names of a checkpoint."""
+        torch, c = self.torch, self.config
+        torch.manual_seed(SEED)
+        dim, hidden, width = c["hidden_size"], c["intermediate_size"], c["num_attention_heads"] * c["head_dim"]
+        kv, vocab = c["num_key_value_heads"] * c["head_dim"], c["vocab_size"]
+        attention = {"q": (width, dim), "k": (kv, dim), "v": (kv, dim), "o": (dim, width)}
+        feed_forward = {"gate": (hidden, dim), "up": (hidden, dim), "down": (dim, hidden)}
+        shapes = {"model.embed_tokens": (vocab, dim), "model.norm": (dim,)}
+        shapes |= {} if c["tie_word_embeddings"] else {"lm_head": (vocab, dim)}
+        for i in range(c["num_hidden_layers"]):
+            layer = f"model.layers.{i}"
+            shapes |= {f"{layer}.self_attn.{name}_proj": shape for name, shape in attention.items()}
+            shapes |= {f"{layer}.mlp.{name}_proj": shape for name, shape in feed_forward.items()}
+            shapes |= {f"{layer}.{name}_layernorm": (dim,) for name in ("input", "post_attention")}
+        how = dict(device=self.device, dtype=self.dtype)
+        return {
+            f"{name}.weight": torch.randn(shape, **how) * 0.02 if len(shape) == 2 else torch.ones(shape, **how)
+            for name, shape in shapes.items()
+        }
 
     def _layer(self, raw: Tensors, prefix: str) -> Tensors:
         def join(*names: str) -> Any:
@@ -151,4 +178,4 @@ def available() -> str | None:
     return missing("torch", "safetensors", install="`make peers`, or pip install torch safetensors")
 
 
-PEER = Peer("torch-graph", "model", available, Decoder, PACKAGES)
+PEER = Peer("torch-graph", "model", available, Decoder, PACKAGES, draws=True)

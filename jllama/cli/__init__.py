@@ -11,6 +11,8 @@ from collections.abc import Callable
 from importlib.metadata import entry_points
 from types import ModuleType
 
+from jllama.errors import quiet_pipe
+
 COMMANDS = {
     "generate": ("jllama.cli.generate", "generate text from prompts"),
     "chat": ("jllama.cli.chat", "chat with a model in the terminal"),
@@ -27,7 +29,11 @@ NAMES = (*COMMANDS, *ADDED)
 
 def main(argv: list[str] | None = None) -> int:
     """Run the subcommand that the first argument names."""
-    argv = sys.argv[1:] if argv is None else argv
+    with quiet_pipe():
+        return _run(sys.argv[1:] if argv is None else argv)
+
+
+def _run(argv: list[str]) -> int:
     match argv:
         case ["-h" | "--help" | "help", *_] | []:
             print(usage())

@@ -127,7 +127,7 @@ def banner(args: argparse.Namespace, model: "Opened") -> str:
     params, source = model.lm.params, model.source
     quant = {"none": ""}.get(args.quant, f" weights in {args.quant},")
     if source.quant is not None:
-        quant = f" weights in int{source.quant.bits},"
+        quant = f" weights in {source.quant.format},"
     what = f"{source.path.name} ({source.form}, {params.config.n_params / 1e6:,.1f} M weights)"
     how = f"{quant} {params.dtype}, {device_line(args.backend, params)}, context {model.lm.max_len:,} tokens"
     return f"jllama {jllama.__version__}: {what},{how}; /help lists the commands"

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import jllama
 from jllama.demo_model import DEMO
-from jllama.errors import InputError
+from jllama.errors import InputError, quiet_pipe
 
 # Flags of other programs that do not exist here -> what to use instead.
 FOREIGN = {
@@ -44,6 +44,11 @@ class Parser(argparse.ArgumentParser):
             flag = next((text for text in unknown if text.startswith("-")), unknown[0])
             self._no_such_flag(flag.partition("=")[0])
         return values
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """Exit, after ``--help`` or ``--version`` has printed, too."""
+        with quiet_pipe():
+            super().exit(status, message)
 
     def error(self, message: str) -> NoReturn:
         """Print one line on stderr and exit with code 2."""

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 from tqdm import tqdm
 
 from jllama.config import Backend
+from jllama.decode import StepOutput
 from jllama.engine import masked, steps
 from jllama.engine.constraint import Progress, masks_of
 from jllama.engine.request import Request
@@ -33,7 +34,7 @@ class Launch:
     """What a plan will bring, once it has run."""
 
     rows: list[tuple[int, Scheduled]]  # those that draw, with their places in what is drawn
-    drawn: list[steps.Drawn]  # of one program after another
+    outputs: list[StepOutput]  # of one program after another
     pieces: list[tuple[int, Piece]]  # those that are scored, with their places in the scores
     scores: steps.Scores | None
     masked: bool = False  # whether the next masks depend on what is drawn
@@ -102,7 +103,7 @@ class Device:
         for at in range(0, max(map(len, copies)), COPIES):
             self._copy([part[at : at + COPIES] for part in copies])
         scores, scored, drawing = None, [], []
-        drawn: list[steps.Drawn] = []
+        outputs: list[StepOutput] = []
         if any(pieces):
             size = fitting(self._of_pieces, pieces)
             scored = [(i, p) for i, p in places(pieces, size) if p.sequence.limit == 0]
@@ -114,15 +115,15 @@ class Device:
             size = fitting(self._of_rows, rows)
             drawing = list(places(rows, size))
             kind = max((requests[s].sampling.kind for _, s in drawing), key=steps.KINDS.index)
-            drawn = self._decode(rows, size, kind, [plan.steps for plan in plans])
+            outputs = self._decode(rows, size, kind, [plan.steps for plan in plans])
             if any(one_by_one):
-                drawn.append(self._draw(one_by_one, size, kind, matchers))
+                outputs.append(self._draw(one_by_one, size, kind, matchers))
         if any(ahead):
             self._look_ahead(ahead, fitting(self._of_rows, ahead))
         if jax.process_count() == 1:
-            for array in jax.tree.leaves((scores, drawn)):
+            for array in jax.tree.leaves((scores, outputs)):
                 array.copy_to_host_async()
-        return Launch(drawing, drawn, scored, scores, any(one_by_one))
+        return Launch(drawing, outputs, scored, scores, any(one_by_one))
 
     def warm_up(self, kinds: Sequence[str], *, constraints: bool, progress: bool) -> None:
         """Compile every step for every number of rows: each runs once, on nothing."""
@@ -196,19 +197,19 @@ class Device:
                 where = slot, extra_settings(requests[s]), tokens, np.int32(s.prompt), np.int32(len(s.tokens))
                 self._state = steps.jit_join_extras(self._state, *where, mesh=self.mesh)
 
-    def _decode(self, parts: list[list[Scheduled]], size: int, kind: str, counts: list[int]) -> list[steps.Drawn]:
-        """So many steps for the rows of each part. The program has the smaller number of steps that a turn may have,
+    def _decode(self, parts: list[list[Scheduled]], size: int, kind: str, counts: list[int]) -> list[StepOutput]:
+        """So many steps for the rows of each part. The program has the smallest number of steps that a turn may have,
         and runs as often as needed. So one program for every kind and number of rows is enough."""
-        unit, drawn = self.tuning.steps[0], []
+        unit, outputs = self.tuning.steps[0], []
         for done in range(0, max(counts), unit):
             rows = [part if count > done else [] for part, count in zip(parts, counts, strict=True)]
             self.programs.add(("decode", size, kind))
             where = self._slots_of(rows, size), self._table(rows, size)
             found, ran = steps.jit_decode(self.params, self._state, *where, steps=unit, kind=kind, **self._static)
-            self._state, part = found
-            drawn.append(part)
+            self._state, output = found
+            outputs.append(output)
             self._record("decode", ran)
-        return drawn
+        return outputs
 
     def _look_ahead(self, parts: list[list[Scheduled]], size: int) -> None:
         self.programs.add(("look_ahead", size, ""))
@@ -217,7 +218,7 @@ class Device:
         self._state, self._logits = found
         self._record("decode", ran)
 
-    def _draw(self, parts: list[list[Scheduled]], size: int, kind: str, matchers: Matchers) -> steps.Drawn:
+    def _draw(self, parts: list[list[Scheduled]], size: int, kind: str, matchers: Matchers) -> StepOutput:
         self.programs.add(("draw_allowed", size, kind))
         by_place: list[Progress | None] = [None] * (size * self.parts)
         for i, s in places(parts, size):
@@ -225,9 +226,9 @@ class Device:
         masks = masks_of(by_place, len(by_place), self.params.config.vocab_size)
         how = dict(kind=kind, mesh=self.mesh, **self._static)
         where = self._known_logits(), self._slots_of(parts, size), masks
-        (self._state, drawn), ran = masked.jit_draw_allowed(self._state, *where, **how)
+        (self._state, output), ran = masked.jit_draw_allowed(self._state, *where, **how)
         self._record("decode", ran)
-        return drawn
+        return output
 
     def _known_logits(self) -> jax.Array:
         if self._logits is None:  # made at the first request with a constraint

@@ -296,10 +296,10 @@ class Engine:
         return [h.completion for h in handles]
 
     def _read(self, launch: Launch) -> list[Event]:
-        parts, scores = fetch((launch.drawn, launch.scores), self.params.mesh)  # blocks
+        parts, scores = fetch((launch.outputs, launch.scores), self.params.mesh)  # blocks
         events: list[Event] = []
         if parts:
-            events = self._read_drawn(launch.rows, jax.tree.map(lambda *part: np.concatenate(part), *parts))
+            events = self._read_output(launch.rows, jax.tree.map(lambda *part: np.concatenate(part), *parts))
         for place, piece in launch.pieces:
             self._read_scores(piece, *(found[place] for found in scores))
             if piece.sequence.finish and (handle := self._handles.get(piece.sequence)):
@@ -312,14 +312,14 @@ class Engine:
             self._restart()  # the cache may hold NaN, which no mask hides
         return [e for e in events if e.ids or e.finish_reason]
 
-    def _read_drawn(self, rows: list[tuple[int, Scheduled]], drawn: Any) -> list[Event]:
+    def _read_output(self, rows: list[tuple[int, Scheduled]], output: Any) -> list[Event]:
         events: list[Event] = []
-        self._decode_steps += int((drawn.tokens != NO_TOKEN).any(axis=1).sum())
+        self._decode_steps += int((output.tokens != NO_TOKEN).any(axis=1).sum())
         for i, s in rows:
-            came = drawn.tokens[:, i] != NO_TOKEN
-            ids, logprobs, count = drawn.tokens[came, i].tolist(), drawn.logprobs[came, i].tolist(), int(came.sum())
+            came = output.tokens[:, i] != NO_TOKEN
+            ids, logprobs, count = output.tokens[came, i].tolist(), output.logprobs[came, i].tolist(), int(came.sum())
             handle = self._handles.get(s)
-            if handle is None or self._broken(s, drawn.logprobs[came, i]):
+            if handle is None or self._broken(s, output.logprobs[came, i]):
                 s.unread -= 1
                 events += [Event(handle, [], [], "error")] if handle is not None else []
                 continue
@@ -331,7 +331,7 @@ class Engine:
             completion.logprobs += logprobs
             self._new_tokens += count
             if asked:
-                names, values = (a[came, i, :asked].tolist() for a in drawn.top)
+                names, values = (a[came, i, :asked].tolist() for a in output.top)
                 completion.top_logprobs += [dict(zip(*pair, strict=True)) for pair in zip(names, values, strict=True)]
             events.append(Event(handle, ids, logprobs, s.finish))  # pyright: ignore[reportArgumentType]
         return events

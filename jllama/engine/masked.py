@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from jllama.config import Backend
-from jllama.decode import NO_TOKEN
+from jllama.decode import NO_TOKEN, StepOutput
 from jllama.engine.request import MAX_TOP_LOGPROBS
 from jllama.engine.state import EngineState
-from jllama.engine.steps import Drawn, advance, drawing, put_history
+from jllama.engine.steps import advance, drawing, put_history
 from jllama.kernels import log_probability, recorded
 from jllama.mesh.layout import DATA, MODEL, AnyMesh, model_axis, spec
 from jllama.mesh.run import on_shards, over
@@ -59,7 +59,7 @@ def draw_allowed(
     mesh: Mesh | None = None,
     axis: str | None = None,
     backend: Backend = "auto",
-) -> tuple[EngineState, Drawn]:
+) -> tuple[EngineState, StepOutput]:
     """One token for every row, never one that its mask or a setting excludes: a row for which nothing is left ends
     without one. ``mesh`` and ``axis`` are those of the params."""
     if mesh is not None:
@@ -79,10 +79,10 @@ def draw_allowed(
     alive = ~rows.done
     logprob = jnp.where(alive, log_probability(own, token), 0.0)
     top = top_logprobs(own, MAX_TOP_LOGPROBS) if kind == "full" else None
-    drawn = jax.tree.map(lambda a: a[None], Drawn(jnp.where(alive, token, NO_TOKEN), logprob, top))
+    output = jax.tree.map(lambda a: a[None], StepOutput(jnp.where(alive, token, NO_TOKEN), logprob, top))
     if kind == "full":
         state = put_history(state, slots, history.add(token, alive))
-    return replace(state, rows=state.rows.put(slots, advance(rows, token))), drawn
+    return replace(state, rows=state.rows.put(slots, advance(rows, token))), output
 
 
 def logits_spec(mesh: AnyMesh) -> PartitionSpec:

@@ -38,7 +38,7 @@ class _State:
     request: jax.Array  # [slots]: which request a row runs; past the last: none
     token: jax.Array  # [slots]: the last one, not in the cache yet
     length: jax.Array  # [slots]
-    drawn: jax.Array  # [slots]
+    drawn: jax.Array  # [slots] int32: number of tokens that the row has drawn
     done: jax.Array  # [slots]
     history: History  # of the rows
     tokens: jax.Array  # [requests, N]

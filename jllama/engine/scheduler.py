@@ -84,11 +84,11 @@ class Plan:
 class Scheduler:
     """First come, first served, with priorities, on ``slots`` rows and a pool of pages.
 
-    A turn feeds at most ``pieces`` pieces of ``piece`` tokens, then decodes ``steps[0]`` steps while somebody waits or
-    prompts are being fed, else ``steps[1]``."""
+    A turn feeds at most ``pieces`` pieces of ``piece`` tokens, then decodes. ``steps`` are how often: where all rows
+    have just joined, while somebody waits or prompts are being fed, and else."""
 
     def __init__(
-        self, pages: Pages, *, slots: int, max_len: int, piece: int, pieces: int, steps: tuple[int, int]
+        self, pages: Pages, *, slots: int, max_len: int, piece: int, pieces: int, steps: tuple[int, int, int]
     ) -> None:
         self.pages, self.slots, self.max_len = pages, slots, max_len
         self.piece, self.pieces, self.steps = piece, pieces, steps
@@ -136,7 +136,7 @@ class Scheduler:
         plan = Plan()
         busy = bool(self.waiting) or any(not s.joined for s in self.running)
         one_by_one = self._one_by_one
-        steps = 1 if one_by_one else self.steps[0] if busy else self.steps[1]
+        steps = 1 if one_by_one else self.steps[1] if busy else self.steps[2]
         self._grow(steps)
         for sequence in self.running:
             self._feed(sequence, plan)
@@ -145,6 +145,8 @@ class Scheduler:
             self._draw_one(plan)
             return plan
         plan.rows = [s for s in self.running if s.joined and s.left > 0]
+        if len(plan.rows) == len(plan.joins):  # only first tokens
+            steps = self.steps[0]
         plan.steps = steps if plan.rows else 0
         for sequence in plan.rows:
             new = min(steps, sequence.left)

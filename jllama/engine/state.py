@@ -23,7 +23,7 @@ class Rows:
 
     token: jax.Array  # [S] int32: the last one, not in the cache yet
     length: jax.Array  # [S] int32: positions in the cache
-    drawn: jax.Array  # [S] int32
+    drawn: jax.Array  # [S] int32: number of tokens that the row has drawn
     limit: jax.Array  # [S] int32: how many it may draw
     done: jax.Array  # [S] bool
     stop_ids: jax.Array  # [S, MAX_STOP_IDS] int32; NO_ID is none

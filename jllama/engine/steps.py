@@ -10,12 +10,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from jllama.config import Backend
-from jllama.decode import NO_TOKEN
+from jllama.decode import NO_TOKEN, StepOutput
 from jllama.engine.request import MAX_TOP_LOGPROBS, Request
 from jllama.engine.state import EngineState, Extras, Rows, extra_settings
 from jllama.kernels import log_probability, recorded, vary_with
@@ -29,15 +28,6 @@ from jllama.sampling import History, Sampling, sample, top_logprobs
 
 # How rows are drawn, each more than the one before: the largest logit; by temperature; with cuts; all there is.
 KINDS = ("greedy", "plain", "cut", "full")
-
-
-@struct.dataclass
-class Drawn:
-    """What decode steps give out; NO_TOKEN where a row is done."""
-
-    tokens: jax.Array  # [steps, R] int32
-    logprobs: jax.Array  # [steps, R] float32; NaN says that the model's logits were
-    top: tuple[jax.Array, jax.Array] | None  # ids and log-probabilities [steps, R, MAX_TOP_LOGPROBS]
 
 
 Scores = tuple[jax.Array, jax.Array, jax.Array]
@@ -151,9 +141,9 @@ def decode(
     steps: int,
     kind: str,  # one of KINDS
     backend: Backend = "auto",
-) -> tuple[EngineState, Drawn]:
-    """Some tokens for every row that is not done. The number of steps is fixed: a GPU would wait for the host at every
-    turn of a loop that ends on a condition."""
+) -> tuple[EngineState, StepOutput]:
+    """``steps`` tokens for every row that is not done. The arrays of the `StepOutput` are [steps, R]. The number of
+    steps is fixed: a GPU would wait for the host at every turn of a loop that ends on a condition."""
     if params.mesh is not None:
         of_shard = functools.partial(decode, steps=steps, kind=kind, backend=backend)
         out = state.specs(params.mesh), spec(params.mesh, None, DATA)
@@ -161,7 +151,7 @@ def decode(
     rows = state.rows.take(slots)
     sampling, history = drawing(state, slots, rows, kind)
 
-    def step(carry: tuple, _: None) -> tuple[tuple, Drawn]:
+    def step(carry: tuple, _: None) -> tuple[tuple, StepOutput]:
         (k, v), rows, history = carry
         cache = PagedCache(k, v, table, rows.length)
         alive = ~rows.done
@@ -176,16 +166,16 @@ def decode(
             how: dict[str, Any] = dict(stop_ids=rows.stop_ids, axis=axis, backend=backend)
             token, logprob = sample(logits, sampling, rows.drawn, history, **how)
         likeliest = top_logprobs(logits, MAX_TOP_LOGPROBS) if kind == "full" else None
-        drawn = Drawn(jnp.where(alive, token, NO_TOKEN), jnp.where(alive, logprob, 0.0), likeliest)
+        output = StepOutput(jnp.where(alive, token, NO_TOKEN), jnp.where(alive, logprob, 0.0), likeliest)
         rows = advance(replace(rows, length=cache.lengths), token)
-        return ((cache.k, cache.v), rows, history.add(token, alive)), drawn
+        return ((cache.k, cache.v), rows, history.add(token, alive)), output
 
     begin = (state.k, state.v), rows, history
     begin = vary_with(begin, rows.token)  # under shard_map, a carry must have the type of the result
-    ((k, v), rows, history), drawn = lax.scan(step, begin, length=steps)
+    ((k, v), rows, history), outputs = lax.scan(step, begin, length=steps)
     if kind == "full":
         state = put_history(state, slots, history)
-    return replace(state, k=k, v=v, rows=state.rows.put(slots, rows)), drawn
+    return replace(state, k=k, v=v, rows=state.rows.put(slots, rows)), outputs
 
 
 def put_history(state: EngineState, slots: jax.Array, history: History) -> EngineState:

@@ -11,18 +11,21 @@ class Tuning:
     Smaller numbers are padded to the next of these, so that compilations are few."""
 
     piece: int  # tokens of a piece of a prompt
-    steps: tuple[int, int]  # decode steps per turn: while requests wait, and, a multiple of it, while none do
+    # Decode steps a turn: where all rows have just joined, so that their first tokens come out at once; while requests
+    # wait; while none do. A compiled program has the first number, which divides the others.
+    steps: tuple[int, int, int]
     rows: tuple[int, ...]
     pieces: tuple[int, ...]
 
 
 # A row or piece that is padding costs almost as much as a real one, and a compilation some seconds: powers of four.
-_CPU = Tuning(piece=32, steps=(4, 16), rows=(1, 4, 16, 64), pieces=(1, 4, 16, 64))
+_CPU = Tuning(piece=32, steps=(4, 4, 16), rows=(1, 4, 16, 64), pieces=(1, 4, 16, 64))
 
+# A launch costs a GPU nothing measurable beside a step, so that a program of one step is as fast as one of four.
 # 128 queries are one item of the attention kernel. Up to 8 rows are one persistent launch a step. Above, a step reads
 # all weights for any number of rows, and its products have tiles of 64 rows: padding costs little, and a compilation
 # of a large model 10 to 30 seconds. Padding of pieces costs as much as real ones, so these are powers of two.
-_GPU = Tuning(piece=128, steps=(4, 16), rows=(1, 8, 64, 128), pieces=(1, 2, 4, 8, 16, 32))
+_GPU = Tuning(piece=128, steps=(1, 4, 16), rows=(1, 8, 64, 128), pieces=(1, 2, 4, 8, 16, 32))
 
 
 def tuning_for(device: Device) -> Tuning:

@@ -27,7 +27,7 @@ from jllama.formats.native import save as write
 from jllama.formats.sharded import Shards
 from jllama.formats.source import BLOCK_BYTES, Integers, Quantization, Source, Tensor
 from jllama.formats.transform import as_dtype
-from jllama.kernels import QuantizedTensor, Weight, materialize
+from jllama.kernels import QuantizedTensor, Weight, WeightFormat, materialize
 from jllama.mesh.layout import DATA, MODEL, auto, axis_size, part_rows
 from jllama.params import Layer, Params, check_group, field_format, laid_out, put, quantizer
 from jllama.step import runs_whole
@@ -68,9 +68,7 @@ def load(
         raise InputError(f"quant: expected one of {', '.join(QUANTS)}, found {quant!r}")
     check_group(source.config, quant, group)
     if source.quant is not None and quant != "none":
-        raise InputError(
-            f"quant: expected 'none' for {source.path}, whose weights have {source.quant.bits} bits already"
-        )
+        raise InputError(f"quant: expected 'none' for {source.path}, whose weights are {source.quant.format} already")
     max_len = max_len or source.config.max_seq_len
     shards = None if mesh is None else Shards(source.config, auto(mesh), dtype)
     if shards is not None:
@@ -160,7 +158,7 @@ def _assemble(
 
 def _is_integer_table(config: LlamaConfig, embed: Tensor) -> bool:
     """Whether an embedding stays in the integers of its file: if it is the head, too, and they are ours."""
-    return config.tie_embeddings and embed.quant == Quantization(8, None)
+    return config.tie_embeddings and embed.quant == Quantization("int8", None)
 
 
 def _put_on_one_device(dtype: str, field: str, tensors: list[Tensor], quant: Quant, group: int | None) -> Weight:
@@ -168,7 +166,7 @@ def _put_on_one_device(dtype: str, field: str, tensors: list[Tensor], quant: Qua
     converted block by block, so that no float copy of them is in memory."""
     del field
     if len({tensor.quant for tensor in tensors}) == 1 and (stored := tensors[0].quant) is not None:
-        kind = jnp.int8 if stored.bits == 8 else jnp.int4
+        kind = WeightFormat(stored.format).dtype
         arrays = [tensor.read() for tensor in tensors]
         data = jnp.concatenate([jnp.asarray(array.data, kind) for array in arrays])
         return QuantizedTensor(data, jnp.concatenate([jnp.asarray(array.scale) for array in arrays]))
@@ -227,5 +225,6 @@ def _tensor(name: str, weight: Weight, index: np.ndarray | None = None) -> Tenso
         part: Any = chosen(begin, end)
         return Integers(np.asarray(part.data.astype(jnp.int8)), np.asarray(part.scale))
 
-    quant = Quantization(weight.bits, None if weight.scale.shape[-1] == 1 else weight.group)
+    form: Any = weight.format.value
+    quant = Quantization(form, None if weight.scale.shape[-1] == 1 else weight.group)
     return Tensor(shape, str(weight.scale.dtype), name, rows, quant)

@@ -172,14 +172,13 @@ def _tensor(file: GgufFile, name: str) -> Tensor:
     raw = file.file.view(np.dtype(np.uint8), (tensor.shape[0], tensor.row_bytes), tensor.begin)
     if tensor.kind in ("Q8_0", "Q4_0"):
         unpack = _q8_0 if tensor.kind == "Q8_0" else _q4_0
-        bits = 8 if tensor.kind == "Q8_0" else 4
         # If a row is one block, it has one scale, which is the same as no groups.
         group = None if tensor.shape[1] == GROUP else GROUP
 
         def columns(begin: int, end: int, left: int, right: int) -> Integers:
             return unpack(_blocks_of(raw[begin:end], tensor, left, right))
 
-        quant = Quantization(bits, group)
+        quant = Quantization("int8" if tensor.kind == "Q8_0" else "int4", group)
         return Tensor(tensor.shape, "float16", where, lambda b, e: unpack(raw[b:e]), quant, columns)
     return _dequantised(tensor, where, raw)
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from jllama.config import Fields, LlamaConfig, from_hf, read_json
+from jllama.config import Fields, LlamaConfig, Quant, from_hf, read_json
 from jllama.errors import InputError
 from jllama.formats.files import first_of, inside, label
 from jllama.formats.layout import hf_names
@@ -32,6 +32,8 @@ EXTRAS = (
 )
 BIAS = "_proj.bias"
 MAX_SHARDS = 4096
+BITS: dict[Quant, int] = {"int8": 8, "int4": 4}  # how ``quantization_config`` names the formats
+_FORMATS: dict[str, Quant] = {"int8": "int8", "uint8": "int4"}  # of a quantised tensor, by its dtype in the file
 
 
 class TensorFile(Protocol):
@@ -130,11 +132,12 @@ def _quantization(value: Any, where: str) -> Quantization | None:
             f"{field}: expected quant_method 'jllama' (or unquantised weights), found {str(method)[:60]!r}"
         )
     bits, group = value.get("bits"), value.get("group_size")
-    if type(bits) is not int or bits not in (4, 8):
+    formats: dict[int, Quant] = {bits: form for form, bits in BITS.items()}
+    if type(bits) is not int or bits not in formats:
         raise InputError(f"{field}: bits: expected 4 or 8, found {str(bits)[:60]!r}")
     if group is not None and (type(group) is not int or not 1 <= group <= 1 << 20):
         raise InputError(f"{field}: group_size: expected null or a positive integer, found {str(group)[:60]!r}")
-    return Quantization(bits, group)
+    return Quantization(formats[bits], group)
 
 
 def _tensor(files: dict[str, TensorFile], name: str, quant: Quantization | None) -> Tensor:
@@ -143,13 +146,13 @@ def _tensor(files: dict[str, TensorFile], name: str, quant: Quantization | None)
     where, dtype = f"{file.path}: {name}", str(entry.dtype)
     if dtype in DTYPES:
         return Tensor(entry.shape, dtype, where, lambda begin, end: file.array(name)[begin:end])
-    bits = {"int8": 8, "uint8": 4}.get(dtype)
-    if quant is None or bits is None:
+    form = _FORMATS.get(dtype)
+    if quant is None or form is None:
         raise InputError(f"{where}: dtype: expected one of {', '.join(DTYPES)}, found {dtype}")
-    return _quantized(files, name, where, bits)
+    return _quantized(files, name, where, form)
 
 
-def _quantized(files: dict[str, TensorFile], name: str, where: str, bits: int) -> Tensor:
+def _quantized(files: dict[str, TensorFile], name: str, where: str, form: Quant) -> Tensor:
     file, scale_name = files[name], f"{name}_scale"
     if scale_name not in files:
         raise InputError(f"{where}: quantised, but {scale_name} is missing")
@@ -157,7 +160,7 @@ def _quantized(files: dict[str, TensorFile], name: str, where: str, bits: int) -
     stored, scale = file.entries[name].shape, scales.entries[scale_name]
     if len(stored) != 2:
         raise InputError(f"{where}: shape: expected two dimensions, found {list(stored)}")
-    shape = stored if bits == 8 else (stored[0], 2 * stored[1])
+    shape = stored if form == "int8" else (stored[0], 2 * stored[1])
     # A group size that does not divide the row was reduced when the file was written. So it is computed from the number
     # of scales per row.
     if len(scale.shape) != 2 or scale.shape[0] != shape[0] or shape[1] % scale.shape[1]:
@@ -168,7 +171,7 @@ def _quantized(files: dict[str, TensorFile], name: str, where: str, bits: int) -
 
     def rows(begin: int, end: int) -> Integers:
         data = file.array(name)[begin:end]
-        return Integers(data if bits == 8 else unpack_int4(data), scales.array(scale_name)[begin:end])
+        return Integers(data if form == "int8" else unpack_int4(data), scales.array(scale_name)[begin:end])
 
     def columns(begin: int, end: int, left: int, right: int) -> Integers:
         scale = scales.array(scale_name)[begin:end]
@@ -177,7 +180,8 @@ def _quantized(files: dict[str, TensorFile], name: str, where: str, bits: int) -
         return Integers(data, scale[:, scales_of(scale.shape[1], shape[1], left, right)])
 
     group = None if scale.shape[1] == 1 else shape[1] // scale.shape[1]
-    return Tensor(shape, str(scale.dtype), where, rows, Quantization(bits, group), None if bits == 8 else columns)
+    quant = Quantization(form, group)
+    return Tensor(shape, str(scale.dtype), where, rows, quant, None if form == "int8" else columns)
 
 
 def unpack_int4(packed: np.ndarray) -> np.ndarray:

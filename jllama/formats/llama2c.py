@@ -158,4 +158,4 @@ def _tensor(file: MappedFile, place: Place) -> Tensor:
         return Integers(data[begin:end], scale.reshape(place.shape[0], -1)[begin:end])
 
     group = None if width == place.group else place.group
-    return Tensor(place.shape, "float32", where, rows, Quantization(8, group))
+    return Tensor(place.shape, "float32", where, rows, Quantization("int8", group))

@@ -25,7 +25,7 @@ def stored(source: Source) -> tuple[Quant, int | None]:
     """The weight format of the layers, as the arguments ``quant`` and ``group`` of `load`."""
     if source.quant is None:
         return "none", None
-    return ("int8" if source.quant.bits == 8 else "int4"), source.quant.group
+    return source.quant.format, source.quant.group
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ def model_bytes(config: LlamaConfig, dtype: str, quant: Quant, group: int | None
         if form == "none":
             total += size * itemsize
         else:
-            bits = WeightFormat(form).bits
-            per_scale = shape[-1] if bits == 8 and its_group is None else group_size(shape[-1], its_group or 128)
-            total += size * bits // 8 + size // per_scale * (4 if per_scale == shape[-1] else 2)
+            whole_row = form == "int8" and its_group is None
+            per_scale = shape[-1] if whole_row else group_size(shape[-1], its_group or 128)
+            total += size * WeightFormat(form).bits // 8 + size // per_scale * (4 if per_scale == shape[-1] else 2)
     return total
 
 

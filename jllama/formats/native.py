@@ -12,7 +12,7 @@ from jllama.config import to_hf
 from jllama.errors import InputError
 from jllama.formats.bpe import BpeVocabulary
 from jllama.formats.files import MappedFile
-from jllama.formats.hf import pack_int4
+from jllama.formats.hf import BITS, pack_int4
 from jllama.formats.layout import hf_names
 from jllama.formats.output import OutputFile, Watch
 from jllama.formats.replaceable import HF, WRITER, Form
@@ -73,7 +73,7 @@ def _stored(tensor: Tensor, name: str) -> dict[str, tuple[np.dtype, tuple[int, .
         return {name: (DTYPES[tensor.dtype], tensor.shape)}
     out, width = tensor.shape
     groups = width // (tensor.quant.group or width)
-    four = tensor.quant.bits == 4
+    four = tensor.quant.format == "int4"
     if four and width % 2:
         raise InputError(f"{tensor.where}: shape: expected an even width for 4-bit values, found {width}")
     data = (np.dtype(np.uint8), (out, width // 2)) if four else (np.dtype(np.int8), (out, width))
@@ -124,7 +124,7 @@ def _put(file: OutputFile, entries: dict[str, Entry], name: str, tensor: Tensor,
     for begin, end in tensor.blocks():
         rows = tensor.rows(begin, end)
         watch.look(tensor.where, rows.scale)
-        data = rows.data if tensor.quant.bits == 8 else pack_int4(rows.data)
+        data = rows.data if tensor.quant.format == "int8" else pack_int4(rows.data)
         file.put(entry.begin + begin * entry.nbytes // entry.shape[0], data)
         file.put(scales.begin + begin * scales.nbytes // scales.shape[0], rows.scale)
 
@@ -134,7 +134,8 @@ def _config(source: Source) -> dict[str, Any]:
     quants = [tensor.quant for tensor in source.tensors.values() if tensor.quant]
     if quants:
         quant = source.quant or quants[0]
-        values["quantization_config"] = {"quant_method": "jllama", "bits": quant.bits, "group_size": quant.group}
+        bits = BITS[quant.format]
+        values["quantization_config"] = {"quant_method": "jllama", "bits": bits, "group_size": quant.group}
     return values
 
 

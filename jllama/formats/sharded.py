@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jllama.config import LlamaConfig, Quant
 from jllama.formats.source import Integers, Source, Tensor
-from jllama.kernels import QuantizedTensor, Weight
+from jllama.kernels import QuantizedTensor, Weight, WeightFormat
 from jllama.mesh.layout import (
     COLUMNS,
     DIVIDED,
@@ -59,7 +59,7 @@ class Shards:
         places = functools.partial(self._places, field, tensors)
         if isinstance(layout, QuantizedTensor):
             assert tensors[0].quant is not None
-            read = functools.partial(_integers, kind=np.dtype(jnp.int8 if tensors[0].quant.bits == 8 else jnp.int4))
+            read = functools.partial(_integers, kind=WeightFormat(tensors[0].quant.format).dtype)
             data, scale = self._arrays(field, (layout.data, layout.scale), lambda s: read(places(s)))
             return QuantizedTensor(data, scale)
         dtype = functools.reduce(jnp.promote_types, (_float_dtype(tensor) for tensor in tensors))

@@ -12,7 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jllama.config import LlamaConfig
+from jllama.config import LlamaConfig, Quant
 from jllama.errors import InputError
 from jllama.formats.bpe import BpeVocabulary
 from jllama.formats.layout import bias_flag, expected_shapes
@@ -45,7 +45,7 @@ class Integers:
 class Quantization:
     """The format of a quantised tensor: ``group`` inputs share a scale (None: one scale for the whole row)."""
 
-    bits: int
+    format: Quant  # "int8" or "int4": the value of a `WeightFormat`, which is not imported because it needs JAX
     group: int | None
 
 

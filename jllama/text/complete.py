@@ -22,10 +22,10 @@ def complete(
 ) -> Generator[str]:
     """Continue one prompt, and yield text that can no longer change. Close the iterator to stop early."""
     stream = TextStream(tokenizer, completion.prompt_ids, tuple(stop))
-    tokens = session.run([completion.prompt_ids], max_new_tokens, sampling, stop_ids)
+    tokens = session.run(completion.prompt_ids, max_new_tokens, sampling, stop_ids)
     try:
         for chunk in tokens:
-            if piece := _take(completion, stream, chunk.ids[0], chunk.logprobs[0], stop_ids):
+            if piece := _take(completion, stream, chunk.ids, chunk.logprobs, stop_ids):
                 yield piece
             if completion.finish_reason:
                 break

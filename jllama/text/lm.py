@@ -297,7 +297,7 @@ class LM:
             and (idle.max_len, idle.backend) == (self.max_len, self.backend)
         ):
             return idle
-        return Session(self.params, self.max_len, 1, self.backend, chunk_of(self.params))
+        return Session(self.params, self.max_len, self.backend, chunk_of(self.params))
 
     @contextmanager
     def _engine(self, lengths: Sequence[int], slots: int | None) -> Generator[Engine]:

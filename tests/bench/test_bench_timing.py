@@ -2,8 +2,18 @@
 
 import pytest
 
-from bench import measure
+from bench import ceilings, measure
 from bench.peers import NotSupported
+
+
+def test_ceilings_of_this_machine(quick_compilation: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench.peers.ours import Ours
+
+    monkeypatch.setattr(ceilings, "LARGE", {"cpu": 4 << 20, "gpu": 64 << 20})
+    monkeypatch.setattr(ceilings, "SIDES", {"cpu": {64: 1}, "gpu": {1024: 2}})
+    found = Ours({}).ceilings("int8", 1 << 16)
+    assert found.keys() - {"stream"} == {"copy", "read", "matrix", "launch", "kernel"}
+    assert all(value > 0 for value in found.values())
 
 
 @pytest.mark.parametrize("seconds", [1e-9, 1e9])

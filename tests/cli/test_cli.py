@@ -50,6 +50,27 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     assert done.stderr == ""
 
 
+COMMANDS = ["generate", "chat", "serve", "info", "perplexity", "convert", "quantize"]
+BENCH = ["compare", "engine", "ops", "report", "two_trees"]
+MODULES = ["jllama.generate", "convert", *(f"bench.{name}" for name in BENCH)]
+PRINTING = ["jllama --help", "jllama --version", "jllama --completion bash", "jllama info"]
+
+
+@pytest.mark.parametrize(
+    "command", [*PRINTING, *(f"{c} --help" for c in (*(f"jllama {c}" for c in COMMANDS), *MODULES))]
+)
+def test_output_into_a_closed_pipe_is_no_error(command: str) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}  # so that output waits in a buffer
+    arguments = [sys.executable, "-m", *command.split()]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait(60) == 141
+
+
 def test_the_ways_to_give_a_prompt_agree(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text(PROMPT + "\n")

@@ -125,7 +125,7 @@ def test_flags_that_do_not_go_together(
 def test_quantised_weights_are_not_quantised_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = checkpoints.make("native-int8", checkpoints.source(), tmp_path / "model")
     line = refused(capsys, path, tmp_path / "out", "--quant", "int4")
-    assert "expected float weights, found 8 bits already" in line
+    assert "expected float weights, found int8 already" in line
 
 
 def test_too_little_disk(model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

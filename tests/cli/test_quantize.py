@@ -108,7 +108,7 @@ def test_norms_stay_floats_and_an_embedding_that_is_not_the_head() -> None:
         floats = {name for name, tensor in source.tensors.items() if tensor.quant is None}
         assert floats == {"norm"} | table | {f"layers.{i}.{n}_norm" for i in (0, 1) for n in ("attn", "ffn")}
     tied = quantised(checkpoints.source(), "int4", 32).tensors["embed"].quant
-    assert tied == Quantization(8, None)  # 4 bits would lose too much in the logits
+    assert tied == Quantization("int8", None)  # 4 bits would lose too much in the logits
 
 
 def test_it_refuses_as_the_other_commands_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -117,7 +117,7 @@ def test_it_refuses_as_the_other_commands_do(tmp_path: Path, capsys: pytest.Capt
         ([tmp_path / "none", tmp_path / "out"], "no such file or directory"),
         ([path, path], "expected another place than SRC, found the same"),
         ([path, path, "--force"], "expected another place than SRC, found the same"),
-        ([path, tmp_path / "out"], "expected float weights, found 8 bits already"),
+        ([path, tmp_path / "out"], "expected float weights, found int8 already"),
     ):
         with pytest.raises(SystemExit) as stop:
             main([str(argument) for argument in arguments])

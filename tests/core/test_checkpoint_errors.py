@@ -203,8 +203,8 @@ def test_nan_in_a_file_is_found_when_it_reaches_the_logits(model: Path) -> None:
     edit(model, lambda arrays: arrays[WK].__setitem__((3, 3), np.nan))
     session = Session(load(model), max_len=64)
     with pytest.raises(InputError) as error:
-        list(session.run([[5, 6, 7]], 4))
-    one_line(error, "row 0: logits are NaN: the weights hold NaN or Inf")
+        list(session.run([5, 6, 7], 4))
+    one_line(error, "model: logits are NaN: the weights hold NaN or Inf")
 
 
 @pytest.fixture(scope="module")

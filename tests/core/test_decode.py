@@ -1,4 +1,4 @@
-"""Decoding: prefill, steps, batches, streams and sessions are all the same computation."""
+"""Decoding: prefill, steps, batches and streams are all the same computation."""
 
 import functools
 
@@ -35,17 +35,20 @@ def assert_close(found: jax.Array, expected: jax.Array, dtype: str = "float32") 
     assert np.abs(a - b).max() <= CLOSE[dtype] * np.abs(b).max()
 
 
-def collect(session: Session, rows: list[list[int]], n: int, **more: object) -> list[list[int]]:
-    out: list[list[int]] = [[] for _ in rows]
-    for chunk in session.run(rows, n, **more):
-        for ids, new in zip(out, chunk.ids, strict=True):
-            ids.extend(new)
-    return out
+def collect(session: Session, prompt: list[int], n: int, **more: object) -> list[int]:
+    return [token for chunk in session.run(prompt, n, **more) for token in chunk.ids]
 
 
 def alone(prompt: list[int], n: int, **settings: float) -> list[int]:
-    """One prompt, a fresh session."""
-    return collect(Session(tiny.model(), max_len=64), [prompt], n, sampling=make_sampling(1, **settings))[0]
+    """The text of a fresh session."""
+    return collect(Session(tiny.model(), max_len=64), prompt, n, sampling=make_sampling(1, **settings))
+
+
+def together(n: int, **more: object) -> list[list[int]]:
+    """The texts of `prompts` as one batch."""
+    tokens, lengths = pad(prompts())
+    made = generate(tiny.model(), tokens, lengths=lengths, max_new_tokens=n, **{"stop_ids": (), **more})
+    return [row[:length].tolist() for row, length in zip(made.tokens, made.lengths, strict=True)]
 
 
 @pytest.mark.parametrize("dtype", CLOSE)
@@ -132,43 +135,42 @@ def test_a_session_streams_what_generate_returns(name: str) -> None:
     params, sampling = tiny.model(), make_sampling(4, **SETTINGS[name])
     tokens, lengths = pad(prompts())
     made = jit_generate(params, tokens, lengths=lengths, max_new_tokens=21, sampling=sampling, stop_ids=(5, 6))
-    session = Session(params, max_len=64, batch=4, chunk=4)
-    ids, logprobs = [[] for _ in LENGTHS], [[] for _ in LENGTHS]
-    for chunk in session.run(prompts(), 21, sampling, stop_ids=(5, 6)):
-        for row in range(4):
-            ids[row] += chunk.ids[row]
-            logprobs[row] += chunk.logprobs[row]
-    for row, n in enumerate(made.lengths.tolist()):
-        assert ids[row] == made.tokens[row, :n].tolist()
+    for row, (n, prompt) in enumerate(zip(made.lengths.tolist(), prompts(), strict=True)):
+        session, ids, logprobs = Session(params, max_len=64, chunk=4), [], []
+        of_row = jax.tree.map(lambda a, row=row: a[row : row + 1], sampling)
+        for chunk in session.run(prompt, 21, of_row, stop_ids=(5, 6)):
+            ids += chunk.ids
+            logprobs += chunk.logprobs
+        assert ids == made.tokens[row, :n].tolist()
         assert (made.tokens[row, n:] == -1).all()
-        np.testing.assert_allclose(logprobs[row], made.logprobs[row, :n], atol=1e-4)
-    assert session.timings.new_tokens == sum(map(len, ids))
-    assert session.timings.prompt_tokens == sum(LENGTHS)
+        np.testing.assert_allclose(logprobs, made.logprobs[row, :n], atol=1e-4)
+        assert session.timings.new_tokens == len(ids)
+        assert session.timings.prompt_tokens == len(prompt)
 
 
 def test_a_prompt_that_begins_with_what_the_cache_holds_is_only_fed_its_rest() -> None:
     session, first = Session(tiny.model(), max_len=64), tiny.prompt(9)
-    answer = collect(session, [first], 8)[0]
+    answer = collect(session, first, 8)
     for rest in (answer + [40, 41], answer[:3] + [50], []):  # a next turn, an edited one, the same prompt again
         prompt = first + rest
-        assert collect(session, [prompt], 6)[0] == alone(prompt, 6)
+        assert collect(session, prompt, 6) == alone(prompt, 6)
         assert session.timings.prompt_tokens <= max(1, len(rest) + 1) < len(prompt)
 
 
 def test_a_stream_closed_early_leaves_a_session_that_goes_on_rightly() -> None:
     session, first = Session(tiny.model(), max_len=64, chunk=4), tiny.prompt(9)
-    stream_of = session.run([first], 30)
-    begun = next(stream_of).ids[0] + next(stream_of).ids[0]
+    stream_of = session.run(first, 30)
+    begun = next(stream_of).ids + next(stream_of).ids
     stream_of.close()
     prompt = [*first, *begun, 33]
-    assert collect(session, [prompt], 6)[0] == alone(prompt, 6)
+    assert collect(session, prompt, 6) == alone(prompt, 6)
     assert session.timings.prompt_tokens == 2  # 33, and the last one drawn, which was not in the cache
 
 
 def test_the_first_token_does_not_wait_for_the_program_of_the_next_chunk() -> None:
     session, launched = Session(tiny.model(), max_len=64, chunk=4), []
     for _ in range(2):
-        run = session.run([tiny.prompt(9)], 8)
+        run = session.run(tiny.prompt(9), 8)
         next(run)
         launched.append("decode" in session.backends)
         next(run)
@@ -178,22 +180,21 @@ def test_the_first_token_does_not_wait_for_the_program_of_the_next_chunk() -> No
 
 def test_the_cache_grows_with_need_and_not_to_the_context_at_once() -> None:
     session, prompt = Session(tiny.model(), max_len=200), tiny.prompt(9)
-    answer = collect(session, [prompt], 8)[0]
+    answer = collect(session, prompt, 8)
     assert session._cache.max_len == stream.MIN_CACHE
     longer = prompt + answer + tiny.prompt(130)
-    assert collect(session, [longer], 4) == collect(Session(tiny.model(), max_len=200), [longer], 4)
+    assert collect(session, longer, 4) == collect(Session(tiny.model(), max_len=200), longer, 4)
     assert session._cache.max_len == 200
     assert session.timings.prompt_tokens == 131
 
 
 def test_a_long_prompt_in_pieces_equals_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [tiny.prompt(50), tiny.prompt(7), tiny.prompt(33)]  # the second ends in the first piece
-    whole = collect(Session(tiny.model(), max_len=64, batch=3), rows, 8)
-    calls = []
+    prompt, calls = tiny.prompt(50), []
+    whole = alone(prompt, 8)
     monkeypatch.setattr(stream, "PREFILL_PIECE", 16)
     monkeypatch.setattr(stream, "jit_prefill", lambda *a, **k: calls.append(a[1].shape) or jit_prefill(*a, **k))
-    assert collect(Session(tiny.model(), max_len=64, batch=3), rows, 8) == whole
-    assert calls == [(3, 16)] * 4
+    assert alone(prompt, 8) == whole
+    assert calls == [(1, 16)] * 4
 
 
 def test_what_is_handed_over_is_donated() -> None:
@@ -209,19 +210,20 @@ def test_what_is_handed_over_is_donated() -> None:
 
 
 def test_stops_and_limits_hold_row_by_row() -> None:
-    free = collect(Session(tiny.model(), max_len=64, batch=4), prompts(), 20)
+    free = together(20)
     stop = free[1][4]
-    stopped = collect(Session(tiny.model(), max_len=64, batch=4), prompts(), 20, stop_ids=(1000, stop))
+    stopped = together(20, stop_ids=(1000, stop))
     for row, ids in enumerate(free):  # the stop token is the last that comes
         assert stopped[row] == (ids[: ids.index(stop) + 1] if stop in ids else ids)
-    narrow = collect(Session(tiny.model(), max_len=20, batch=4), prompts(), 20)
-    assert narrow == [ids[: 20 - n] for ids, n in zip(free, LENGTHS, strict=True)]  # the context ends
-    assert collect(Session(tiny.model(), max_len=64, batch=4), prompts(), 0) == [[]] * 4
+    prompt = prompts()[1]
+    assert collect(Session(tiny.model(), max_len=64), prompt, 20, stop_ids=(1000, stop)) == stopped[1]
+    assert collect(Session(tiny.model(), max_len=20), prompt, 20) == free[1][: 20 - len(prompt)]  # the context ends
+    assert collect(Session(tiny.model(), max_len=64), prompt, 0) == []
 
 
 def test_a_rows_text_depends_on_its_seed_and_settings_and_not_on_its_neighbours() -> None:
     settings = dict(temperature=(1.0, 0.0, 1.3, 0.7), top_p=(0.9, 1.0, 1.0, 1.0), seed=(3, 3, 11, 4))
-    batch = collect(Session(tiny.model(), max_len=64, batch=4), prompts(), 12, sampling=make_sampling(4, **settings))
+    batch = together(12, sampling=make_sampling(4, **settings))
     for row, prompt in enumerate(prompts()):
         own = {name: values[row] for name, values in settings.items()}
         assert alone(prompt, 12, **own) == batch[row]
@@ -234,7 +236,10 @@ def test_every_step_draws_anew() -> None:
     flat = params.replace(
         lm_head=jnp.zeros_like(params.lm_head)
     )  # all tokens are equally likely, so only the key decides
-    rows = collect(Session(flat, max_len=64, batch=2), [[5], [5]], 40, sampling=make_sampling(2, temperature=1.0))
+    made = generate(
+        flat, np.full((2, 1), 5), max_new_tokens=40, stop_ids=(), sampling=make_sampling(2, temperature=1.0)
+    )
+    rows = made.tokens.tolist()
     assert all(len(set(ids)) > 20 for ids in rows)
     assert sum(a == b for a, b in zip(*rows, strict=True)) < 5
 
@@ -278,11 +283,11 @@ def test_forward_differentiates_in_every_weight(tied: bool) -> None:
 def test_nan_weights_are_one_line_and_do_not_stay_in_the_session() -> None:
     params = tiny.model()
     session = Session(params.replace(norm=params.norm.at[3].set(jnp.nan)), max_len=64)
-    with pytest.raises(InputError, match="row 0: logits are NaN: the weights hold NaN or Inf") as error:
-        collect(session, [tiny.prompt(5)], 4)
+    with pytest.raises(InputError, match="model: logits are NaN: the weights hold NaN or Inf") as error:
+        collect(session, tiny.prompt(5), 4)
     assert "\n" not in str(error.value)
     session.params = params
-    assert collect(session, [tiny.prompt(5)], 4)[0] == alone(tiny.prompt(5), 4)
+    assert collect(session, tiny.prompt(5), 4) == alone(tiny.prompt(5), 4)
 
 
 @pytest.mark.parametrize(
@@ -296,9 +301,7 @@ def test_nan_weights_are_one_line_and_do_not_stay_in_the_session() -> None:
 )
 def test_a_prompt_that_cannot_be_fed_is_one_line(prompt: list[int], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        next(Session(tiny.model(), max_len=64).run([prompt], 4))
-    with pytest.raises(InputError, match=r"prompts: expected 2 .*, found 1"):
-        next(Session(tiny.model(), max_len=64, batch=2).run([[5]], 4))
+        next(Session(tiny.model(), max_len=64).run(prompt, 4))
 
 
 ONES = np.ones((2, 250), np.int32)

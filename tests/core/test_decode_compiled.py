@@ -67,7 +67,7 @@ def test_the_decode_loop_makes_no_copy_of_the_cache() -> None:
 def test_the_choice_of_a_platform_makes_no_copy_of_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where jit does not know for which device it traces, the cache goes through both ways of every op."""
     monkeypatch.setattr("pallas_kernels.arch._gpu", lambda: GPU)
-    for name in ("model.qkv", "model.matmul", "cache.decode_attention", "model.ffn"):
+    for name in ("model.attend_and_write", "model.matmul", "model.ffn"):
         monkeypatch.setattr(f"jllama.{name}", faked(OPS[name.partition(".")[2]]))
     lowered = jax.jit(decode_chunk, static_argnames="steps", donate_argnames="state").lower(
         tiny.model(config=LONG), long_state(), steps=4
@@ -164,7 +164,7 @@ def sweep(lengths: list[int], seed: int) -> None:
             session = Session(tiny.model(config=SMALL), MAX_LEN)
             sampling = make_sampling(1, seed=seed + length, **settings(rng.uniform(0.1, 0.9)))
             stops = tuple(rng.randint(3, 96, rng.randint(0, 4)).tolist())
-            for _ in session.run([tiny.prompt(length, seed)], int(rng.randint(2, 2 * CHUNK)), sampling, stops):
+            for _ in session.run(tiny.prompt(length, seed), int(rng.randint(2, 2 * CHUNK)), sampling, stops):
                 pass
 
 
@@ -184,7 +184,7 @@ def test_compilations_are_bounded_and_then_there_are_none(compiled: list[str]) -
 def test_another_chunk_length_would_compile_anew(compiled: list[str]) -> None:
     """The counter works: another static argument costs a compilation."""
     for chunk in (4, 5):
-        for _ in Session(tiny.model(config=SMALL), MAX_LEN, chunk=chunk).run([[5, 6]], 9):
+        for _ in Session(tiny.model(config=SMALL), MAX_LEN, chunk=chunk).run([5, 6], 9):
             pass
     count = Counter(compiled)
     assert (count["prefill"], count["sample_first"], count["decode_chunk"]) == (1, 1, 2)

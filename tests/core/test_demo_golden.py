@@ -35,8 +35,8 @@ def test_greedy_ids_and_text(case: int, golden: dict[str, np.ndarray], params: j
     prompt, ids = golden[f"prompt_{case}"].tolist(), golden[f"ids_{case}"].tolist()
     assert tokenizer.encode(str(golden["prompts"][case])) == prompt
     session = Session(params, max_len=params.config.max_seq_len)
-    chunks = session.run([prompt], max_new_tokens=len(ids) - len(prompt))
-    assert prompt + [t for chunk in chunks for t in chunk.ids[0]] == ids
+    chunks = session.run(prompt, max_new_tokens=len(ids) - len(prompt))
+    assert prompt + [t for chunk in chunks for t in chunk.ids] == ids
     assert tokenizer.decode(ids) == str(golden["texts"][case])
 
 

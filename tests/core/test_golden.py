@@ -41,8 +41,8 @@ def test_greedy_ids_and_text_equal_the_golden_file(
     tokenizer = load_tokenizer(data / "tokenizer" / f"{golden['tokenizer']}.model", params.config.vocab_size)
     assert tokenizer.encode(golden["prompt"]) == prompt
     session = Session(params, max_len=params.config.max_seq_len)
-    chunks = session.run([prompt], max_new_tokens=len(ids) - len(prompt))
-    assert prompt + [t for chunk in chunks for t in chunk.ids[0]] == ids
+    chunks = session.run(prompt, max_new_tokens=len(ids) - len(prompt))
+    assert prompt + [t for chunk in chunks for t in chunk.ids] == ids
     assert tokenizer.decode(ids) == golden["text"]
 
 

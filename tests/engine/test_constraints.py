@@ -18,7 +18,7 @@ from jllama.engine.tuning import Tuning
 from jllama.errors import InputError
 
 SLOTS, PAGES, MAX_LEN = 2, 8, 192  # few shapes: each is compiled
-TUNING = Tuning(piece=32, steps=(4, 16), rows=(SLOTS,), pieces=(2,))
+TUNING = Tuning(piece=32, steps=(4, 4, 16), rows=(SLOTS,), pieces=(2,))
 VOCAB = tiny.CONFIG.vocab_size
 GRAMMARS = [walk(VOCAB, 1), walk(VOCAB, 2, length=9), None, walk(VOCAB, 3, length=30), None]
 SETTINGS = [SamplingSettings(), SamplingSettings(0.8, top_k=20, min_p=0.01)]

@@ -15,7 +15,7 @@ from jllama.errors import InputError
 
 
 def scheduler(slots: int = 4, pages: int = 20, size: int = 4, max_len: int = 64, **more: object) -> Scheduler:
-    settings = dict(piece=4, pieces=6, steps=(2, 5)) | more
+    settings = dict(piece=4, pieces=6, steps=(1, 2, 5)) | more
     return Scheduler(Pages(pages, size, worth=2), slots=slots, max_len=max_len, **settings)
 
 
@@ -119,6 +119,14 @@ def test_rows_beside_a_constrained_one_draw_a_token_a_turn_and_go_on_faster_once
     assert drawn[1:8] == [(n, n) for n in range(7)]
     assert [a for a, _ in drawn[8:]] == [11, 16, 20]
     assert_as_alone([free, bound])
+
+
+def test_first_tokens_come_after_one_step_where_no_other_row_waits_for_them() -> None:
+    s = scheduler()
+    s.add(Sequence(text(3), 20))
+    assert [s.plan().steps for _ in range(2)] == [1, 5]
+    s.add(Sequence(text(3, seed=1), 20))
+    assert [s.plan().steps for _ in range(2)] == [2, 5]
 
 
 def test_samples_of_one_prompt_share_its_full_pages_and_copy_the_last() -> None:

@@ -51,7 +51,7 @@ def test_sizes_of_launches_depend_on_the_device() -> None:
     assert sizes(gpu.rows, 600) == [1, 8, 64, 128, 256, 512, 600]
     assert sizes(CPU.rows, 4) == [1, 4]
     assert sizes(CPU.rows, 1) == [1]
-    e = Engine(tiny.model(), slots=2, pages=4, tuning=replace(CPU, piece=8, steps=(2, 3)), budget=16)
+    e = Engine(tiny.model(), slots=2, pages=4, tuning=replace(CPU, piece=8, steps=(1, 2, 3)), budget=16)
     request = Request(tiny.prompt(20), 9, stop_ids=())
     found = e.generate([request.prompt], max_new_tokens=9, stop_ids=())[0]
     assert_same(tiny.model(), request, found.ids, found.logprobs)

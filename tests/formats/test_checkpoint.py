@@ -64,7 +64,7 @@ def test_integers_and_scales_come_back_bit_for_bit(quant: str, group: int | None
     assert_bits_equal(load(tmp_path / "model", dtype=dtype), params)
     with pytest.raises(InputError) as error:
         load(tmp_path / "model", quant="int8")
-    one_line(error, "quant: expected 'none'", f"have {quant[3]} bits already")
+    one_line(error, "quant: expected 'none'", f"are {quant} already")
 
 
 @pytest.mark.parametrize(("quant", "group"), [("none", None), ("int8", None), ("int4", None), ("int4", 32)])
@@ -203,7 +203,7 @@ def test_the_refusal_has_the_figures_and_what_would_fit(
 def test_stored_integers_are_sized_as_they_are_and_no_other_format_is_advised(
     quant: str, group: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wq = Tensor((), "float16", "", lambda *_: None, Quantization(8 if quant == "int8" else 4, group))
+    wq = Tensor((), "float16", "", lambda *_: None, Quantization(quant, group))
     source = Source(Path("big"), "native", SEVEN, {"layers.0.wq": wq}, None)
     weights = model_bytes(SEVEN, "bfloat16", quant, group)
     budget(monkeypatch, int(2.5e9))

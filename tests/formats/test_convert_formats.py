@@ -103,7 +103,7 @@ def test_greedy_text_of_a_trained_model(form: str, stories: dict[str, Path], dat
 
 def test_version_2_keeps_its_integers(data: Path) -> None:
     source = open_source(data / "weights" / "stories260K_q80_gs4.bin")
-    assert source.quant == Quantization(8, 4)
+    assert source.quant == Quantization("int8", 4)
     floats = open_source(data / "weights" / "stories260K.bin")
     for name, shape in expected_shapes(source.config).items():
         tensor = source.tensors[name]

@@ -88,7 +88,7 @@ def test_every_type_reads_as_the_gguf_package_reads_it(kind: str, tmp_path: Path
 def test_integers_of_our_own_kind_are_kept(kind: str, bits: int, tmp_path: Path) -> None:
     write(tmp_path / "model.gguf", kind)
     source = open_source(tmp_path / "model.gguf")
-    assert source.quant == Quantization(bits, 32)
+    assert source.quant == Quantization(f"int{bits}", 32)
     rows = source.tensors["layers.0.wo"].read()
     assert isinstance(rows, Integers)
     assert rows.scale.dtype == np.float16

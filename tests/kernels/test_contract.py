@@ -31,7 +31,7 @@ KERNEL = Choice("pallas", "kernel runs here")
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A device for which every op of a model has a kernel."""
-    model = ("matmul", "qkv", "attention", "ffn", "rms_norm")
+    model = ("matmul", "qkv", "attend_and_write", "attention", "ffn", "rms_norm")
     for name in (*(f"model.{op}" for op in model), "cache.attention", "cache.decode_attention"):
         monkeypatch.setattr(f"jllama.{name}", faked(OPS[name.partition(".")[2]]))
     whole = faked(whole_step)
@@ -77,6 +77,18 @@ def example(name: str) -> tuple[Op, tuple[Any, ...], dict[str, Any]]:
             (normal(2, 2, 4, 8), *normal(2, 3, 5, 2, 8, 8), jnp.asarray([[4, 0], [2, 1]]), start),
             dict(layer=1),
         ),
+        "attend_and_write": (
+            OPS["attend_and_write"],
+            (
+                normal(2, 2, 64),
+                *normal(2, 3, 5, 2, 8, 8),
+                jnp.asarray([[4, 0], [2, 1]]),
+                start,
+                jnp.cos(cos),
+                jnp.sin(cos),
+            ),
+            dict(layer=1),
+        ),
         "ffn": (OPS["ffn"], (x, normal(32), normal(96, 32), normal(32, 48)), eps),
         "draw": (OPS["draw"], (normal(2, 64), jnp.asarray([0.3, 0.7])), dict(temperature=jnp.ones(2))),
     }[name]
@@ -94,7 +106,12 @@ def total(tree: Any) -> jax.Array:
     return sum((jnp.sum(jnp.sin(a.astype(jnp.float32))) for a in floats), jnp.float32(0))
 
 
-EXAMPLES = ("rms_norm", "matmul", "matmul-int8", "matmul-int4", "qkv", "attention", "paged_attention", "ffn", "draw")
+EXAMPLES = (
+    "rms_norm",
+    *("matmul", "matmul-int8", "matmul-int4", "qkv"),
+    *("attention", "paged_attention", "attend_and_write"),
+    *("ffn", "draw"),
+)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -170,7 +187,7 @@ def test_transforms_of_a_model_with_kernels(kernels: None, stacked: bool) -> Non
         return total((logits, stepped, after))
 
     with record() as choices:
-        forward(params, tokens, cache)
+        jax.eval_shape(forward, params, tokens, cache)
         assert choices["decode_step"].impl == ("pallas" if stacked else "ops")
     for transformed in (
         lambda f: jax.grad(f)(params, tokens),
@@ -246,10 +263,10 @@ def test_a_model_on_the_cpu_of_a_machine_with_a_gpu(gpu: None) -> None:
     run = jax.jit(generate, static_argnames="max_new_tokens")
     np.testing.assert_array_equal(run(params, jnp.asarray([prompt]), max_new_tokens=4).tokens, wanted)
     session = Session(params, 32)
-    assert [t for tokens in session.run([prompt], 4) for t in tokens.ids[0]] == wanted[0].tolist()
+    assert [t for tokens in session.run(prompt, 4) for t in tokens.ids] == wanted[0].tolist()
     assert session.backends["decode"]["matmul"] == Choice("xla", "needs an NVIDIA Hopper GPU, found platform 'cpu'")
     with pytest.raises(Unsupported, match="needs an NVIDIA Hopper GPU, found platform 'cpu'"):
-        list(Session(params, 32, backend="pallas").run([prompt], 4))
+        list(Session(params, 32, backend="pallas").run(prompt, 4))
 
 
 # What ran
@@ -261,13 +278,14 @@ def test_a_session_tells_what_ran_whether_it_was_traced_or_not() -> None:
     for settings in ({}, {}, dict(temperature=0.5)):
         session = Session(params, 64)
         assert session.backends == {}
-        for _ in session.run([tiny.prompt(6)], 3, make_sampling(1, **settings)):
+        for _ in session.run(tiny.prompt(6), 3, make_sampling(1, **settings)):
             pass
         found.append(session.backends)
     assert found[0] == found[1]
     assert found[0].keys() == {"prefill", "decode"}
-    assert found[0]["prefill"].keys() == set(OPS) - {"decode_step", "decode_attention", "paged_attention"}
-    assert found[0]["decode"].keys() == set(OPS) - {"attention", "paged_attention"}
+    few = {"attend_and_write", "decode_attention", "decode_step"}  # for few tokens a row
+    assert found[0]["prefill"].keys() == set(OPS) - few - {"paged_attention"}
+    assert found[0]["decode"].keys() == set(OPS) - {"attention", "paged_attention", "qkv"}
     assert found[0]["decode"]["draw"].why.startswith("greedy")
     assert found[2]["decode"]["draw"].why.startswith("a vocabulary of 96")
 
@@ -314,5 +332,5 @@ def test_arrays_on_the_cpu_of_a_gpu_machine() -> None:
     with pytest.raises(Unsupported, match="lowered for 'cpu'"):
         run(params, tokens, backend="pallas")
     session = Session(params, 32)
-    assert len([t for tokens in session.run([[5, 6, 7]], 4) for t in tokens.ids[0]]) == 4
+    assert len([t for tokens in session.run([5, 6, 7], 4) for t in tokens.ids]) == 4
     assert session.backends["decode"]["matmul"].impl == "xla"

@@ -246,9 +246,12 @@ def test_norm_lowers(case: str, dtype: Any) -> None:
     lower(lambda x, w: norm_rows(x, w, eps=1e-5), x, w)
 
 
-@pytest.mark.parametrize("rows", [1, 512])
-@pytest.mark.parametrize("fmt", ["bf16", "int4-g128"])
-@pytest.mark.parametrize("case", FFN_CASES)
+@pytest.mark.parametrize(
+    ("case", "fmt", "rows"),
+    [(case, fmt, rows) for case in FFN_CASES for fmt in ("bf16", "int4-g128") for rows in (1, 512)]
+    + [("70b", "bf16", 8), ("70b", "bf16", 64), ("70b", "int8", 1), ("70b", "int8", 8), ("70b", "int8", 64)]
+    + [("70b", "int8", 512), ("70b", "int4-g128", 8), ("70b", "int4-g128", 64)],
+)
 def test_ffn_lowers(case: str, fmt: str, rows: int) -> None:
     dim, hidden = FFN_CASES[case]["dim"], FFN_CASES[case]["hidden"]
     x, norm = jax.ShapeDtypeStruct((1, rows, dim), jnp.bfloat16), jax.ShapeDtypeStruct((dim,), jnp.bfloat16)

@@ -335,9 +335,9 @@ def test_a_session_streams_one_prompt_on_a_mesh() -> None:
         session = jllama.Session(params, 64, chunk=4)
         prompt = TOKENS[0].tolist()
         sampling = jllama.make_sampling(1, seed=1, temperature=0.9)
-        first = [i for chunk in session.run([prompt], 9, sampling) for i in chunk.ids[0]]
+        first = [i for chunk in session.run(prompt, 9, sampling) for i in chunk.ids]
         longer = [*prompt, *first, 5]  # continues what the cache holds
-        texts.append((first, [i for chunk in session.run([longer], 40) for i in chunk.ids[0]]))
+        texts.append((first, [i for chunk in session.run(longer, 40) for i in chunk.ids]))
         assert session.timings.prompt_tokens < len(longer)
     assert texts[0] == texts[1]
 

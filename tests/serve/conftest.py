@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
+pytest.importorskip("httpx2", reason="needs the package httpx2 (make setup)")
 
 import browser as browsers
 from serving import SLOTS, Live, demo

@@ -7,6 +7,10 @@ import sys
 
 import numpy as np
 import pytest
+
+pytest.importorskip("llguidance", reason="needs the extra serve")
+pytest.importorskip("jsonschema", reason="needs the package jsonschema (make setup)")
+
 from shapes import Shape, shapes
 from smollm2 import needs_smollm2
 
@@ -17,7 +21,6 @@ from jllama.text import grammars as grammars_module
 from jllama.text.grammars import MAX_CHOICES, MAX_DEPTH, Grammar, Grammars
 from jllama.text.tokenizer import Tokenizer, load_tokenizer, tokenizer_for
 
-pytest.importorskip("llguidance")
 EOS = 2
 MODELS = ["demo", pytest.param("smollm2", marks=needs_smollm2)]
 

@@ -116,7 +116,7 @@ def test_it_answers(source: Source, params: jllama.Params, tokenizer: Tokenizer)
 def test_the_engine_gives_what_generate_gives_alone(params: jllama.Params, tokenizer: Tokenizer) -> None:
     """Greedy ids are equal up to a choice whose two largest logits are closer than rounding."""
     prompts = [tokenizer.encode(text) for text in ("The capital of France is", "2 + 2 =", "Once upon a time, a fox")]
-    tuning = Tuning(piece=16, steps=(4, 4), rows=(4,), pieces=(4,))  # one program to feed, and one to decode
+    tuning = Tuning(piece=16, steps=(4, 4, 4), rows=(4,), pieces=(4,))  # one program to feed, and one to decode
     engine = jllama.Engine(params, slots=4, pages=4, max_len=32, budget=64, tuning=tuning)
     found = engine.generate(prompts, max_new_tokens=8, stop_ids=())
     for prompt, completion in zip(prompts, found, strict=True):

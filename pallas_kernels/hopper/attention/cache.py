@@ -33,8 +33,9 @@ class Cache:
         return Cache(layer, pad_rows(k, 3), pad_rows(v, 3))
 
     @staticmethod
-    def paged(k: jax.Array, v: jax.Array, table: jax.Array, layer: jax.Array | int) -> "Cache":
-        """Keys and values in pages [layers, pages, kv_heads, size, D]."""
+    def in_place(k: Any, v: Any, table: jax.Array | None, layer: jax.Array | int | None) -> "Cache":
+        """Keys and values of all layers, arrays or references: in pages [layers, pages, kv_heads, size, D] or, without
+        a table, side by side [layers, B, kv_heads, S, D], where S is a multiple of 8."""
         return Cache(layer_index(layer), k, v, table)
 
     @property
@@ -46,6 +47,18 @@ class Cache:
     def copies(self, keys: int) -> int:
         """How many copies, and so arrivals at its barrier, load a tile of ``keys`` keys or values."""
         return 1 if self.table is None else keys // self.k.shape[3]
+
+    def find(self, row: Any, head: Any, position: Any) -> tuple[Any, tuple[Any, ...]]:
+        """Whether there is room for a position of a row, and the indices of its slot in `k` and `v`.
+
+        It may have to look into the table: find a slot long before it is used."""
+        layer, size = self.layer[0], self.k.shape[3]
+        if self.table is None:
+            return position < size, (layer, row, head, jnp.minimum(position, size - 1))
+        number, count = lax.div(position, size), self.k.shape[1]
+        page = self.table[row, jnp.minimum(number, self.table.shape[1] - 1)]
+        exists = (number < self.table.shape[1]) & (page >= 0) & (page < count)
+        return exists, (layer, jnp.clip(page, 0, count - 1), head, lax.rem(position, size))
 
     def load(self, array: Ref, row: Any, head: Any, j: Any, last: Any, tile: Ref, barrier: Ref) -> None:
         """Start to load tile ``j`` of a row's keys or values, as ``array`` says, into ``tile`` [keys, D].

@@ -3,11 +3,12 @@
 The queries that share a key head are rows of one product, so the cache is read once. Where rows and key heads are too
 few to fill the multiprocessors, the keys of a row are split over blocks. Then each block writes the attention over its
 split and the logarithm of its softmax sum, and the splits are joined in the order of the keys, so the result does not
-depend on which block finished first. The keys lie in rows of their own or in pages: see `cache`.
+depend on which block finished first. The keys lie in rows of their own or in pages: see `cache`. The queries are given,
+or are made of the QKV product, whose keys and values are then written to the cache in the same launch: see `queries`.
 """
 
 import functools
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,23 +21,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from ...arch import planned
 from ...dispatch import Unsupported
 from ...layer_view import LayerView
-from ..common.online_softmax import QUERY_TILE, KeyValueTile, attend_tiles, empty_softmax, mask_after
-from ..common.tiles import pad_rows_unless_short, swizzled
+from ..common.online_softmax import QUERY_TILE
+from ..common.tiles import pad_rows_unless_short
 from . import prefill
 from .cache import Cache, Ref
+from .decode_block import DecodeTiles, Queries, Scratch, query_rows, run_block
+from .queries import GivenQueries, NewTokens
 
 FUSED_SPLITS = 16  # more splits than this are joined by reductions
-
-
-@dataclass(frozen=True)
-class DecodeTiles:
-    """What can be tuned."""
-
-    keys: int = 128  # of a tile
-    stages: int = 3  # tiles in flight
-    blocks: int | None = None  # None: one a multiprocessor
-
-
 TILES = {64: DecodeTiles(stages=5), 128: DecodeTiles()}  # by head_dim
 # Of as many blocks as multiprocessors or more, several share a multiprocessor: one loads while another begins or ends.
 SHARED_TILES = {64: DecodeTiles(stages=2), 128: DecodeTiles(keys=64, stages=2)}
@@ -45,7 +37,7 @@ SHARED_TILES = {64: DecodeTiles(stages=2), 128: DecodeTiles(keys=64, stages=2)}
 def check(q: jax.Array, k: jax.Array | LayerView, v: jax.Array | LayerView, start: jax.Array) -> None:
     """Raise `Unsupported` where `flash_decode` cannot run these arguments."""
     prefill.check(q, k, v, start)
-    if (rows := _query_rows(q.shape[1], q.shape[2] // k.shape[1])) > QUERY_TILE:
+    if (rows := query_rows(q.shape[1], q.shape[2] // k.shape[1])) > QUERY_TILE:
         raise Unsupported(
             f"at most {QUERY_TILE} query rows a key head (queries times heads that share it, "
             f"these in whole eights), found {rows}"
@@ -58,10 +50,33 @@ def check_paged(q: jax.Array, k: jax.Array, v: jax.Array, table: jax.Array, star
     check(q, LayerView(k, layer), LayerView(v, layer), start)
 
 
-def _query_rows(queries: int, group: int) -> int:
-    """Rows of the query tile in use. The heads that share a key head begin a new eight for every query, so that one
-    copy brings them and one takes them back."""
-    return queries * pl.cdiv(group, 8) * 8
+def check_and_write(
+    y: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    table: jax.Array | None,
+    start: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    *,
+    layer: Any,
+) -> None:
+    """Raise `Unsupported` where `flash_decode_and_write` cannot run these arguments."""
+    (B, T, columns), (*_, cached, kv_heads, size, D) = y.shape, k.shape
+    if k.shape != v.shape or k.ndim != (4 if layer is None else 5) or (table is None and cached != B):
+        raise Unsupported(f"k and v must have one shape and layers of the batch: found k {k.shape} and v {v.shape}")
+    if columns % D or columns <= 2 * kv_heads * D:
+        raise Unsupported(f"{columns} outputs are not q's heads and 2 x {kv_heads} heads of {D}")
+    if cos.shape != sin.shape or cos.shape != (B, T, D // 2) or not cos.dtype == sin.dtype == jnp.float32:
+        raise Unsupported(f"cos {cos.shape} and sin {sin.shape} are not float32 {(B, T, D // 2)}")
+    q: Any = jax.ShapeDtypeStruct((B, T, columns // D - 2 * kv_heads, D), y.dtype)
+    k, v = (jax.ShapeDtypeStruct((1, *a.shape[-4:]), a.dtype) for a in (k, v))  # type: ignore[assignment]
+    if table is not None:
+        check_paged(q, k, v, table, start, layer=0)
+        return
+    if size % 8:
+        raise Unsupported(f"a cache of {size} positions: must be a multiple of 8 to be written in place")
+    check(q, LayerView(k, 0), LayerView(v, 0), start)
 
 
 # Jits of their own: all layers of a model share one lowering and one compiled kernel.
@@ -93,26 +108,117 @@ def flash_decode_paged(
 ) -> jax.Array:
     """q [B, T, heads, D], k and v [layers, pages, kv_heads, size, D], table [B, P], start [B] -> [B, T, heads, D]; see
     `paged_attention_reference`."""
-    return _attend(q, Cache.paged(k, v, table, layer), start, tiles, interpret)
+    return _attend(q, Cache.in_place(k, v, table, layer), start, tiles, interpret)
+
+
+@functools.partial(jax.jit, static_argnames=("tiles", "interpret"))
+def flash_decode_and_write(
+    y: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    table: jax.Array | None,
+    start: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    *,
+    layer: jax.Array | int | None,
+    tiles: DecodeTiles | None = None,
+    interpret: plgpu.InterpretGPUParams | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """See `attend_and_write_reference`. Inside a jit that owns k and v, they are changed in place."""
+    (B, T, _), (*_, kv_heads, _, D) = y.shape, k.shape
+    stacked = k.reshape(-1, *k.shape[-4:]), v.reshape(-1, *v.shape[-4:])
+    tokens = NewTokens(y.reshape(B, T, -1, D), cos, sin, kv_heads, interpret is not None)
+    plan = Plan.of(tokens, Cache.in_place(*stacked, table, layer), tiles)
+    empty = [lax.empty(a.shape, dtype=a.dtype) for a in plan.outputs(tokens)]
+
+    def run(state: tuple[tuple[Ref, Ref], list[Ref]]) -> None:
+        (k, v), outputs = state
+        cache = Cache.in_place(k, v, table, layer)
+        for ref, found in zip(outputs, plan.launch(tokens, cache, start, interpret), strict=True):
+            ref[...] = found
+
+    # Not jax.new_ref: a function with such effects has no rule under jax.custom_jvp.
+    written, outputs = pl.run_state(run)((stacked, empty))
+    return plan.joined(tokens, outputs).reshape(B, T, -1), *(a.reshape(k.shape) for a in written)
 
 
 def _attend(
     q: jax.Array, cache: Cache, start: jax.Array, tiles: DecodeTiles | None, interpret: plgpu.InterpretGPUParams | None
 ) -> jax.Array:
-    B, T, heads, D = q.shape
-    kv_heads = cache.k.shape[2]
-    group = heads // kv_heads
-    q = pad_rows_unless_short(q.reshape(B, T, kv_heads, group, D), 3)
-    tiles = tiles or (SHARED_TILES if B * kv_heads >= planned().sms else TILES)[D]
-    splits = max(1, min((tiles.blocks or planned().sms) // (B * kv_heads), pl.cdiv(cache.positions, tiles.keys)))
-    found = attend_splits(q, cache, start, splits=splits, tiles=tiles, interpret=interpret)
-    if splits == 1:
-        out = found[0]  # [B, T, kv_heads, rows, D]
-    else:
+    B, T, _, D = q.shape
+    given = q.reshape(B, T, cache.k.shape[2], -1, D)
+    queries = GivenQueries(pad_rows_unless_short(given, 3))
+    plan = Plan.of(queries, cache, tiles)
+    out = plan.joined(queries, plan.launch(queries, cache, start, interpret))
+    return out[:, :, :, : given.shape[3]].reshape(q.shape)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The tiles of a launch, and into how many splits the keys of a row are divided."""
+
+    tiles: DecodeTiles
+    splits: int
+
+    @staticmethod
+    def of(queries: Queries, cache: Cache, tiles: DecodeTiles | None) -> "Plan":
+        """For these arguments; ``tiles`` None: those that were quickest."""
+        B, _, kv_heads, _, D = queries.shape
+        tiles = tiles or (SHARED_TILES if B * kv_heads >= planned().sms else TILES)[D]
+        splits = min((tiles.blocks or planned().sms) // (B * kv_heads), pl.cdiv(cache.positions, tiles.keys))
+        return Plan(tiles, max(1, splits))
+
+    def outputs(self, queries: Queries) -> list[jax.ShapeDtypeStruct]:
+        """Attention over each split of the keys, [B, kv_heads, splits, T, group, D], and log2 of its softmax sum,
+        [B, kv_heads, splits, QUERY_TILE], both in float32. With one split, attention alone,
+        [B, T, kv_heads, group, D]. A group of more than 8 heads is padded to whole eights."""
+        B, T, kv_heads, group, D = queries.shape
+        group = group if group < 8 else query_rows(1, group)
+        if self.splits == 1:
+            return [jax.ShapeDtypeStruct((B, T, kv_heads, group, D), queries.dtype)]
+        parts = (B, kv_heads, self.splits)
+        return [
+            jax.ShapeDtypeStruct((*parts, T, group, D), jnp.float32),
+            jax.ShapeDtypeStruct((*parts, QUERY_TILE), jnp.float32),
+        ]
+
+    def launch(
+        self, queries: Queries, cache: Cache, start: jax.Array, interpret: plgpu.InterpretGPUParams | None
+    ) -> Sequence[jax.Array]:
+        """Run the kernel; what `outputs` says."""
+        B, _, kv_heads, _, _ = queries.shape
+        whole = self.splits == 1
+        scratch = Scratch.types(queries, cache, self.tiles, whole=whole, interpret=interpret is not None)
+        arguments, structure = jax.tree.flatten((queries, cache))
+
+        def body(start_ref: Ref, *refs: Ref) -> None:
+            *refs, scratch = refs
+            queries, cache = jax.tree.unflatten(structure, refs[: len(arguments)])
+            outputs = refs[len(arguments) :]
+            run_block(start_ref, queries, cache, outputs, scratch, tiles=self.tiles, splits=self.splits)
+
+        name = ("flash_decode", "and_write" * isinstance(queries, NewTokens), "paged" * (cache.table is not None))
+        return plgpu.kernel(
+            body,
+            out_type=tuple(self.outputs(queries)),
+            scratch_types=(scratch,),
+            grid=(self.splits, kv_heads, B),
+            grid_names=("split", "head", "b"),
+            interpret=interpret,
+            kernel_name="_".join(filter(None, name)),
+            compiler_params=plgpu.CompilerParams(approx_math=True),
+        )(start, *arguments)
+
+    def joined(self, queries: Queries, found: Sequence[jax.Array]) -> jax.Array:
+        """Attention [B, T, kv_heads, group, D] from what `launch` gave."""
+        _, T, _, group, _ = queries.shape
+        if self.splits == 1:
+            return found[0][:, :, :, :group]
         outputs, logs = found
-        logs = logs[:, :, :, : _query_rows(T, group)].reshape(*outputs.shape[:4], -1, 1)
-        out = join(outputs, logs[:, :, :, :, : outputs.shape[4]]).astype(q.dtype).swapaxes(1, 2)
-    return out[:, :, :, :group].reshape(B, T, heads, D)
+        logs = logs[:, :, :, : query_rows(T, group)].reshape(*outputs.shape[:4], -1, 1)
+        out = join(outputs, logs[:, :, :, :, : outputs.shape[4]])
+        return out.astype(queries.dtype).swapaxes(1, 2)[:, :, :, :group]
 
 
 def join(outputs: jax.Array, logs: jax.Array) -> jax.Array:
@@ -127,129 +233,3 @@ def join(outputs: jax.Array, logs: jax.Array) -> jax.Array:
     top = functools.reduce(jnp.maximum, (log for _, log in splits))
     weighted = [(out * (weight := jnp.exp2(log - top)), weight) for out, log in splits]
     return sum(out for out, _ in weighted) / sum(weight for _, weight in weighted)
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Scratch:
-    """Shared memory and barriers of a block."""
-
-    q: Ref  # [QUERY_TILE, D]
-    # A union: keys and values [stages, keys, D] each; once all are used, the output [QUERY_TILE, D].
-    rings_or_output: Any
-    log: Ref | None  # [QUERY_TILE], with several splits
-    p: Ref | None  # [QUERY_TILE, keys], only for the interpreter
-    q_full: Ref
-    k_full: Ref  # a barrier a stage
-    v_full: Ref
-
-
-def attend_splits(
-    q: jax.Array,  # [B, T, kv_heads, group, D]
-    cache: Cache,
-    start: jax.Array,
-    *,
-    splits: int,
-    tiles: DecodeTiles,
-    interpret: plgpu.InterpretGPUParams | None,
-) -> tuple[jax.Array, ...]:
-    """Attention over each split of the keys, [B, kv_heads, splits, T, group, D], and log2 of its softmax sum,
-    [B, kv_heads, splits, QUERY_TILE], both in float32. With one split, attention alone, like q."""
-    B, T, kv_heads, group, D = q.shape
-    whole = splits == 1
-    ring = swizzled((tiles.stages, tiles.keys, D), q.dtype)
-    output = swizzled((QUERY_TILE, D), q.dtype) if whole else plgpu.SMEM((QUERY_TILE, D), jnp.float32)
-    copies = cache.copies(tiles.keys)
-    scratch = Scratch(
-        q=swizzled((QUERY_TILE, D), q.dtype),
-        rings_or_output=plgpu.RefUnion((ring, ring), output),
-        log=None if whole else plgpu.SMEM((QUERY_TILE,), jnp.float32),
-        p=None if interpret is None else swizzled((QUERY_TILE, tiles.keys), q.dtype),
-        q_full=plgpu.Barrier(num_arrivals=T),
-        k_full=plgpu.Barrier(num_arrivals=copies, num_barriers=tiles.stages),
-        v_full=plgpu.Barrier(num_arrivals=copies, num_barriers=tiles.stages),
-    )
-    parts = (B, kv_heads, splits)
-    out_type = (jax.ShapeDtypeStruct(q.shape, q.dtype),) if whole else (
-        jax.ShapeDtypeStruct((*parts, T, group, D), jnp.float32),
-        jax.ShapeDtypeStruct((*parts, QUERY_TILE), jnp.float32),
-    )  # fmt: skip
-    structure = jax.tree.structure(cache)
-
-    def body(start_ref: Ref, q_ref: Ref, *refs: Ref) -> None:
-        *refs, scratch = refs
-        leaves, outputs = refs[: structure.num_leaves], refs[structure.num_leaves :]
-        _block(start_ref, q_ref, jax.tree.unflatten(structure, leaves), outputs, scratch, tiles=tiles, splits=splits)
-
-    return plgpu.kernel(
-        body,
-        out_type=out_type,
-        scratch_types=(scratch,),
-        grid=(splits, kv_heads, B),
-        grid_names=("split", "head", "b"),
-        interpret=interpret,
-        kernel_name="flash_decode" if cache.table is None else "flash_decode_paged",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(start, q, *jax.tree.leaves(cache))
-
-
-def _block(start_ref: Ref, q_ref: Ref, cache: Cache, outputs: list[Ref], scratch: Scratch,
-           *, tiles: DecodeTiles, splits: int) -> None:  # fmt: skip
-    """Attention over one split of the keys of one row of the batch and one key head."""
-    (k_ring, v_ring), out_smem = scratch.rings_or_output
-    queries, D, S = q_ref.shape[1], q_ref.shape[4], cache.positions
-    rows = _query_rows(1, q_ref.shape[3])  # of a query
-    b, head, split = (lax.axis_index(name) for name in ("b", "head", "split"))
-    begin = start_ref[b]
-    # Tiles that some query sees, this block's share of them, and how many tiles every query sees whole.
-    last = jnp.minimum(begin + queries, S) - 1
-    count = lax.div(last, tiles.keys) + 1
-    low, high = lax.div(split * count, splits), lax.div((split + 1) * count, splits)
-    whole = lax.div(jnp.minimum(begin + 1, S), tiles.keys)
-
-    def load(j: Any) -> None:
-        slot = lax.rem(j - low, tiles.stages)
-        cache.load(cache.k, b, head, j, last, k_ring.at[slot], scratch.k_full.at[slot])
-        cache.load(cache.v, b, head, j, last, v_ring.at[slot], scratch.v_full.at[slot])
-
-    # The copies fill rows past the end of q's heads with zeros, and the copies of the result drop them. JAX 0.12
-    # refuses such a slice if its start is a constant. Rows of the tile that no query has are never written: what comes
-    # of them is not used.
-    heads = pl.ds(split * 0, rows)
-    own = [pl.ds(t * rows, rows) for t in range(queries)]
-    for t in range(queries):
-        plgpu.copy_gmem_to_smem(q_ref.at[b, t, head, heads], scratch.q.at[own[t]], scratch.q_full)
-    lax.fori_loop(low, jnp.minimum(low + tiles.stages, high), lambda j, _: load(j), None)
-    plgpu.barrier_wait(scratch.q_full)
-
-    def mask(j: Any, scores: jax.Array) -> jax.Array:
-        row = plgpu.broadcasted_iota(jnp.int32, scores.shape, 0, layout=plgpu.Layout.WGMMA)
-        return mask_after(scores, jnp.minimum(begin + lax.div(row, rows), S - 1) - j * tiles.keys)
-
-    def tile(j: Any, *, masked: bool) -> KeyValueTile:
-        slot = lax.rem(j - low, tiles.stages)
-        return KeyValueTile(
-            k=k_ring.at[slot],
-            v=v_ring.at[slot],
-            wait_keys=lambda: plgpu.barrier_wait(scratch.k_full.at[slot]),
-            wait_values=lambda: plgpu.barrier_wait(scratch.v_full.at[slot]),
-            release=lambda: pl.when(j + tiles.stages < high)(lambda: load(j + tiles.stages)),
-            mask=functools.partial(mask, j) if masked else None,
-        )
-
-    attend = functools.partial(attend_tiles, q=scratch.q, scale=D**-0.5 * math.log2(math.e), p_smem=scratch.p)
-    softmax = empty_softmax(D)
-    border = jnp.clip(whole, low, high)
-    softmax = attend(softmax, low, border, functools.partial(tile, masked=False))
-    softmax = attend(softmax, border, high, functools.partial(tile, masked=True))
-
-    out_smem[...] = softmax.output().astype(out_smem.dtype)
-    if scratch.log is not None:
-        scratch.log[...] = softmax.log_total()
-    plgpu.commit_smem()
-    for t in range(queries):
-        target = outputs[0].at[b, t, head] if splits == 1 else outputs[0].at[b, head, split, t]
-        plgpu.copy_smem_to_gmem(out_smem.at[own[t]], target.at[heads])
-    if scratch.log is not None:
-        plgpu.copy_smem_to_gmem(scratch.log, outputs[1].at[b, head, split])
-    plgpu.wait_smem_to_gmem(0)

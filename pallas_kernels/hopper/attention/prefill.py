@@ -90,7 +90,7 @@ def flash_attention_paged(
 ) -> jax.Array:
     """q [B, T, heads, D], k and v [layers, pages, kv_heads, size, D], table [B, P], start [B] -> [B, T, heads, D]; see
     `paged_attention_reference`. Several rows may be pieces of one sequence."""
-    return _attend(q, Cache.paged(k, v, table, layer), start, tiles or TILES[q.shape[3]], interpret)
+    return _attend(q, Cache.in_place(k, v, table, layer), start, tiles or TILES[q.shape[3]], interpret)
 
 
 def _attend(

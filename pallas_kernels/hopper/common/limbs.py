@@ -117,13 +117,14 @@ def write_limbs(fixed: Sequence[Any], limbs: int, bits: int, at: Any, write: Cal
 def swizzled_store(
     value: Any, ref: Any, transforms: tuple[Any, ...], granule: int, slab: Any, row: Any, at: Any
 ) -> None:
-    """Write a vector at [slab, row, at] of a reference with these transforms. Their swizzle permutes granules of 16
-    bytes, which are ``granule`` numbers, within a row of a tile."""
+    """Write a vector at [slab, row, at] of a reference with these transforms (at [row, at] if ``slab`` is None). Their
+    swizzle permutes granules of 16 bytes, which are ``granule`` numbers, within a row of a tile."""
     width = transforms[0].tiling[-1]  # inputs of a swizzled tile
     tile, inside = div(row, 8), rem(row, 8)
     moved = arith.xori(div(rem(at, width), granule), div(inside, 8 * granule // width))
     place_in_row = add(mul(moved, granule), rem(at, granule))
-    aligned_store(value, ref, as_indices(slab, tile, div(at, width), inside, place_in_row))
+    lead = [] if slab is None else [slab]
+    aligned_store(value, ref, as_indices(*lead, tile, div(at, width), inside, place_in_row))
 
 
 def _words(four: Sequence[Any], limbs: int) -> list[Any]:

@@ -1,0 +1,50 @@
+"""jllama's engine: continuous batching over a paged cache. It is what a user runs who has many requests."""
+
+import functools
+from typing import Any
+
+from bench.peers import Output, Peer, _engine
+from bench.peers.ours import PACKAGES, Ours, available
+from bench.workloads import SAMPLING, SEED
+
+BUDGET = 8192  # tokens of prompts a turn, as vLLM's server takes; the engine's default is for short waits
+SPARE = 4  # one page for so many slots stays free for rows that grow
+
+
+class OursEngine(Ours):
+    """`jllama.Engine` as a peer: one engine, with as many slots as the largest batch, for all workloads."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        super().__init__(job | {"rooms": {"1": job["max_len"]}})  # loaded as `jllama.load` does by default
+        from jllama import Engine
+        from jllama.kernels import PAGE
+
+        slots = job["batch"]
+        pages = -(-job["tokens"] // PAGE) + -(-slots // SPARE)
+        self.settings = dict(slots=slots, pages=pages, max_len=min(job["max_len"], job["context"]), budget=BUDGET)
+        assert self.params is not None
+        self.engine = Engine(self.params, backend=job["backend"], **self.settings)
+        self._calls = 0
+        self._timed = {s: _engine.Engine(functools.partial(self._complete, sampled=s)) for s in (False, True)}
+
+    def generate(self, prompts: list[list[int]], new_tokens: int, *, sampled: bool = False) -> Output:
+        """Generate, timed as the engines of serving systems are."""
+        return self._timed[sampled].generate(prompts, new_tokens)
+
+    def _complete(self, prompts: list[list[int]], n: int, *, sampled: bool) -> list[list[int]]:
+        from jllama.engine.request import Request, SamplingSettings
+
+        self._calls += 1  # a salt of its own: no prompt is found in the cache
+        settings: dict[str, Any] = SAMPLING if sampled else {}
+        requests = [
+            Request(prompt, n, SamplingSettings(**settings, seed=SEED + i), stop_ids=(), salt=str(self._calls))
+            for i, prompt in enumerate(prompts)
+        ]
+        handles = self.engine.submit_all(requests)
+        for _ in self.engine.follow(handles):
+            pass
+        self.backends = lambda: self.engine.backends
+        return [handle.completion.ids for handle in handles]
+
+
+PEER = Peer("engine", "ours", available, OursEngine, PACKAGES)
