@@ -10,6 +10,7 @@ import dataclasses
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ SIZES: dict[str, dict[str, int]] = {
     "gpu": dict(requests=1000, slots=256, prompt=256, longest=1024, least=16, most=512, prefix=1000, budget=8192),
     "cpu": dict(requests=24, slots=4, prompt=24, longest=96, least=4, most=24, prefix=100, budget=512),
 }
+FILE = "traffic.jsonl"
 FIGURES = {"first": "to the first token", "between": "between tokens", "longest": "the longest wait of a text"}
 
 
@@ -94,38 +96,60 @@ def traffic_of(args: argparse.Namespace, platform: str) -> tuple[Traffic, int, i
     return Traffic("mixed", temperature=args.temperature, **sizes), slots, budget
 
 
-def run(args: argparse.Namespace, mixes: list[str], engines: list[str] | None, python: dict[str, str]) -> bool:
-    """Measure every engine, print the table, and append the records. Returns whether ours failed."""
+@dataclass(frozen=True)
+class Place:
+    """What all engines of a run share: the device, and the model."""
+
+    run: Run
+    platform: str
+    model: str  # its name
+    path: str
+    dtype: str
+    shape: dict[str, Any]
+    compiled: str  # the folder for what is compiled
+
+    def job(self, traffic: Traffic, slots: int, budget: int) -> dict[str, Any]:
+        """What an engine is opened with that has room for a traffic."""
+        if traffic.context > (room := self.shape["max_seq_len"]):
+            raise InputError(f"--longest: {self.model} has room for {room} tokens, found {traffic.context} in all")
+        sizes = {"batch": slots, "max_len": traffic.context, "budget": budget, "context": room}
+        how = {"model": self.path, "dtype": self.dtype, "platform": self.platform, "compiled": self.compiled}
+        shape = {name: self.shape[name] for name in ("config", "vocab_size", "bos_id")}
+        return {**sizes, **how, **shape, "backend": "auto", "traffic": dataclasses.asdict(traffic)}
+
+
+def prepare(args: argparse.Namespace) -> Place:
+    """Find the device and the model."""
     from bench.models import cache_folder, model
     from bench.record import start_run
     from bench.reference import Reference
 
     compiled = str(cache_folder(args.cache_dir) / "compiled")
-    about, args.in_memory = Reference(Path(compiled)), True
+    about = Reference(Path(compiled))
     hello, platform = about.hello, about.hello["platform"]
     dtype = args.dtype or ("f32" if platform == "cpu" else "bf16")
-    mixed, slots, budget = traffic_of(args, platform)
     name, path = model(args, about, args.preset, dtype)
     shape = about.ask("shape", 60, model=path)
     about.rest()  # the engines have the device to themselves
+    return Place(start_run(hello["device"], hello["versions"], {}), platform, name, path, dtype, shape, compiled)
+
+
+def run(args: argparse.Namespace, mixes: list[str], engines: list[str] | None, python: dict[str, str]) -> bool:
+    """Measure every engine, print the table, and append the records. Returns whether ours failed."""
+    args.in_memory = True
+    place = prepare(args)
+    mixed, slots, budget = traffic_of(args, place.platform)
     shared = dataclasses.replace(mixed, name="shared", samples=args.samples, prefix=args.prefix)
-    widest = shared if "shared" in mixes else mixed
-    if widest.context > shape["max_seq_len"]:
-        raise InputError(f"--longest: {name} has room for {shape['max_seq_len']} tokens, found {widest.context} in all")
-    job = {"model": path, "dtype": dtype, "platform": platform, "batch": slots, "max_len": widest.context}
-    job |= {"context": shape["max_seq_len"], "config": shape["config"], "backend": "auto", "budget": budget}
-    job |= {"vocab_size": shape["vocab_size"], "bos_id": shape["bos_id"], "compiled": compiled}
-    job["traffic"] = dataclasses.asdict(widest)
-    run, records = start_run(hello["device"], hello["versions"], {}), []
+    job = place.job(shared if "shared" in mixes else mixed, slots, budget)
+    records: list[Record] = []
     rates: dict[str, float] = {}
-    base = dict(model=name, dtype=dtype, batch=slots)
-    for engine in engines or (["engine"] if platform == "cpu" else list(ENGINES)):
+    for engine in engines or (["engine"] if place.platform == "cpu" else list(ENGINES)):
         loads = [traffic for traffic in (mixed, shared) if traffic.name in mixes]
         found = measured(engine, python, job, loads, rates, args)
-        records += [r for traffic, how in found for r in records_of(run, engine, traffic, how, base)]
-        append(args.results / "traffic.jsonl", [r for r in records if r["impl"] == engine])
+        records += [r for traffic, how in found for r in records_of(place, engine, traffic, how, slots)]
+        append(args.results / FILE, [r for r in records if r["impl"] == engine])
     print(table(records))
-    print(f"\nrun {run.run}: {len(records)} records in {args.results}")
+    print(f"\nrun {place.run.run}: {len(records)} records in {args.results}")
     return any(r["value"] is None and r["impl"] in OURS for r in records)
 
 
@@ -177,12 +201,12 @@ def rates_of(runs: Sequence[Mapping[str, Any]]) -> list[float]:
     return [r["tokens"] / r["seconds"] for r in runs]
 
 
-def records_of(
-    run: Run, impl: str, traffic: Traffic, found: Mapping[str, Any], base: Mapping[str, Any]
-) -> Iterator[Record]:
+def records_of(place: Place, impl: str, traffic: Traffic, found: Mapping[str, Any], slots: int) -> Iterator[Record]:
     """The rate, and the times in seconds: ``value`` is the median of the runs' medians, ``p99`` that of theirs."""
-    base = dict(suite="traffic", impl=impl, seq=traffic.prefix + traffic.prompt, context=traffic.context, **base)
-    base |= dict(traffic=dataclasses.asdict(traffic), floor=None, settings=found.get("settings", {}))
+    run = place.run
+    base: dict[str, Any] = dict(suite="traffic", impl=impl, model=place.model, dtype=place.dtype, batch=slots)
+    base |= dict(seq=traffic.prefix + traffic.prompt, context=traffic.context, floor=None)
+    base |= dict(traffic=dataclasses.asdict(traffic), settings=found.get("settings", {}))
     more = {"versions": {**run.versions, **found.get("versions", {})}}
     if not (runs := found.get("runs")):
         nothing = dict(metric="tokens_per_s", value=None, samples=[], why=found["why"])

@@ -3,6 +3,7 @@
 Every implementation draws the same requests from the same `Traffic`. Nothing heavy is imported here.
 """
 
+import itertools
 import math
 import random
 import time
@@ -99,7 +100,7 @@ class Timeline:
         begin = min(ask.at for ask in self.asked)
         first = [came[0][0] - ask.at for ask, came in zip(self.asked, self.came, strict=True)]
         # Tokens that came with a text's first one have no time of their own.
-        waits = [[(b - a, n) for (a, _), (b, n) in zip(came, came[1:], strict=False)] for came in self.came]
+        waits = [[(b - a, n) for (a, _), (b, n) in itertools.pairwise(came)] for came in self.came]
         between = [wait / n for of_text in waits for wait, n in of_text for _ in range(n)]
         longest = [max(wait for wait, _ in of_text) for of_text in waits if of_text]
         figures = {"first": first, "between": between, "longest": longest}

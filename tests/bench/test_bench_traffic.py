@@ -1,54 +1,22 @@
 """Mixed traffic: the requests, what the times of their tokens say, and engines under it. No test asserts a time."""
 
 import dataclasses
-import json
+import itertools
 import math
 import statistics
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import jax
 import pytest
 
 from bench import load, record, traffic
-from bench.peers import _worker, vllm, vllm_traffic
+from bench.peers import vllm, vllm_traffic
 from bench.traffic import Ask, Timeline, Traffic, draw, drive
 
 MIXED = Traffic("mixed", requests=1000, prompt=256, longest=1024, least=16, most=512)
 SMALL = ["--requests", "6", "--slots", "2", "--prompt", "8", "--longest", "24", "--least", "4", "--most", "12"]
-
-
-class InProcess:
-    """`bench.process.Worker` without a process: the same requests and replies."""
-
-    dead = None
-
-    def __init__(self, peer: str, python: str = "") -> None:
-        self.peer, self.state = peer, dict[str, Any]()
-
-    def ask(self, do: str, limit_s: float, **fields: Any) -> dict[str, Any]:
-        reply = _worker._answer(self.peer, json.loads(json.dumps({"do": do, **fields})), self.state)
-        return json.loads(json.dumps(reply))
-
-    def close(self) -> None: ...
-
-    def __enter__(self) -> "InProcess":
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-
-
-@pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for module in ("bench.process", "bench.reference"):
-        monkeypatch.setattr(f"{module}.Worker", InProcess)
-    monkeypatch.setattr("jllama.compilation.enable_cache", lambda folder: None)
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def test_the_requests_are_those_of_the_issue() -> None:
@@ -66,7 +34,7 @@ def test_the_requests_are_those_of_the_issue() -> None:
     later = draw(MIXED.at_rate(20.0), 32000, 1)
     assert [(len(a.prompt), a.new_tokens) for a in later] == list(zip(lengths, new, strict=True))
     assert later[0].prompt != asks[0].prompt  # so that no cache knows it
-    gaps = [b.at - a.at for a, b in zip(later, later[1:], strict=False)]
+    gaps = [b.at - a.at for a, b in itertools.pairwise(later)]
     assert statistics.mean(gaps) == pytest.approx(1 / 20, rel=0.1)
     assert statistics.stdev(gaps) == pytest.approx(1 / 20, rel=0.15)  # as of a Poisson process
 
