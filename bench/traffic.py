@@ -150,7 +150,7 @@ def rehearsals(traffic: Traffic, slots: int, budget: int) -> list[list[Ask]]:
     body, new = random.Random(f"{SEED} rehearsal"), min(8, traffic.most)
 
     def ask(length: int) -> Ask:
-        return Ask(0.0, [body.randrange(3, 100) for _ in range(length)], new)
+        return Ask(0.0, [body.randrange(3, 64) for _ in range(length)], new)
 
     sizes, short = sorted({*(1 << i for i in range(slots.bit_length())), slots}), ask(24)
     long = min(slots, -(-budget // traffic.longest))

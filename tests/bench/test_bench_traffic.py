@@ -9,11 +9,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import jax
 import pytest
+from tiny import CONFIG
 
 from bench import load, record, traffic
 from bench.peers import vllm, vllm_traffic
 from bench.traffic import Ask, Timeline, Traffic, draw, drive
+from jllama.formats.checkpoint import save
+from jllama.params import init
 
 MIXED = Traffic("mixed", requests=1000, prompt=256, longest=1024, least=16, most=512)
 SMALL = ["--requests", "6", "--slots", "2", "--prompt", "8", "--longest", "24", "--least", "4", "--most", "12"]
@@ -88,11 +92,12 @@ def test_prompts_are_submitted_when_they_are_due() -> None:
 
 
 def test_our_engine_under_mixed_traffic(in_process: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["--preset", "stories260k", *SMALL, "--samples", "2", "--prefix", "64", "--budget", "32"]
+    save(init(CONFIG.replace(n_layers=1), jax.random.key(0)), tmp_path / "model")
+    argv = ["--model", str(tmp_path / "model"), *SMALL, "--samples", "2", "--prefix", "64", "--budget", "32"]
     with pytest.raises(SystemExit) as end:
-        load.main([*argv, "--engines", "vllm,engine", "--results", str(tmp_path)])
+        load.main([*argv, "--engines", "vllm,engine", "--results", str(tmp_path / "out")])
     assert end.value.code == 0
-    found = {(r["impl"], r["case"]): r for r in record.read(tmp_path)}
+    found = {(r["impl"], r["case"]): r for r in record.read(tmp_path / "out")}
     cases = [f"{mix}{arrival}" for mix in ("mixed", "shared") for arrival in ("", "-poisson")]
     for case in cases:
         rate = found["engine", case]
