@@ -6,7 +6,7 @@ from bench import ceilings, measure
 from bench.peers import NotSupported
 
 
-def test_ceilings_of_this_machine(quick_compilation: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ceilings_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     from bench.peers.ours import Ours
 
     monkeypatch.setattr(ceilings, "LARGE", {"cpu": 4 << 20, "gpu": 64 << 20})
