@@ -1,10 +1,8 @@
 """Shared by the tests of the benchmarks."""
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
-import jax
 import pytest
 from bench_records import CEILINGS
 
@@ -14,8 +12,7 @@ from bench.process import Worker
 
 @pytest.fixture
 def quick_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Processes of implementations compile without optimisations and in short chains, and no ceilings are measured."""
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    """Processes of implementations compile short chains, and no ceilings are measured."""
     monkeypatch.setenv("JLLAMA_BENCH_CHAIN", "3")
     ask = Worker.ask
 
@@ -46,10 +43,7 @@ class InProcess:
 
 
 @pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("bench.process", "bench.reference"):
         monkeypatch.setattr(f"{module}.Worker", InProcess)
     monkeypatch.setattr("jllama.compilation.enable_cache", lambda folder: None)
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
