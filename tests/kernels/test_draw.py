@@ -67,7 +67,7 @@ def test_draw_interpreted(settings: str) -> None:
     assert_drawn(interpreted(logits, u, **given, races=True), logits, u, given)
 
 
-@pytest.mark.parametrize("settings", ["greedy", "top-p", "all"])
+@pytest.mark.parametrize("settings", ["greedy", "all"])
 @pytest.mark.parametrize(
     ("vocab", "split"),
     [
@@ -141,20 +141,21 @@ def test_which_vocabularies_fit() -> None:
     assert split_row(32000) == RowSplit(5, 50)
     assert split_row(512) == RowSplit(1, 4)
     assert split_row(32128) == RowSplit(4, 63)  # 251 lines, a prime number
-    assert split_row(49_152) == RowSplit(1, 48, CLUSTER)
+    assert split_row(49_152) == RowSplit(1, 49, CLUSTER)
     assert split_row(128_256) == RowSplit(2, 63, CLUSTER)
-    assert split_row(262_144) == RowSplit(4, 64, CLUSTER)
-    assert [split_row(vocab) for vocab in (0, 96, 32001, 8 * 64 * 5 * 128 + 128)] == [None] * 4
-    for lines in range(1, 8 * 64 * 5 + 1):
+    assert split_row(262_144) == RowSplit(5, 52, CLUSTER)
+    assert [split_row(vocab) for vocab in (0, 96, 32001, 262_144 + 128)] == [None] * 4
+    for lines in range(1, 262_144 // 128 + 1):
         split = split_row(lines * 128)
         assert split is not None
-        assert 0 <= split.repeated(lines * 128) < split.numbers <= 64
-        assert lines > 64 * 5 or split.blocks == 1
+        assert 0 <= split.repeated(lines * 128) < split.numbers <= min(lines, 63)
+        assert split.numbers % 8  # JAX 0.11.2 does not lower those
+        assert lines > 62 * 5 or split.blocks == 1
     for backend in ("auto", "pallas"):
         choice = draw.choose(backend, jnp.zeros((1, 96)), jnp.zeros(1), temperature=jnp.ones(1))
         assert (choice.impl, choice.why[:34]) == ("xla", "a vocabulary of 96: the kernel hol")
         choice = draw.choose(backend, jnp.zeros((1, 400_000)), jnp.zeros(1), temperature=jnp.ones(1))
-        assert choice.why.endswith("in lines of 128 tokens, 327680 at most; XLA draws from any")
+        assert choice.why.endswith("in lines of 128 tokens, 262144 at most; XLA draws from any")
         choice = draw.choose(backend, jnp.zeros((1, 512)), None, temperature=None)
         assert (choice.impl, choice.why[:6]) == ("xla", "greedy")
     on_h200 = jax.sharding.use_abstract_mesh(H200)

@@ -22,7 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ...dispatch import Unsupported
 from ..common.thread_ops import WARPGROUP_SIZE
-from .split import CLUSTER, MAX_NUMBERS, MAX_WARPGROUPS, WARP_SIZE, WARPS, RowSplit, split_row
+from .split import LARGEST, WARP_SIZE, WARPS, RowSplit, split_row
 from .warps import Warps
 
 MIN_MASS = 1e-36  # smaller masses are never kept by a cut
@@ -37,10 +37,9 @@ def skip_reason(logits: jax.Array, u: jax.Array | None, **_: Any) -> str | None:
         return "greedy: the largest logit is one reduction"
     vocab = logits.shape[-1]
     if split_row(vocab) is None:
-        largest = CLUSTER * MAX_WARPGROUPS * WARPGROUP_SIZE * MAX_NUMBERS
         return (
             f"a vocabulary of {vocab}: the kernel holds a row in registers, in lines of {WARPGROUP_SIZE} tokens, "
-            f"{largest} at most; XLA draws from any"
+            f"{LARGEST} at most; XLA draws from any"
         )
     return None
 
@@ -67,10 +66,10 @@ def draw_rows(
     assert split is not None
     assert 0 <= split.repeated(vocab) < split.numbers
     cluster = split.blocks > 1
-    held, warps = split.warpgroups * split.numbers, split.blocks * split.warps
+    held, groups = split.warpgroups * split.numbers, split.blocks * split.warpgroups
     out = [jax.ShapeDtypeStruct((rows,), dtype) for dtype in (jnp.int32, jnp.float32)]
     if cluster and interpret:
-        out.append(jax.ShapeDtypeStruct((rows, 2, warps), jnp.float32))  # see `warps`
+        out.append(jax.ShapeDtypeStruct((rows, 2, groups, WARPS), jnp.float32))  # see `warps`
     token, logprob, *_ = plgpu.kernel(
         functools.partial(_body, names=tuple(given), split=split, interpret=bool(interpret)),
         out_type=out,
@@ -85,10 +84,8 @@ def draw_rows(
                 lane_sums=plgpu.SMEM((split.warps, WARP_SIZE), jnp.float32),
                 loaded=plgpu.Barrier(num_barriers=split.warpgroups),
                 numbers=plgpu.SMEM((held, WARPGROUP_SIZE), jnp.float32),
-                sums=plgpu.SMEM((2, warps), jnp.float32),
-                summed=plgpu.ClusterBarrier(
-                    collective_axes=("block",), num_arrivals=split.warpgroups, num_barriers=2
-                )
+                sums=plgpu.SMEM((2, groups, WARPS), jnp.float32),
+                summed=plgpu.ClusterBarrier(collective_axes=("block",), num_arrivals=split.warpgroups, num_barriers=2)
                 if cluster
                 else plgpu.Barrier(num_arrivals=split.warpgroups),
             ),
@@ -107,7 +104,7 @@ class Scratch:
     lane_sums: Ref  # [warps, WARP_SIZE]
     loaded: Ref  # a barrier a warpgroup: its logits have arrived
     numbers: Ref  # [numbers of all warpgroups, WARPGROUP_SIZE]: the logits, then the masses
-    sums: Ref  # [2, warps of the row], see `Warps`
+    sums: Ref  # [2, warpgroups of the row, WARPS], see `Warps`
     summed: Ref  # barrier of all warpgroups of the row: `sums` are written; in a cluster two
 
 

@@ -10,7 +10,9 @@ from ..common.thread_ops import WARPGROUP_SIZE
 WARP_SIZE = 32
 WARPS = WARPGROUP_SIZE // WARP_SIZE  # of a warpgroup
 MAX_WARPGROUPS = 5  # leaves a thread 96 registers
-MAX_NUMBERS = 64  # of a thread
+MAX_NUMBERS = 63  # of a thread
+TILE = 8  # JAX 0.11.2 cannot infer the layout of parts whose ``numbers`` are a multiple of this
+LARGEST = 262_144  # vocabulary
 CLUSTER = 8  # blocks of a row that does not fit in one: the most that every Hopper GPU allows
 
 
@@ -44,16 +46,19 @@ class RowSplit:
 
 
 def split_row(vocab: int) -> RowSplit | None:
-    """The fewest warpgroups that hold a row: of one block in equal parts, or of a cluster. None: no way."""
+    """The fewest warpgroups that hold a row: of one block in equal parts, or of a cluster. None: it is
+    not in whole lines, or too large."""
     lines, left = divmod(vocab, WARPGROUP_SIZE)
-    if left or not lines:
+    if left or not 0 < vocab <= LARGEST:
         return None
     for warpgroups in range(1, MAX_WARPGROUPS + 1):
-        if lines % warpgroups == 0 and lines // warpgroups <= MAX_NUMBERS:
-            return RowSplit(warpgroups, lines // warpgroups)
+        numbers, left = divmod(lines, warpgroups)
+        if not left and numbers <= MAX_NUMBERS and numbers % TILE:
+            return RowSplit(warpgroups, numbers)
     for blocks in (1, CLUSTER):
         for warpgroups in range(1, MAX_WARPGROUPS + 1):
-            split = RowSplit(warpgroups, -(-lines // (blocks * warpgroups)), blocks)
-            if split.numbers <= MAX_NUMBERS and split.repeated(vocab) < split.numbers:
+            numbers = -(-lines // (blocks * warpgroups))
+            split = RowSplit(warpgroups, numbers + (numbers % TILE == 0), blocks)
+            if split.numbers <= min(lines, MAX_NUMBERS) and split.repeated(vocab) < split.numbers:
                 return split
     return None

@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu.fragmented_array import FragmentedArray
 from jax.experimental.mosaic.gpu.utils import inline_ptx, memref_ptr, shfl_bfly, thread_idx, warpgroup_barrier, when
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -36,14 +35,14 @@ class Warps:
     split: RowSplit
     me: Any  # index of this warpgroup in its block
     block: Any  # index of this block in its row
-    sums: Any  # [2, warps of the row]
+    sums: Any  # [2, warpgroups of the row, WARPS]
     barrier: Any  # a cluster: [2]
     interpret: bool
 
     def all_of(self, time: Any, numbers: jax.Array) -> list[jax.Array]:
         """The ``numbers`` [4] of every warpgroup, one a warp, as a list over all warps."""
         turn = self._share(time, numbers)
-        return [self.sums[turn, i] for i in range(self.split.blocks * self.split.warps)]
+        return [self.sums[turn, i // WARPS, i % WARPS] for i in range(self.split.blocks * self.split.warps)]
 
     def total(self, time: Any, numbers: jax.Array) -> jax.Array:
         """The sum over [4, 32, n] of all warpgroups."""
@@ -60,31 +59,31 @@ class Warps:
             return functools.reduce(join, self.all_of(time, numbers))
         turn = self._share(time, numbers)
         if self.interpret:
-            return functools.reduce(join, jnp.split(self.sums[turn], self.split.blocks * self.split.warps))[0]
+            return functools.reduce(join, list(self.sums[turn].ravel()))
         return _reduce_by_lanes(self.sums.at[turn], self.split.blocks * self.split.warps, join_registers)
 
     def _share(self, time: Any, numbers: jax.Array) -> Any:
         """Give every block of the row the ``numbers`` [4] of this warpgroup. Returns the buffer that has all."""
         turn, one_block = time % 2, self.split.blocks == 1
-        first = self.block * self.split.warps + self.me * WARPS
+        group = self.block * self.split.warpgroups + self.me
         if one_block or self.interpret:
-            self.sums.at[turn, pl.ds(first, WARPS)][...] = numbers
+            self.sums.at[turn, group][...] = numbers
         else:
-            _write_to_cluster(self.split, self.sums.at[turn], numbers, first)
+            _write_to_cluster(self.split, self.sums.at[turn], numbers, group)
         barrier = self.barrier if one_block else self.barrier.at[turn]
         plgpu.barrier_arrive(barrier)
         plgpu.barrier_wait(barrier)
         return turn
 
 
-def _write_to_cluster(split: RowSplit, sums: Any, numbers: jax.Array, first: jax.Array) -> None:
-    """Write ``numbers`` [4], one a warp, from ``first`` on into ``sums`` [warps of the row] of every block of the
-    cluster. Lane i of a warp writes to block i. Then the whole warpgroup may be said to have written."""
+def _write_to_cluster(split: RowSplit, sums: Any, numbers: jax.Array, group: jax.Array) -> None:
+    """Write ``numbers`` [4], one a warp, as row ``group`` of ``sums`` [warpgroups of the row, WARPS] of every block of
+    the cluster. Lane i of a warp writes to block i. Then the whole warpgroup may be said to have written."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), split.layout.reduce(2).reduce(1), SCALAR))
-    def write(_: Any, sums: Any, numbers: Any, first: Any) -> None:
+    def write(_: Any, sums: Any, numbers: Any, group: Any) -> None:
         lane = rem(thread_idx(), WARP_SIZE)
-        byte = mul(add(first.registers.item(), div(thread_in_warpgroup(), WARP_SIZE)), 4)
+        byte = mul(add(mul(group.registers.item(), WARPS), div(thread_in_warpgroup(), WARP_SIZE)), 4)
         address = add(llvm.ptrtoint(ir.IntegerType.get_signless(32), memref_ptr(sums)), byte)
         with when(arith.cmpi(arith.CmpIPredicate.ult, lane, as_i32(split.blocks))):
             # The barrier's arrival is released to a block only. The fence makes the write visible to the cluster.
@@ -103,17 +102,18 @@ def _write_to_cluster(split: RowSplit, sums: Any, numbers: jax.Array, first: jax
             )
         warpgroup_barrier()  # a few threads arrive at the cluster's barrier for all
 
-    write(sums, numbers, first)  # type: ignore[call-arg]
+    write(sums, numbers, group)  # type: ignore[call-arg]
 
 
 def _reduce_by_lanes(sums: Any, count: int, join: Callable[..., Any]) -> jax.Array:
-    """``sums`` [count] in shared memory, joined by every warp: first in each lane, then across lanes in pairs."""
+    """``sums`` [count / WARPS, WARPS] in shared memory, joined by every warp: first in each lane, then across lanes in pairs."""
     scalar = plgpu.ShapeDtypeStruct((), jnp.float32, layout=SCALAR)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=scalar)
     def reduce(_: Any, sums: Any) -> Any:
         lane = rem(thread_idx(), WARP_SIZE)
-        own = [memref.load(sums, as_indices(add(lane, i))) for i in range(0, count, WARP_SIZE)]
+        places = [add(lane, i) for i in range(0, count, WARP_SIZE)]
+        own = [memref.load(sums, as_indices(div(i, WARPS), rem(i, WARPS))) for i in places]
         joined = functools.reduce(join, own)
         for distance in (16, 8, 4, 2, 1):
             joined = join(joined, shfl_bfly(joined, distance))
