@@ -1,8 +1,8 @@
 """Reductions over all warps that hold a row: those of one block, or of the blocks of a cluster.
 
-In a cluster, every warp writes its number into the shared memory of all blocks. So each block reads only its own memory,
-adds in the same order, and finds the same bits. The interpreter has no shared memory of other blocks: there the numbers
-go through an array in global memory, with the same barriers.
+In a cluster, every warp writes its number into the shared memory of all blocks. So each block reads only its own
+memory, adds in the same order, and finds the same bits. The interpreter has no shared memory of other blocks: there the
+numbers go through an array in global memory, with the same barriers.
 """
 
 import functools
@@ -78,7 +78,7 @@ class Warps:
 
 def _write_to_cluster(split: RowSplit, sums: Any, numbers: jax.Array, group: jax.Array) -> None:
     """Write ``numbers`` [4], one a warp, as row ``group`` of ``sums`` [warpgroups of the row, WARPS] of every block of
-    the cluster. Lane i of a warp writes to block i. Then the whole warpgroup may be said to have written."""
+    the cluster. Lane i of a warp writes to block i. Afterwards all warps of the warpgroup have written."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), split.layout.reduce(2).reduce(1), SCALAR))
     def write(_: Any, sums: Any, numbers: Any, group: Any) -> None:
@@ -86,7 +86,7 @@ def _write_to_cluster(split: RowSplit, sums: Any, numbers: jax.Array, group: jax
         byte = mul(add(mul(group.registers.item(), WARPS), div(thread_in_warpgroup(), WARP_SIZE)), 4)
         address = add(llvm.ptrtoint(ir.IntegerType.get_signless(32), memref_ptr(sums)), byte)
         with when(arith.cmpi(arith.CmpIPredicate.ult, lane, as_i32(split.blocks))):
-            # The barrier's arrival is released to a block only. The fence makes the write visible to the cluster.
+            # The barrier's arrival orders writes within a block only; the fence does so within the cluster.
             inline_ptx(
                 """
                 {
@@ -106,7 +106,8 @@ def _write_to_cluster(split: RowSplit, sums: Any, numbers: jax.Array, group: jax
 
 
 def _reduce_by_lanes(sums: Any, count: int, join: Callable[..., Any]) -> jax.Array:
-    """``sums`` [count / WARPS, WARPS] in shared memory, joined by every warp: first in each lane, then across lanes in pairs."""
+    """``sums`` [count / WARPS, WARPS] in shared memory, joined by every warp: first in each lane, then across lanes
+    in pairs."""
     scalar = plgpu.ShapeDtypeStruct((), jnp.float32, layout=SCALAR)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=scalar)
