@@ -101,7 +101,7 @@ class Comparison:
         }
 
     def _ceilings(self) -> dict[str, float]:
-        """Those of the run's dtype. A GPU's are measured once for all comparisons of a command, because they do not
+        """The ceilings for the run's dtype. Those of a GPU are measured once for all comparisons of a command: they do not
         depend on the weights."""
         if self.platform == "cpu":
             return self.reference.ceilings(self.dtype, self.weights)
@@ -221,5 +221,5 @@ class Comparison:
 
 
 def results(settings: argparse.Namespace) -> Path:
-    """Where records go."""
+    """The folder for records."""
     return Path(settings.results) if settings.results else RESULTS
