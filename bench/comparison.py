@@ -101,8 +101,8 @@ class Comparison:
         }
 
     def _ceilings(self) -> dict[str, float]:
-        """The ceilings for the run's dtype. Those of a GPU are measured once for all comparisons of a command: they do not
-        depend on the weights."""
+        """The ceilings for the run's dtype. Those of a GPU are measured once for all comparisons of a command: they
+        do not depend on the weights."""
         if self.platform == "cpu":
             return self.reference.ceilings(self.dtype, self.weights)
         kind = self.dtype if self.dtype in ("f32", "f16") else "bf16"

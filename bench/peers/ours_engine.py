@@ -19,9 +19,11 @@ class OursEngine(Ours):
         from jllama import Engine
         from jllama.kernels import PAGE
 
-        slots = job["batch"]
-        pages = -(-job["tokens"] // PAGE) + -(-slots // SPARE)
-        self.settings = dict(slots=slots, pages=pages, max_len=min(job["max_len"], job["context"]), budget=BUDGET)
+        slots, pages = job["batch"], None  # where it is not known what is asked at a time: as many pages as fit
+        if "tokens" in job:
+            pages = -(-job["tokens"] // PAGE) + -(-slots // SPARE)
+        budget = job.get("budget", BUDGET)
+        self.settings = dict(slots=slots, pages=pages, max_len=min(job["max_len"], job["context"]), budget=budget)
         assert self.params is not None
         self.engine = Engine(self.params, backend=job["backend"], **self.settings)
         self._calls = 0

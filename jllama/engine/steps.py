@@ -15,8 +15,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jllama.config import Backend
 from jllama.decode import NO_TOKEN, StepOutput
-from jllama.engine.request import MAX_TOP_LOGPROBS
-from jllama.engine.state import EngineState, Extras, Rows
+from jllama.engine.request import MAX_TOP_LOGPROBS, Request
+from jllama.engine.state import EngineState, Extras, Rows, extra_settings
 from jllama.kernels import log_probability, recorded, vary_with
 from jllama.mesh import vocabulary
 from jllama.mesh.layout import DATA, spec
@@ -81,10 +81,18 @@ def score(
 
 
 def join(state: EngineState, slots: jax.Array, rows: Rows, *, mesh: Mesh | None = None) -> EngineState:
-    """Put rows that begin to draw into their slots. Slots past the last are dropped."""
+    """Put rows that begin to draw into their slots. Slots past the last are dropped.
+
+    The rows' settings in `Extras` are turned off until `join_extras`. Otherwise a step of the kind "full", which a
+    neighbour may need, would read those of the slot's last row."""
     if mesh is not None:
         return over(mesh, join, state, slots, rows, out=state.specs(mesh))
-    return replace(state, rows=state.rows.put(slots, rows))
+    extras = state.extras
+    if extras is not None:
+        off = extra_settings(Request(()))
+        settings = jax.tree.map(lambda a, b: a.at[slots].set(b, mode="drop"), extras.settings, off)
+        extras = replace(extras, settings=settings)
+    return replace(state, rows=state.rows.put(slots, rows), extras=extras)
 
 
 def join_extras(

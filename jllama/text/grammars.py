@@ -91,7 +91,7 @@ class Grammars:
         self._known: OrderedDict[str, tuple[Grammar, int]] = OrderedDict()
 
     def compile(self, kind: Kind, value: Any = None, where: str | None = None) -> Grammar:
-        """Compile a constraint of this kind: a schema (a dict or JSON text), an expression, a list of texts, or a grammar.
+        """Compile a constraint of this kind: a schema (dict or JSON text), an expression, a list of texts or a grammar.
         ``where`` names the request's field in errors."""
         where = kind if where is None else where
         source = _source(kind, value, where)
