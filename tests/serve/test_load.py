@@ -15,7 +15,7 @@ def test_every_answer_under_load_is_the_models_own_also_beside_clients_that_are_
 ) -> None:
     live, load, file = make_live(api_keys=(KEY,), queue=4096), Load(), tmp_path / "jobs.json"
     live.client.headers["authorization"] = f"Bearer {KEY}"
-    file.write_text(json.dumps(jobs(10, 5, lambda body: live.complete(**body)["choices"][0]["text"])))
+    file.write_text(json.dumps(jobs(10, 5, lambda body: live.complete(**body)["choices"][0]["text"], [{}])))
     files = figures(live.port)["process_open_fds"]
     asyncio.run(run(live.port, file, load, processes=3, clients=10, seconds=4, kill=1))
     load.wrong += settled(live.port, files)

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,12 +38,17 @@ MAX_GROWTH = 0.05  # of the process's memory, from the middle of the run to its 
 SETTLES = 60.0  # seconds until what killed clients asked for must be free
 
 
-def jobs(count: int, tokens: int, alone: Callable[[dict[str, Any]], str]) -> list[dict[str, Any]]:
-    """Requests, each with its text ``alone``: greedy, drawn, with penalties, with a stop text."""
+def jobs(
+    count: int,
+    tokens: int,
+    alone: Callable[[dict[str, Any]], str],
+    settings: Sequence[dict[str, Any]] = ({}, {"top_p": 0.9}, {"top_k": 20}, {"presence_penalty": 0.5}),
+) -> list[dict[str, Any]]:
+    """Requests, each with its text ``alone``: greedy, drawn, with some settings, with a stop text."""
     made = []
     for i in range(count):
         how: dict[str, Any] = dict(seed=i, temperature=(0.0, 0.8, 1.0)[i % 3])
-        how |= ({}, {"top_p": 0.9}, {"top_k": 20}, {"presence_penalty": 0.5})[i % 4]
+        how |= settings[i % len(settings)]
         how |= {"stop": "."} if i % 5 == 0 else {}
         prompt = PROMPTS[i % len(PROMPTS)] + " and" * (i % 7)
         body = {"prompt": prompt, "max_tokens": tokens, **how}
