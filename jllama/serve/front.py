@@ -20,6 +20,7 @@ from jllama.formats.files import label
 from jllama.serve.errors import ApiError
 
 OPEN = ("/", "/health")  # routes that need no key: the chat page asks for one, and contains no secret
+PROBES = ("/health", "/ready", "/metrics")  # asked again and again: what they usually answer is not logged
 GONE = 499  # logged if a client left before its answer began
 
 
@@ -112,7 +113,7 @@ class Front:
                 await self._app(scope, receive, named)
         finally:
             self._answered(scope, status)
-            if self._log:
+            if self._log and not (scope["path"] in PROBES and status in (200, 503)):
                 _write(scope, name, status, time.perf_counter() - began, facts)
 
     def _refused(self, headers: Headers, tenant: str | None, path: str) -> ApiError | None:
