@@ -36,9 +36,10 @@ def quiet_pipe() -> Iterator[None]:
         try:
             yield
         finally:
-            if sys.stdout is not None:
+            if sys.stdout is not None:  # a descriptor that was closed before the start
                 sys.stdout.flush()  # else the interpreter does so at its end, and prints a traceback
     except BrokenPipeError:
+        assert sys.stdout is not None
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
 

@@ -1,13 +1,14 @@
 """Shared by all tests: the folders of data, and which tests this machine can run."""
 
+import gc
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+import interpreter
 import jax
 import pytest
 
@@ -22,10 +23,18 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 CACHE = tempfile.mkdtemp(prefix="jllama-tests-xla-")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+# A test compiles far longer than it computes: LLVM does not optimise, except for a GPU.
+if jax.default_backend() == "cpu":
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    jax.config.update("jax_disable_most_optimizations", True)
+# Tracing makes many small objects that live on: the collector would go through all of them again and again.
+gc.set_threshold(100_000, 50, 50)
 jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 ROOT = Path(__file__).parents[1]
+LONGEST = ("tests/mesh/", "tests/cli/test_readme_commands.py")
+interpreter.install()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -55,19 +64,12 @@ def _gpu_missing() -> str | None:
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     reason = _gpu_missing()
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))  # the last test to begin should not be a long one
     for item in items:
         if re.search(r"_lowers?(_|\[|$)", item.name):
             item.add_marker("lowering")
         if reason and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=reason))
-
-
-@pytest.fixture
-def quick_compilation() -> Iterator[None]:
-    """Compile without optimisations, for interpreted kernels: each is compiled for one run."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

@@ -45,7 +45,7 @@ class OursEngine(Ours):
         handles = self.engine.submit_all(requests)
         for _ in self.engine.follow(handles):
             pass
-        self.backends = lambda: self.engine.backends
+        self.backends = self.engine.backends
         return [handle.completion.ids for handle in handles]
 
 

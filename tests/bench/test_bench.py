@@ -237,7 +237,7 @@ def test_ids_through_llama2c_text(tmp_path: Path) -> None:
 # The command lines
 
 
-@pytest.mark.parametrize("module", ["compare", "ops", "report"])
+@pytest.mark.parametrize("module", ["compare", "engine", "ops", "report"])
 def test_help_imports_nothing_heavy(module: str) -> None:
     code = (
         f"import sys\nfrom bench import {module}\n"
@@ -315,7 +315,7 @@ def test_ops_check_and_time_and_place_on_the_roofline(
         "--model",
         "stories260k",
         "--seq",
-        "16",
+        "512",  # of fewer, more would be timed in one compiled call, which takes longer to compile
         "--op",
         "attention,decode-attention,paged-decode-attention,ffn,layer,matmul:1,draw:512",
         "--warmup",

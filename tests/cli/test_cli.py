@@ -51,7 +51,8 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
 
 
 COMMANDS = ["generate", "chat", "serve", "info", "perplexity", "convert", "quantize"]
-MODULES = ["jllama.generate", "convert", *(f"bench.{name}" for name in ("compare", "ops", "report", "two_trees"))]
+BENCH = ["compare", "engine", "ops", "report", "two_trees"]
+MODULES = ["jllama.generate", "convert", *(f"bench.{name}" for name in BENCH)]
 PRINTING = ["jllama --help", "jllama --version", "jllama --completion bash", "jllama info"]
 
 

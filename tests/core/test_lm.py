@@ -91,10 +91,11 @@ def test_messages_that_are_none_are_refused(messages: list[dict[str, str]]) -> N
 def test_scores_are_the_forwards_own_also_one_by_one() -> None:
     texts = ["The cat sat on the mat.", "Mat the on.", "A", "One day, a girl named Lily went to the park with her mom."]
     together = demo().score(texts)
-    for text, score, alone in zip(texts, together, map(demo().score, texts), strict=True):
-        ids = demo().tokenizer.encode(text)
-        logits = jax.nn.log_softmax(jllama.forward(demo().params, jnp.asarray([ids]))[0][0])
-        expected = [logits[i, token] for i, token in enumerate(ids[1:])]
+    rows = [demo().tokenizer.encode(text) for text in texts]
+    padded = np.asarray([ids + [0] * (max(map(len, rows)) - len(ids)) for ids in rows])
+    logprobs = jax.nn.log_softmax(jax.jit(jllama.forward)(demo().params, padded)[0])  # [texts, tokens, V]
+    for ids, row, score, alone in zip(rows, np.asarray(logprobs), together, map(demo().score, texts), strict=True):
+        expected = [row[i, token] for i, token in enumerate(ids[1:])]
         assert score.ids == alone.ids == ids[1:]
         np.testing.assert_allclose(score.logprobs, expected, atol=1e-4)
         np.testing.assert_allclose(alone.logprobs, expected, atol=1e-4)

@@ -90,6 +90,11 @@ def example(name: str) -> tuple[Op, tuple[Any, ...], dict[str, Any]]:
             dict(layer=1),
         ),
         "ffn": (OPS["ffn"], (x, normal(32), normal(96, 32), normal(32, 48)), eps),
+        "finish_layer": (
+            OPS["finish_layer"],
+            (normal(2, 2, 16), x, normal(32, 16), normal(32), normal(96, 32), normal(32, 48), normal(32)),
+            eps,
+        ),
         "draw": (OPS["draw"], (normal(2, 64), jnp.asarray([0.3, 0.7])), dict(temperature=jnp.ones(2))),
     }[name]
 
@@ -106,12 +111,8 @@ def total(tree: Any) -> jax.Array:
     return sum((jnp.sum(jnp.sin(a.astype(jnp.float32))) for a in floats), jnp.float32(0))
 
 
-EXAMPLES = (
-    "rms_norm",
-    *("matmul", "matmul-int8", "matmul-int4", "qkv"),
-    *("attention", "paged_attention", "attend_and_write"),
-    *("ffn", "draw"),
-)
+PRODUCTS = ("matmul", "matmul-int8", "matmul-int4", "qkv", "ffn", "finish_layer")
+EXAMPLES = ("rms_norm", *PRODUCTS, "attention", "paged_attention", "attend_and_write", "draw")
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -187,7 +188,7 @@ def test_transforms_of_a_model_with_kernels(kernels: None, stacked: bool) -> Non
         return total((logits, stepped, after))
 
     with record() as choices:
-        forward(params, tokens, cache)
+        jax.eval_shape(forward, params, tokens, cache)
         assert choices["decode_step"].impl == ("pallas" if stacked else "ops")
     for transformed in (
         lambda f: jax.grad(f)(params, tokens),

@@ -102,7 +102,6 @@ def worst(mine: jax.Array, wanted: jax.Array) -> jax.Array:
     return (jnp.abs(mine - wanted) / (jnp.abs(wanted) + jnp.sqrt((wanted * wanted).mean()))).max()
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_phases_are_compared_as_they_should() -> None:
     """`by_phase` on an interpreted step: the GPU stress test compares with the right values and detects an error."""
     case = Case((5, 9), 64, fmt="int8", blocks=2)

@@ -138,7 +138,6 @@ def reference(x: Any, w: StepWeights, k: Any, v: Any, start: Any, cos: Any, sin:
     return matmul_reference(rms_norm_reference(x, w.norm, eps=EPS), w.head, out_dtype=jnp.float32), k, v
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_a_norm_of_q_and_k_is_one_entry(blocks: int) -> None:
     x, weights, *rest = Case((5, 9), queries=2).arguments()

@@ -101,7 +101,7 @@ def test_what_is_excluded_is_never_drawn_whatever_u_is(u: float) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("settings", ["temperature", "top-k", "top-p", "min-p", "all"])  # others are the same program
 def test_draw_lowers(case: str, settings: str) -> None:
     rows, vocab = CASES[case]["rows"], CASES[case]["vocab"]
     given = {name: jax.ShapeDtypeStruct((rows,), a.dtype) for name, a in arguments(settings, 128)[2].items()}

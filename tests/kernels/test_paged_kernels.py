@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from h200 import H200
+from h200 import H200, lower
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -168,17 +168,13 @@ def test_the_page_of_a_bad_table_entry_is_one_of_the_pool() -> None:
 @pytest.mark.parametrize("name", [name for name in FULL if name not in SMALL])
 def test_lowers_for_hopper(name: str) -> None:
     case = FULL[name]
-    run = jax.jit(functools.partial(kernel(case), layer=1))
-    with jax.sharding.use_abstract_mesh(H200):
-        text = run.trace(*case.shapes()).lower(lowering_platforms=("cuda",)).as_text()
+    text = lower(functools.partial(kernel(case), layer=1), *case.shapes())
     assert text.count("custom_call @mosaic_gpu") == 1
 
 
 def test_nothing_stands_beside_the_kernel_where_rows_fill_the_device() -> None:
     case = DECODE["7b-64-ragged-rows"]
-    run = jax.jit(functools.partial(decode.flash_decode_paged, layer=1))
-    with jax.sharding.use_abstract_mesh(H200):
-        text = run.trace(*case.shapes()).lower(lowering_platforms=("cuda",)).as_text()
+    text = lower(functools.partial(decode.flash_decode_paged, layer=1), *case.shapes())
     operations = {line.split(" = ")[1].split()[0] for line in text.splitlines() if " = stablehlo." in line}
     # Those of the layer's number are constants; a reshape is none at all.
     assert operations == {"stablehlo.constant", "stablehlo.convert", "stablehlo.reshape", "stablehlo.custom_call"}
