@@ -1,7 +1,7 @@
 """Reductions over all warps that hold a row: those of one block, or of the blocks of a cluster.
 
-In a cluster, every warp writes its number into the shared memory of all blocks. So each block reads only its own memory,
-adds in the same order, and finds the same bits. The interpreter has no shared memory of other blocks: there the numbers
+In a cluster, every warp writes its number into the shared memory of all blocks. So each block reads only its own
+memory, adds in the same order, and finds the same bits. The interpreter has no shared memory of other blocks: there the numbers
 go through an array in global memory, with the same barriers.
 """
 
@@ -106,7 +106,7 @@ def _write_to_cluster(split: RowSplit, sums: Any, numbers: jax.Array, group: jax
 
 
 def _reduce_by_lanes(sums: Any, count: int, join: Callable[..., Any]) -> jax.Array:
-    """``sums`` [count / WARPS, WARPS] in shared memory, joined by every warp: first in each lane, then across lanes in pairs."""
+    """``sums`` [count / WARPS, WARPS] in shared memory, joined by every warp: in each lane, then across lanes in pairs."""
     scalar = plgpu.ShapeDtypeStruct((), jnp.float32, layout=SCALAR)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=scalar)
