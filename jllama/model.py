@@ -193,8 +193,8 @@ def project(
     *arrays, place = cache.arrays(index)
     by_ops = functools.partial(qkv_reference, product=product)
     arguments = h, layer.wqkv, *arrays, start, *rotation
-    how = dict(bias=layer.bqkv, layer=place, table=cache.table, backend=backend)
-    q, k, v = qkv.try_kernel(by_ops, *arguments, **how)
+    how: dict[str, Any] = dict(bias=layer.bqkv, layer=place, table=cache.table)
+    q, k, v = qkv.try_kernel(by_ops, *arguments, **how, backend=backend)
     return q, (), cache.with_arrays(index, k, v)
 
 

@@ -211,6 +211,17 @@ def test_every_setting_holds_row_by_row_also_after_a_preemption() -> None:
     assert plain.completion.top_logprobs == []
 
 
+def test_settings_leave_a_slot_with_their_request() -> None:
+    """A row draws beside one that has further settings, in a slot whose last row had others."""
+    e = engine()
+    e.generate([tiny.prompt(9)] * SLOTS, max_new_tokens=2, sampling=SamplingSettings(logit_bias={9: 1000.0}))
+    later = [Request(tiny.prompt(9 + i), 12, s, ()) for i, s in enumerate(SETTINGS[:3])]
+    later.append(Request(tiny.prompt(20), 12, SamplingSettings(presence_penalty=0.1), ()))
+    handles = [e.submit(r) for r in later]
+    drain(e)
+    check(handles)
+
+
 def test_what_the_settings_are_for() -> None:
     e, prompt = engine(), tiny.prompt(20)
     free = e.generate([prompt], max_new_tokens=12, stop_ids=())[0].ids

@@ -59,7 +59,6 @@ def shard(args: tuple, device: int, devices: int) -> tuple:
     return x, replace(w, **parts), *caches, *rest
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_simulated_devices() -> None:
     """Two devices, each with hidden units that are no multiple of a stage; N tiles overlap."""
     devices, case = 2, Case((9,), blocks=3, size=dict(layers=2, heads=4, kv_heads=2, hidden=640))

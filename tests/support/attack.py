@@ -23,9 +23,14 @@ from hostile_http import KEY, KINDS, NO_ANSWER, Shot, request, shot
 from process import Process
 from prometheus_client.parser import text_string_to_metric_families
 
+from jllama.text.grammars import CACHE_BYTES
+
 CLIENTS = 16  # at a time
 KEPT = 4 << 20  # bytes of an answer that are looked at
 CHECK_EVERY = 100  # shots, a normal request
+# What the process may grow by in the last three quarters of an attack: compiled grammars are kept up to so many bytes.
+# Without grammars it grows by some MiB at most.
+MAX_GROWTH = CACHE_BYTES
 TEMPLATE = Path(__file__).parents[1] / "data" / "chat" / "tools.jinja"
 HEADERS = {"authorization": f"Bearer {KEY}"}
 NORMAL = {"prompt": "Once upon a time", "max_tokens": 12, "temperature": 1.0, "seed": 7, "n": 2, "logprobs": 1}
@@ -43,6 +48,12 @@ class Report:
     memory: list[tuple[int, int]] = field(default_factory=list)  # shots so far, bytes of the process
     slowest: list[tuple[float, str]] = field(default_factory=list)  # seconds to an answer, and whose
     messages: dict[str, Counter[bytes]] = field(default_factory=dict)  # of every kind, what the errors said
+
+    def check_memory(self) -> None:
+        """Whether the process grew, once it had seen every kind of shot."""
+        sizes = [size for _, size in self.memory]
+        if sizes and (grown := sizes[-1] - sizes[len(sizes) // 4]) > MAX_GROWTH:
+            self.wrong.append(f"the process grew by {grown >> 20} MiB, expected at most {MAX_GROWTH >> 20}")
 
     def text(self) -> str:
         """For a reader."""
@@ -177,6 +188,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shots", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--times", type=int, default=1, help="how often to fire all of them")
     parser.add_argument("--only", choices=sorted({make(random.Random(0)).kind for make in KINDS}))
     parser.add_argument("--messages", action="store_true", help="also print what the errors said")
     parser.add_argument("--number", type=int, help="fire this one only, and print its answer")
@@ -190,7 +202,7 @@ def main() -> int:
                 print(one, asyncio.run(fire(server.port, one)).decode(errors="replace"), sep="\n\n")
                 return 0
             try:
-                asyncio.run(attack(server.port, list(range(args.shots)), args.seed, report, args.only))
+                asyncio.run(attack(server.port, [*range(args.shots)] * args.times, args.seed, report, args.only))
                 report.wrong += leftovers(server.port)
             except OSError as error:
                 report.wrong.append(f"the server has gone: {error}")
@@ -198,6 +210,7 @@ def main() -> int:
             if (code := server.end()) != 0:
                 report.wrong.append(f"exit code {code}")
             report.wrong = complaints(server.err) + report.wrong
+            report.check_memory()
         finally:
             server.kill()
     if args.messages:

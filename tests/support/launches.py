@@ -8,8 +8,8 @@ from typing import Any
 from jaxlib.mlir import ir
 
 # What XLA makes no launch for: other names of the same numbers.
-FREE = {f"stablehlo.{name}" for name in ("reshape", "constant", "bitcast_convert", "optimization_barrier")}
-KERNEL = "mosaic_gpu"
+INPUT, KERNEL, CONSTANT = "input", "mosaic_gpu", "stablehlo.constant"
+FREE = {INPUT, CONSTANT, "stablehlo.reshape", "stablehlo.bitcast_convert", "stablehlo.optimization_barrier"}
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Program:
         """How often each operation is there, of those that the results need; a kernel is called ``mosaic_gpu``."""
         self.functions = {op.attributes["sym_name"].value: op for op in self.module.body}
         main = self.functions["main"]
-        inputs = [self._number("input", i) for i, _ in enumerate(main.regions[0].blocks[0].arguments)]
+        inputs = [self._number(INPUT, i) for i, _ in enumerate(main.regions[0].blocks[0].arguments)]
         needed, waiting = set(), [node for node, _ in self._inline(main, [(number, 0) for number in inputs])]
         while waiting:
             node = waiting.pop()
@@ -34,9 +34,11 @@ class Program:
                 needed.add(node)
                 waiting += self.nodes[node][1]
         names = Counter(self.nodes[node][0] for node in needed)
-        return Counter({name: n for name, n in names.items() if name != "input" and name not in FREE})
+        return Counter({name: n for name, n in names.items() if name not in FREE})
 
     def _number(self, name: str, detail: Any, operands: tuple[tuple[int, int], ...] = ()) -> int:
+        if name not in (INPUT, KERNEL) and all(self.nodes[node][0] == CONSTANT for node, _ in operands):
+            detail, name = (name, detail), CONSTANT  # XLA computes it
         key = name, detail, operands
         if key not in self.numbers:
             self.numbers[key] = len(self.nodes)
@@ -80,7 +82,7 @@ class Program:
 def _text(region: Any) -> str:
     """A region with its values numbered from 0: what MLIR calls them depends on what stands before."""
     names: dict[str, str] = {}
-    return re.sub(r"%\w+", lambda found: names.setdefault(found[0], f"%{len(names)}"), str(region))
+    return re.sub(r"%\w+", lambda found: names.setdefault(found[0], f"%{len(names)}"), "".join(map(str, region)))
 
 
 def operations_of_a_layer(lower: Any) -> Counter[str]:

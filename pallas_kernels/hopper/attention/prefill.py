@@ -132,7 +132,8 @@ def _attend(
 
     def body(start: Ref, items: Ref, *refs: Ref) -> None:
         *leaves, out, scratch = refs
-        run_block(start, items, *jax.tree.unflatten(structure, leaves), out, scratch, queries=T)
+        order, q, cache = jax.tree.unflatten(structure, leaves)
+        run_block(start, items, order, q, cache, out, scratch, queries=T)
 
     out = plgpu.kernel(
         body,
