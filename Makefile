@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready$(if $(EXTRA),-$(EXTRA))
 comma := ,
 
-.PHONY: demo chat serve test attack test-latest lowering-latest wheel-test docs setup lint format bench peers clean
+.PHONY: demo chat serve test attack load test-latest lowering-latest wheel-test docs setup lint format bench peers clean
 
 demo: setup
 	@$(BIN)/python -m jllama.generate -p "Once upon a time," -n 300 --temp 0.7 --top-p 0.9 --seed 7 --echo
@@ -27,6 +27,10 @@ test: setup
 # 10,000 hostile requests to a server's process: some minutes. `make test` fires a part of them.
 attack: setup
 	$(BIN)/python tests/support/attack.py
+
+# A thousand clients that stream, for ten minutes, processes of them killed every five seconds.
+load: setup
+	$(BIN)/python tests/support/load.py
 
 # The same suite on the newest JAX that pyproject.toml allows, in an environment of its own.
 LATEST := .venv-latest

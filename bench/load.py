@@ -17,7 +17,7 @@ from typing import Any
 from bench.compare import names, pythons
 from bench.names import OURS, markdown, name_of
 from bench.record import RESULTS, Record, Run, append
-from bench.traffic import CAPACITY, Traffic
+from bench.traffic import CAPACITY, Traffic, repeated
 from jllama.errors import InputError, reported
 
 MIXES = ("mixed", "shared")
@@ -179,9 +179,9 @@ def measured(
         say(f"{engine}: ready after {opened['load_s']:.0f} s")
 
         def runs(traffic: Traffic) -> dict[str, Any]:
-            each = [dataclasses.replace(traffic, name=f"{traffic.name} {i}") for i in range(args.runs)]
+            each = [dataclasses.asdict(one) for one in repeated(traffic, args.runs)]
             try:
-                done = [worker.ask("traffic", args.time_limit, args=dataclasses.asdict(one)) for one in each]
+                done = [worker.ask("traffic", args.time_limit, args=one) for one in each]
             except PeerFailed as error:
                 return {"why": str(error)}
             say(f"{engine}: {traffic.name}: {statistics.median(rates_of(done)):,.0f} tokens/s")

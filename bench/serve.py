@@ -22,10 +22,11 @@ from typing import Any
 
 from bench.load import FILE, Place, add_traffic_flags, check_numbers, prepare, rates_of, records_of, table, traffic_of
 from bench.record import Record, append
-from bench.traffic import CAPACITY, Traffic, draw, rehearsals
+from bench.traffic import CAPACITY, Traffic, draw, rehearsals, repeated
 from jllama.errors import InputError, reported
 
 NAME = "bench"  # the served model's
+STREAM_RUNS = 3  # of the streams, which are short, and whose rates differ by little
 BUDGET = 512  # tokens of prompts a turn of `jllama serve`
 
 
@@ -38,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--impl-version", metavar="N", help="with --url: the server's version, for the records")
     p.add_argument("--served-name", default=NAME, metavar="NAME", help="with --url: the model's name there")
     p.add_argument("--api-key", help="with --url: the server's key")
-    p.add_argument("--flags", default="", help="more flags of jllama serve, for example '--tokenizer FILE'")
+    p.add_argument("--flags", default="", help="more flags of jllama serve, for example --flags='--quant int8'")
     p.add_argument("--rate", type=float, metavar="N", help="requests a second (default: 80 %% of the saturated rate)")
     p.add_argument("--streams", type=int, default=64, metavar="N", help="at which HTTP's cost is taken (default: 64)")
     return p
@@ -68,17 +69,16 @@ def run(args: argparse.Namespace) -> None:
         for asks in rehearsals(mixed, slots, BUDGET):
             drive(args, url, asks)
 
-        def measure(traffic: Traffic) -> float:
-            each = [dataclasses.replace(traffic, name=f"{traffic.name} {i}") for i in range(args.runs)]
-            done = [asked(args, url, one, place) for one in each]
+        def measure(traffic: Traffic, runs: int) -> float:
+            done = [asked(args, url, one, place) for one in repeated(traffic, runs)]
             found = {"runs": done, "settings": {"flags": args.flags}, "versions": versions}
             over_http = dataclasses.replace(traffic, name=f"http-{traffic.name}")
             records.extend(records_of(place, impl, over_http, found, slots))
             return statistics.median(run["texts"] / run["seconds"] for run in done)
 
-        saturated = measure(mixed)
-        measure(mixed.at_rate(args.rate or CAPACITY * saturated))
-        measure(streams)
+        saturated = measure(mixed, args.runs)
+        measure(mixed.at_rate(args.rate or CAPACITY * saturated), args.runs)
+        measure(streams, STREAM_RUNS)
     if args.url is None:
         records += alone(args, place, job, streams)
     append(args.results / FILE, records)
@@ -111,8 +111,8 @@ def alone(args: argparse.Namespace, place: Place, job: dict[str, Any], streams: 
 
     with Worker("ours_traffic") as worker:
         opened = worker.ask("open", args.time_limit, job=job)
-        names = [dataclasses.replace(streams, name=f"streams {i}") for i in range(args.runs)]
-        runs = [worker.ask("traffic", args.time_limit, args=dataclasses.asdict(one)) for one in names]
+        each = repeated(streams, STREAM_RUNS)
+        runs = [worker.ask("traffic", args.time_limit, args=dataclasses.asdict(one)) for one in each]
     traffic = dataclasses.replace(streams, name="http-streams")  # beside those over HTTP in tables
     return list(records_of(place, "engine", traffic, opened | {"runs": runs}, job["batch"]))
 

@@ -144,6 +144,11 @@ def drive(server: Server, asks: Sequence[Ask]) -> Timeline:
     return timeline
 
 
+def repeated(traffic: Traffic, runs: int) -> list[Traffic]:
+    """A traffic for each of ``runs`` runs, whose prompts no cache knows from the run before."""
+    return [replace(traffic, name=f"{traffic.name} {i}") for i in range(runs)]
+
+
 def rehearsals(traffic: Traffic, slots: int, budget: int) -> list[list[Ask]]:
     """What an engine does before it is timed, so that everything is compiled: 1, 2, 4 … texts at once, whose prompts
     are found in the cache from the second time on, then as many of the longest prompts as a turn may feed."""

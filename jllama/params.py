@@ -166,8 +166,8 @@ def param_specs(params: Params) -> Params:
 
 
 def laid_out(params: Params, mesh: Mesh) -> Params:
-    """Params whose arrays have the shapes that the mesh needs, with the arrays where it needs them. What lies there
-    already is not copied."""
+    """Params whose arrays have the shapes that the mesh needs, with the arrays where it needs them. Arrays that are
+    there already are not copied."""
     params = replace(params, mesh=mesh)
     return jax.device_put(params, named(mesh, param_specs(params)))
 

@@ -185,6 +185,8 @@ def test_the_log_has_a_line_a_request_without_texts(
 ) -> None:
     logged = make_live(access_log=True)
     answer = logged.post("/v1/completions", {"prompt": "private", "max_tokens": 3, "user": 'u"\n1', "temperature": 0})
+    for path in ("/ready", "/health", "/metrics"):
+        logged.client.get(path)
     logged.client.get("/a%0a%22b?secret=1")
     wait_for(lambda: logged.idle())
     first, second = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

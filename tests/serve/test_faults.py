@@ -5,7 +5,6 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -83,16 +82,12 @@ def test_a_step_without_memory_ends_the_newest_request(frail: tuple[Live, Engine
 
 def test_a_row_of_nan_ends_its_request(frail: tuple[Live, Engine]) -> None:
     live, engine = frail
-    read = engine._read_drawn
+    check = engine._broken
 
-    def broken(rows: Any, drawn: Any) -> Any:
-        logprobs = np.array(drawn.logprobs)
-        for place, sequence in rows:
-            if len(rows) == 2 and sequence.limit == 100:
-                logprobs[:, place] = np.nan
-        return read(rows, SimpleNamespace(tokens=drawn.tokens, logprobs=logprobs, top=drawn.top))
+    def broken(sequence: Any, logprobs: np.ndarray) -> bool:
+        return check(sequence, np.full_like(logprobs, np.nan) if sequence.limit == 100 else logprobs)
 
-    engine._read_drawn = broken
+    engine._broken = broken
     error = beside_a_long_one(live, SHORT | {"max_tokens": 100, "ignore_eos": True}, 500)["error"]
     assert "NaN" in error["message"]
 

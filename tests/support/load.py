@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,20 +38,30 @@ MAX_GROWTH = 0.05  # of the process's memory, from the middle of the run to its 
 SETTLES = 60.0  # seconds until what killed clients asked for must be free
 
 
-def jobs(count: int, tokens: int) -> list[dict[str, Any]]:
-    """Requests, each with the text that the model gives alone: greedy, drawn, with penalties, with a stop text."""
-    from serving import demo
-
+def jobs(
+    count: int,
+    tokens: int,
+    alone: Callable[[dict[str, Any]], str],
+    settings: Sequence[dict[str, Any]] = ({}, {"top_p": 0.9}, {"top_k": 20}, {"presence_penalty": 0.5}),
+) -> list[dict[str, Any]]:
+    """Requests, each with its text ``alone``: greedy, drawn, with some settings, with a stop text."""
     made = []
     for i in range(count):
         how: dict[str, Any] = dict(seed=i, temperature=(0.0, 0.8, 1.0)[i % 3])
-        how |= ({}, {"top_p": 0.9}, {"top_k": 20}, {"presence_penalty": 0.5})[i % 4]
+        how |= settings[i % len(settings)]
         how |= {"stop": "."} if i % 5 == 0 else {}
         prompt = PROMPTS[i % len(PROMPTS)] + " and" * (i % 7)
-        found = demo().generate(prompt, max_new_tokens=tokens, **how)
-        body = {"prompt": prompt, "max_tokens": tokens, "stream": True, **how}
-        made.append({"body": body, "text": found.text})
+        body = {"prompt": prompt, "max_tokens": tokens, **how}
+        made.append({"body": body | {"stream": True}, "text": alone(body)})
     return made
+
+
+def of_the_model(body: dict[str, Any]) -> str:
+    """What the model says to a request, without a server or an engine."""
+    from serving import demo
+
+    how = {name: value for name, value in body.items() if name not in ("prompt", "max_tokens")}
+    return demo().generate(body["prompt"], max_new_tokens=body["max_tokens"], **how).text
 
 
 @dataclass
@@ -170,7 +181,7 @@ class Client:
             try:
                 async with asyncio.timeout(WAIT):
                     text, events = await self._ask(job["body"])
-            except (OSError, ValueError, TimeoutError) as error:
+            except (OSError, EOFError, ValueError) as error:
                 self.wrong.append(f"lost: {type(error).__name__}: {error}: {job['body']}")
                 continue
             self.done.update({"ok": 1, "tokens": events})
@@ -225,7 +236,7 @@ def main() -> int:
     load = Load()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "jobs.json"
-        file.write_text(json.dumps(jobs(64, 24)))
+        file.write_text(json.dumps(jobs(64, 24, of_the_model)))
         server = Process(folder, "--slots", args.slots, "--max-queue", "4096", key=KEY)
         try:
             before, files = asyncio.run(answer(server.port)), figures(server.port)["process_open_fds"]
