@@ -145,7 +145,7 @@ def kernels(source: "Source", batch: int, context: int) -> dict[str, dict[str, d
 def as_text(found: dict[str, Any]) -> str:
     """The description as text."""
     config, device = found["config"], found["device"]
-    stored = found["dtype"] if found["quant"] is None else f"int{found['quant']['bits']}"
+    stored = found["dtype"] if found["quant"] is None else found["quant"]["format"]
     heads = f"{config['n_heads']} heads of {config['head_dim']}, {config['n_kv_heads']} of them with keys of their own"
     lines = [
         f"{found['path']}",

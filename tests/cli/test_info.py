@@ -33,7 +33,7 @@ def test_it_says_what_the_demo_is(capsys: pytest.CaptureFixture[str]) -> None:
         "fits",
     ):
         assert part in text
-    assert "decode_step, qkv: ops: needs an NVIDIA Hopper GPU, found platform 'cpu'" in text
+    assert "decode_step, attend_and_write, finish_layer: ops: needs an NVIDIA Hopper GPU, found platform 'cpu'" in text
 
 
 def test_json_has_the_same_and_the_memory_is_what_loading_takes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -44,7 +44,7 @@ def test_json_has_the_same_and_the_memory_is_what_loading_takes(capsys: pytest.C
     assert set(rows) == {(d, "none") for d in checkpoint.DTYPES} | {("float32", "int8"), ("float32", "int4")}
     for (dtype, quant), row in rows.items():
         params = jllama.load(jllama.DEMO, dtype=dtype, quant=quant)
-        taken = sum(leaf.nbytes for leaf in jax.tree.leaves(params, is_leaf=lambda x: hasattr(x, "bits")))
+        taken = sum(leaf.nbytes for leaf in jax.tree.leaves(params, is_leaf=lambda x: hasattr(x, "scale")))
         assert row["weights"] == taken
         assert row["total"] == row["weights"] + row["cache"] + row["workspace"]
 
@@ -54,7 +54,7 @@ def test_of_a_quantised_checkpoint_only_its_own_form_is_offered(
 ) -> None:
     save(init(CONFIG, jax.random.key(0), quant="int4", group=32), tmp_path / "model")
     found = json.loads(told(str(tmp_path / "model"), "--json", capsys=capsys))
-    assert found["quant"] == {"bits": 4, "group": 32}
+    assert found["quant"] == {"format": "int4", "group": 32}
     assert {row["quant"] for row in found["memory"]} == {"int4"}
     assert found["tokenizer"] is None
     assert "int4" in told(str(tmp_path / "model"), capsys=capsys)
