@@ -14,7 +14,7 @@ COLUMNS = {  # case, rows, length of the prompt
     "256 rows": ("decode", 256, PROMPT),
     "prefill 2,048": ("prefill", 1, 2048),
 }
-# As `jllama.LM` runs prompts: one with a session, several with the engine. Where a run has only the other, that counts.
+# As `jllama.LM` runs prompts: one with a session, several with the engine. If a run has only the other way, show that.
 WAYS = {"pallas": "`generate`", "auto": "`generate`", "engine": "`Engine`"}
 ALONE, SEVERAL = ("pallas", "auto", "engine"), ("engine", "pallas", "auto")
 
@@ -51,7 +51,7 @@ def _lines(records: Sequence[Record]) -> list[Line]:
 
 
 def _who(r: Record) -> tuple[str, str]:
-    """What a row is of. Our two ways of running with kernels share one."""
+    """The key of a row. Our two ways of running with kernels share a row."""
     return "jllama" if r["impl"] in WAYS else r["impl"], r["dtype"]
 
 
@@ -60,7 +60,7 @@ def _one(line: Line) -> Record:
 
 
 def _name(line: Line) -> str:
-    """The name of a row. Ours says which way its figures are of."""
+    """The name of a row. For ours, it says which way gave which figure."""
     one = _one(line)
     if one["impl"] not in WAYS:
         name = name_of(one["impl"])
@@ -75,7 +75,7 @@ def _name(line: Line) -> str:
 
 
 def _cell(line: Line, column: str, lines: Sequence[Line]) -> str:
-    """A rate. The best of those with as many bits in the same run is bold."""
+    """A rate. The best among those with the same number of bits in the same run is bold."""
     if (r := line.get(column)) is None:
         return ""
     rivals = [o[column]["value"] for o in lines if column in o and _peers_of(o[column]) == _peers_of(r)]
@@ -99,7 +99,7 @@ def _began(run: str, records: Sequence[Record]) -> str:
 
 
 def _foot(lines: Sequence[Line]) -> str:
-    """What all rows have in common."""
+    """The line under the table: what all rows have in common."""
     shown = [r for line in lines for r in line.values()]
     if not shown:
         return ""

@@ -1,5 +1,5 @@
-"""Which records tables and charts show: of every workload those of runs that held us and its peers on one machine. So a
-newer run of ours alone does not push the peers out."""
+"""Which records tables and charts show: for every workload, those of runs that measured us and peers on one machine. A
+newer run of ours alone does not replace a run with peers."""
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -53,7 +53,7 @@ def figures(records: Sequence[Record]) -> Group:
 
 
 def kind_of(record: Record) -> tuple[str, str]:
-    """What a figure is of: an implementation in a format of weights."""
+    """The subject of a figure: an implementation in a format of weights."""
     return record["impl"], record["dtype"]
 
 
@@ -63,12 +63,12 @@ def bits(record: Record) -> int:
 
 
 def held_both(run: Group) -> bool:
-    """Whether a run has figures of ours and of peers."""
+    """Whether a run has both our figures and figures of peers."""
     return len({is_ours(r["impl"]) for r in run}) == 2
 
 
 def side_by_side(records: Sequence[Record], kind: Callable[[Record], object] = kind_of) -> Group:
-    """Of one workload's figures those to show, the newest run first.
+    """The figures of one workload to show, the newest run first.
 
     First come runs that held us and peers. The newest of them counts whole. An older one counts with what no newer one
     had. Where that is a peer, our figures of the same run in as many bits come with it: cards differ, so a peer is

@@ -101,8 +101,8 @@ class Comparison:
         }
 
     def _ceilings(self) -> dict[str, float]:
-        """Those of the run's dtype. A GPU's are measured once for all comparisons of a command, because they do not
-        depend on the weights."""
+        """The ceilings for the run's dtype. Those of a GPU are measured once for all comparisons of a command: they
+        do not depend on the weights."""
         if self.platform == "cpu":
             return self.reference.ceilings(self.dtype, self.weights)
         kind = self.dtype if self.dtype in ("f32", "f16") else "bf16"
@@ -221,5 +221,5 @@ class Comparison:
 
 
 def results(settings: argparse.Namespace) -> Path:
-    """Where records go."""
+    """The folder for records."""
     return Path(settings.results) if settings.results else RESULTS

@@ -103,7 +103,8 @@ def measured(params: Any, slots: int, prompts: Prompts, args: argparse.Namespace
     tuning = dataclasses.replace(tuning_for(default_device()), rows=(slots,))  # one program, whatever number draws
     budget = args.budget or BUDGET
     filling = turns_to_fill(slots, args.prompt_len, budget, tuning)
-    longest = args.prompt_len + max(args.new_tokens, tuning.steps[0] * filling + tuning.steps[1] * (2 * args.turns + 4))
+    _, waiting, alone = tuning.steps
+    longest = args.prompt_len + max(args.new_tokens, waiting * filling + alone * (2 * args.turns + 4))
     if longest > (context := params.config.max_seq_len):
         flags = "--slots, --prompt-len, --new-tokens, --turns"
         raise InputError(f"{flags}: expected requests of at most {context} tokens (the context), found {longest}")
@@ -112,11 +113,11 @@ def measured(params: Any, slots: int, prompts: Prompts, args: argparse.Namespace
     engine = Engine(params, tuning=tuning, backend=args.backend, **sizes)
     fields: dict[str, Any] = {"batch": slots, "budget": budget}
     many = {"requests": args.requests * slots, "context": args.prompt_len + args.new_tokens}
-    complete(engine, prompts(many["requests"]), tuning.steps[1] + 1)  # compiles
+    complete(engine, prompts(many["requests"]), alone + 1)  # compiles
     rates = [complete(engine, prompts(many["requests"]), args.new_tokens) for _ in range(args.runs)]
     choices = {p: {op: [c.impl, c.why] for op, c in ops.items()} for p, ops in engine.backends.items()}
     made = [fields | many | {"case": "engine-run", "metric": "tokens_per_s", "samples": rates, "choices": choices}]
-    for case, others, steps in (("engine-step", 0, tuning.steps[1]), ("engine-step-waiting", slots, tuning.steps[0])):
+    for case, others, steps in (("engine-step", 0, alone), ("engine-step-waiting", slots, waiting)):
         samples, found = steady(engine, prompts(slots + others), longest - args.prompt_len, filling, args.turns)
         of_step = fields | {"case": case, "context": longest, "steps_a_launch": steps}
         made.append(of_step | {"metric": "ms", "samples": samples})

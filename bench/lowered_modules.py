@@ -233,6 +233,18 @@ def qkv_cases() -> Iterator[Case]:
             if layers is not None:
                 args = args[0], LayerView(args[1], 1), *args[2:]
             yield Case(f"{name}/{fmt}/{tokens}", "qkv", (*args, *places(batch, tokens, s["head_dim"])), options)
+        for fmt in ("bf16", "int8"):
+            yield qkv_pieces_case(name, fmt, 16)
+
+
+def qkv_pieces_case(name: str, fmt: str, pieces: int) -> Case:
+    """Pieces of 128 tokens of prompts, whose cache has pages."""
+    s = shapes_of("qkv")[name]
+    pages = array(3, 2048, s["kv_heads"], 64, s["head_dim"])
+    out = (s["heads"] + 2 * s["kv_heads"]) * s["head_dim"]
+    args = array(pieces, 128, s["dim"]), LayerView(weight(fmt, 3, out, s["dim"]), 1), pages, pages
+    options = dict(layer=1, table=array(pieces, 32, dtype=jnp.int32))
+    return Case(f"{name}/{fmt}/{pieces}x128-paged", "qkv", (*args, *places(pieces, 128, s["head_dim"])), options)
 
 
 def places(batch: int, tokens: int, head_dim: int) -> tuple[Any, ...]:
@@ -251,11 +263,22 @@ def attention_cases(op: str, lengths: tuple[int, ...]) -> Iterator[Case]:
 
 def paged_attention_cases() -> Iterator[Case]:
     for name, s in shapes_of("paged_attention").items():
-        for batch, tokens in ((2, 1), (64, 1), (2, 512)):
+        for batch, tokens in ((2, 1), (64, 1), (2, 512), (16, 128)):
             pages = array(2, 2048, s["kv_heads"], s["size"], s["head_dim"])
             table, start = array(batch, 32, dtype=jnp.int32), array(batch, dtype=jnp.int32)
             args = array(batch, tokens, s["heads"], s["head_dim"]), pages, pages, table, start
             yield Case(f"{name}/{batch}x{tokens}", "paged_attention", args, dict(layer=1))
+
+
+def attend_and_write_cases() -> Iterator[Case]:
+    for name, s in shapes_of("attend_and_write").items():
+        for batch, tokens, paged in ((9, 1, True), (64, 1, True), (3, 8, True), (64, 1, False)):
+            kv_heads, D = s["kv_heads"], s["head_dim"]
+            y = array(batch, tokens, (s["heads"] + 2 * kv_heads) * D)
+            cache = array(2, 2048, kv_heads, s["size"], D) if paged else array(2, batch, kv_heads, 2048, D)
+            table = array(batch, 32, dtype=jnp.int32) if paged else None
+            args = y, cache, cache, table, *places(batch, tokens, D)
+            yield Case(f"{name}/{batch}x{tokens}{'-paged' * paged}", "attend_and_write", args, dict(layer=1))
 
 
 def draw_cases() -> Iterator[Case]:
@@ -303,6 +326,7 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "attention": functools.partial(attention_cases, "attention", (512, 2000)),
     "decode_attention": functools.partial(attention_cases, "decode_attention", (1, 8)),
     "paged_attention": paged_attention_cases,
+    "attend_and_write": attend_and_write_cases,
     "draw": draw_cases,
     "decode_step": decode_step_cases,
 }

@@ -41,7 +41,7 @@ KEYS: dict[str, type | tuple[type, ...]] = {
     "when": str,
     "run": str,
 }
-SUITES = ("ops", "compare", "load")
+SUITES = ("ops", "compare", "load", "traffic")
 METRICS = ("tokens_per_s", "ms", "s", "tflops", "tb_per_s", "bytes_peak", "ppl", "busy_share")
 HIGHER_IS_BETTER = ("tokens_per_s", "tflops", "tb_per_s", "busy_share")
 

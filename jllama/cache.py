@@ -41,7 +41,7 @@ class KVCache:
 
     @property
     def table(self) -> None:
-        """The pages of every row: none, a row's keys lie side by side."""
+        """The page table of every row: None, because the keys of a row are contiguous."""
         return None
 
     def specs(self, mesh: AnyMesh) -> "KVCache":
@@ -102,7 +102,7 @@ def init_cache(
 ) -> KVCache:
     """An empty cache with room for at least ``max_len`` positions per row. ``stacked`` and ``mesh`` must be as in the
     params. On a mesh, rows are divided over ``data`` and heads over ``model``."""
-    kv_heads = max(config.n_kv_heads, axis_size(mesh, MODEL))  # a key head that several shards have is there as often
+    kv_heads = max(config.n_kv_heads, axis_size(mesh, MODEL))  # each shard that holds a key head stores it
     shape = (batch, kv_heads, _whole_tiles(max_len), config.head_dim)
     empty = _empty if mesh is None else _empty_on(mesh, stacked)
     return empty(config.n_layers, shape, jnp.dtype(dtype), stacked)

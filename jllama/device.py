@@ -26,12 +26,12 @@ _BANDWIDTH = {
 # Tokens a second of one row, relative to float32, by platform and the format of weights. Measured with SmolLM2-135M on
 # two cores: docs/log-products.md, "CPU".
 _DECODE_SPEED = {"cpu": {"float32": 1.0, "bfloat16": 1.0, "int8": 1.9}}
-_WORTH_SAYING = 1.3  # times as quick
+_WORTH_SAYING = 1.3  # how many times as fast it must be
 
 
 def quicker_format(device: Device, found: str) -> str | None:
-    """The format of weights that decodes clearly faster than ``found`` on a device, by measurement; None where there is
-    none, or nothing is known."""
+    """The format of weights that decodes clearly faster than ``found`` on a device, by measurement; None if there is
+    none, or if nothing is known."""
     speeds = _DECODE_SPEED.get(device.platform, {})
     best = max(speeds, key=lambda name: speeds[name], default=found)
     return best if found in speeds and speeds[best] >= _WORTH_SAYING * speeds[found] else None

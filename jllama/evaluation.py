@@ -1,6 +1,6 @@
-"""A model as evaluation harnesses ask for one: log-likelihoods of texts, and text until a string comes.
+"""The interface of evaluation harnesses: log-likelihoods of texts, and generation until a stop string.
 
-`Evaluator` needs nothing but jllama. `lm_eval_model` makes of it what the harness lm-eval (extra ``eval``) runs::
+`Evaluator` needs nothing but jllama. `lm_eval_model` wraps it for the harness lm-eval (extra ``eval``)::
 
     python -m jllama.evaluation run --model jllama --model_args pretrained=path/to/model --tasks arc_easy
 """
@@ -18,24 +18,24 @@ from jllama.text.complete import complete_many
 from jllama.text.lm import LM
 from jllama.text.tokenizer import Tokenizer
 
-MAX_GEN_TOKS = 256  # where a task names no limit
+MAX_GEN_TOKS = 256  # for tasks that name no limit
 
 
 @dataclass
 class Evaluator:
-    """The three questions of a harness, for many texts at once. Answers come in the order of the questions; contexts
-    that begin alike are computed once."""
+    """The three kinds of request of a harness, for many texts at once. Results are in the order of the requests.
+    Contexts with a common prefix share its computation."""
 
     engine: Engine
     tokenizer: Tokenizer
 
     @property
     def prefix(self) -> int:
-        """The token that stands before a text that has nothing before it."""
+        """The token before a text without a context."""
         return self.engine.params.config.bos_id
 
     def loglikelihood(self, pairs: Iterable[tuple[str, str]]) -> list[tuple[float, bool]]:
-        """Of each (context, continuation): the continuation's log-probability after the context, and whether greedy
+        """For each (context, continuation): the continuation's log-probability after the context, and whether greedy
         decoding gives it."""
         return self._scores([self._encode_pair(*pair) for pair in pairs])
 
@@ -48,7 +48,7 @@ class Evaluator:
         return [sum(next(scores)[0] for _ in group) for group in windows]
 
     def generate_until(self, requests: Iterable[tuple[str, Mapping[str, Any]]]) -> list[str]:
-        """Of each (context, settings): the text that follows, up to the first string of ``until``. Further settings are
+        """For each (context, settings): the text that follows, up to the first string of ``until``. Other settings are
         ``max_gen_toks``, ``do_sample``, ``temperature``, ``top_k``, ``top_p`` and ``seed``; without ``do_sample``, or a
         temperature, decoding is greedy."""
         asked = [(self._request(context, settings), settings.get("until") or ()) for context, settings in requests]
@@ -63,7 +63,8 @@ class Evaluator:
         return [(sum(s.logprobs), all(s.greedy)) for s in scored]
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Tokens of both, as the text of both is tokenised: spaces at the context's end belong to what follows."""
+        """The tokens of context and continuation, tokenised as one text. Spaces at the end of the context count as part
+        of the continuation."""
         kept = context.rstrip()
         continuation = context[len(kept) :] + continuation
         if not kept:
@@ -89,7 +90,7 @@ class Evaluator:
 
 
 def rolling_windows(ids: Sequence[int], prefix: int, max_len: int) -> list[tuple[list[int], list[int]]]:
-    """(context, tokens) pairs of at most ``max_len`` tokens, in which every token of ``ids`` comes once."""
+    """(context, tokens) pairs of at most ``max_len`` tokens. Every token of ``ids`` is in ``tokens`` of one pair."""
     room = max_len - 1
     windows = [([prefix], list(ids[:room]))] if ids else []
     for begin in range(room, len(ids), room):
@@ -99,14 +100,14 @@ def rolling_windows(ids: Sequence[int], prefix: int, max_len: int) -> list[tuple
 
 
 def open_evaluator(path: str, *, slots: int = 16, max_len: int | None = None, **load: Any) -> Evaluator:
-    """One of the model at ``path``; ``load`` goes to `LM.load`."""
+    """An `Evaluator` for the model at ``path``. ``load`` are arguments of `LM.load`."""
     lm = LM.load(path, max_len=max_len, batch=slots, **load)
     return Evaluator(Engine(lm.params, slots=slots, max_len=lm.max_len, backend=lm.backend), lm.tokenizer)
 
 
 @functools.cache
 def lm_eval_model() -> type:
-    """Register the model ``jllama`` with lm-eval, and give its class."""
+    """Register the model ``jllama`` with lm-eval, and return its class."""
     from lm_eval.api.model import LM
     from lm_eval.api.registry import register_model
 

@@ -20,6 +20,7 @@ from jllama.kernels import (
     attention,
     ffn,
     ffn_reference,
+    finish_layer,
     matmul,
     qkv,
     qkv_reference,
@@ -118,43 +119,40 @@ def blocks(
     """Run all layers and the head op by op. Returns the logits and the cache with the new keys and values; the cache
     lengths are not advanced."""
     start = jnp.zeros(x.shape[0], jnp.int32) if cache is None else cache.lengths
-    for i in range(params.config.n_layers):
-        layer = params.layer(i)
-        x, cache = attend(x, layer, i, cache, start, (cos, sin), params, backend)
-        x = feed_forward(x, layer, params, backend)
+    norm = functools.partial(rms_norm, eps=params.config.norm_eps, backend=backend)
+    layers = [params.layer(i) for i in range(params.config.n_layers)]
+    norms = [layer.attn_norm for layer in layers] + [params.norm]
+    h = norm(x, norms[0])
+    for i, layer in enumerate(layers):
+        out, cache = attend(h, layer, i, cache, start, (cos, sin), params.config, backend)
+        x, h = finish(out, x, layer, norms[i + 1], params, backend)
 
-    if last_only:  # select before the head, which is the largest matmul
-        x = last_token(x, lengths)
-    x = rms_norm(x, params.norm, eps=params.config.norm_eps, backend=backend)
-    return matmul(x, params.head, out_dtype=jnp.float32, backend=backend), cache
+    if last_only:  # select before the head, which is the largest matmul, and before its norm: XLA drops the other
+        h = norm(last_token(x, lengths), params.norm)
+    return matmul(h, params.head, out_dtype=jnp.float32, backend=backend), cache
 
 
 def attend(
-    x: jax.Array,  # [B, T, dim]
+    h: jax.Array,  # [B, T, dim], normed
     layer: Layer,
     index: int,
     cache: Cache | None,
     start: jax.Array,  # [B]: the position of each row's first token
     rotation: tuple[jax.Array, jax.Array],
-    params: Params,
+    config: LlamaConfig,
     backend: str,
 ) -> tuple[jax.Array, Cache | None]:
-    """The attention half of a block, including its norm and its residual."""
-    B, T, _ = x.shape
-    h = rms_norm(x, layer.attn_norm, eps=params.config.norm_eps, backend=backend)
+    """Attention of a block [B, T, heads * head_dim], and the cache with the new keys and values."""
+    B, T, _ = h.shape
     if cache is not None and T <= DECODE_QUERIES:
-        out, cache = attend_new(h, layer, index, cache, rotation, backend)
+        return attend_new(h, layer, index, cache, rotation, backend)
+    q, new, cache = project(h, layer, index, cache, start, rotation, config, backend)
+    if cache is None:
+        out = attention(q, *new, start, backend=backend)
     else:
-        q, new, cache = project(h, layer, index, cache, start, rotation, params.config, backend)
-        if cache is None:
-            out = attention(q, *new, start, backend=backend)
-        else:
-            k, v, place = cache.arrays(index)
-            out = cached_attention(q, k, v, cache.table, start, layer=place, backend=backend)
-    product = functools.partial(matmul, backend=backend)
-    if params.axis is not None:
-        product = functools.partial(summed, axis=params.axis, backend=backend)
-    return affine(product, out.reshape(B, T, -1), layer.wo, layer.bo, residual=x), cache
+        k, v, place = cache.arrays(index)
+        out = cached_attention(q, k, v, cache.table, start, layer=place, backend=backend)
+    return out.reshape(B, T, -1), cache
 
 
 def attend_new(
@@ -187,19 +185,57 @@ def project(
     """Project to queries, keys and values, and apply rotary. With a cache, the new keys and values are written to it;
     without one, they are returned as [B, kv_heads, T, head_dim]."""
     product = functools.partial(matmul, backend=backend)
-    if isinstance(cache, KVCache):
-        *arrays, place = cache.arrays(index)
-        by_ops = functools.partial(qkv_reference, product=product)
-        arguments = h, layer.wqkv, *arrays, start, *rotation
-        q, k, v = qkv.try_kernel(by_ops, *arguments, bias=layer.bqkv, layer=place, backend=backend)
-        return q, (), cache.with_arrays(index, k, v)
-
-    y = affine(product, h, layer.wqkv, layer.bqkv)
-    q, k, v = split_heads(y, config.n_heads // config.n_kv_heads, config.head_dim)
-    q, k = rotate(q, *rotation), rotate(k, *rotation)
     if cache is None:
+        y = affine(product, h, layer.wqkv, layer.bqkv)
+        q, k, v = split_heads(y, config.n_heads // config.n_kv_heads, config.head_dim)
+        q, k = rotate(q, *rotation), rotate(k, *rotation)
         return q, (k.swapaxes(1, 2), v.swapaxes(1, 2)), None
-    return q, (), cache.write(index, k, v)
+    *arrays, place = cache.arrays(index)
+    by_ops = functools.partial(qkv_reference, product=product)
+    arguments = h, layer.wqkv, *arrays, start, *rotation
+    how: dict[str, Any] = dict(bias=layer.bqkv, layer=place, table=cache.table)
+    q, k, v = qkv.try_kernel(by_ops, *arguments, **how, backend=backend)
+    return q, (), cache.with_arrays(index, k, v)
+
+
+def finish(
+    out: jax.Array,  # [B, T, heads * head_dim]
+    x: jax.Array,  # [B, T, dim]
+    layer: Layer,
+    norm: jax.Array,  # of the next layer, or of the head
+    params: Params,
+    backend: str,
+) -> tuple[jax.Array, jax.Array]:
+    """The rest of a block: x [B, T, dim] after it, and the norm of x. Kernels have all of it for the rows of a batched
+    step; else it runs op by op, as on a shard, or with biases."""
+    by_ops = functools.partial(_finish_by_ops, layer=layer, params=params, backend=backend)
+    arguments = out, x, layer.wo, layer.ffn_norm, layer.w_gate_up, layer.w_down, norm
+    if params.axis is not None or params.config.attention_bias or params.config.mlp_bias:
+        return by_ops(*arguments, eps=params.config.norm_eps)
+    return finish_layer.try_kernel(by_ops, *arguments, eps=params.config.norm_eps, backend=backend)
+
+
+def _finish_by_ops(
+    out: jax.Array,
+    x: jax.Array,
+    wo: Weight,
+    ffn_norm: jax.Array,
+    w_gate_up: Weight,
+    w_down: Weight,
+    norm: jax.Array,
+    *,
+    eps: float,
+    layer: Layer,  # its biases
+    params: Params,
+    backend: str,
+) -> tuple[jax.Array, jax.Array]:
+    product = functools.partial(matmul, backend=backend)
+    if params.axis is not None:
+        product = functools.partial(summed, axis=params.axis, backend=backend)
+    x = affine(product, out, wo, layer.bo, residual=x)
+    layer = replace(layer, ffn_norm=ffn_norm, w_gate_up=w_gate_up, w_down=w_down)
+    x = feed_forward(x, layer, params, backend)
+    return x, rms_norm(x, norm, eps=eps, backend=backend)
 
 
 def feed_forward(x: jax.Array, layer: Layer, params: Params, backend: str) -> jax.Array:

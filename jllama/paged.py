@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jllama.config import LlamaConfig
 from jllama.errors import InputError
-from jllama.kernels import PAGE, write_pages
+from jllama.kernels import PAGE
 from jllama.mesh.layout import DATA, MODEL, AnyMesh, axis_size, spec
 
 
@@ -50,14 +50,6 @@ class PagedCache:
         """The cache with ``k`` and ``v`` in place of what `arrays` returns."""
         del index
         return replace(self, k=k, v=v)
-
-    def write(self, index: int, k: jax.Array, v: jax.Array) -> "PagedCache":
-        """Put k and v [B, T, kv_heads, head_dim] behind each row's length, which stays; what has no page is dropped."""
-        return replace(
-            self,
-            k=write_pages(self.k, k, self.table, self.lengths, index),
-            v=write_pages(self.v, v, self.table, self.lengths, index),
-        )
 
 
 def pages_spec(mesh: AnyMesh) -> PartitionSpec:

@@ -69,7 +69,8 @@ class Params:
 
     ``config`` is static: it is part of the tree's structure. So are ``mesh``, over which the arrays are divided as
     `jllama.mesh.layout` says (None: one device), and ``axis``, which a shard inside `jax.shard_map` has: the mesh axis
-    along which other devices hold the rest of the model.
+    along which other devices hold the rest of the model. ``apart`` says why these devices cannot add up inside a
+    kernel; None where they can.
     """
 
     embed: Weight  # [vocab_size, dim]; integers only where it is the head, too
@@ -79,6 +80,7 @@ class Params:
     config: LlamaConfig = struct.field(pytree_node=False)
     mesh: Mesh | None = struct.field(pytree_node=False, default=None)
     axis: str | None = struct.field(pytree_node=False, default=None)
+    apart: str | None = struct.field(pytree_node=False, default=None)
 
     @property
     def stacked(self) -> bool:
@@ -164,8 +166,8 @@ def param_specs(params: Params) -> Params:
 
 
 def laid_out(params: Params, mesh: Mesh) -> Params:
-    """Params whose arrays have the shapes that the mesh needs, with the arrays where it needs them. What lies there
-    already is not copied."""
+    """Params whose arrays have the shapes that the mesh needs, with the arrays where it needs them. Arrays that are
+    there already are not copied."""
     params = replace(params, mesh=mesh)
     return jax.device_put(params, named(mesh, param_specs(params)))
 

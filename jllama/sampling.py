@@ -130,7 +130,7 @@ def make_sampling(
 ) -> Sampling:
     """Settings for ``batch`` rows. Each setting is one value for all rows or one value per row. Temperature 0 is
     greedy. ``logit_bias`` is ``{token: number}``, for all rows or one per row; ``bad_words`` are sequences of tokens
-    that must not come, in any row.
+    that must not be drawn, in any row.
 
     A single ``seed`` (default: 0) gives row ``i`` the seed ``seed + i``. Instead of ``seed``, ``key`` takes a key of
     `jax.random`: one key, into which the row number is folded, or one key per row. Under jit, values may be traced.
@@ -332,8 +332,8 @@ def adjust(
 
 
 def top_logprobs(logits: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """The ids [B, count] and log-probabilities [B, count] of the likeliest tokens, the likeliest first. What a small
-    vocabulary lacks has the id NOTHING."""
+    """The ids [B, count] and log-probabilities [B, count] of the likeliest tokens, the likeliest first. If the
+    vocabulary has fewer than ``count`` tokens, the rest has the id NOTHING."""
     # XLA's top_k on a GPU reads its input as if rows were contiguous. A product may leave columns contiguous instead.
     rows = with_layout_constraint(jax.nn.log_softmax(logits, axis=-1), Layout(major_to_minor=(0, 1)))
     values, ids = lax.top_k(rows, min(count, logits.shape[-1]))

@@ -1,4 +1,5 @@
-"""The decode step of the whole model in one launch: `pallas_kernels.decode_step` applied to `Params` and a cache."""
+"""The decode step of the whole model in one launch a device: `pallas_kernels.decode_step` applied to `Params` and a
+cache."""
 
 import functools
 from collections.abc import Callable
@@ -7,11 +8,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jllama.cache import KVCache, init_cache
 from jllama.config import LlamaConfig, Quant
 from jllama.errors import InputError
 from jllama.kernels import NO_BIAS, Kernel, Op, StepWeights, Unsupported, decode_step, require_kernels
+from jllama.mesh.layout import DATA, spec
+from jllama.mesh.run import on_shards
 from jllama.paged import PagedCache
 from jllama.params import Params, init, stack
 
@@ -41,7 +45,7 @@ def _over_params(function: Callable[..., Any]) -> Callable[..., Any]:
         **options: Any,
     ) -> tuple[jax.Array, Cache]:
         weights = step_weights(params)
-        how = dict(eps=params.config.norm_eps, table=cache.table, **options)
+        how = dict(eps=params.config.norm_eps, table=cache.table, axis=params.axis, **options)
         logits, k, v = function(x, weights, cache.k, cache.v, cache.lengths, cos, sin, **how)
         return last_token(logits, lengths) if last_only else logits, replace(cache, k=k, v=v)
 
@@ -63,13 +67,14 @@ def _check(
         return step_weights(stack(params)), jnp.stack(cache.k), jnp.stack(cache.v)
 
     assert kernel.check is not None
-    if params.axis is not None:
-        raise Unsupported("the model is divided over a mesh, whose sums the launch does not exchange")
+    if params.axis is not None and params.apart is not None:
+        raise Unsupported(f"the model is divided over a mesh: {params.apart}")
     if params.config.attention_bias or params.config.mlp_bias:
         raise Unsupported(NO_BIAS)
     try:
         weights, k, v = jax.eval_shape(stacked, params, cache)
-        kernel.check(x, weights, k, v, cache.lengths, cos, sin, eps=params.config.norm_eps, table=cache.table)
+        how = dict(eps=params.config.norm_eps, table=cache.table, axis=params.axis)
+        kernel.check(x, weights, k, v, cache.lengths, cos, sin, **how)
     except InputError as reason:
         raise Unsupported(str(reason)) from None
     if not params.stacked:
@@ -96,18 +101,28 @@ def runs_whole(
     *,
     batch: int = 1,
     max_len: int = 1024,
+    mesh: Mesh | None = None,
 ) -> bool:
-    """Whether a decode step of such a model, if stacked, would run as one launch on this machine. Only shapes are
-    traced: no array is allocated."""
+    """Whether a decode step of such a model, if stacked, would run as one launch on this machine, or as one on every
+    device of a mesh. ``batch`` counts the rows of all devices. Only shapes are traced: no array is allocated."""
     try:
         require_kernels()
     except Unsupported:
         return False
+    found = []
 
-    def arguments() -> tuple[Any, ...]:
-        params = init(config, jax.random.key(0), dtype=jnp.dtype(dtype), quant=quant, group=group, stacked=True)
-        rotation = jnp.zeros((batch, 1, config.head_dim // 2))
-        cache = init_cache(config, batch, max_len, params.dtype, stacked=True)
-        return jnp.zeros((batch, 1, config.dim), params.dtype), params, cache, rotation, rotation
+    def step(params: Params, x: jax.Array, cache: KVCache) -> jax.Array:
+        if params.mesh is not None:
+            return on_shards(step, params, x, cache, out=spec(params.mesh, DATA))
+        rotation = jnp.zeros((*x.shape[:2], config.head_dim // 2))
+        found.append(whole_step.choose("auto", x, params, cache, rotation, rotation).impl == "pallas")
+        return x
 
-    return whole_step.choose("auto", *jax.eval_shape(arguments)).impl == "pallas"
+    def whole() -> jax.Array:
+        form = dict(dtype=jnp.dtype(dtype), quant=quant, group=group, stacked=True, mesh=mesh)
+        params = init(config, jax.random.key(0), **form)  # type: ignore[arg-type]
+        cache = init_cache(config, batch, max_len, params.dtype, stacked=True, mesh=mesh)
+        return step(params, jnp.zeros((batch, 1, config.dim), params.dtype), cache)
+
+    jax.eval_shape(whole)
+    return all(found)

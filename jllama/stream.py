@@ -224,7 +224,7 @@ class Clock:
         self._timings, self._since, self._compiled = timings, time.perf_counter(), compile_seconds()
 
     def tick(self, new: int, steps: int) -> None:
-        """Note that ``new`` tokens have come, from so many decode steps of all rows."""
+        """Record that ``new`` tokens have been read, from this many decode steps of all rows."""
         now, compiled, timings = time.perf_counter(), compile_seconds(), self._timings
         compiling = min(compiled - self._compiled, now - self._since)
         spent = now - self._since - compiling

@@ -7,11 +7,13 @@ from .decode_step import StepWeights, decode_step
 from .dispatch import BACKENDS, Choice, Kernel, Op, Recorded, Unsupported, record, recorded, require_kernels
 from .draw import draw, log_probability
 from .ffn import ffn, ffn_reference
+from .finish_layer import finish_layer
 from .formats import WeightFormat
 from .layer_view import LayerView, materialize
 from .matmul import NO_BIAS, Weight, affine, matmul
-from .paged_attention import PAGE, paged_attention, write_pages
-from .qkv import qkv, qkv_reference, rotate, split_heads, write
+from .paged_attention import PAGE, paged_attention
+from .peers import why_apart
+from .qkv import qkv, qkv_reference, rotate, split_heads, write, write_pages
 from .quantized import GROUPS, QuantizedTensor, dequantize, group_size, quantize
 from .rms_norm import rms_norm
 from .transforms import vary_with
@@ -27,6 +29,7 @@ OPS: dict[str, Op] = {
         paged_attention,
         attend_and_write,
         ffn,
+        finish_layer,
         decode_step,
         draw,
     )
@@ -60,6 +63,7 @@ __all__ = [
     "draw",
     "ffn",
     "ffn_reference",
+    "finish_layer",
     "group_size",
     "known",
     "log_probability",
@@ -77,6 +81,7 @@ __all__ = [
     "rotate",
     "split_heads",
     "vary_with",
+    "why_apart",
     "write",
     "write_pages",
 ]

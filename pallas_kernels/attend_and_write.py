@@ -12,8 +12,8 @@ import jax
 from .attention import attention_reference
 from .dispatch import Kernel, Op
 from .hopper.attention.decode import check_and_write, flash_decode_and_write
-from .paged_attention import PAGE, paged_attention_reference, write_pages
-from .qkv import rotate, split_heads, write
+from .paged_attention import PAGE, paged_attention_reference
+from .qkv import rotate, split_heads, write_cache
 
 
 def _attention(
@@ -49,11 +49,7 @@ def attend_and_write_reference(
     kv_heads, D = k.shape[-3], k.shape[-1]
     q, k_new, v_new = split_heads(y, y.shape[-1] // D // kv_heads - 2, D)
     q, new = rotate(q, cos, sin), (rotate(k_new, cos, sin), v_new)
-    if table is None:
-        k, v = (write(a, b, start, layer) for a, b in zip((k, v), new, strict=True))
-    else:
-        assert layer is not None
-        k, v = (write_pages(a, b, table, start, layer) for a, b in zip((k, v), new, strict=True))
+    k, v = (write_cache(a, b, table, start, layer) for a, b in zip((k, v), new, strict=True))
     out = attend(q, k, v, table, start, layer=layer)
     return out.reshape(*y.shape[:2], -1), k, v
 

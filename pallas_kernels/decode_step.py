@@ -5,10 +5,12 @@ multiprocessor does a part of every phase (see docs/kernels.md). So weights stre
 op the memory is idle between launches.
 """
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from .attention import attention_reference
 from .dispatch import Kernel, Op
@@ -16,8 +18,8 @@ from .ffn import ffn_reference
 from .hopper.decode_step.checks import check
 from .hopper.decode_step.run import run_phases
 from .matmul import matmul_reference
-from .paged_attention import paged_attention_reference, write_pages
-from .qkv import rotate, split_heads, write
+from .paged_attention import paged_attention_reference
+from .qkv import rotate, split_heads, write, write_pages
 from .rms_norm import rms_norm_reference
 from .step_weights import StepWeights
 
@@ -35,13 +37,18 @@ def decode_step_reference(
     *,
     eps: float,
     table: jax.Array | None = None,
+    axis: str | None = None,
 ) -> Result:
     """x [B, T, dim], k and v [L, B, kv_heads, S, D], start [B], cos and sin [B, T, D / 2] of the tokens' positions ->
     float32 logits [B, T, vocab], and the cache with the new keys and values from ``start`` on.
 
     With a ``table`` [B, P] the cache is paged: k and v are [L, pages, kv_heads, size, D], as in `paged_attention`. Rows
     may share pages, but none may read a position that another row of the same call writes: the kernel reads the cache
-    as it was before the step. Without a page, a new token's key and value are dropped, and its logits mean nothing."""
+    as it was before the step. Without a page, a new token's key and value are dropped, and its logits mean nothing.
+
+    With an ``axis`` of `jax.shard_map`, every device along it has a part of the heads, of the hidden units and of the
+    vocabulary; x and the norms are the same on all, and the logits are those of the device's part."""
+    summed = functools.partial(lax.psum, axis_name=axis) if axis else lambda y: y
     w, (_, _, kv_heads, _, D) = weights, k.shape
     for i in range(k.shape[0]):
         h = rms_norm_reference(x, w.attn_norm[i], eps=eps)
@@ -53,8 +60,8 @@ def decode_step_reference(
         else:
             k, v = write_pages(k, k_new, table, start, i), write_pages(v, v_new, table, start, i)
             out = paged_attention_reference(q, k, v, table, start, layer=i)
-        x = x + matmul_reference(out.reshape(*x.shape[:2], -1), w.wo[i])
-        x = ffn_reference(x, w.ffn_norm[i], w.w_gate_up[i], w.w_down[i], eps=eps)
+        x = x + summed(matmul_reference(out.reshape(*x.shape[:2], -1), w.wo[i]))
+        x = x + summed(ffn_reference(x, w.ffn_norm[i], w.w_gate_up[i], w.w_down[i], eps=eps, residual=False))
     x = rms_norm_reference(x, w.norm, eps=eps)
     return matmul_reference(x, w.head, out_dtype=jnp.float32), k, v
 
@@ -70,11 +77,12 @@ def decode_step_kernel(
     *,
     eps: float,
     table: jax.Array | None = None,
+    axis: str | None = None,
     **options: Any,
 ) -> Result:
     """`decode_step_reference` in one launch. Inside a jit that owns the cache, the cache is updated in place.
     ``options`` are those of `run_phases`."""
-    left = run_phases(x, weights, k, v, start, cos, sin, eps=eps, table=table, **options)
+    left = run_phases(x, weights, k, v, start, cos, sin, eps=eps, table=table, axis=axis, **options)
     B, T = x.shape[:2]
     return left.logits[: B * T].reshape(B, T, -1), left.k, left.v
 

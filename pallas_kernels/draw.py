@@ -121,4 +121,8 @@ CASES: dict[str, dict[str, Any]] = {
     "7b": dict(rows=1, vocab=32000),
     "7b-batch": dict(rows=8, vocab=32000),
     "small": dict(rows=3, vocab=512),
+    "smollm2": dict(rows=1, vocab=49_152),
+    "8b": dict(rows=1, vocab=128_256),
+    "8b-batch": dict(rows=64, vocab=128_256),
+    "largest": dict(rows=8, vocab=262_144),
 }

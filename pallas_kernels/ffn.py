@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from .dispatch import Kernel, Op, Unsupported
 from .layer_view import LayerView
 from .matmul import NO_BIAS, Weight, affine, check_product, matmul_reference, product
-from .rms_norm import rms_norm_reference
+from .rms_norm import rms_norm, rms_norm_reference
 
 Biases = tuple[jax.Array, jax.Array | None] | None
 
@@ -69,8 +69,8 @@ def ffn_kernel(
     **options: Any,
 ) -> jax.Array:
     """`ffn_reference` in two products. SwiGLU is the first one's epilogue, the residual add the second one's. The gate
-    and up projections are never written to memory. XLA computes the norm: one pass over ``x``, 1 % of the work."""
-    h = rms_norm_reference(x, norm, eps=eps)
+    and up projections are never written to memory. The norm is the op `rms_norm`."""
+    h = rms_norm(x, norm, eps=eps)
     gated = product(h, w_gate_up, swiglu=True, **options)
     return product(gated, w_down, residual=x if residual else None, **options)
 

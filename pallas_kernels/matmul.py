@@ -15,6 +15,7 @@ from . import cpu
 from .dispatch import Kernel, Op
 from .hopper.common.tiles import Weight
 from .hopper.gemm.large_m import check_large_m, large_m_gemm
+from .hopper.gemm.medium_m import MEDIUM_M_MAX, check_medium_m, medium_m_gemm
 from .hopper.gemm.small_m import SMALL_M_MAX, check_small_m, small_m_gemm
 from .layer_view import LayerView
 from .quantized import QuantizedTensor, dequantize
@@ -67,19 +68,22 @@ def check_product(x: jax.Array, w: Weight | LayerView, *, swiglu: bool = False, 
     x = jax.ShapeDtypeStruct((math.prod(x.shape[:-1]), x.shape[-1]), x.dtype)
     if x.shape[0] <= SMALL_M_MAX:
         check_small_m(x, w)
+    elif x.shape[0] <= MEDIUM_M_MAX:
+        check_medium_m(x, w, swiglu=swiglu)
     else:
         check_large_m(x, w, swiglu=swiglu)
 
 
 def product(x: jax.Array, w: Weight | LayerView, *, residual: jax.Array | None = None, **options: Any) -> jax.Array:
-    """`matmul_reference` by the small-M or large-M GEMM, depending on the number of rows. ``options`` are that
-    kernel's."""
+    """`matmul_reference` by the small-M, medium-M or large-M GEMM, depending on the number of rows. ``options`` are
+    those of that kernel."""
     w, layer = (w.stacked, w.index) if isinstance(w, LayerView) else (w, None)
     lead = x.shape[:-1]
     x = x.reshape(-1, x.shape[-1])
     if residual is not None:
         residual = residual.reshape(-1, residual.shape[-1])
-    kernel = small_m_gemm if x.shape[0] <= SMALL_M_MAX else large_m_gemm
+    few = small_m_gemm if x.shape[0] <= SMALL_M_MAX else medium_m_gemm
+    kernel = few if x.shape[0] <= MEDIUM_M_MAX else large_m_gemm
     return kernel(x, w, layer=layer, residual=residual, **options).reshape(*lead, -1)
 
 

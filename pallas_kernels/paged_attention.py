@@ -9,12 +9,10 @@ never read, so their table entries do not matter. An entry past the last page me
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from .attention import DECODE_QUERIES, attention_reference
 from .dispatch import Kernel, Op
 from .hopper.attention import decode, prefill
-from .qkv import put_tokens
 
 PAGE = 64  # positions per page: a tile of keys of the attention kernels, so that each tile needs one lookup
 
@@ -37,26 +35,6 @@ def gather(pages: jax.Array, table: jax.Array, layer: jax.Array | int) -> jax.Ar
     rows = pages.at[layer, table].get(mode="clip")  # [B, P, kv_heads, size, D]
     B, P, kv_heads, size, D = rows.shape
     return rows.swapaxes(1, 2).reshape(B, kv_heads, P * size, D)
-
-
-def write_pages(
-    pages: jax.Array,  # [layers, pages, kv_heads, size, D]
-    new: jax.Array,  # [B, T, kv_heads, D]
-    table: jax.Array,  # [B, P] int32
-    start: jax.Array,  # [B]
-    layer: jax.Array | int,
-) -> jax.Array:
-    """``pages`` with ``new`` at positions ``start`` and after. Positions without a page are dropped."""
-    B, T = new.shape[:2]
-    count, size = pages.shape[1], pages.shape[3]
-    position = start[:, None] + jnp.arange(T)  # [B, T]
-    page = jnp.take_along_axis(table, position // size, axis=1, mode="fill", fill_value=count)
-    # The scatter promises unique indices, so indices outside must differ, too.
-    nowhere = count + jnp.arange(B * T, dtype=page.dtype).reshape(B, T)
-    page = jnp.where(page < count, page, nowhere)
-    written = put_tokens(pages, new, layer, page, position % size)
-    # The barrier keeps XLA's CPU backend from fusing the write into the read that follows.
-    return jax.lax.optimization_barrier(written)
 
 
 def _kernel(queries: int) -> Kernel:

@@ -13,7 +13,7 @@ from .hopper.common.tiles import Weight
 from .hopper.gemm.large_m import check_large_m
 from .hopper.gemm.large_m_plan import LargeMTiles
 from .hopper.gemm.large_m_qkv import large_m_qkv
-from .hopper.gemm.small_m import SMALL_M_MAX
+from .hopper.gemm.medium_m import MEDIUM_M_MAX
 from .layer_view import LayerView
 from .matmul import NO_BIAS, affine, matmul_reference
 
@@ -31,17 +31,19 @@ def qkv_reference(
     *,
     bias: jax.Array | None = None,
     layer: jax.Array | int | None = None,
+    table: jax.Array | None = None,
     product: Callable[..., jax.Array] = matmul_reference,
 ) -> Result:
     """x [B, T, dim], w [(heads + 2 * kv_heads) * D, dim], k and v [B, kv_heads, S, D] of a cache (with ``layer``:
     [layers, ...]), start [B], cos and sin [B, T, D / 2] of the tokens' positions -> q [B, T, heads, D], and the cache
     with the new keys and values from ``start`` on. Tokens past its end are dropped. ``bias``, where there is one, is
-    [(heads + 2 * kv_heads) * D]. ``product`` does the matmul.
+    [(heads + 2 * kv_heads) * D]. ``product`` does the matmul. With ``table`` [B, P] the cache is paged, k and v are
+    [layers, pages, kv_heads, size, D], and tokens without a page are dropped: see `write_pages`.
 
-    The slots after the new tokens are free: the kernel may write there, too."""
+    The slots of a row after its new tokens are free: the kernel may write there, too."""
     kv_heads, _, D = k.shape[-3:]
     q, k_new, v_new = split_heads(affine(product, x, w, bias), w.shape[0] // D // kv_heads - 2, D)
-    k, v = write(k, rotate(k_new, cos, sin), start, layer), write(v, v_new, start, layer)
+    k, v = (write_cache(a, new, table, start, layer) for a, new in ((k, rotate(k_new, cos, sin)), (v, v_new)))
     return rotate(q, cos, sin), k, v
 
 
@@ -61,6 +63,16 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
+def write_cache(
+    cache: jax.Array, new: jax.Array, table: jax.Array | None, start: jax.Array, layer: jax.Array | int | None
+) -> jax.Array:
+    """`write` without a table, `write_pages` with one."""
+    if table is None:
+        return write(cache, new, start, layer)
+    assert layer is not None
+    return write_pages(cache, new, table, start, layer)
+
+
 def write(cache: jax.Array, new: jax.Array, start: jax.Array, layer: jax.Array | int | None = None) -> jax.Array:
     """``cache`` [B, kv_heads, S, D], or ``layer`` of [layers, ...], with new [B, T, kv_heads, D] from ``start`` [B] on.
     Tokens past its end are dropped."""
@@ -72,6 +84,26 @@ def write(cache: jax.Array, new: jax.Array, start: jax.Array, layer: jax.Array |
     # Attention reads what is written here. Without the barrier, XLA's CPU backend also fuses the write into that read:
     # every layer is then copied and written twice.
     return lax.optimization_barrier(written)
+
+
+def write_pages(
+    pages: jax.Array,  # [layers, pages, kv_heads, size, D]
+    new: jax.Array,  # [B, T, kv_heads, D]
+    table: jax.Array,  # [B, P] int32
+    start: jax.Array,  # [B]
+    layer: jax.Array | int,
+) -> jax.Array:
+    """``pages`` with ``new`` at positions ``start`` and after. Positions without a page are dropped."""
+    B, T = new.shape[:2]
+    count, size = pages.shape[1], pages.shape[3]
+    position = start[:, None] + jnp.arange(T)  # [B, T]
+    page = jnp.take_along_axis(table, position // size, axis=1, mode="fill", fill_value=count)
+    # The scatter promises unique indices, so indices outside must differ, too.
+    nowhere = count + jnp.arange(B * T, dtype=page.dtype).reshape(B, T)
+    page = jnp.where((page >= 0) & (page < count), page, nowhere)
+    written = put_tokens(pages, new, layer, page, position % size)
+    # The barrier keeps XLA's CPU backend from fusing the write into the read that follows.
+    return jax.lax.optimization_barrier(written)
 
 
 def put_tokens(
@@ -96,20 +128,24 @@ def check_qkv(
     *,
     bias: jax.Array | None = None,
     layer: jax.Array | int | None = None,
+    table: jax.Array | None = None,
 ) -> None:
     """Raise `Unsupported` where `qkv_kernel` cannot run."""
     if bias is not None:
         raise Unsupported(NO_BIAS)
     w = w.stacked if isinstance(w, LayerView) else w
-    (B, T, inner), (cached, kv_heads, _, D) = x.shape, k.shape[-4:]
+    (B, T, inner), (cached, kv_heads, size, D) = x.shape, k.shape[-4:]
+    cached = cached if table is None else table.shape[0]
     rows, chunk = math.prod(x.shape[:2]), LargeMTiles.chunk
-    if rows <= SMALL_M_MAX:
-        raise Unsupported(f"{rows} rows: the small-M GEMM takes up to {SMALL_M_MAX}")
+    if rows <= MEDIUM_M_MAX:
+        raise Unsupported(f"{rows} rows: smaller GEMMs take up to {MEDIUM_M_MAX}")
     if D not in (64, 128):
         raise Unsupported(f"head_dim must be 64 or 128, found {D}")
     if k.shape != v.shape or k.ndim != (4 if layer is None else 5) or (cached, *start.shape) != (B, B):
         found = f"found x {x.shape}, start {start.shape}, k {k.shape} and v {v.shape}"
         raise Unsupported(f"k and v must have one shape, and x, start and the cache one batch size: {found}")
+    if table is not None and size < chunk:
+        raise Unsupported(f"pages of {size} positions: must hold at least {chunk}")
     if not x.dtype == k.dtype == v.dtype:
         raise Unsupported(f"activations and cache must have one dtype, found {x.dtype}, {k.dtype} and {v.dtype}")
     if cos.shape != sin.shape or cos.shape != (B, T, D // 2):
@@ -132,11 +168,12 @@ def qkv_kernel(
     *,
     bias: None = None,
     layer: jax.Array | int | None = None,
+    table: jax.Array | None = None,
     **options: Any,
 ) -> Result:
     """`qkv_reference` in one launch; ``options`` are those of `large_m_qkv`."""
     w, index = (w.stacked, w.index) if isinstance(w, LayerView) else (w, None)
-    return large_m_qkv(x, w, k, v, start, cos, sin, layer=index, cache_layer=layer, **options)
+    return large_m_qkv(x, w, k, v, start, cos, sin, layer=index, cache_layer=layer, table=table, **options)
 
 
 qkv = Op("qkv", qkv_reference, {"hopper": Kernel(qkv_kernel, check_qkv)})

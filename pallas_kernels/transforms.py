@@ -62,7 +62,7 @@ def with_rules(
     def run(*arrays: jax.Array) -> Any:
         def launch(*arrays: jax.Array) -> Any:
             with pinned(target.arch):
-                return of_arrays(kernel)(*arrays)
+                return vary_with(of_arrays(kernel)(*map(_unmarked, arrays)), *arrays)
 
         def otherwise(*arrays: jax.Array) -> Any:
             if refusal is not None:
@@ -111,6 +111,17 @@ def vary_with(tree: Any, *arrays: Any) -> Any:
         return lax.pcast(a, missing, to="varying") if missing else a
 
     return jax.tree.map(one, tree) if axes else tree
+
+
+# A kernel that changes an array in place refuses one that is marked as varying (jax 0.11). This takes the mark off.
+_unmark = Primitive("unmark")
+_unmark.def_abstract_eval(lambda array: ShapedArray(array.shape, array.dtype))
+_unmark.def_impl(lambda array: array)
+mlir.register_lowering(_unmark, lambda _, array: [array])
+
+
+def _unmarked(array: Any) -> Any:
+    return _unmark.bind(array) if jax.typeof(array).manual_axis_type.varying else array
 
 
 # A primitive whose lowering raises. An exception at trace time would come too early, because the platform is known only

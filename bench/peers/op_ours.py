@@ -66,10 +66,10 @@ def build(case: opcases.Case, backend: str) -> Callable[..., Any]:
     import jax.numpy as jnp
 
     from jllama.config import LlamaConfig
-    from jllama.model import attend
+    from jllama.model import attend, finish
     from jllama.params import Layer, Params
     from jllama.rope import rotations
-    from pallas_kernels import attention, decode_attention, draw, ffn, matmul, paged_attention
+    from pallas_kernels import attention, decode_attention, draw, ffn, matmul, paged_attention, rms_norm
 
     batch, seq = case["batch"], case["seq"]
     start = jnp.full(batch, case["context"] - seq, jnp.int32)
@@ -94,8 +94,9 @@ def build(case: opcases.Case, backend: str) -> Callable[..., Any]:
         held = Layer(*weights)
         params = Params(weights[0], (held,), weights[0], None, config)  # a model without embedding and head
         rotation = rotations(jnp.broadcast_to(jnp.arange(seq), (batch, seq)), config)
-        x, _ = attend(x, held, 0, None, start, rotation, params, backend)
-        return ffn(x, held.ffn_norm, held.w_gate_up, held.w_down, eps=EPS, backend=backend)
+        h = rms_norm(x, held.attn_norm, eps=EPS, backend=backend)
+        out, _ = attend(h, held, 0, None, start, rotation, config, backend)
+        return finish(out, x, held, held.attn_norm, params, backend)[0]
 
     return layer
 

@@ -19,9 +19,11 @@ class OursEngine(Ours):
         from jllama import Engine
         from jllama.kernels import PAGE
 
-        slots = job["batch"]
-        pages = -(-job["tokens"] // PAGE) + -(-slots // SPARE)
-        self.settings = dict(slots=slots, pages=pages, max_len=min(job["max_len"], job["context"]), budget=BUDGET)
+        slots, pages = job["batch"], None  # where it is not known what is asked at a time: as many pages as fit
+        if "tokens" in job:
+            pages = -(-job["tokens"] // PAGE) + -(-slots // SPARE)
+        budget = job.get("budget", BUDGET)
+        self.settings = dict(slots=slots, pages=pages, max_len=min(job["max_len"], job["context"]), budget=budget)
         assert self.params is not None
         self.engine = Engine(self.params, backend=job["backend"], **self.settings)
         self._calls = 0
@@ -43,7 +45,7 @@ class OursEngine(Ours):
         handles = self.engine.submit_all(requests)
         for _ in self.engine.follow(handles):
             pass
-        self.backends = lambda: self.engine.backends
+        self.backends = self.engine.backends
         return [handle.completion.ids for handle in handles]
 
 

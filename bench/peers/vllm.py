@@ -49,9 +49,10 @@ def start(job: dict[str, Any], quantization: str | None, *, prefix_cache: bool) 
         quantization=quantization,
         max_model_len=min(job["max_len"], job["context"]),
         max_num_seqs=job["batch"],
+        max_num_batched_tokens=job.get("budget"),
         enable_prefix_caching=prefix_cache,
         gpu_memory_utilization=MEMORY,
-        compilation_config={"cudagraph_capture_sizes": captured(job)},
+        compilation_config={"cudagraph_capture_sizes": captured(job)} if "rooms" in job else {},
         seed=42,
     )
     return llm, vllm
@@ -59,7 +60,7 @@ def start(job: dict[str, Any], quantization: str | None, *, prefix_cache: bool) 
 
 def captured(job: dict[str, Any]) -> list[int]:
     """The numbers of rows that get a CUDA graph: those of the workloads exactly, and powers of two for what lies
-    between. The default list is longer and takes longer to capture."""
+    between. The default list, which traffic of changing rows gets, is longer and takes longer to capture."""
     most = job["batch"]
     powers = {1 << i for i in range(most.bit_length())}
     return sorted({*powers, *(int(b) for b in job["rooms"]), most})

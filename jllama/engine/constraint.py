@@ -1,4 +1,4 @@
-"""What limits a request to some texts: the tokens that may come next, a mask at a time.
+"""Constraints: which tokens may come next in a request, as one mask a token.
 
 The masks are made on the host, in threads, while the device computes the logits that they are for.
 """
@@ -22,11 +22,11 @@ class Matcher(Protocol):
 
     def mask(self) -> np.ndarray:
         """The tokens that may come next: [ceil(vocabulary / 32)] uint32; token t is bit ``t % 32`` of word ``t // 32``.
-        None at all is a dead end, which ends the request."""
+        A mask without any token is a dead end, which ends the request."""
         ...
 
     def accept(self, token: int) -> None:
-        """Go on by a token."""
+        """Advance by one token."""
         ...
 
     @property
@@ -39,20 +39,20 @@ class Constraint(Protocol):
     """A grammar. Any number of requests may have the same one."""
 
     def matcher(self) -> Matcher:
-        """The beginning of a new text."""
+        """A matcher at the beginning of a new text."""
         ...
 
 
 class Progress:
-    """The matcher of a request, which follows the tokens that have come. One that raises is a dead end from then on:
-    its own request ends, with ``error``, and no other notices."""
+    """The matcher of a request, which follows the tokens that have come. If the matcher raises, its request ends with
+    ``error``, and other requests are not affected."""
 
     def __init__(self, constraint: Constraint, prompt: int) -> None:
         self._matcher, self._known = constraint.matcher(), prompt
         self.error: str | None = None
 
     def follow(self, tokens: Sequence[int]) -> "Progress":
-        """Go on to the end of ``tokens``, of which the first are the prompt."""
+        """Advance to the end of ``tokens``, which begin with the prompt."""
         with self._checked():
             while self._known < len(tokens) and self.error is None:
                 self._matcher.accept(tokens[self._known])

@@ -1,4 +1,4 @@
-"""What an engine launches: plans turned into small numpy arrays and compiled steps, over the state that they change."""
+"""Launches: turns plans into small numpy arrays, and runs compiled steps with them on the state."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -31,11 +31,11 @@ Matchers = dict[Scheduled, Progress]
 
 @dataclass(frozen=True)
 class Launch:
-    """What a plan will bring, once it has run."""
+    """The results of a plan, which are there once it has run."""
 
-    rows: list[tuple[int, Scheduled]]  # those that draw, with their places in what is drawn
-    outputs: list[StepOutput]  # of one program after another
-    pieces: list[tuple[int, Piece]]  # those that are scored, with their places in the scores
+    rows: list[tuple[int, Scheduled]]  # the sequences that draw, with their places in the outputs
+    outputs: list[StepOutput]  # one for each program, in the order of launches
+    pieces: list[tuple[int, Piece]]  # the pieces that are scored, with their places in the scores
     scores: steps.Scores | None
     masked: bool = False  # whether the next masks depend on what is drawn
 
@@ -51,9 +51,11 @@ def fitting(known: list[int], parts: Sequence[Sequence[Any]]) -> int:
 
 
 class Device:
-    """The state of ``slots`` rows over a pool of ``pages``, and the weights of every step. On a mesh, each part along
-    its axis ``data`` has so many: a launch has arrays with the same number of places for each part, one after the
-    other, and in them the slots and pages are numbered from 0 in each part."""
+    """The state of ``slots`` rows over a pool of ``pages``, and the weights of every step.
+
+    On a mesh, each part along the axis ``data`` has ``slots`` rows and ``pages`` pages of its own. The arrays of a
+    launch have the same number of places for each part, one part after the other. Slots and pages are numbered from 0
+    in each part."""
 
     def __init__(
         self,
@@ -82,7 +84,7 @@ class Device:
         return self._state.k.is_deleted()
 
     def reset(self, *, extras: bool = False) -> None:
-        """An empty cache, and no row."""
+        """Empty the cache and all slots."""
         sizes = self.slots * self.parts, self.pages * self.parts
         self._state: EngineState = init_state(self.params.config, *sizes, self.params.dtype, mesh=self.mesh)
         self._logits: jax.Array | None = None  # [slots, vocabulary]: of next tokens, while there are constraints
@@ -90,13 +92,13 @@ class Device:
             self.add_extras()
 
     def add_extras(self) -> None:
-        """Room for what only some requests ask for; made at the first of them."""
+        """Allocate what only requests of the kind "full" need, at the first of them."""
         if self._state.extras is None:
             extras = init_extras(self.params.config, self.slots * self.parts)
             self._state = on_devices(replace(self._state, extras=extras), self.mesh)
 
     def launch(self, plans: Sequence[Plan], requests: Requests, matchers: Matchers) -> Launch:
-        """Start everything that the parts plan; nothing is waited for. ``matchers`` are those of rows with a
+        """Launch the plans of all parts, without waiting for any result. ``matchers`` has an entry for each row with a
         constraint."""
         names = ("copies", "pieces", "joins", "rows", "ahead")
         copies, pieces, joins, rows, ahead = ([getattr(plan, name) for plan in plans] for name in names)
@@ -126,7 +128,7 @@ class Device:
         return Launch(drawing, outputs, scored, scores, any(one_by_one))
 
     def warm_up(self, kinds: Sequence[str], *, constraints: bool, progress: bool) -> None:
-        """Compile every step for every number of rows: each runs once, on nothing."""
+        """Compile every step for every number of rows, by running each once without any real row."""
         feeds = [(size, scored) for size in self._of_pieces for scored in (False, True)]
         decodes = [(size, kind) for size in self._of_rows for kind in kinds]
         ahead = self._of_rows if constraints else []
@@ -198,8 +200,8 @@ class Device:
                 self._state = steps.jit_join_extras(self._state, *where, mesh=self.mesh)
 
     def _decode(self, parts: list[list[Scheduled]], size: int, kind: str, counts: list[int]) -> list[StepOutput]:
-        """So many steps for the rows of each part. The program has the smallest number of steps that a turn may have,
-        and runs as often as needed. So one program for every kind and number of rows is enough."""
+        """``counts[i]`` steps for the rows of part i. The program has the smallest number of steps that a turn may
+        have, and runs as often as needed. So one program for every kind and number of rows is enough."""
         unit, outputs = self.tuning.steps[0], []
         for done in range(0, max(counts), unit):
             rows = [part if count > done else [] for part, count in zip(parts, counts, strict=True)]

@@ -1,4 +1,4 @@
-"""The loop: requests go in, a plan a turn goes to the device, and what the turn before it drew comes out."""
+"""The loop: requests go in; each turn launches a plan on the device and reads the tokens of the turn before."""
 
 import time
 from collections import deque
@@ -34,16 +34,16 @@ BUDGET = 512  # tokens of prompts a turn
 
 @dataclass(frozen=True)
 class Statistics:
-    """What an engine does, and has done since it was made."""
+    """The state of an engine, and its counters since it was made."""
 
     running: int
     waiting: int
     pages_used: int
     pages: int
-    prompt_tokens: int  # of all prompts that were begun
+    prompt_tokens: int  # of all prompts that were started
     prefix_hits: int  # how many of them were found in the cache
     new_tokens: int
-    decode_steps: int  # of all rows at once
+    decode_steps: int  # each is of all rows at once
     preemptions: int
     seconds: float  # spent in steps
 
@@ -54,10 +54,12 @@ class Statistics:
 
 
 class Engine:
-    """Many requests on one model: ``slots`` of them draw at a time, over a cache of ``pages`` pages of 64 positions, by
-    default as many as fit into ``memory`` of the device's (on a CPU, at most what all slots can use). A request has at
-    most ``max_len`` tokens (default: the model's context). A turn feeds at most ``budget`` tokens of prompts.
-    ``tuning`` are the sizes of launches (default: those for the device). One thread may use an engine at a time."""
+    """Many requests on one model. At most ``slots`` of them draw tokens at a time.
+
+    The cache has ``pages`` pages of 64 positions. By default it takes the part ``memory`` of the device's free memory
+    (on a CPU, at most what all slots can use). A request has at most ``max_len`` tokens, prompt included (default: the
+    model's context). A turn feeds at most ``budget`` tokens of prompts. ``tuning`` are the sizes of launches (default:
+    those for the device). An engine must not be used by two threads at a time."""
 
     def __init__(
         self,
@@ -100,8 +102,9 @@ class Engine:
 
     @property
     def params(self) -> Params:
-        """The weights. Others of the same shapes may be put in their place at any time: nothing is copied or compiled.
-        What was computed with the old ones is shared with no later request; requests that run go on with it."""
+        """The weights. They may be replaced by others of the same shapes at any time; nothing is copied or compiled.
+        Later requests share no pages that the old weights wrote. Running requests keep the keys and values that they
+        have, and continue with the new weights."""
         return self._device.params
 
     @params.setter
@@ -141,7 +144,7 @@ class Engine:
         return self._device.backends
 
     def submit(self, request: Request) -> Handle:
-        """Take a request, or raise `InputError`: also for one that could never fit."""
+        """Queue a request. Raises `InputError` if it is invalid or could never fit."""
         config = self.params.config
         request.check(config)
         scoring = request.score_from is not None
@@ -166,7 +169,7 @@ class Engine:
         return handle
 
     def submit_all(self, requests: Sequence[Request], n: int = 1) -> list[Handle]:
-        """Take all of these requests, ``n`` for each prompt, or none of them."""
+        """Queue all of these requests, ``n`` for each prompt, or none of them."""
         handles: list[Handle] = []
         try:
             for i, request in enumerate(requests):
@@ -181,8 +184,8 @@ class Engine:
         return handles
 
     def follow(self, handles: Sequence[Handle], n: int = 1) -> Generator[list[Event]]:
-        """Steps until all of these have ended: the events of each step that are theirs. Close the iterator to abort
-        those that have not."""
+        """Step until all of these requests have ended, and yield their events, a list for each step. Closing the
+        iterator aborts those that have not ended."""
         place = {handle: i // n for i, handle in enumerate(handles)}
         try:
             left = deque(handles)
@@ -203,25 +206,25 @@ class Engine:
                 self.abort(handle)
 
     def abort(self, handle: Handle) -> None:
-        """End a request now; its completion keeps what has come. One that has ended stays as it is."""
+        """End a request now. Its completion keeps the tokens so far. A request that has ended stays as it is."""
         if not handle.finished:
             self._scheduler.finish(handle.scheduled, "abort")
             self._finish(handle)
 
     def pause(self) -> None:
-        """Launch nothing more until `resume`; what is under way is still read by `step`."""
+        """Launch nothing until `resume`. `step` still reads the results of earlier launches."""
         self._paused = True
 
     def resume(self) -> None:
-        """Go on."""
+        """Launch again after `pause`."""
         self._paused = False
 
     def step(self) -> list[Event]:
-        """One turn: launch the next plan, then read what the one before it gave."""
+        """One turn: launch the next plan, then read the results of the one before."""
         begin = time.perf_counter()
         if self._torn or self._device.lost:
             self._restart()
-        self._torn = True  # until the end: an error or interrupt on the way loses what was under way
+        self._torn = True  # until the end: an error or interrupt before that loses the state on the device
         before, self._in_flight = self._in_flight, None
         events: list[Event] = []
         if before is not None and before.masked:  # the device runs ahead meanwhile: see `jllama.engine.masked`
@@ -242,7 +245,7 @@ class Engine:
         return events
 
     def events(self) -> Iterator[Event]:
-        """Steps until every request has ended; requests may be submitted and aborted meanwhile."""
+        """Step until every request has ended, and yield all events. Requests may be added or aborted meanwhile."""
         while self.busy and not self._paused:
             yield from self.step()
 
@@ -256,8 +259,9 @@ class Engine:
         stop_ids: Sequence[int] | None = None,
         constraint: Constraint | None = None,
     ) -> list[Completion]:
-        """``n`` completions of every prompt, in the order of the prompts. ``sampling``: one for all, of which sample i
-        of all has the seed ``seed + i``, or one a prompt. With a ``constraint``, all are texts of its grammar."""
+        """``n`` completions of every prompt, in the order of the prompts. ``sampling`` is one setting for all prompts
+        or one for each. With one for all, sample i of all samples has the seed ``seed + i``. With a ``constraint``, all
+        completions match its grammar."""
         if n < 1:
             raise InputError(f"n: expected at least 1, found {n}")
         settings = per_prompt(sampling, len(prompts), n)
@@ -269,7 +273,7 @@ class Engine:
         return self._run(requests, n)
 
     def score(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> list[Completion]:
-        """The log-probabilities of given completions, one of each prompt, and of each token whether it is the
+        """The log-probabilities of given completions, one for each prompt, and for each token whether it is the
         likeliest."""
         if len(prompts) != len(completions):
             raise InputError(f"completions: expected {len(prompts)} (one a prompt), found {len(completions)}")
@@ -277,16 +281,16 @@ class Engine:
         return self._run([Request([*p, *c], score_from=len(p)) for p, c in pairs], 1)
 
     def warm_up(self, kinds: Sequence[str] = KINDS[:3], *, constraints: bool = False, progress: bool = False) -> None:
-        """Compile every step for every number of rows, so that no request waits for it; ``kinds`` of drawing as in
-        `jllama.engine.steps`, by default all but the one for penalties, biases and their like. ``constraints``: also
-        the steps of turns in which some request has one."""
+        """Compile every step for every number of rows, so that no request waits for a compilation. ``kinds`` are those
+        of `jllama.engine.steps.KINDS`, by default all but "full" (penalties, biases and the like). With
+        ``constraints``, also compile the steps of turns in which a request has a constraint."""
         if "full" in kinds:
             self._device.add_extras()
         self._device.warm_up(kinds, constraints=constraints, progress=progress)
 
     @property
     def programs(self) -> set[tuple[str, int, str]]:
-        """The compiled steps that were used: name, rows or pieces, kind of drawing."""
+        """The compiled steps that were used: name, number of rows or pieces, kind of drawing."""
         return self._device.programs
 
     def _run(self, requests: list[Request], n: int) -> list[Completion]:
@@ -309,7 +313,7 @@ class Engine:
             if s.finish is not None and s in self._handles:
                 self._finish(self._handles[s])
         if self._nan:
-            self._restart()  # the cache may hold NaN, which no mask hides
+            self._restart()  # the cache may hold NaN, which masks do not remove
         return [e for e in events if e.ids or e.finish_reason]
 
     def _read_output(self, rows: list[tuple[int, Scheduled]], output: Any) -> list[Event]:
@@ -364,14 +368,14 @@ class Engine:
             self._scheduler.finish(sequence, "dead_end")
         elif done:
             self._scheduler.finish(sequence, "stop")
-            sequence.finish = "stop"  # also where the limit has ended it just now
+            sequence.finish = "stop"  # also if it has just reached its limit
 
     def _finish(self, handle: Handle) -> None:
         handle.completion.finish_reason = handle.scheduled.finish  # pyright: ignore[reportAttributeAccessIssue]
         self._handles.pop(handle.scheduled, None)
 
     def _restart(self) -> None:
-        """An empty cache: what ran is computed anew."""
+        """Start with an empty cache: running requests are computed again."""
         self._nan = False
         self._in_flight = None
         self._scheduler.restart()

@@ -32,12 +32,12 @@ def look_ahead(
     params: Params,
     state: EngineState,
     logits: jax.Array,  # [S, V] float32: of the next token, where known
-    slots: jax.Array,  # [R]: the rows to run; a slot past the last is none
+    slots: jax.Array,  # [R]: the slots to run; an index past the last is padding
     table: jax.Array,  # [R, P]: the pages of each row
     *,
     backend: Backend = "auto",
 ) -> tuple[EngineState, jax.Array]:
-    """Feed the last token of every row, and put what it says of the next one in ``logits``."""
+    """Feed the last token of every row, and write the logits of the next token to ``logits``."""
     if params.mesh is not None:
         of_shard, lies = functools.partial(look_ahead, backend=backend), logits_spec(params.mesh)
         out = state.specs(params.mesh), lies
@@ -60,7 +60,7 @@ def draw_allowed(
     axis: str | None = None,
     backend: Backend = "auto",
 ) -> tuple[EngineState, StepOutput]:
-    """One token for every row, never one that its mask or a setting excludes: a row for which nothing is left ends
+    """One token for every row, never one that its mask or a setting excludes. A row for which no token is left ends
     without one. ``mesh`` and ``axis`` are those of the params."""
     if mesh is not None:
         of_shard = functools.partial(draw_allowed, kind=kind, axis=model_axis(mesh), backend=backend)
@@ -74,7 +74,7 @@ def draw_allowed(
     rows = replace(rows, done=rows.done | jnp.all(allowed == -jnp.inf, axis=-1))
     token, _ = draw_adjusted(allowed, sampling, rows.drawn, backend=backend)
     drawn_logit = jnp.take_along_axis(allowed, token[:, None], axis=-1)[:, 0]
-    # Rounding may leave no allowed token any mass, where their logits are huge.
+    # If logits are huge, rounding may leave every allowed token a probability of 0.
     token = jnp.where(drawn_logit == -jnp.inf, jnp.argmax(allowed, axis=-1).astype(token.dtype), token)
     alive = ~rows.done
     logprob = jnp.where(alive, log_probability(own, token), 0.0)

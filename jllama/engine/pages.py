@@ -1,9 +1,9 @@
 """Who uses which page of the cache, and what the pages hold. Plain Python: no tensors, no device.
 
-A page is free (nobody uses it) or used by one or more sequences. Pages whose tokens are known stay known when their
-last user goes, and are taken for something else in the order in which they were used, oldest first. A full page is
-found by a hash of its tokens and of the page before; the first of a chain begins with a salt, so that who does not
-know the salt neither shares a page nor learns from the time taken that somebody else has one.
+A page is used by one or more sequences, or it is free. A free page keeps its tokens and can be found again, until it
+is taken for other tokens, the least recently used page first. A full page is found by a hash of its tokens and of the
+page before. The chain of hashes begins with a salt. So a client that does not know the salt can neither share a page
+nor learn from response times that the page exists.
 """
 
 from array import array
@@ -16,56 +16,56 @@ Tokens = Sequence[int]
 
 
 def root(salt: str) -> bytes:
-    """What the first page of a chain follows."""
+    """The name that stands before the first page of a chain."""
     return blake2b(salt.encode(), digest_size=16, person=b"jllama-salt").digest()
 
 
 def link(before: bytes, tokens: Tokens) -> bytes:
-    """The name of a full page: its tokens, and all that comes before them."""
+    """The name of a full page: a hash of its tokens and of the name of the page before."""
     return blake2b(before + array("q", tokens).tobytes(), digest_size=16).digest()
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """What the pool holds of a prompt."""
+    """The part of a prompt that the pool holds."""
 
-    pages: list[int]  # full ones, to be shared
+    pages: list[int]  # full pages, to be shared
     chain: list[bytes]  # their names
-    tail: int | None = None  # a page that goes on like the prompt for a while, to be copied
-    tail_tokens: int = 0  # for so many tokens
-    fresh: bool = False  # the tail is only written by the launch that is being planned: not yet to be copied
+    tail: int | None = None  # a page that begins with the next tokens of the prompt, to be copied
+    tail_tokens: int = 0  # how many tokens of the tail the prompt shares
+    fresh: bool = False  # the turn that is being planned writes the tail, so it cannot be copied yet
 
 
 @dataclass(frozen=True)
 class _Content:
     before: bytes  # the name of the page before
     tokens: tuple[int, ...]
-    name: bytes | None  # the page's own, where it is full
-    turn: int  # when it became known
+    name: bytes | None  # of the page itself, if it is full
+    turn: int  # of the scheduler, in which the content was recorded
 
 
 class Pages:
-    """``count`` pages of ``size`` positions. A page that goes on like a prompt for ``worth`` tokens is worth a copy."""
+    """``count`` pages of ``size`` positions. A page is copied only if at least ``worth`` of its tokens are shared."""
 
     def __init__(self, count: int, size: int, worth: int = 16) -> None:
         self.count, self.size, self.worth = count, size, worth
         self._users = [0] * count
-        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(count))  # the next to be taken first
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(count))  # in the order in which they are taken
         self._content: dict[int, _Content] = {}
         self._by_name: dict[bytes, int] = {}
         self._tails: dict[bytes, dict[int, None]] = {}  # pages with the same first tokens, in the order of their coming
 
     @property
     def free(self) -> int:
-        """How many pages nobody uses."""
+        """How many pages no sequence uses."""
         return len(self._free)
 
     def needed(self, positions: int) -> int:
-        """How many pages hold so many positions."""
+        """How many pages ``positions`` positions need."""
         return -(-positions // self.size)
 
     def find(self, tokens: Tokens, salt: str, turn: int) -> Prefix:
-        """The longest known beginning of ``tokens``, in a turn of the scheduler."""
+        """The longest prefix of ``tokens`` that the pool holds. ``turn`` is the scheduler's current turn."""
         pages: list[int] = []
         chain: list[bytes] = []
         name = root(salt)
@@ -88,13 +88,13 @@ class Pages:
         return Prefix(pages, chain, best, shared, fresh=self._content[best].turn >= turn)
 
     def use(self, pages: Sequence[int]) -> None:
-        """One more user of each."""
+        """Add a user to each page."""
         for page in pages:
             self._users[page] += 1
             self._free.pop(page, None)
 
     def take(self, count: int) -> list[int]:
-        """Free pages for one user; what they held is forgotten."""
+        """Take ``count`` free pages for one user. Their contents are forgotten."""
         assert count <= self.free, "the scheduler asks only for what there is"
         taken = [self._free.popitem(last=False)[0] for _ in range(count)]
         for page in taken:
@@ -103,7 +103,7 @@ class Pages:
         return taken
 
     def give_back(self, pages: Sequence[int]) -> None:
-        """One user less of each of a sequence's pages. The end of a chain is taken before its beginning."""
+        """Remove a user from each of a sequence's pages. The end of a chain becomes free before its beginning."""
         for page in reversed(pages):
             self._users[page] -= 1
             assert self._users[page] >= 0, "a page was given back twice"
@@ -113,8 +113,8 @@ class Pages:
                     self._free.move_to_end(page, last=False)
 
     def remember(self, page: int, before: bytes, tokens: Tokens, turn: int) -> bytes | None:
-        """Note what a page holds from its beginning on; its name, if it is full. Where another page has the same, that
-        one stays the known one."""
+        """Record the tokens that a page holds from its beginning on. Returns its name, if it is full. If another page
+        has the same name, lookups keep finding that one."""
         held = self._content.get(page)
         if held is not None and len(held.tokens) >= len(tokens):
             return held.name
@@ -128,7 +128,7 @@ class Pages:
         return name
 
     def forget_all(self) -> None:
-        """No page is found any more: the weights have changed."""
+        """Forget the contents of all pages: the weights have changed."""
         self._content.clear()
         self._by_name.clear()
         self._tails.clear()

@@ -1,4 +1,4 @@
-"""One queue before several parts of the slots and pages: those of the devices along the axis ``data`` of a mesh.
+"""One queue for several parts of the slots and pages, one part for each place along the axis ``data`` of a mesh.
 
 Each part has a `Scheduler` of its own, because a row can only use pages that lie where it does. A request waits here
 until a part has room for it. It goes to the part that holds most of its prompt, or else has least to do. The choice
@@ -13,7 +13,7 @@ from jllama.engine.scheduler import Plan, Scheduler, Sequence, order
 
 
 class Parts:
-    """Schedulers of equal size, as one."""
+    """Several schedulers of equal size, used like one."""
 
     def __init__(self, schedulers: list[Scheduler]) -> None:
         self._parts = schedulers
@@ -27,7 +27,7 @@ class Parts:
 
     @property
     def waiting(self) -> int:
-        """How many have none."""
+        """How many sequences have no slot yet."""
         return len(self._queue) + sum(len(part.waiting) for part in self._parts)
 
     @property
@@ -85,7 +85,7 @@ class Parts:
         return self._parts[sequence.part]
 
     def _next_part(self, sequence: Sequence) -> int | None:
-        """The part that takes a request; None where all are full. A full part has one that waits, so that it makes
-        short turns; of a single part, all wait there."""
+        """The part that takes a request; None if all are full. A full part has one waiting request, so that its turns
+        are short. If there is only one part, all requests wait there."""
         room = [i for i, part in enumerate(self._parts) if part.load <= part.slots or len(self._parts) == 1]
         return min(room, key=lambda i: (-self._parts[i].held(sequence), self._parts[i].load, i), default=None)

@@ -13,10 +13,10 @@ from jllama.engine.scheduler import Sequence as Scheduled
 from jllama.errors import InputError
 from jllama.sampling import CHECKED, check_bias, check_setting
 
-# "dead_end": the request's constraint and settings left no token that might come next.
+# "dead_end": the request's constraint and settings exclude every next token.
 FinishReason = Literal["stop", "length", "abort", "error", "dead_end"]
 
-# What a row's state has room for.
+# Limits of a request: the state has arrays of these sizes for each row.
 MAX_STOP_IDS = 16
 MAX_BIAS = 304
 MAX_BAD_WORDS = 32
@@ -38,8 +38,8 @@ class SamplingSettings:
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = MappingProxyType({})
     min_tokens: int = 0
-    bad_words: Sequence[Sequence[int]] = ()  # sequences of tokens that must not come
-    top_logprobs: int = 0  # of so many likeliest tokens at every step
+    bad_words: Sequence[Sequence[int]] = ()  # sequences of tokens that must not be drawn
+    top_logprobs: int = 0  # how many of the likeliest tokens to report at every step
 
     def check(self, config: LlamaConfig) -> None:
         """Raise `InputError` for what cannot be meant."""
@@ -56,7 +56,7 @@ class SamplingSettings:
 
     @property
     def kind(self) -> str:
-        """The least of the compiled steps that can draw so: see `jllama.engine.steps.KINDS`."""
+        """The simplest compiled step that supports these settings: see `jllama.engine.steps.KINDS`."""
         asked = (self.presence_penalty, self.frequency_penalty, self.logit_bias, self.min_tokens, self.bad_words)
         if any(asked) or self.repetition_penalty != 1 or self.top_logprobs:
             return "full"
@@ -67,10 +67,10 @@ class SamplingSettings:
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt, and how to go on. ``stop_ids`` None: the model's end-of-sequence tokens. Requests of a higher
-    ``priority`` go first. Only requests of one ``salt`` share what is computed of their prompts.
+    """A prompt, and how to continue it. ``stop_ids`` None: the model's end-of-sequence tokens. Requests of a higher
+    ``priority`` go first. Only requests with the same ``salt`` share cached prefixes.
 
-    With a ``constraint`` the text is one of its grammar, and ends where that ends.
+    With a ``constraint`` the text matches its grammar, and ends where the grammar ends.
 
     With ``score_from`` nothing is drawn: `Completion.logprobs` are those of ``prompt[score_from:]``."""
 
@@ -100,7 +100,7 @@ class Request:
         self.sampling.check(config)
 
     def stops(self, config: LlamaConfig) -> tuple[int, ...]:
-        """The tokens that end it."""
+        """The tokens that end the request."""
         return tuple(config.eos_ids if self.stop_ids is None else self.stop_ids)
 
 
@@ -111,11 +111,11 @@ class Completion:
     prompt_ids: list[int]
     ids: list[int] = field(default_factory=list)  # the new ids, including a stop token
     logprobs: list[float] = field(default_factory=list)  # under the model's own distribution
-    text: str = ""  # only where a tokenizer takes part: `jllama.LM` and `jllama.complete`
+    text: str = ""  # set by `jllama.LM` and `jllama.complete`, which have a tokenizer
     finish_reason: FinishReason | None = None  # "stop": a token or a text that ends it
-    # By token, the likeliest first, where asked for; of `Engine.score`: the likeliest.
+    # For each step, log-probability by token, the likeliest first, where requested. `Engine.score`: the likeliest only.
     top_logprobs: list[dict[int, float]] = field(default_factory=list)
-    greedy: list[bool] = field(default_factory=list)  # of `Engine.score`: whether the token is the likeliest
+    greedy: list[bool] = field(default_factory=list)  # set by `Engine.score`: whether the token is the likeliest
 
 
 @dataclass(eq=False)
@@ -125,16 +125,16 @@ class Handle:
     request: Request
     scheduled: Scheduled
     completion: Completion
-    progress: Progress | None = None  # in the grammar of its constraint
+    progress: Progress | None = None  # where its text stands in the grammar of its constraint
 
     @property
     def finished(self) -> bool:
-        """Whether nothing more will come."""
+        """Whether the request has ended."""
         return self.completion.finish_reason is not None
 
     @property
     def error(self) -> str | None:
-        """Why it ended, where its finish reason is "error"."""
+        """Why the request ended, if its finish reason is "error"."""
         if self.completion.finish_reason != "error":
             return None
         failed = None if self.progress is None else self.progress.error
@@ -143,7 +143,7 @@ class Handle:
 
 @dataclass(frozen=True)
 class Event:
-    """What a step brought for one request."""
+    """The tokens that a step has read back for one request."""
 
     handle: Handle
     ids: list[int]
@@ -152,8 +152,8 @@ class Event:
 
 
 def per_prompt(sampling: SamplingSettings | Sequence[SamplingSettings] | None, count: int, n: int) -> list[Any]:
-    """Settings of ``count`` prompts with ``n`` samples each. Of one for all, sample i of all has the seed ``seed + i``,
-    as in `make_sampling`; of one a prompt, the seeds of its samples go on from its own."""
+    """Settings of ``count`` prompts with ``n`` samples each. With one setting for all prompts, sample i of all samples
+    has the seed ``seed + i``, as in `make_sampling`. With one for each prompt, sample i of it has its ``seed + i``."""
     if sampling is None or isinstance(sampling, SamplingSettings):
         one = sampling or SamplingSettings()
         return [replace(one, seed=one.seed + i) for i in range(count * n)]

@@ -1,4 +1,4 @@
-"""Many completions as one pure function: more prompts than rows, refilled inside the loop, no host.
+"""Many completions as one pure function: more prompts than rows, and rows are refilled inside the loop.
 
 All prompts are fed first, each once; the samples of a prompt share its full pages and copy the last one. Then one
 `lax.while_loop` draws: a row whose text has ended takes the next request at the next step.
@@ -30,12 +30,12 @@ FED_AT_ONCE = 2048  # tokens of prompts, so that activations stay bounded
 
 @struct.dataclass
 class _State:
-    """What the loop carries: a row a slot, and what all requests have got."""
+    """The carry of the loop: one row for each slot, and the results of all requests."""
 
     k: jax.Array  # [layers, pages, kv_heads, PAGE, head_dim]
     v: jax.Array
-    next: jax.Array  # the first request that nobody runs yet
-    request: jax.Array  # [slots]: which request a row runs; past the last: none
+    next: jax.Array  # the first request that has not started
+    request: jax.Array  # [slots]: which request a row runs; an index past the last: none
     token: jax.Array  # [slots]: the last one, not in the cache yet
     length: jax.Array  # [slots]
     drawn: jax.Array  # [slots] int32: number of tokens that the row has drawn
@@ -58,12 +58,14 @@ def rollout(
     stop_ids: Sequence[int] | None = None,
     backend: Backend = "auto",
 ) -> Generated:
-    """``n`` completions of every prompt, drawn by ``slots`` rows at a time: as `jllama.generate` row for row, prompt by
-    prompt in the order [B * n], which ``sampling`` has, too (default: greedy). Pure: use it under jit, in a training
-    step. It compiles one loop, whatever the number of prompts.
+    """``n`` completions of every prompt, drawn by ``slots`` rows at a time (default sampling: greedy).
 
-    Held at once: keys and values of all B prompts, and of ``slots`` texts. A row whose text ends early costs nothing
-    more, so that ``max_new_tokens`` may be generous."""
+    Every row is what `jllama.generate` gives. The rows of the result, and of ``sampling``, are [B * n], prompt by
+    prompt. The function is pure: use it under jit, in a training step. It compiles one loop, whatever the number of
+    prompts.
+
+    Memory: keys and values of all B prompts, and of ``slots`` texts. A row whose text ends early takes the next
+    request, so ``max_new_tokens`` may be generous."""
     if max_new_tokens < 1 or slots < 1 or n < 1:
         raise InputError(f"rollout: expected max_new_tokens, slots and n of 1 at least: {max_new_tokens}, {slots}, {n}")
     B, requests = prompts.shape[0], prompts.shape[0] * n
@@ -135,13 +137,13 @@ def rollout(
 
 
 class _Layout:
-    """Which page is whose: first those of every prompt, then those of every slot."""
+    """Which pages belong to which prompt and slot: first those of all prompts, then those of all slots."""
 
     def __init__(self, prompts: jax.Array, lengths: jax.Array, n: int, slots: int, max_new_tokens: int) -> None:
         self.prompts, self.lengths = jnp.asarray(prompts), jnp.asarray(lengths, jnp.int32)
         self.n, self.slots = n, slots
         self.of_prompt = pages_for(prompts.shape[1])
-        self.of_slot = pages_for(PAGE - 1 + max_new_tokens)  # what is drawn, and the rest of the prompt's last page
+        self.of_slot = pages_for(PAGE - 1 + max_new_tokens)  # drawn tokens, and the prompt's tokens in its last page
         self.pages = prompts.shape[0] * self.of_prompt + slots * self.of_slot
 
     def full(self, prompt: jax.Array) -> jax.Array:
@@ -153,8 +155,8 @@ class _Layout:
         return self.prompts.shape[0] * self.of_prompt + slot * self.of_slot
 
     def table(self, request: jax.Array) -> jax.Array:
-        """[slots, P]: the shared pages of every row's prompt, and its own behind them; none for a row that runs no
-        request, which writes nowhere."""
+        """[slots, P]: the shared pages of each row's prompt, then the row's own pages. A row that runs no request has
+        no pages, and so writes nothing."""
         place = jnp.arange(self.of_prompt + self.of_slot)
         prompt = jnp.minimum(request // self.n, self.prompts.shape[0] - 1)[:, None]
         full = self.full(prompt)
@@ -192,9 +194,9 @@ def _refill(state: _State, layout: _Layout, requests: int, sampling: Sampling, v
     request = jnp.where(taken, candidate, jnp.where(state.done, requests, state.request))
     prompt = jnp.minimum(request // layout.n, layout.prompts.shape[0] - 1)
     last = layout.lengths[prompt] - 1
-    slots = jnp.argsort(~taken)  # stable: those that are taken come first
+    slots = jnp.argsort(~taken)  # stable: slots that take a request come first
 
-    # A loop of as many turns as there are new rows, mostly none: `lax.cond` would copy the pool.
+    # A loop over the new rows, of which there are mostly none: `lax.cond` would copy the pool.
     def begin(i: jax.Array, carry: tuple) -> tuple:
         k, v, history = carry
         slot = slots[i]

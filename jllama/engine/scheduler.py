@@ -5,9 +5,9 @@ draw, and a few decode steps of all rows that draw. The last token of a prompt i
 feeds it and draws what follows. So a prompt that the pool holds whole needs no prefill at all, and a request that was
 preempted comes back in the same way as a new one.
 
-Plans run ahead of results. How many tokens a row will have drawn is known beforehand, but for a stop token; a row that
-has stopped draws nothing more on the device, and its pages are free when the host reads of it: whatever takes them is
-launched later.
+Plans run ahead of results. How many tokens a row will have drawn is known beforehand, unless it draws a stop token. A
+row that has stopped draws nothing more on the device. Its pages become free when the host reads the stop token. A
+launch that reuses them comes later, and launches run in order.
 """
 
 import bisect
@@ -17,20 +17,20 @@ from dataclasses import dataclass, field
 from jllama.engine.pages import Pages, root
 from jllama.errors import InputError
 
-RESERVE = 4  # of so many rows, one needs another page in the next turn: 16 steps, 64 positions a page
-OVERTAKE = 64  # so many requests that come later pass one whose priority is lower by 1, and no more
+RESERVE = 4  # one of this many rows needs a new page in the next turn: 16 steps a turn, 64 positions a page
+OVERTAKE = 64  # how many later requests overtake one whose priority is lower by 1
 
 
 def order(arrivals: int, priority: int) -> int:
-    """The place in the queue of the request that comes after so many others."""
+    """The sort key in the queue of a request that comes after ``arrivals`` others."""
     return arrivals - OVERTAKE * priority
 
 
 @dataclass(eq=False)
 class Sequence:
-    """One prompt and what is drawn after it."""
+    """One prompt, and the tokens drawn after it."""
 
-    tokens: list[int]  # of the prompt, and all that have been read back
+    tokens: list[int]  # of the prompt, and all drawn tokens that have been read back
     limit: int  # how many may be drawn; 0: its tokens are only scored
     stop_ids: frozenset[int] = frozenset()
     priority: int = 0
@@ -41,13 +41,13 @@ class Sequence:
     prompt: int = 0  # tokens of the prompt
     slot: int | None = None  # where its state lies, while it runs
     pages: list[int] = field(default_factory=list)
-    chain: list[bytes] = field(default_factory=list)  # the names of its full pages, as far as known
+    chain: list[bytes] = field(default_factory=list)  # the names of those of its pages that are full, as far as known
     fed: int = 0  # positions that are in the cache once all plans have run
     drawn: int = 0  # tokens drawn once all plans have run
     joined: bool = False  # its prompt is in; it draws
     ahead: bool = False  # its last token is fed already: the logits of the next one are there
     unread: int = 0  # plans whose results have not come yet
-    epoch: int = 0  # which weights wrote its pages
+    epoch: int = 0  # counts changes of the weights: which ones wrote its pages
     finish: str | None = None  # "stop", "length", "abort", "error" or "dead_end"
     part: int | None = None  # which of several parts of slots and pages it runs on, once that is decided
 
@@ -59,7 +59,7 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Piece:
-    """``count`` tokens of a prompt, which go to positions ``start`` and behind."""
+    """``count`` tokens of a prompt, from position ``start`` on."""
 
     sequence: Sequence
     start: int
@@ -74,7 +74,7 @@ class Plan:
     pieces: list[Piece] = field(default_factory=list)
     joins: list[Sequence] = field(default_factory=list)
     rows: list[Sequence] = field(default_factory=list)
-    steps: int = 0  # 0: one token from the logits that are there
+    steps: int = 0  # 0: draw one token from logits that are computed already
     ahead: list[Sequence] = field(default_factory=list)  # rows whose last token is fed, without a draw
 
     def __bool__(self) -> bool:
@@ -84,8 +84,8 @@ class Plan:
 class Scheduler:
     """First come, first served, with priorities, on ``slots`` rows and a pool of pages.
 
-    A turn feeds at most ``pieces`` pieces of ``piece`` tokens, then decodes. ``steps`` are how often: where all rows
-    have just joined, while somebody waits or prompts are being fed, and else."""
+    A turn feeds at most ``pieces`` pieces of ``piece`` tokens, then decodes. ``steps`` are three numbers of decode
+    steps a turn: where all rows have just joined; while requests wait or prompts are being fed; otherwise."""
 
     def __init__(
         self, pages: Pages, *, slots: int, max_len: int, piece: int, pieces: int, steps: tuple[int, int, int]
@@ -141,7 +141,7 @@ class Scheduler:
         for sequence in self.running:
             self._feed(sequence, plan)
         self._admit(plan, steps)
-        if one_by_one or self._one_by_one:  # one may have joined, or given its place back
+        if one_by_one or self._one_by_one:  # a row may have joined, or may have been preempted
             self._draw_one(plan)
             return plan
         plan.rows = [s for s in self.running if s.joined and s.left > 0]
@@ -157,11 +157,11 @@ class Scheduler:
 
     @property
     def _one_by_one(self) -> bool:
-        """Whether rows draw one token a turn: some have a constraint, or their next logits are there."""
+        """Whether rows draw one token a turn, because one has a constraint or logits for its next token."""
         return any(s.ahead or (s.joined and s.constrained) for s in self.running)
 
     def _draw_one(self, plan: Plan) -> None:
-        """A token for all rows whose logits are there, then the logits of the next one, if any row is constrained."""
+        """Draw a token for all rows that have logits, then compute the next logits if any row is constrained."""
         plan.rows = [s for s in self.running if s.ahead and s.left > 0]
         for sequence in plan.rows:
             sequence.ahead = False
@@ -175,12 +175,12 @@ class Scheduler:
                 sequence.fed += 1
 
     def read(self, sequence: Sequence, tokens: Ordered[int]) -> list[int]:
-        """Take what one plan drew for a sequence; those of the tokens that count."""
+        """Record the tokens that one plan drew for a sequence. Returns those that belong to its text."""
         sequence.unread -= 1
         if sequence.finish is not None:
             return []
         sequence.tokens.extend(tokens)
-        if tokens and tokens[-1] in sequence.stop_ids:  # a row stops at its first
+        if tokens and tokens[-1] in sequence.stop_ids:  # a row ends at its first stop token
             self.finish(sequence, "stop")
         elif len(sequence.tokens) >= sequence.prompt + sequence.limit and sequence.limit:
             self.finish(sequence, "length")
@@ -189,13 +189,13 @@ class Scheduler:
         return list(tokens)
 
     def read_scores(self, sequence: Sequence, pieces: int) -> None:
-        """Note that the scores of some pieces have come."""
+        """Record that the scores of some pieces have been read."""
         sequence.unread -= pieces
         if sequence.finish is None and sequence.limit == 0 and sequence.joined and sequence.unread == 0:
             self.finish(sequence, "length")
 
     def finish(self, sequence: Sequence, reason: str) -> None:
-        """End a sequence; what it used is free."""
+        """End a sequence, and free its slot and pages."""
         if sequence.finish is not None:
             return
         sequence.finish = reason
@@ -206,12 +206,12 @@ class Scheduler:
         self._leave(sequence)
 
     def forget(self) -> None:
-        """The weights have changed: no page is shared any more that the old ones wrote."""
+        """The weights have changed: stop sharing the pages that the old weights wrote."""
         self._epoch += 1
         self.pages.forget_all()
 
     def restart(self) -> None:
-        """The cache is lost: all that run begin anew, from the tokens that have come."""
+        """The cache is lost: all running sequences are computed again, from the tokens read so far."""
         for sequence in list(self.running):
             self._leave(sequence)
             self.enqueue(sequence)
@@ -232,13 +232,13 @@ class Scheduler:
         sequence.fed, sequence.joined, sequence.ahead = 0, False, False
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Take everything from a row; it is computed anew from its tokens, once those under way have come."""
+        """Free a row's slot and pages. It is computed again from its tokens, once all have been read."""
         self._leave(sequence)
         self.enqueue(sequence)
         self.preemptions += 1
 
     def _grow(self, steps: int) -> None:
-        """Pages for the next steps of the rows that draw, the oldest first; the newest pay."""
+        """Take pages for the next steps of rows that draw, the oldest first. If none is free, preempt the newest."""
         for sequence in list(self.running):
             while sequence.slot is not None and sequence.joined:
                 missing = self.pages.needed(sequence.fed + min(steps, sequence.left - sequence.ahead))
@@ -251,19 +251,19 @@ class Scheduler:
     def _admit(self, plan: Plan, steps: int) -> None:
         while self.waiting and self._slots and len(plan.pieces) < self.pieces:
             sequence = self.waiting[0]
-            if sequence.unread:  # preempted, and its last tokens are still under way
+            if sequence.unread:  # preempted, and its last tokens have not been read yet
                 return
             usable = len(sequence.tokens) - 1
             if sequence.score_from is not None:  # a probability needs the logits of the token before
                 usable = min(usable, sequence.score_from - 1)
             prefix = self.pages.find(sequence.tokens[:usable], sequence.salt, self._turn)
-            if prefix.fresh:  # wait a turn, and copy what is written in this one
+            if prefix.fresh:  # this turn writes the page to copy: wait for the next turn
                 return
             self.pages.use(prefix.pages)
             sequence.drawn = len(sequence.tokens) - sequence.prompt
             ahead = len(sequence.tokens) - 1 + min(steps, sequence.left)
             missing = self.pages.needed(ahead) - len(prefix.pages)
-            # Room is left for the pages that the others will soon need, or the next turns would preempt.
+            # Leave room for the pages that running rows will soon need. Otherwise the next turns would preempt.
             if missing + -(-len(self.running) // RESERVE) > self.pages.free:
                 self.pages.give_back(prefix.pages)
                 return
@@ -284,7 +284,7 @@ class Scheduler:
         bisect.insort(self.running, sequence, key=lambda s: s.order)
 
     def _feed(self, sequence: Sequence, plan: Plan) -> None:
-        """Pieces of a prompt, as many as the turn's budget has left."""
+        """Plan pieces of a prompt, as many as are left in the turn's budget."""
         if sequence.joined:
             return
         end = len(sequence.tokens) - 1
@@ -300,8 +300,8 @@ class Scheduler:
         self._remember(sequence, tail=sequence.joined)
 
     def _remember(self, sequence: Sequence, tail: bool) -> None:
-        """Note what a sequence's full pages hold, and, with ``tail``, the last one: of a prompt that is in, or of a
-        text that has ended."""
+        """Record which tokens a sequence's full pages hold. With ``tail``, record its last page, too: that of a prompt
+        that is completely in the cache, or of a text that has ended."""
         if sequence.slot is None or sequence.epoch != self._epoch:
             return
         size, known = self.pages.size, min(sequence.fed, len(sequence.tokens) - 1)

@@ -1,4 +1,4 @@
-"""What the device holds of all requests: one pytree of few leaves, donated to every step."""
+"""The state of all requests on the device: one pytree of few leaves, donated to every step."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,7 +19,7 @@ from jllama.sampling import NO_ID, NOTHING, History, Sampling, bias_table, word_
 
 @struct.dataclass
 class Rows:
-    """A row a slot: where its text stands, and how it goes on. Every field's first axis is the slots."""
+    """The text of each slot and its settings. Every field's first axis is the slots."""
 
     token: jax.Array  # [S] int32: the last one, not in the cache yet
     length: jax.Array  # [S] int32: positions in the cache
@@ -34,21 +34,21 @@ class Rows:
     min_p: jax.Array  # [S] float32
 
     def take(self, slots: jax.Array) -> "Rows":
-        """Those of some slots. A slot past the last is a row that is done, and empty: it reads no keys."""
+        """The rows at the indices ``slots``. An index past the last gives a row that is done, and reads no keys."""
         rows = jax.tree.map(lambda a: a.at[slots].get(mode="clip"), self)
         none = slots >= self.done.shape[0]
         return replace(rows, done=rows.done | none, length=jnp.where(none, 0, rows.length))
 
     def put(self, slots: jax.Array, rows: "Rows") -> "Rows":
-        """With others in some slots; a slot past the last is dropped."""
+        """A copy with ``rows`` at the indices ``slots``. Indices past the last are dropped."""
         return jax.tree.map(lambda a, new: a.at[slots].set(new, mode="drop"), self, rows)
 
 
 @struct.dataclass
 class Extras:
-    """What only some requests ask for: held from the first of them on."""
+    """Settings that few requests use. They are allocated at the first of these."""
 
-    settings: Sampling  # its key and cuts are of `Rows`, here None
+    settings: Sampling  # without key, temperature, top-k, top-p and min-p, which are in `Rows`
     history: History
 
 
@@ -71,7 +71,7 @@ class EngineState:
 def init_state(
     config: LlamaConfig, slots: int, pages: int, dtype: jnp.dtype | type, *, mesh: Mesh | None = None
 ) -> EngineState:
-    """Nobody runs."""
+    """An empty state: every row is done."""
     rows = jax.tree.map(lambda a: jnp.zeros((slots, *a.shape[1:]), a.dtype), rows_of([], [], 1))
     k, v = init_pages(config, pages, dtype, mesh=mesh)
     return on_devices(EngineState(k, v, replace(rows, done=jnp.ones(slots, bool)), None), mesh)
@@ -94,8 +94,8 @@ def init_extras(config: LlamaConfig, slots: int) -> Extras:
 
 
 def rows_of(requests: Sequence[tuple[Request, Sequence[int], int]], stops: Sequence[Sequence[int]], count: int) -> Rows:
-    """Rows that begin to draw, as numpy arrays [count, ...]: each a request, the tokens of its prompt and of what it
-    has drawn before, and how many of them are drawn. The last token is fed by the first step."""
+    """Rows that begin to draw, as numpy arrays [count, ...]. Each of ``requests`` is a request, its tokens (the prompt
+    and what was drawn before a preemption), and how many of these were drawn. The first step feeds the last token."""
     fields: dict[str, Any] = {
         **{name: np.zeros(count, np.int32) for name in ("token", "length", "drawn", "limit", "top_k")},
         **{name: np.zeros(count, np.float32) for name in ("temperature", "top_p", "min_p")},

@@ -1,7 +1,7 @@
-"""The compiled steps of an engine: pure functions of params and state. They are few: one a name, a power of two of rows
-or pieces, and, of `decode`, a kind of drawing.
+"""The compiled steps of an engine: pure functions of params and state. A step is compiled once for each of a few
+numbers of rows or pieces, and `decode` for each kind of drawing.
 
-The table of pages comes with every call: who has which page is the scheduler's knowledge, and some kilobytes.
+The table of pages is an argument of every call, because the scheduler on the host decides it. It has some kilobytes.
 """
 
 import functools
@@ -26,7 +26,8 @@ from jllama.paged import PagedCache
 from jllama.params import Params
 from jllama.sampling import History, Sampling, sample, top_logprobs
 
-# How rows are drawn, each more than the one before: the largest logit; by temperature; with cuts; all there is.
+# How tokens are drawn, each with more than the one before: the largest logit; temperature; top-k, top-p and min-p;
+# all settings.
 KINDS = ("greedy", "plain", "cut", "full")
 
 
@@ -36,14 +37,14 @@ Scores = tuple[jax.Array, jax.Array, jax.Array]
 def feed(
     params: Params,
     state: EngineState,
-    tokens: jax.Array,  # [B, T]: pieces of prompts; several may be of one
+    tokens: jax.Array,  # [B, T]: pieces of prompts; several may be of the same prompt
     start: jax.Array,  # [B]: the position of each piece's first token
     table: jax.Array,  # [B, P]: the pages of each piece's sequence
     *,
     backend: Backend = "auto",
 ) -> EngineState:
-    """Put keys and values of prompts into the cache. What fills a piece up comes behind its sequence's end, where it is
-    overwritten before it is seen."""
+    """Write the keys and values of prompts to the cache. The padding of a piece is written past its sequence's end,
+    where it is overwritten before it is read."""
     if params.mesh is not None:
         of_shard, arguments = functools.partial(feed, backend=backend), (state, tokens, start, table)
         return on_shards(of_shard, params, *arguments, out=state.specs(params.mesh))
@@ -63,7 +64,8 @@ def score(
     *,
     backend: Backend = "auto",
 ) -> tuple[EngineState, Scores]:
-    """`feed`, and the log-probability [B, T] of every target, the likeliest token, and its log-probability."""
+    """`feed`. Also returns, each as [B, T], the log-probability of every target, the likeliest token, and its
+    log-probability."""
     if params.mesh is not None:
         of_shard, arguments = functools.partial(score, backend=backend), (state, tokens, start, table, targets)
         out = state.specs(params.mesh), spec(params.mesh, DATA)
@@ -79,8 +81,10 @@ def score(
 
 
 def join(state: EngineState, slots: jax.Array, rows: Rows, *, mesh: Mesh | None = None) -> EngineState:
-    """Rows begin to draw in their slots; a slot past the last is none. Further settings are off until `join_extras`:
-    those of the slot's last row are still there, and a step for a neighbour that has some reads them."""
+    """Put rows that begin to draw into their slots. Slots past the last are dropped.
+
+    The rows' settings in `Extras` are turned off until `join_extras`. Otherwise a step of the kind "full", which a
+    neighbour may need, would read those of the slot's last row."""
     if mesh is not None:
         return over(mesh, join, state, slots, rows, out=state.specs(mesh))
     extras = state.extras
@@ -93,15 +97,15 @@ def join(state: EngineState, slots: jax.Array, rows: Rows, *, mesh: Mesh | None 
 
 def join_extras(
     state: EngineState,
-    slot: jax.Array,  # [parts]: of the part that has the row; of the others, one past the last
+    slot: jax.Array,  # [parts]: the row's slot in its part; one past the last slot in the others
     settings: Sampling,
-    tokens: jax.Array,  # [max_len] int32: of prompt and text, filled up with anything
+    tokens: jax.Array,  # [max_len] int32: prompt and text, with any padding
     prompt: jax.Array,  # how many are of the prompt
     length: jax.Array,  # how many are real
     *,
     mesh: Mesh | None = None,
 ) -> EngineState:
-    """One row's further settings and history."""
+    """Put the `Extras` of one row into the state."""
     if mesh is not None:
         whole = jax.tree.map(lambda _: PartitionSpec(), (settings, tokens))
         arguments, layout = (state, slot, settings, tokens, prompt, length), {2: whole[0], 3: whole[1]}
@@ -122,7 +126,7 @@ def join_extras(
 
 
 def copy(state: EngineState, source: jax.Array, target: jax.Array, *, mesh: Mesh | None = None) -> EngineState:
-    """Pages ``source`` [n] copied to ``target`` [n]; a target past the last is none."""
+    """Copy pages ``source`` [n] to pages ``target`` [n]. Targets past the last are dropped."""
     if mesh is not None:
         return over(mesh, copy, state, source, target, out=state.specs(mesh))
 
@@ -135,15 +139,15 @@ def copy(state: EngineState, source: jax.Array, target: jax.Array, *, mesh: Mesh
 def decode(
     params: Params,
     state: EngineState,
-    slots: jax.Array,  # [R]: the rows to run; a slot past the last is none
+    slots: jax.Array,  # [R]: the slots to run; an index past the last is padding
     table: jax.Array,  # [R, P]: the pages of each row
     *,
     steps: int,
     kind: str,  # one of KINDS
     backend: Backend = "auto",
 ) -> tuple[EngineState, StepOutput]:
-    """``steps`` tokens for every row that is not done. The arrays of the `StepOutput` are [steps, R]. The number of
-    steps is fixed: a GPU would wait for the host at every turn of a loop that ends on a condition."""
+    """Draw ``steps`` tokens for every row that is not done. The arrays of the `StepOutput` are [steps, R]. The number
+    of steps is fixed: a GPU would wait for the host at every turn of a loop that ends on a condition."""
     if params.mesh is not None:
         of_shard = functools.partial(decode, steps=steps, kind=kind, backend=backend)
         out = state.specs(params.mesh), spec(params.mesh, None, DATA)
@@ -179,21 +183,21 @@ def decode(
 
 
 def put_history(state: EngineState, slots: jax.Array, history: History) -> EngineState:
-    """The state with the history of the rows in some slots; a slot past the last is dropped."""
+    """The state with ``history`` at the indices ``slots``. Slots past the last are dropped."""
     assert state.extras is not None
     merged = jax.tree.map(lambda a, b: a.at[slots].set(b, mode="drop"), state.extras.history, history)
     return replace(state, extras=replace(state.extras, history=merged))
 
 
 def advance(rows: Rows, token: jax.Array) -> Rows:
-    """The rows that are not done, with the token [R] that each has drawn."""
+    """The rows after a draw: each row that is not done gets its ``token`` [R]."""
     drawn = rows.drawn + ~rows.done
     ended = jnp.any(token[:, None] == rows.stop_ids, axis=-1) | (drawn >= rows.limit)
     return replace(rows, token=jnp.where(rows.done, rows.token, token), drawn=drawn, done=rows.done | ended)
 
 
 def drawing(state: EngineState, slots: jax.Array, rows: Rows, kind: str) -> tuple[Sampling, History]:
-    """How the rows in some slots are drawn, and what they have drawn so far, as far as the kind needs it."""
+    """The sampling settings and the history of the rows at the indices ``slots``, as far as the kind needs them."""
     keys = jax.vmap(jax.random.key)(rows.seed)
     if kind != "full":
         return sampling_of(rows, keys, None, kind), History()

@@ -12,7 +12,7 @@ class Tuning:
 
     piece: int  # tokens of a piece of a prompt
     # Decode steps a turn: where all rows have just joined, so that their first tokens come out at once; while requests
-    # wait; while none do. A compiled program has the first number, which divides the others.
+    # wait; while none do. A compiled program has the first number of steps, which divides the others.
     steps: tuple[int, int, int]
     rows: tuple[int, ...]
     pieces: tuple[int, ...]
@@ -34,7 +34,7 @@ def tuning_for(device: Device) -> Tuning:
 
 
 def sizes(known: tuple[int, ...], most: int) -> list[int]:
-    """Those of ``known`` below ``most``, doublings of the last one, and ``most`` itself."""
+    """The sizes up to ``most``: those of ``known`` below it, then doublings of the last one, then ``most`` itself."""
     found, size = [size for size in known if size < most], known[-1]
     while (size := 2 * size) < most:
         found.append(size)

@@ -76,11 +76,9 @@ def load(
     check_memory(source, dtype, quant, group, batch, max_len, mesh)
     if stacked is None:
         form = stored(source) if quant == "none" else (quant, group)
-        batch = -(-batch // axis_size(mesh, DATA))
-        stacked = (
-            _uniform(source)
-            and axis_size(mesh, MODEL) == 1
-            and runs_whole(source.config, dtype, *form, batch=batch, max_len=max_len)
+        parts = axis_size(mesh, DATA)
+        stacked = _uniform(source) and runs_whole(
+            source.config, dtype, *form, batch=-(-batch // parts) * parts, max_len=max_len, mesh=mesh
         )
     elif stacked and not _uniform(source):
         raise InputError(f"{source.path}: stacked: expected every layer in the format of the first, found another")

@@ -12,6 +12,7 @@ from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jllama.errors import InputError
+from jllama.kernels import why_apart
 from jllama.mesh.layout import DATA, MODEL, AnyMesh, axis_size, model_axis, shard_config, spec
 from jllama.params import Params, param_specs
 
@@ -53,15 +54,23 @@ def over(
     are as in `on_shards`."""
     given = tuple(layout.get(i, specs(a, mesh)) for i, a in enumerate(arguments))
     jax.tree.map(lambda a, s: _check_rows(a, s, mesh), arguments, given)
-    # A mesh that is set has the last word on the type of its axes, where it is the same otherwise.
-    context: Any = jax.sharding.get_abstract_mesh()
-    current: Any = mesh if context.empty or dict(context.shape) != dict(mesh.shape) else context
+    current = _as_it_is_set(mesh)
     if any(kind is AxisType.Explicit for kind in current.axis_types):
         arguments = jax.tree.map(lambda a, s: jax.sharding.reshard(a, NamedSharding(current, s)), arguments, given)
     run = jax.shard_map(function, mesh=current, in_specs=given, out_specs=out)
     if not any(isinstance(a, Tracer) for a in jax.tree.leaves(arguments)):
         run = jax.jit(run)  # else every operation would be a program of all devices
     return run(*arguments)
+
+
+def _as_it_is_set(mesh: Mesh) -> Mesh:
+    """A mesh, with its axes in the order and of the types that they have in `jax.set_mesh`, if it is set. The set mesh
+    itself may be abstract, and kernels that reach other devices must know which these are."""
+    context: Any = jax.sharding.get_abstract_mesh()
+    if context.empty or dict(context.shape) != dict(mesh.shape):
+        return mesh
+    order = [mesh.axis_names.index(name) for name in context.axis_names]
+    return Mesh(mesh.devices.transpose(order), context.axis_names, axis_types=context.axis_types)
 
 
 def meshed(params: Params, tokens: Any) -> Params:
@@ -80,7 +89,9 @@ def one_shard(params: Params) -> Params:
     """Inside `jax.shard_map`: the params of this shard."""
     assert params.mesh is not None
     config = shard_config(params.config, axis_size(params.mesh, MODEL))
-    return replace(params, config=config, mesh=None, axis=model_axis(params.mesh))
+    axis = model_axis(params.mesh)
+    apart = None if axis is None else why_apart(params.mesh)
+    return replace(params, config=config, mesh=None, axis=axis, apart=apart)
 
 
 def fetch(tree: Any, mesh: Mesh | None) -> Any:

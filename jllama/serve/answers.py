@@ -1,4 +1,4 @@
-"""OpenAI's shapes: whole answers, and the chunks of a stream."""
+"""Answers as JSON objects of OpenAI's API: whole ones, and the chunks of a stream."""
 
 import json
 import secrets
@@ -32,7 +32,7 @@ def encode(value: Any) -> bytes:
 
 @dataclass(frozen=True)
 class Answer:
-    """What all objects of one answer have in common. ``logprobs``: how many of the likeliest tokens are told; None: no
+    """What all objects of one answer have in common. ``logprobs``: how many of the likeliest tokens to report; None: no
     log-probabilities."""
 
     model: str
@@ -49,7 +49,7 @@ class Answer:
         return {**self._head(self.kind), "choices": choices, "usage": used}
 
     def chunk(self, choices: list[dict[str, Any]], used: dict[str, int] | None, *, tells_usage: bool) -> dict[str, Any]:
-        """A chunk of a stream. Where usage is told at the end, the chunks before say that it is not there yet."""
+        """A chunk of a stream. If the last chunk reports usage, the chunks before have ``usage: null``."""
         return {**self._head(self.chunk_kind), "choices": choices, **({"usage": used} if tells_usage else {})}
 
     def choice(self, index: int, row: Whole) -> dict[str, Any]:
@@ -57,11 +57,11 @@ class Answer:
         raise NotImplementedError
 
     def opening(self, index: int) -> dict[str, Any] | None:
-        """What a stream says of a text before it begins."""
+        """The first object of a stream about a text."""
         raise NotImplementedError
 
     def part(self, delta: Delta) -> dict[str, Any]:
-        """What a stream says of a text as it goes on."""
+        """An object of a stream about a text that continues."""
         raise NotImplementedError
 
     def _head(self, kind: str) -> dict[str, Any]:
@@ -103,7 +103,7 @@ class TextAnswer(Answer):
         }
 
     def _top(self, token: TokenLogprob) -> dict[str, float] | None:
-        """The likeliest tokens and the one that came. Of two with the same text, the likelier."""
+        """The likeliest tokens and the drawn one. If two have the same text, the likelier one."""
         if token.logprob is None:
             return None
         pairs = [(token.id, token.logprob), *reversed(likeliest(token, self.logprobs or 0))]

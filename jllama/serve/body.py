@@ -1,4 +1,4 @@
-"""Reading a request's body: bounded in bytes, time and depth, before anything looks at it."""
+"""Reading a request's body: bounded in bytes, time and depth, before it is parsed."""
 
 import asyncio
 import json
@@ -19,7 +19,7 @@ from jllama.text.nesting import MAX_DEPTH, nested_within
 async def reading[B: BaseModel](request: Request, schema: type[B], settings: Settings, gate: Gate) -> AsyncGenerator[B]:
     """The body of a request as an object of ``schema``. Its bytes count as held until the context ends."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":  # what a web page may send anywhere without asking is no JSON
+    if kind != "application/json":  # a web page can send other types to any site without asking (CORS)
         raise ApiError(415, "content-type: expected application/json", code="unsupported_media_type")
     if (request.headers.get("content-encoding") or "identity").strip().lower() != "identity":
         raise ApiError(415, "content-encoding: expected none, found another", code="unsupported_media_type")

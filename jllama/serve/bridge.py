@@ -1,6 +1,6 @@
 """The engine in a thread of its own, and how the event loop talks to it.
 
-Commands go in through a queue. What a step brings goes out in one call to the event loop, whatever the number of rows.
+Commands go in through a queue. The results of a step go out in one call to the event loop, whatever the number of rows.
 The event loop never waits for a device, and the engine never waits for a client.
 """
 
@@ -19,7 +19,7 @@ from jllama.errors import InputError
 
 @dataclass(frozen=True)
 class Progress:
-    """What a step brought for one row of a group."""
+    """The results of a step for one row of a group."""
 
     row: int
     ids: list[int]
@@ -62,18 +62,18 @@ class EngineThread:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
-        """Begin to serve."""
+        """Start the thread."""
         self.alive = True
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread after the step that is under way, and wait for it. What runs then gets no more."""
+        """End the thread after the current step, and wait for it. Requests that still run get no more tokens."""
         self._commands.put(self._stop)
         if self._thread.is_alive():
             self._thread.join()
 
     def submit(self, group: Group) -> None:
-        """Hand in a group: all of its rows, or none."""
+        """Submit a group: all of its rows, or none."""
         self._commands.put(lambda: self._submit(group))
         if not self.alive:  # died meanwhile: nobody reads commands any more
             self._fail(group)
@@ -100,7 +100,7 @@ class EngineThread:
                 self.on_death()
 
     def _obey(self) -> None:
-        """Carry out the commands that wait; with nothing else to do, wait for one."""
+        """Carry out the commands in the queue. If the engine has nothing to do, wait for one."""
         try:
             if not self._engine.busy:
                 self._commands.get()()
@@ -136,8 +136,8 @@ class EngineThread:
         self._out += [message for event in events if (message := self._message(event)) is not None]
 
     def _shed(self, error: RuntimeError) -> bool:
-        """After a step that failed, as for want of memory, end the newest row that runs. The engine computes the others
-        anew. False if nothing runs."""
+        """After a step that failed, for example for lack of memory, end the newest running row. The engine computes the
+        others again. False if nothing runs."""
         running = [handle for handle in self._rows if handle.scheduled.slot is not None]
         if not running:
             return False
@@ -170,7 +170,7 @@ class EngineThread:
 
 
 def _post(messages: list[Message]) -> None:
-    """Give each event loop all that is for it, in one call."""
+    """Give each event loop all of its progress in one call."""
     by_loop: dict[asyncio.AbstractEventLoop, list[Message]] = {}
     for message in messages:
         by_loop.setdefault(message[0].loop, []).append(message)
@@ -183,7 +183,7 @@ def _deliver(messages: list[Message]) -> None:
     for group, what in messages:
         if isinstance(what, Progress):
             group.progress.put_nowait(what)
-        elif group.accepted.done():  # its client has gone, or it had been taken when the engine died
+        elif group.accepted.done():  # its client has left, or the engine failed after it had accepted the group
             continue
         elif what is None:
             group.accepted.set_result(None)

@@ -6,14 +6,14 @@ import asyncio
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-HEAD_SECONDS = 20.0  # in which a request's head must have come, from its first byte or the connection's beginning
-WRITE_SECONDS = 60.0  # in which a client must take some of what waits for it
+HEAD_SECONDS = 20.0  # limit for a request's head, from its first byte or from the start of the connection
+WRITE_SECONDS = 60.0  # limit within which a client must read some of its data
 MAX_CONNECTIONS = 8192
 
 
 class Connection(H11Protocol):
-    """Closes where a client sends its head drop by drop, or reads nothing of its answer; takes no client beyond
-    `MAX_CONNECTIONS`."""
+    """Closes the connection of a client that sends its head too slowly or does not read its answer. Refuses clients
+    beyond `MAX_CONNECTIONS`."""
 
     head_seconds = HEAD_SECONDS
     write_seconds = WRITE_SECONDS
@@ -22,7 +22,7 @@ class Connection(H11Protocol):
     _write_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """A client has come."""
+        """Called when a client has connected."""
         super().connection_made(transport)
         if len(self.connections) > self.max_connections:
             transport.close()
@@ -30,7 +30,7 @@ class Connection(H11Protocol):
             self._timer = self.loop.call_later(self.head_seconds, transport.close)
 
     def data_received(self, data: bytes) -> None:
-        """Bytes have come. The clock runs while a head is not complete."""
+        """Called with bytes from the client. The clock runs while a head is not complete."""
         super().data_received(data)
         if self.conn.their_state is not h11.IDLE:
             self._disarm()
@@ -38,13 +38,13 @@ class Connection(H11Protocol):
             self._timer = self.loop.call_later(self.head_seconds, self.transport.close)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The client has gone."""
+        """Called when the client has disconnected."""
         self._disarm()
         self._taken()
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
-        """What came is no HTTP. A request before it on this connection may have begun: its answer goes no further."""
+        """The bytes are not valid HTTP. An answer to an earlier request on this connection is cut off."""
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.disconnected = True
             self.cycle.message_event.set()
@@ -54,12 +54,12 @@ class Connection(H11Protocol):
             self.transport.close()
 
     def pause_writing(self) -> None:
-        """Too much waits for the client. What it does not take is dropped at the end: `close` would wait for it."""
+        """Too much data waits for the client. If it does not read in time, abort: `close` would wait for it."""
         super().pause_writing()
         self._write_timer = self.loop.call_later(self.write_seconds, self.transport.abort)
 
     def resume_writing(self) -> None:
-        """The client has taken most of it."""
+        """The client has read most of the data."""
         super().resume_writing()
         self._taken()
 

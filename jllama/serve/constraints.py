@@ -1,4 +1,4 @@
-"""What limits an answer: formats, schemas and grammars of a request, and the tools that it may or must call."""
+"""Constraints of a request: response formats, schemas, grammars, and the tools that an answer may or must call."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class Tools:
 
 
 def tools_of(body: ChatBody, model: Model) -> Tools | None:
-    """The tools of a request; None where it has none, or wants none called."""
+    """The tools of a request; None if it has none, or ``tool_choice`` is "none"."""
     if not body.tools:
         if body.tool_choice not in (None, "none", "auto"):
             raise bad("tool_choice", "expected tools with it, found none")
@@ -40,7 +40,7 @@ def tools_of(body: ChatBody, model: Model) -> Tools | None:
 
 
 def constraint_of(body: Drawing, tools: Tools | None, model: Model) -> Grammar | None:
-    """The compiled grammar of a request; None where any text will do."""
+    """The compiled grammar of a request; None if it has no constraint."""
     asked = [found for found in (_response_format(body), _structured(body), _calls(tools, model)) if found is not None]
     if not asked:
         return None
@@ -84,7 +84,7 @@ def _calls(tools: Tools | None, model: Model) -> Asked | None:
 
 
 def _checked[T](param: str, check: Callable[..., T], *args: Any) -> T:
-    """What a check returns; its error as one of the API."""
+    """The result of a check. Turns its `InputError` into an error of the API."""
     try:
         return check(*args)
     except InputError as error:

@@ -12,7 +12,7 @@ MAX_NAME = 64  # characters of a client's field name that an error repeats
 
 
 class ApiError(Exception):
-    """A request that is refused, or that failed."""
+    """A request that was refused or has failed."""
 
     def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -26,7 +26,7 @@ class ApiError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """What goes with the status."""
+        """The headers that belong to the status."""
         match self.status:
             case 401:
                 return {"www-authenticate": "Bearer"}
@@ -40,12 +40,12 @@ class ApiError(Exception):
 
 
 def bad(param: str, message: str, *, code: str | None = None) -> ApiError:
-    """A field that cannot be honoured."""
+    """The error for a field that cannot be honoured."""
     return ApiError(400, f"{param}: {message}", param=param, code=code)
 
 
 def from_validation(error: ValidationError) -> ApiError:
-    """The first thing that is wrong with a body."""
+    """The error for the first invalid field of a body."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     path = [label(str(part), MAX_NAME) for part in first["loc"]]
     if first["type"] == "extra_forbidden":
@@ -54,7 +54,7 @@ def from_validation(error: ValidationError) -> ApiError:
     message = first["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     named = re.match(r"(\w+): (.+)", message, re.DOTALL) if first["type"] == "value_error" else None
-    if named is not None:  # a check of several fields names the one to change
+    if named is not None:  # a check over several fields names the field to change
         path, message = [*path, named[1]], named[2]
     param = ".".join(path) or None
     return ApiError(400, f"{param}: {message}" if param else message, param=param)

@@ -1,4 +1,4 @@
-"""One request's place in the server, from when it is let in until all that it held is free."""
+"""What one request holds in the server, from its admission until everything is released."""
 
 import time
 from typing import Any
@@ -9,7 +9,7 @@ from jllama.serve.running import Running
 
 
 class Exchange:
-    """Made when a request is let in; `close`, once or more, ends it. ``facts`` go to the access log."""
+    """Made when a request is admitted. `close` ends it, and may be called again. ``facts`` go to the access log."""
 
     def __init__(self, gate: Gate, metrics: Metrics, facts: dict[str, Any], rows: int) -> None:
         gate.enter(rows)
@@ -18,7 +18,7 @@ class Exchange:
         self._began, self._open = time.perf_counter(), True
 
     def close(self) -> None:
-        """Free the rows, count, and let the next one in."""
+        """Free the rows, update the metrics, and make room for other requests."""
         if not self._open:
             return
         self._open = False

@@ -1,4 +1,4 @@
-"""What every request passes first: a name for it, the access log, and the key."""
+"""What every request passes first: a request id, the access log, the check of host and key."""
 
 import hashlib
 import hmac
@@ -19,9 +19,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from jllama.formats.files import label
 from jllama.serve.errors import ApiError
 
-OPEN = ("/", "/health")  # routes that need no key: the page asks for one, and holds nothing that is secret
+OPEN = ("/", "/health")  # routes that need no key: the chat page asks for one, and contains no secret
 PROBES = ("/health", "/ready", "/metrics")  # asked again and again: what they usually answer is not logged
-GONE = 499  # logged where a client went away before its answer began
+GONE = 499  # logged if a client left before its answer began
 
 
 def error_response(error: ApiError) -> JSONResponse:
@@ -30,14 +30,14 @@ def error_response(error: ApiError) -> JSONResponse:
 
 
 class Keys:
-    """The API keys. Who asks with the i-th is the tenant ``i``; without keys, all are one tenant."""
+    """The API keys. A client with the i-th key is tenant ``i``. Without keys, all clients are one tenant."""
 
     def __init__(self, keys: Sequence[str]) -> None:
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
     def tenant(self, headers: Headers) -> str | None:
-        """Whose key a request carries; None: no valid one. Takes as long whichever key is right, or none: the digests
-        of equal length are compared whole, with every key."""
+        """The tenant whose key a request carries; None: no valid key. The time does not depend on which key matches:
+        digests of equal length are compared as a whole, with every key."""
         if not self._digests:
             return ""
         scheme, _, given = headers.get("authorization", "").partition(" ")
@@ -52,14 +52,14 @@ class Keys:
 class Hosts:
     """The names by which clients may address the server; none: any.
 
-    A page of another site can have its own name resolve to this machine, and then ask as if it were from here (DNS
-    rebinding). Its browser still sends that name. Addresses and localhost cannot be taken over so."""
+    A page of another site can make its own name resolve to this machine, and then send requests as if it came from
+    here (DNS rebinding). The browser still sends that name. Addresses and localhost cannot be misused in this way."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names = {"localhost", *(name.lower() for name in names)} if names and "*" not in names else None
 
     def knows(self, headers: Headers) -> bool:
-        """Whether a request is for this server. Clients of HTTP/1.0 that name no host are no browsers."""
+        """Whether a request names this server. A client of HTTP/1.0 without a host is not a browser, so it may ask."""
         given = headers.get("host")
         if self._names is None or given is None:
             return True
@@ -117,11 +117,11 @@ class Front:
                 _write(scope, name, status, time.perf_counter() - began, facts)
 
     def _refused(self, headers: Headers, tenant: str | None, path: str) -> ApiError | None:
-        """Why a request goes no further."""
+        """The error of a request that is refused here; None: it may go on."""
         if not self._hosts.knows(headers):
             return ApiError(421, "host: expected a name of this server (see --allow-host)", code="unknown_host")
         if "transfer-encoding" in headers and "content-length" in headers:
-            # A proxy may have gone by the other of the two, and take what follows for somebody else's request.
+            # A proxy may have used the other of the two lengths, and take the rest for another client's request.
             return ApiError(400, "content-length: expected none beside transfer-encoding", code="ambiguous_length")
         if tenant is None and path not in OPEN:
             return ApiError(401, "authorization: expected a valid API key", code="invalid_api_key")

@@ -1,4 +1,4 @@
-"""Who is let in: a bounded number of rows and of bytes, and nobody while the server drains."""
+"""Admission of requests: a bounded number of rows and of bytes, and none while the server drains."""
 
 import asyncio
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from jllama.serve.errors import ApiError
 
 @dataclass
 class Gate:
-    """Counts the rows and the bodies' bytes of all requests that are answered; at most so many at a time."""
+    """Counts the rows and body bytes of all requests that are being answered, and bounds both."""
 
     limit: int
     bytes_limit: int
@@ -26,7 +26,7 @@ class Gate:
             raise ApiError(503, "the server is shutting down", code="shutting_down")
 
     def enter(self, rows: int) -> None:
-        """Let a request in, or raise `ApiError`."""
+        """Admit a request, or raise `ApiError`."""
         self.check()
         if self.rows + rows > self.limit:
             message = f"the queue is full: expected at most {self.limit} texts at a time, found {self.rows} and {rows}"
@@ -35,17 +35,17 @@ class Gate:
         self.empty.clear()
 
     def take(self, count: int) -> None:
-        """Count bytes of a body that has come, or raise `ApiError`."""
+        """Count received bytes of a body, or raise `ApiError`."""
         if self.bytes + count > self.bytes_limit:
             raise ApiError(429, "the server reads too many requests at a time", code="busy")
         self.bytes += count
 
     def give_back(self, count: int) -> None:
-        """Bytes of a body are no longer held."""
+        """Release the bytes of a body."""
         self.bytes -= count
 
     def leave(self, rows: int) -> None:
-        """Those of a request are answered."""
+        """Release the rows of a request that has been answered."""
         self.rows -= rows
         if self.rows == 0:
             self.empty.set()

@@ -1,5 +1,5 @@
-"""Figures for Prometheus. A figure that means what vLLM's of some name means has that name, so that dashboards made for
-vLLM show it; the others begin with ``jllama:``."""
+"""Metrics for Prometheus. A metric has vLLM's name if it means the same, so that dashboards made for vLLM show it. The
+others begin with ``jllama:``."""
 
 from collections.abc import Callable, Iterator
 
@@ -23,7 +23,7 @@ class EngineFigures(Collector):
         self._model, self._statistics = model, statistics
 
     def collect(self) -> Iterator[Metric]:
-        """One metric after the other."""
+        """Yield one metric after the other."""
         s = self._statistics()
         used = s.pages_used / s.pages if s.pages else 0.0
         for name, text, value in (
@@ -47,7 +47,7 @@ class EngineFigures(Collector):
 
 
 class Metrics:
-    """All figures of a server."""
+    """All metrics of a server."""
 
     def __init__(self, model: str, statistics: Callable[[], Statistics]) -> None:
         self.registry = registry = CollectorRegistry()
@@ -73,7 +73,7 @@ class Metrics:
         self._n = histogram("vllm:request_params_n", "Rows of a request.", (1, 2, 5, 10, 20, 50, 100))
 
     def ended(self, running: Running, seconds: float) -> None:
-        """Count a request whose rows have ended, or whose client has gone."""
+        """Count a request whose rows have ended, or whose client has left."""
         self._prompt_tokens.labels(self._model).inc(running.prompt_tokens)
         for row in range(len(running.run.requests)):
             self._success.labels(self._model, running.finishes.get(row, "abort")).inc()
@@ -92,5 +92,5 @@ class Metrics:
         self._http.labels(self._model, route, str(status)).inc()
 
     def text(self) -> bytes:
-        """Prometheus's text format."""
+        """All metrics in Prometheus's text format."""
         return generate_latest(self.registry)

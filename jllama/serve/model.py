@@ -26,13 +26,13 @@ class Model:
     names: Names  # of single tokens
     grammars: Grammars
     ends: tuple[int, ...]  # tokens that end a text or an answer
-    style: Style | None  # how the chat template has tools called; None: not at all
+    style: Style | None  # the form in which the chat template calls tools; None: it has none
     created: int = field(default_factory=lambda: int(time.time()))
     secret: bytes = field(default_factory=lambda: secrets.token_bytes(32), repr=False)
 
     @classmethod
     def of(cls, lm: LM, max_len: int) -> "Model":
-        """The one of a loaded model."""
+        """Made from a loaded model."""
         config, tokenizer, chat = lm.params.config, lm.tokenizer, lm.chat_format
         ends = tuple(dict.fromkeys((*config.eos_ids, *chat.stop_ids(tokenizer))))
         grammars = Grammars(tokenizer, config.vocab_size, ends)
@@ -40,7 +40,7 @@ class Model:
         return cls(config, tokenizer, chat, max_len, Names(tokenizer), grammars, ends, style)
 
     def salt(self, tenant: str, wish: str | None) -> str:
-        """The engine's salt. Only requests of one tenant and one ``cache_salt`` share cached prompts, and no client can
-        make the key of another's."""
+        """The salt for the engine. Only requests of the same tenant and ``cache_salt`` share cached prompts. No client
+        can make another tenant's salt."""
         text = f"{tenant}\0{wish or ''}".encode()
         return hmac.new(self.secret, text, hashlib.sha256).hexdigest()

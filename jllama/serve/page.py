@@ -1,4 +1,4 @@
-"""The chat page: one static file, and headers under which a browser runs nothing but what the file holds."""
+"""The chat page: one static file, and headers that let a browser run only the scripts in this file."""
 
 import base64
 import hashlib
@@ -43,5 +43,5 @@ HEADERS = {
 
 
 def response() -> Response:
-    """The page."""
+    """The response with the page."""
     return Response(PAGE, media_type="text/html", headers=HEADERS)

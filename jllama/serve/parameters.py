@@ -1,4 +1,4 @@
-"""From a request's body to what the engine is asked for. Pure, but for the seed of a request that names none."""
+"""Turns a request's body into requests for the engine. Pure, except for the random seed of a request without one."""
 
 import secrets
 from collections.abc import Sequence
@@ -28,8 +28,8 @@ class Run:
     requests: list[Request]
     scores: list[Request]
     stop: tuple[str, ...]
-    logprobs: int | None  # how many of the likeliest tokens beside each; None: no log-probabilities at all
-    ends: frozenset[int]  # tokens that are no part of a text whose last they are
+    logprobs: int | None  # how many of the likeliest tokens to report; None: no log-probabilities at all
+    ends: frozenset[int]  # if a text ends with one of these tokens, the token is not part of the text
     tools: Tools | None = None
 
     @property
@@ -106,7 +106,7 @@ def _prompt_ids(prompt: str | tuple[int, ...], model: Model) -> list[int]:
 
 
 def _plain(message: Message) -> dict[str, Any]:
-    """A message as templates know it. OpenAI's new name of the system's role is not known to them."""
+    """A message as templates expect it. They do not know OpenAI's new name "developer" of the role "system"."""
     found = {name: value for name, value in message.model_dump(exclude={"type"}).items() if value is not None}
     return {"content": "", **found, "role": "system" if message.role == "developer" else message.role}
 

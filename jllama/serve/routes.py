@@ -1,4 +1,4 @@
-"""The application: its routes, and what an answer costs until it ends."""
+"""The application: its routes, and the admission and release of requests."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
@@ -48,7 +48,7 @@ class Service:
 
     @asynccontextmanager
     async def reading[B: BaseModel](self, request: Request, schema: type[B]) -> AsyncGenerator[B]:
-        """The body of a request, for the model that is here."""
+        """The body of a request, checked to name a model that is served here."""
         self.gate.check()
         async with body.reading(request, schema, self.settings, self.gate) as asked:
             name = getattr(asked, "model", None)
@@ -60,7 +60,7 @@ class Service:
     async def answer(
         self, request: Request, asked: Drawing, rows: int, build: Callable[..., Run], kind: type[Answer]
     ) -> Response:
-        """Run a request, and answer whole or as a stream."""
+        """Run a request. The answer is one object or a stream."""
         facts = request.scope["jllama"]
         exchange = Exchange(self.gate, self.metrics, facts, rows)
         facts |= {"user": asked.user, "stream": bool(asked.stream)}
@@ -85,7 +85,7 @@ class Service:
 
 
 async def stream(running: Running, answer: Answer, options: StreamOptions | None) -> AsyncGenerator[bytes]:
-    """The events of a stream. What fails on the way is told in an event, as the status has gone out."""
+    """The events of a stream. Errors become events, because the status has been sent already."""
     at_end, always = (bool(options.include_usage), bool(options.continuous_usage_stats)) if options else (False, False)
 
     def event(choices: list[dict[str, Any]], *, tell: bool) -> bytes:

@@ -1,4 +1,4 @@
-"""One HTTP request's rows while they run: progress of the engine in, settled text out."""
+"""One HTTP request's rows while they run: the engine's progress goes in, text that cannot change any more comes out."""
 
 import time
 from collections.abc import AsyncGenerator
@@ -19,7 +19,7 @@ DEAD_END = "the request's constraint and settings leave no token that might come
 
 @dataclass(frozen=True)
 class Delta:
-    """What came for one row of the answer."""
+    """The new text and tokens of one row of the answer."""
 
     row: int
     text: str
@@ -29,7 +29,7 @@ class Delta:
 
 
 class RowCalls:
-    """The calls of tools in one row's text."""
+    """Finds the tool calls in one row's text."""
 
     def __init__(self, tools: Tools) -> None:
         self._parser = ToolCallParser(tools.style, tools.functions)
@@ -37,7 +37,7 @@ class RowCalls:
         self._count = 0
 
     def push(self, text: str, finish: str | None) -> tuple[str, tuple[tuple[int, ToolCall], ...], str | None]:
-        """Add text: what is for the reader, the calls that are complete, and the finish reason, if any."""
+        """Add text. Returns the content for the reader, the complete calls, and the finish reason, if any."""
         found = self._parser.push(text)
         content, calls = found.content, found.calls
         if finish is not None:
@@ -71,16 +71,16 @@ class Running:
 
     @property
     def prompt_tokens(self) -> int:
-        """Of all prompts, each counted once."""
+        """The tokens of all prompts, each counted once."""
         return sum(map(len, self.run.prompts))
 
     @property
     def completion_tokens(self) -> int:
-        """Of all rows so far, stop tokens included."""
+        """The drawn tokens of all rows so far, stop tokens included."""
         return sum(row.tokens for row in self._rows)
 
     async def start(self) -> None:
-        """Hand the rows in, and wait until the engine has taken them."""
+        """Submit the rows, and wait until the engine has accepted them."""
         if not self.group.requests:
             return
         self._engine.submit(self.group)
@@ -97,7 +97,7 @@ class Running:
             self._engine.abort(self.group)
 
     async def deltas(self) -> AsyncGenerator[list[Delta]]:
-        """Everything that comes, as soon as it comes, until every row has ended."""
+        """Yield all new text as soon as it is there, until every row has ended."""
         early: list[Progress] = []
         if echoes := await self._echoes(early):
             yield echoes
@@ -111,7 +111,7 @@ class Running:
                 yield found
 
     async def _echoes(self, early: list[Progress]) -> list[Delta]:
-        """The prompts that come first in the answer. Progress that comes meanwhile is kept in ``early``."""
+        """The texts of the prompts, for ``echo``. Progress of rows that draw is kept in ``early`` meanwhile."""
         scored: dict[int, Completion] = {}
         while len(scored) < len(self.run.scores):
             progress = await self.group.progress.get()
@@ -134,7 +134,7 @@ class Running:
 
     def _take(self, progress: Progress) -> Delta | None:
         row = progress.row
-        if row >= len(self._rows) or row in self.finishes:  # ended by a stop string; the engine had gone on
+        if row >= len(self._rows) or row in self.finishes:  # a stop string has ended it, but the engine had drawn more
             return None
         if progress.error is not None:
             raise ApiError(500, progress.error)
@@ -160,7 +160,7 @@ class Running:
         return Delta(row, text, tokens, finish, calls) if text or tokens or finish or calls else None
 
     def _note(self, row: int, count: int) -> None:
-        """Note when tokens came."""
+        """Record when tokens were received."""
         if not count:
             return
         now = time.perf_counter()
@@ -173,7 +173,7 @@ class Running:
 
 @dataclass
 class Whole:
-    """All that came for one row."""
+    """The whole text and tokens of one row."""
 
     text: str = ""
     tokens: list[TokenLogprob] = field(default_factory=list)
@@ -182,7 +182,7 @@ class Whole:
 
 
 async def collect(running: Running) -> list[Whole]:
-    """Run to the end."""
+    """Run all rows to the end."""
     rows = [Whole() for _ in range(running.run.rows)]
     async for deltas in running.deltas():
         for delta in deltas:

@@ -1,6 +1,6 @@
 """The bodies of requests. A field that is not listed here is refused by name; every field has bounds.
 
-Fields of OpenAI's API that this server cannot honour are listed with the values at which they ask for nothing.
+Fields of OpenAI's API that this server cannot honour are listed with the values that change nothing.
 """
 
 from typing import Annotated, Any, Literal, Self
@@ -25,7 +25,7 @@ MAX_TEXT = 1 << 24  # characters of a text; the body's size is bounded before
 
 
 class Strict(BaseModel):
-    """No conversions, no unknown fields; an error does not repeat what was sent."""
+    """Base of all bodies: converts no values, refuses unknown fields, and repeats no input in errors."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, hide_input_in_errors=True)
 
@@ -121,7 +121,7 @@ Count = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
 
 
 class StreamOptions(Strict):
-    """What a stream tells beside the text."""
+    """What a stream reports beside the text."""
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
@@ -191,7 +191,7 @@ class Drawing(Strict):
     cache_salt: Name | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    # Known to OpenAI's clients, and here only at values that ask for nothing.
+    # Known to OpenAI's clients, and accepted here only with values that change nothing.
     store: Literal[False] | None = None
     service_tier: Literal["auto", "default"] | None = None
 
@@ -227,7 +227,7 @@ class Message(Strict):
     name: Name | None = None
     tool_calls: Annotated[list[dict[str, Any]], Field(max_length=MAX_ROWS)] | None = None
     tool_call_id: Name | None = None
-    type: Literal["text"] | None = None  # of lm-eval's messages
+    type: Literal["text"] | None = None  # lm-eval sends it
     refusal: None = None
     audio: None = None
     function_call: None = None

@@ -1,4 +1,4 @@
-"""The process: a socket, signals, and the order in which things begin and end."""
+"""The server's process: its socket, its signals, and the order in which parts start and stop."""
 
 import asyncio
 import contextlib
@@ -16,7 +16,7 @@ from jllama.errors import InputError
 from jllama.serve.connection import Connection
 from jllama.serve.routes import Service, create_app
 
-DIED = 70  # exit code where the engine's thread died of an error
+DIED = 70  # exit code if the engine's thread has ended with an error
 BACKLOG = 2048
 MAX_FILES = 1 << 16
 SEND_BUFFER = 128 << 10  # bytes that the system keeps for a client that does not read; its own default is megabytes
@@ -52,12 +52,12 @@ def http_server(app: ASGIApp) -> HttpServer:
 
 
 def say(text: str) -> None:
-    """A line for whoever started the server."""
+    """Print a line to stderr, for the operator."""
     print(f"jllama serve: {text}", file=sys.stderr, flush=True)
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that does not listen yet: a port that is taken is known before anything is loaded."""
+    """A bound socket that does not listen yet. So an occupied port is an error before anything is loaded."""
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except OSError as error:
@@ -74,14 +74,14 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def url_of(bound: socket.socket) -> str:
-    """Where a server on this socket answers."""
+    """The URL of a server on this socket."""
     host, port = bound.getsockname()[:2]
     name = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     return f"http://{name}:{port}"
 
 
 async def serve(service: Service, bound: socket.socket) -> int:
-    """Serve on a socket until a signal comes, or the engine dies. Returns the exit code."""
+    """Serve on a socket until a signal arrives, or the engine fails. Returns the exit code."""
     loop, server, code = asyncio.get_running_loop(), http_server(create_app(service)), 0
     gate = service.gate
 
@@ -91,7 +91,7 @@ async def serve(service: Service, bound: socket.socket) -> int:
     def on_signal(number: int) -> None:
         if gate.draining:
             say("ends at once")
-            os._exit(128 + number)  # a thread may be in the middle of a launch: nothing is waited for
+            os._exit(128 + number)  # do not wait: a thread may be in the middle of a launch
         gate.draining = True
         say(f"finishes {gate.rows} texts, takes no new requests; a second signal ends at once")
         drains.append(loop.create_task(_drained(service, end)))
@@ -118,7 +118,7 @@ async def serve(service: Service, bound: socket.socket) -> int:
 
 
 def _allow_files() -> None:
-    """Each client's connection is an open file, and the usual limit of 1024 is soft."""
+    """Raise the soft limit of open files, usually 1024: each client's connection is one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))

@@ -1,4 +1,4 @@
-"""From a loaded model to an exit code."""
+"""Runs the server on a loaded model."""
 
 import asyncio
 import socket
@@ -25,7 +25,7 @@ def run(lm: LM, engine: Engine, settings: Settings, bound: socket.socket, *, slo
 
 
 def compile_ahead(engine: Engine, *, progress: bool) -> None:
-    """Compile all that requests can need, so that no client waits for it."""
+    """Compile every program that requests can need, so that no client waits for it."""
     engine.warm_up(KINDS, constraints=True, progress=progress)
     everything = SamplingSettings(temperature=1.0, top_p=0.9, presence_penalty=0.1, top_logprobs=1)
     bos = engine.params.config.bos_id

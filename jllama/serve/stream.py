@@ -13,13 +13,13 @@ HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # proxies pa
 
 
 async def left(receive: Receive) -> None:
-    """Wait until the client has gone away."""
+    """Wait until the client has disconnected."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 async def unless_gone[T](receive: Receive, work: Coroutine[Any, Any, T], status: int) -> T:
-    """The result of ``work``; an `ApiError` of ``status`` where the client leaves first, and ``work`` is cancelled."""
+    """The result of ``work``. If the client leaves first, cancel ``work`` and raise an `ApiError` of ``status``."""
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(left(receive))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -33,7 +33,7 @@ async def unless_gone[T](receive: Receive, work: Coroutine[Any, Any, T], status:
 
 
 class EventStream(Response):
-    """Sends what ``events`` yields. ``close`` is called at the end, however it comes."""
+    """Sends what ``events`` yields. ``close`` is called at the end in every case."""
 
     def __init__(self, events: AsyncGenerator[bytes], close: Callable[[], None]) -> None:
         self.status_code, self.media_type, self.background = 200, "text/event-stream", None
@@ -41,7 +41,7 @@ class EventStream(Response):
         self._events, self._close = events, close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send until there is no more, or until the client is gone."""
+        """Send all events, or stop when the client disconnects."""
         sending, gone = asyncio.ensure_future(self._send(send)), asyncio.ensure_future(left(receive))
         try:
             await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)

@@ -1,4 +1,4 @@
-"""A row's ids as text that settles, and as the log-probabilities of its tokens."""
+"""Turns a row's ids into text that cannot change any more, and the log-probabilities of its tokens."""
 
 import functools
 import math
@@ -19,11 +19,11 @@ class TokenLogprob:
     id: int
     logprob: float | None
     top: dict[int, float]
-    offset: int  # where in the text it begins
+    offset: int  # in the text, where the token begins
 
 
 class RowText:
-    """Decodes one row. Text that may still change is held back, and with it the tokens that it comes from."""
+    """Decodes one row. Text that may still change is held back, together with its tokens."""
 
     def __init__(
         self, tokenizer: Tokenizer, prompt: list[int], stop: tuple[str, ...], *, logprobs: bool, ahead: int = 0
@@ -33,17 +33,17 @@ class RowText:
         self._logprobs = logprobs
         self._held: list[TokenLogprob] = []
         self._released = ahead  # characters
-        self.tokens = 0  # that have come, stop tokens and those of a stop string included
+        self.tokens = 0  # received so far, stop tokens and those of a stop string included
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string has come."""
+        """Whether a stop string has been found."""
         return self._stream.stopped
 
     def push(
         self, ids: list[int], logprobs: list[float], top: list[dict[int, float]], *, last_is_stop: bool
     ) -> tuple[str, list[TokenLogprob]]:
-        """Add what a step brought: the text that can no longer change, and its tokens."""
+        """Add the ids of a step. Returns the text that can no longer change, and its tokens."""
         text = ""
         for i, token in enumerate(ids):
             self.tokens += 1
@@ -78,7 +78,7 @@ class Names:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        # The decoder drops a leading space of what it decodes first, so another token comes before.
+        # The decoder drops the leading space of the first token, so put another token before it.
         self._before = tokenizer.encode("a", bos=False)[-1:]
         self._skip = len(tokenizer.decode(self._before))
         self.text = functools.lru_cache(maxsize=1 << 16)(self._text)
@@ -104,7 +104,7 @@ def likeliest(token: TokenLogprob, count: int) -> list[tuple[int, float]]:
 
 
 def scored_tokens(names: Names, ids: Sequence[int], scored: Completion | None) -> list[TokenLogprob]:
-    """The tokens of a prompt; nothing comes before the first. ``scored``: the others, where there are any."""
+    """The tokens of a prompt. The first has no log-probability. ``scored`` has those of the others, if any."""
     logprobs = [None, *(scored.logprobs if scored else ())]
     top = [{}, *(scored.top_logprobs if scored else ())]
     ends = accumulate(len(names.text(token)) for token in ids)

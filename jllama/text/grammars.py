@@ -1,8 +1,7 @@
 """Constraints on text from JSON schemas, regular expressions, lists of choices and Lark grammars, over llguidance.
 
 What is compiled here comes from requests. So its size and nesting are limited before it is read, llguidance's own
-limits bound the time and memory of each grammar and each mask, and whatever is wrong is an `InputError` that names the
-field.
+limits bound the time and memory of each grammar and each mask, and every error is an `InputError` that names the field.
 """
 
 import json
@@ -28,7 +27,7 @@ CACHE_BYTES = 256 << 20
 # llguidance does not say how much memory a grammar holds. Measured: at most so many bytes for each second that it took
 # to compile, and so many that come with the texts that go through it.
 _PER_SECOND, _LEAST = 400 << 20, 4 << 20
-# Between the parts of a JSON text: a space, or a line break with its indentation. Bounded, so that a text ends.
+# White space between the parts of a JSON text: a space, or a line break with indentation. Bounded, so that a text ends.
 _JSON = dict(whitespace_pattern=r"( |\n {0,16})", lenient=False, coerce_one_of=False)
 _COUNTS = ("minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties")
 _MARK = "\x01"  # not part of any word, so no merge joins it with the text after it
@@ -45,7 +44,7 @@ class Grammar:
         self._root, self._words = root, words
 
     def matcher(self) -> "GrammarMatcher":
-        """The beginning of a new text."""
+        """A matcher at the beginning of a new text."""
         return GrammarMatcher(self._root.deep_copy(), self._words)
 
 
@@ -56,7 +55,7 @@ class GrammarMatcher:
         self._matcher, self._words = matcher, words
 
     def mask(self) -> np.ndarray:
-        """The tokens that may come next: [words] uint32. None where the grammar became too complex on the way."""
+        """The tokens that may come next: [words] uint32. No token is left if the grammar has become too complex."""
         mask = np.zeros(self._words, np.uint32)
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
         if not self._matcher.is_error():
@@ -65,7 +64,7 @@ class GrammarMatcher:
         return mask
 
     def accept(self, token: int) -> None:
-        """Go on by a token."""
+        """Advance by one token."""
         self._matcher.consume_token(token)
 
     @property
@@ -75,7 +74,7 @@ class GrammarMatcher:
 
 
 class Grammars:
-    """Compiles constraints for one tokenizer, and keeps the latest. Threads may share it.
+    """Compiles constraints for one tokenizer, and caches the latest. Threads may share it.
 
     ``vocab_size`` is the model's, and ``stop_ids`` end a text where its grammar lets it end."""
 
@@ -92,7 +91,7 @@ class Grammars:
         self._known: OrderedDict[str, tuple[Grammar, int]] = OrderedDict()
 
     def compile(self, kind: Kind, value: Any = None, where: str | None = None) -> Grammar:
-        """The constraint of a kind: a schema (a dict or JSON text), an expression, a list of texts, or a grammar.
+        """Compile a constraint of this kind: a schema (dict or JSON text), an expression, a list of texts or a grammar.
         ``where`` names the request's field in errors."""
         where = kind if where is None else where
         source = _source(kind, value, where)
@@ -147,7 +146,7 @@ class _Named:
         return b"".join(self.tokens[i] for i in ids) == wanted
 
     def _greedy(self, text: bytes) -> list[int]:
-        """The longest token that fits, again and again, up to a byte that no token has."""
+        """Split bytes into tokens, always the longest that fits, up to a byte that no token has."""
         ids, at = [], 0
         while at < len(text):
             found = next((e for e in range(at + self._longest, at, -1) if text[at:e] in self._by_bytes), None)
@@ -159,7 +158,7 @@ class _Named:
 
 
 def _source(kind: Kind, value: Any, where: str) -> str:
-    """The checked constraint as llguidance reads it."""
+    """The checked constraint in the form that llguidance reads."""
     from llguidance import LLMatcher
 
     if kind not in get_args(Kind):
@@ -181,8 +180,8 @@ def json_grammar(schema: dict[str, Any]) -> str:
 
 
 def check_schema(value: Any, where: str) -> Any:
-    """A JSON schema within the limits, from JSON or its text. Whether its keywords can be held is llguidance's to say:
-    one that it does not know is an error, not left out."""
+    """A JSON schema within the limits, from JSON or its text. llguidance decides which keywords it
+    supports: an unknown one is an error, and is not ignored."""
     if isinstance(value, str):
         _check_text(value, where)
         try:

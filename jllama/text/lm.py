@@ -41,8 +41,8 @@ MEMORY = 0.9  # of the free memory, at most, is for the pages of an engine
 class Options(TypedDict, total=False):
     """Options of text generation, all optional. The sampling settings are those of `SamplingSettings`."""
 
-    max_new_tokens: int  # 256
-    temperature: float  # 0: greedy
+    max_new_tokens: int  # default 256
+    temperature: float  # default 0: greedy
     top_k: int
     top_p: float
     min_p: float
@@ -51,9 +51,9 @@ class Options(TypedDict, total=False):
     frequency_penalty: float
     logit_bias: Mapping[int, float]  # added to the logits of tokens
     min_tokens: int
-    bad_words: Sequence[Sequence[int]]  # sequences of tokens that must not come
+    bad_words: Sequence[Sequence[int]]  # sequences of tokens that must not be drawn
     top_logprobs: int  # how many of the likeliest tokens of every step to report
-    seed: int  # 0; prompt i of several gets seed + i
+    seed: int  # default 0; of several prompts, prompt i gets seed + i
     stop: str | Sequence[str]  # a completion ends before any of these texts
     ignore_eos: bool  # continue after end-of-sequence tokens
     json_schema: (
@@ -319,12 +319,12 @@ class LM:
 
 
 def default_slots() -> int:
-    """Rows of an engine at a time, where nobody says how many."""
+    """The default number of rows that an engine runs at a time."""
     return SLOTS.get(default_device().platform, SLOTS_ELSEWHERE)
 
 
 def _serves(engine: Engine, lm: LM, slots: int, longest: int, pages: int) -> bool:
-    """Whether an engine does for such requests of a model."""
+    """Whether an engine can be reused for these requests of a model."""
     same = engine.params is lm.params and engine.backend == lm.backend and engine.slots == slots
     return same and engine.max_len >= longest and engine.statistics.pages >= pages
 

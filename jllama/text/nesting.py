@@ -1,4 +1,4 @@
-"""What a JSON value from elsewhere may hold before code that calls itself, or a tokenizer, sees it."""
+"""Limits on untrusted JSON values, checked before recursive code or a tokenizer sees them."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ MAX_DEPTH = 64  # of nested lists and objects
 
 
 def nested_within(value: Any, depth: int = MAX_DEPTH) -> bool:
-    """Whether lists and objects are nested at most so deep."""
+    """Whether lists and objects are nested at most ``depth`` deep."""
     level: list[Any] = [value] if isinstance(value, dict | list) else []
     for _ in range(depth):
         level = [part for v in level for part in (v.values() if isinstance(v, dict) else v)]
@@ -17,7 +17,7 @@ def nested_within(value: Any, depth: int = MAX_DEPTH) -> bool:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a text holds no half of a surrogate pair, which no tokenizer takes."""
+    """Whether a text is free of lone surrogates, which no tokenizer accepts."""
     if not text.isascii():
         try:
             text.encode()

@@ -1,8 +1,8 @@
 """Chats as token ids: by the model's own template, in Llama-2's format, or as plain text.
 
-What a message says never becomes a control token. A template mixes its own text with that of the messages, so the two
-are told apart by letters: in a message that names a control token, the letters at the ends of such names are replaced
-by ones that nobody uses, and put back once the control tokens of the whole text have been found.
+Text of a message never becomes a control token. A template mixes its own text with that of the messages, so the two
+must be told apart in its output. In a message that names a control token, the letters at the ends of the name are
+replaced by private letters. They are restored once the control tokens of the whole text have been found.
 """
 
 import json
@@ -21,13 +21,13 @@ from jllama.text.nesting import MAX_DEPTH, is_unicode, nested_within
 from jllama.text.sandbox import MAX_TEMPLATE, Template
 from jllama.text.tokenizer import Tokenizer, special_text, tokenizer_config
 
-Message = Mapping[str, Any]  # "role", "content", and what else a template knows
+Message = Mapping[str, Any]  # "role", "content", and other keys that the template uses
 Tools = Sequence[Mapping[str, Any]] | None  # {"type": "function", "function": {...}}: what the model may call
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|end_of_turn|>", "<end_of_turn>")
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 _LLAMA2_CHAT = re.compile(r"llama[-_ ]?2.*chat", re.IGNORECASE)
-_UNUSED = 0xF0000  # where the letters begin that are nobody's
+_UNUSED = 0xF0000  # the first of the letters that no text uses
 
 
 class Chat(Protocol):
@@ -35,7 +35,7 @@ class Chat(Protocol):
 
     @property
     def note(self) -> str | None:
-        """A line for the user about the choice, where there is something to say."""
+        """A line for the user about the choice of the format, if there is something to report."""
         ...
 
     @property
@@ -46,7 +46,7 @@ class Chat(Protocol):
     def prompt_ids(
         self, messages: Sequence[Message], tokenizer: Tokenizer, add_generation_prompt: bool, tools: Tools = None
     ) -> list[int]:
-        """The ids of a conversation, at whose end the model is to answer, and may call ``tools``."""
+        """The ids of a conversation, up to where the model answers. It may call ``tools``."""
         ...
 
     def stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -61,8 +61,8 @@ def chat_prompt_ids(
     add_generation_prompt: bool = True,
     tools: Tools = None,
 ) -> list[int]:
-    """The ids of a conversation: ``{"role": ..., "content": ...}`` each. A template that knows nothing of tools refuses
-    them."""
+    """The ids of a conversation of messages ``{"role": ..., "content": ...}``. Raises `InputError` for tools that the
+    template does not support."""
     if not messages:
         raise InputError("messages: expected at least one, found none")
     for i, message in enumerate(messages):
@@ -74,7 +74,7 @@ def chat_prompt_ids(
 
 @dataclass(frozen=True)
 class TemplateChat:
-    """A chat template of the model's, in jinja. ``special`` are the texts that it may name (``bos_token``)."""
+    """A chat template of the model, in jinja. ``special`` are the texts of its variables (``bos_token``)."""
 
     template: Template
     text: str
@@ -105,13 +105,13 @@ class TemplateChat:
         return tokenizer.encode_rendered(rendered, letters)
 
     def stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
-        # Of a model whose config names the end of a text only, the template shows how a turn ends.
+        # If the config names only the end of a text, the template shows how a turn ends.
         return tuple(t.id for t in tokenizer.control.tokens if t.text in END_OF_TURN and t.text in self.text)
 
 
 @dataclass(frozen=True)
 class Llama2Chat:
-    """Meta's format for Llama-2, whose turns are cut by ids that no text stands for."""
+    """Meta's format for Llama-2. Its turns are separated by control ids, which no text can produce."""
 
     note: str | None = None
     stop: tuple[str, ...] = ()
@@ -130,7 +130,7 @@ class Llama2Chat:
 
 @dataclass(frozen=True)
 class PlainChat:
-    """For models that were never taught to chat: a text that looks like one."""
+    """For models that are not trained to chat: a text that looks like a conversation."""
 
     note: str | None = None
     stop: tuple[str, ...] = ("\nUser:", "\nSystem:")
@@ -148,7 +148,7 @@ class PlainChat:
 
 
 def chat_for(source: Source, chosen: str | Path | None = None) -> Chat:
-    """How to chat with a model: as ``chosen`` (``llama-2``, ``plain`` or a template's file), or as the model says."""
+    """The chat format of a model: ``chosen`` (``llama-2``, ``plain`` or a template's file), or the model's own."""
     if chosen is not None and str(chosen) in ("llama-2", "plain"):
         return Llama2Chat() if str(chosen) == "llama-2" else PlainChat()
     if chosen is not None:
@@ -173,7 +173,7 @@ def _names(source: Source) -> Iterator[str]:
 
 
 def template_of(source: Source) -> tuple[str, str] | None:
-    """The template that a model carries, and where."""
+    """The template in a model's files, and where it was found."""
     text = source.metadata.get("tokenizer.chat_template")
     if isinstance(text, str):
         return text, f"{source.path}: tokenizer.chat_template"
@@ -203,7 +203,7 @@ def _choice(value: Any, directory: Path) -> str | None:
 
 
 def _special_texts(source: Source) -> dict[str, str]:
-    """The texts of bos_token and its like, as a directory's files give them."""
+    """The texts of bos_token and other special tokens, from the files of a directory."""
     if not source.path.is_dir():
         return {}
     names = ("special_tokens_map.json", "tokenizer_config.json")
@@ -256,8 +256,8 @@ def with_loaded_arguments(messages: Sequence[Message]) -> list[Message]:
 def _hidden(
     messages: Sequence[Message], tools: Tools, control: ControlTokens, template: str
 ) -> tuple[list[Any], list[Any], dict[int, str]]:
-    """The messages and the tools, in which nothing names a control token or a part of one; and how to get their letters
-    back."""
+    """The messages and the tools, changed so that nothing in them names a control token or a part of one; and the table
+    that restores their letters."""
     bodies = [{name: value for name, value in message.items() if name != "role"} for message in messages]
     texts = list(_texts([bodies, list(tools or ())]))
     if not any(control.could_name(text) for text in texts):
@@ -298,7 +298,7 @@ def _content(message: Message) -> str:
 
 
 def _exchanges(messages: Sequence[Message]) -> tuple[str | None, list[Exchange]]:
-    """Messages as Llama-2 knows them: a system prompt at most, then questions and answers in turn."""
+    """The messages as Llama-2 expects them: an optional system prompt, then questions and answers in turn."""
     system = _content(messages[0]) if messages[0]["role"] == "system" else None
     rest = messages[system is not None :]
     for i, message in enumerate(rest):

@@ -1,4 +1,4 @@
-"""Tool calls in a model's answer, in the formats of the field, while the answer streams.
+"""Finds tool calls in a model's answer while the answer streams, in three common formats.
 
 =========  ==========================================================================
 llama3     the whole answer is ``{"name": ..., "parameters": {...}}``, or several with ``;`` between them
@@ -6,7 +6,7 @@ hermes     ``<tool_call>{"name": ..., "arguments": {...}}</tool_call>``, anywher
 mistral    ``[TOOL_CALLS][{"name": ..., "arguments": {...}}, ...]``, or ``[TOOL_CALLS]name[ARGS]{...}``
 =========  ==========================================================================
 
-What begins like a call and is none is content, letter for letter.
+Text that begins like a call but is not one stays content, unchanged.
 """
 
 import json
@@ -36,14 +36,14 @@ class ToolCall:
 
 @dataclass
 class Found:
-    """What has settled: text for the reader, and calls."""
+    """What can no longer change: text for the reader, and calls."""
 
     content: str = ""
     calls: list[ToolCall] = field(default_factory=list)
 
 
 def style_of(template: str) -> Style | None:
-    """The format of a chat template's tool calls; None where it has none that is known."""
+    """The format of a chat template's tool calls; None if it has none that is known."""
     if _BEGIN["mistral"] in template:
         return "mistral"
     if _BEGIN["hermes"] in template:
@@ -60,7 +60,7 @@ def parse_tool_calls(text: str, style: Style, names: Collection[str] | None = No
 
 
 class ToolCallParser:
-    """Takes an answer piece by piece. A call is given out when it is complete; text that may yet begin one is held."""
+    """Takes an answer piece by piece. Returns a call when it is complete. Holds back text that may begin a call."""
 
     def __init__(self, style: Style, names: Collection[str] | None = None) -> None:
         self._style, self._names = style, names
@@ -68,7 +68,7 @@ class ToolCallParser:
         self._plain = False  # nothing more can be a call
 
     def push(self, text: str) -> Found:
-        """Add text, and return what has settled."""
+        """Add text, and return what can no longer change."""
         self._held += text
         found = Found()
         if self._style == "hermes":
@@ -80,7 +80,7 @@ class ToolCallParser:
         return found
 
     def finish(self) -> Found:
-        """The rest, at the end of the answer."""
+        """Return the rest, at the end of the answer."""
         found = Found()
         if self._style == "hermes" and self._held.startswith(_BEGIN["hermes"]):
             # A model may end its turn without the closing mark.
@@ -134,7 +134,7 @@ class ToolCallParser:
             found.content, self._held = self._held, ""
 
     def _whole(self) -> list[ToolCall] | None:
-        """All that is held as calls; None where it is something else."""
+        """The calls in the text that is held; None if it is anything else."""
         text = self._held.strip()
         if self._style == "llama3":
             values = _values(text.removeprefix(_BEGIN["llama3"]))
@@ -147,7 +147,7 @@ class ToolCallParser:
         return [call for part in calls for call in part] if calls and all(calls) else None
 
     def _calls_in(self, value: Any) -> list[ToolCall]:
-        """The calls of a JSON value; empty where it is anything else."""
+        """The calls in a JSON value; empty if it is anything else."""
         calls = [_call(one) for one in (value if isinstance(value, list) else [value])]
         known = [c for c in calls if c is not None and (self._names is None or c.name in self._names)]
         return known if len(known) == len(calls) else []
@@ -175,7 +175,7 @@ def _in_string(text: str) -> bool:
 
 
 def _values(text: str) -> list[Any]:
-    """JSON values one after another; empty where there is anything else."""
+    """The JSON values in a text, one after another; empty if it holds anything else."""
     decoder, values, at = json.JSONDecoder(), [], 0
     while at < len(text):
         if text[at] in _SEPARATORS:

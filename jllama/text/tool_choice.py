@@ -1,4 +1,4 @@
-"""What `tools` and `tool_choice` of a request mean: checked functions, and the grammar of a call that must come."""
+"""Checks `tools` and `tool_choice` of a request, and builds the grammar of a required call."""
 
 import json
 import re
@@ -12,12 +12,12 @@ from jllama.text.tokenizer import Tokenizer
 from jllama.text.tool_calls import Style
 
 MAX_TOOLS = 128
-MAX_CALLS = 8  # in one answer that must call
+MAX_CALLS = 8  # most calls in one answer that must call
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 
 
 def check_tools(tools: Any) -> dict[str, Any]:
-    """The functions' names and the schemas of their parameters, or `InputError` for what is no list of tools."""
+    """The functions' names and the schemas of their parameters, or an `InputError` if this is not a list of tools."""
     if not isinstance(tools, list) or not 1 <= len(tools) <= MAX_TOOLS:
         raise InputError(f"tools: expected a list of 1 to {MAX_TOOLS} tools, found something else")
     functions: dict[str, Any] = {}
@@ -36,7 +36,7 @@ def check_tools(tools: Any) -> dict[str, Any]:
 
 
 def chosen(choice: Any, functions: Mapping[str, Any]) -> list[str]:
-    """The functions of which one must be called; none for ``"none"`` and ``"auto"``, None and their like."""
+    """The functions of which one must be called; empty if none must (``"none"``, ``"auto"``, None)."""
     if choice in (None, "none", "auto"):
         return []
     if choice == "required":

@@ -1,10 +1,14 @@
 """Shared by the tests of the benchmarks."""
 
+import json
+from collections.abc import Iterator
 from typing import Any
 
+import jax
 import pytest
 from bench_records import CEILINGS
 
+from bench.peers import _worker
 from bench.process import Worker
 
 
@@ -19,3 +23,33 @@ def quick_workers(monkeypatch: pytest.MonkeyPatch) -> None:
         return dict(CEILINGS) if do == "ceilings" else ask(self, do, limit_s, **fields)
 
     monkeypatch.setattr(Worker, "ask", quick)
+
+
+class InProcess:
+    """`bench.process.Worker` without a process: the same requests and replies."""
+
+    dead = None
+
+    def __init__(self, peer: str, python: str = "") -> None:
+        self.peer, self.state = peer, dict[str, Any]()
+
+    def ask(self, do: str, limit_s: float, **fields: Any) -> dict[str, Any]:
+        reply = _worker._answer(self.peer, json.loads(json.dumps({"do": do, **fields})), self.state)
+        return json.loads(json.dumps(reply))
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> "InProcess":
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for module in ("bench.process", "bench.reference"):
+        monkeypatch.setattr(f"{module}.Worker", InProcess)
+    monkeypatch.setattr("jllama.compilation.enable_cache", lambda folder: None)
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

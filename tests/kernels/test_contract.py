@@ -13,6 +13,7 @@ import pytest
 import tiny
 from fake_kernels import GPU, faked, opaque
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import PartitionSpec as P
 
 from jllama.cache import init_cache
 from jllama.config import LlamaConfig
@@ -90,6 +91,11 @@ def example(name: str) -> tuple[Op, tuple[Any, ...], dict[str, Any]]:
             dict(layer=1),
         ),
         "ffn": (OPS["ffn"], (x, normal(32), normal(96, 32), normal(32, 48)), eps),
+        "finish_layer": (
+            OPS["finish_layer"],
+            (normal(2, 2, 16), x, normal(32, 16), normal(32), normal(96, 32), normal(32, 48), normal(32)),
+            eps,
+        ),
         "draw": (OPS["draw"], (normal(2, 64), jnp.asarray([0.3, 0.7])), dict(temperature=jnp.ones(2))),
     }[name]
 
@@ -106,12 +112,8 @@ def total(tree: Any) -> jax.Array:
     return sum((jnp.sum(jnp.sin(a.astype(jnp.float32))) for a in floats), jnp.float32(0))
 
 
-EXAMPLES = (
-    "rms_norm",
-    *("matmul", "matmul-int8", "matmul-int4", "qkv"),
-    *("attention", "paged_attention", "attend_and_write"),
-    *("ffn", "draw"),
-)
+PRODUCTS = ("matmul", "matmul-int8", "matmul-int4", "qkv", "ffn", "finish_layer")
+EXAMPLES = ("rms_norm", *PRODUCTS, "attention", "paged_attention", "attend_and_write", "draw")
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -267,6 +269,37 @@ def test_a_model_on_the_cpu_of_a_machine_with_a_gpu(gpu: None) -> None:
     assert session.backends["decode"]["matmul"] == Choice("xla", "needs an NVIDIA Hopper GPU, found platform 'cpu'")
     with pytest.raises(Unsupported, match="needs an NVIDIA Hopper GPU, found platform 'cpu'"):
         list(Session(params, 32, backend="pallas").run(prompt, 4))
+
+
+def test_kernels_that_write_the_cache_run_on_a_shard_with_some_of_the_heads() -> None:
+    """Traced for two H200, with shard_map's checks."""
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=132)
+    axis = dict(axis_types=(jax.sharding.AxisType.Auto,), abstract_device=device)
+    mesh, whole, heads = jax.sharding.AbstractMesh((2,), ("model",), **axis), P(), P(None, None, "model")
+
+    def floats(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    def places(rows: int, tokens: int) -> tuple[Any, ...]:
+        angles = floats(rows, tokens, 64, dtype=jnp.float32)
+        return floats(rows, dtype=jnp.int32), angles, angles, floats(rows, 8, dtype=jnp.int32)
+
+    def attend(y: Any, k: Any, v: Any, start: Any, cos: Any, sin: Any, table: Any) -> Any:
+        return OPS["attend_and_write"](y, k, v, table, start, cos, sin, layer=1)
+
+    def project(x: Any, w: Any, k: Any, v: Any, start: Any, cos: Any, sin: Any, table: Any) -> Any:
+        return OPS["qkv"](x, w, k, v, start, cos, sin, layer=1, table=table)
+
+    cache = floats(2, 100, 8, 64, 128)
+    for op, own, args in (
+        (attend, (heads,), (floats(64, 1, 3 * 8 * 128), cache, cache, *places(64, 1))),
+        (project, (whole, P("model")), (floats(4, 128, 512), floats(3 * 8 * 128, 512), cache, cache, *places(4, 128))),
+    ):
+        specs = *own, heads, heads, *(whole,) * 4
+        with jax.sharding.use_abstract_mesh(mesh), record() as choices:
+            found = jax.eval_shape(jax.shard_map(op, in_specs=specs, out_specs=(heads,) * 3), *args)
+        assert [a.shape for a in found[1:]] == [cache.shape] * 2
+        assert list(choices.values()) == [KERNEL]
 
 
 # What ran

@@ -46,8 +46,8 @@ SMALL_CASES = {
     "int8": Case((9,), fmt="int8", blocks=1),
     "int8-groups": Case((9,), fmt="int8-g64", queries=2, blocks=1),
     "int4": Case((9,), fmt="int4-g128", queries=2, blocks=1, size=dict(dim=256, heads=4, kv_heads=2)),
-    "int4-a-tile-of-two-cuts-the-last-shorter": Case(
-        (5,), fmt="int4-g128", blocks=3, size=dict(dim=256, heads=4, kv_heads=2, hidden=768), tiles=dict(step=256)
+    "int4-a-tile-of-two-cuts-the-last-half-a-stage": Case(
+        (5,), fmt="int4-g128", blocks=3, size=dict(dim=256, heads=4, kv_heads=2, hidden=640), tiles=dict(step=256)
     ),
 }
 
@@ -162,7 +162,7 @@ def test_real_shapes_lower(case: str, fmt: str, batch: int, queries: int) -> Non
         (dict(head_dim=32), "head_dim must be 64 or 128"),
         (dict(heads=64, kv_heads=4), "at most 8 query heads"),
         (dict(max_len=1023), "multiple of 8"),
-        (dict(dim=2048 + 64), "dim must be a multiple of 128"),
+        (dict(dim=2048 + 32), "dim must be a multiple of 64"),
         (dict(vocab=32001), "vocab must be a multiple of 8"),
     ],
 )

@@ -14,7 +14,8 @@ from np_sampler import np_sampler
 from jllama.sampling import make_sampling, sample
 from pallas_kernels import Unsupported
 from pallas_kernels.draw import CASES, draw, draw_reference, log_probability, truncate
-from pallas_kernels.hopper.sampling.draw import RowSplit, draw_rows, split_row
+from pallas_kernels.hopper.sampling.draw import draw_rows
+from pallas_kernels.hopper.sampling.split import CLUSTER, RowSplit, split_row
 
 SETTINGS: dict[str, dict[str, Any]] = {  # of four rows
     "greedy": dict(temperature=(0.0, 0.0, 0.0, 0.0)),
@@ -51,7 +52,7 @@ def assert_drawn(found: tuple[Any, Any], logits: jax.Array, u: jax.Array, given:
     np.testing.assert_allclose(found[1], wanted[1], atol=1e-5)
 
 
-jit_draw_rows = jax.jit(draw_rows, static_argnames="interpret")
+jit_draw_rows = jax.jit(draw_rows, static_argnames=("interpret", "split"))
 
 
 def interpreted(*args: Any, races: bool = False, **given: Any) -> Any:
@@ -64,6 +65,33 @@ def interpreted(*args: Any, races: bool = False, **given: Any) -> Any:
 def test_draw_interpreted(settings: str) -> None:
     logits, u, given = arguments(settings, 1280)  # two warpgroups, an odd number of tokens per thread
     assert_drawn(interpreted(logits, u, **given, races=True), logits, u, given)
+
+
+@pytest.mark.parametrize("settings", ["greedy", "all"])
+@pytest.mark.parametrize(
+    ("vocab", "split"),
+    [
+        (1280, RowSplit(1, 5, blocks=2)),
+        (1920, RowSplit(2, 2, blocks=4)),  # the last part repeats a line
+        (896, RowSplit(2, 4)),  # so it does in one block
+    ],
+)
+def test_draw_from_several_blocks_interpreted(settings: str, vocab: int, split: RowSplit) -> None:
+    logits, u, given = arguments(settings, vocab)
+    u = u.at[0].set(0.0).at[3].set(1 - 2.0**-23)  # the ends of the vocabulary
+    found = interpreted(logits, u, **given, split=split, races=True)
+    wanted = jit_reference(logits, u, **given)
+    assert_near(np.asarray(found[0]), np.asarray(logits), np.asarray(u), given)
+    np.testing.assert_array_equal(found[0][:3], wanted[0][:3])
+    np.testing.assert_allclose(found[1], log_probability(logits, found[0]), atol=1e-5)
+
+
+def test_several_blocks_stand_logits_that_are_not_numbers() -> None:
+    logits, u, given = arguments("all", 640)
+    logits = logits.at[0, 7].set(jnp.nan).at[1, 639].set(jnp.inf).at[2].set(-jnp.inf)
+    token, logprob = interpreted(logits, u, **given, split=RowSplit(1, 3, blocks=2))
+    assert ((token >= 0) & (token < 640)).all()
+    np.testing.assert_array_equal(jnp.isnan(logprob), [True, True, True, False])
 
 
 @pytest.mark.parametrize("settings", ["top-p", "all"])
@@ -112,12 +140,22 @@ def test_draw_lowers(case: str, settings: str) -> None:
 def test_which_vocabularies_fit() -> None:
     assert split_row(32000) == RowSplit(5, 50)
     assert split_row(512) == RowSplit(1, 4)
-    assert [split_row(vocab) for vocab in (96, 32001, 64 * 5 * 128 + 128, 128256)] == [None] * 4
+    assert split_row(32128) == RowSplit(4, 63)  # 251 lines, a prime number
+    assert split_row(49_152) == RowSplit(1, 49, CLUSTER)
+    assert split_row(128_256) == RowSplit(2, 63, CLUSTER)
+    assert split_row(262_144) == RowSplit(5, 52, CLUSTER)
+    assert [split_row(vocab) for vocab in (0, 96, 32001, 262_144 + 128)] == [None] * 4
+    for lines in range(1, 262_144 // 128 + 1):
+        split = split_row(lines * 128)
+        assert split is not None
+        assert 0 <= split.repeated(lines * 128) < split.numbers <= min(lines, 63)
+        assert split.numbers % 8  # JAX 0.11.2 does not lower those
+        assert lines > 62 * 5 or split.blocks == 1
     for backend in ("auto", "pallas"):
         choice = draw.choose(backend, jnp.zeros((1, 96)), jnp.zeros(1), temperature=jnp.ones(1))
         assert (choice.impl, choice.why[:34]) == ("xla", "a vocabulary of 96: the kernel hol")
-        choice = draw.choose(backend, jnp.zeros((1, 128256)), jnp.zeros(1), temperature=jnp.ones(1))
-        assert choice.why.endswith("64 numbers a thread, 40960 at most; XLA draws from any")
+        choice = draw.choose(backend, jnp.zeros((1, 400_000)), jnp.zeros(1), temperature=jnp.ones(1))
+        assert choice.why.endswith("in lines of 128 tokens, 262144 at most; XLA draws from any")
         choice = draw.choose(backend, jnp.zeros((1, 512)), None, temperature=None)
         assert (choice.impl, choice.why[:6]) == ("xla", "greedy")
     on_h200 = jax.sharding.use_abstract_mesh(H200)
@@ -154,6 +192,21 @@ def test_draw_on_gpu(settings: str, vocab: int) -> None:
             np.testing.assert_array_equal(found[1], again[1])
             assert_near(np.asarray(found[0]), np.asarray(logits), np.asarray(u), given)
             np.testing.assert_allclose(found[1], log_probability(logits, found[0]), atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("vocab", [32_128, 49_152, 128_256, 262_144])
+@pytest.mark.parametrize("settings", ["greedy", "nearly-all", "all"])
+def test_draw_from_large_vocabularies_on_gpu(settings: str, vocab: int) -> None:
+    kernel = jax.jit(lambda logits, u, given: draw(logits, u, **given, backend="pallas"))
+    for seed, spread in enumerate((0.1, 3.0)):
+        logits, u, given = arguments(settings, vocab, seed=seed, spread=spread)
+        u = u.at[0].set(0.0).at[3].set(1 - 2.0**-23)  # the ends of the vocabulary
+        many = jax.tree.map(lambda a: jnp.tile(a, (16,) + (1,) * (a.ndim - 1)), (logits, u, given))  # 64 rows
+        token, logprob = kernel(*many)
+        assert_near(np.asarray(token[:ROWS]), np.asarray(logits), np.asarray(u), given)
+        np.testing.assert_allclose(logprob[:ROWS], log_probability(logits, token[:ROWS]), atol=1e-4)
+        np.testing.assert_array_equal(token.reshape(16, ROWS), np.broadcast_to(token[:ROWS], (16, ROWS)))
 
 
 def assert_near(token: np.ndarray, logits: np.ndarray, u: np.ndarray, given: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from h200 import lower
+from h200 import H200
 
 from pallas_kernels import OPS, paged_attention, write_pages
 from pallas_kernels.attention import attention_reference
@@ -73,7 +73,8 @@ def test_a_step_lowers_for_a_gpu_and_donates_its_pool(name: str) -> None:
         k, v = (write_pages(a, new, table, start, 1) for a in (k, v))
         return paged_attention(q, k, v, table, start, layer=1, backend="xla"), k, v
 
-    lower(step, q, pool, pool, new, table, start)
+    with jax.sharding.use_abstract_mesh(H200):
+        jax.jit(step).trace(q, pool, pool, new, table, start).lower(lowering_platforms=("cuda",))
     compiled = jax.jit(step, donate_argnums=(1, 2)).lower(q, pool, pool, new, table, start).compile()
     bytes_of_pool = 2 * 100 * kv_heads * PAGE * D * 2
     assert compiled.memory_analysis().alias_size_in_bytes >= 2 * bytes_of_pool

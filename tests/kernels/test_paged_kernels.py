@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from draws import normal
 from h200 import H200, lower
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -54,8 +55,7 @@ class Case:
         """Random queries and pages, and a table in no order. Layer 0, pages of nobody and pages behind a row's last
         position are NaN, and table entries behind it are no pages."""
         q, k, v, _, _ = self.shapes()
-        keys = jax.random.split(jax.random.key(seed), 3)
-        q, k, v = (jax.random.normal(key, a.shape, self.dtype) for key, a in zip(keys, (q, k, v), strict=True))
+        q, k, v = (normal(3 * seed + i, a.shape, self.dtype) for i, a in enumerate((q, k, v)))
         # A number outside the pool is clamped to its first or last page, which nobody has.
         numbers = 1 + np.random.RandomState(seed).permutation(self.pool - 2).astype(np.int32)
         table = np.empty((len(self.start), self.pages), np.int32)
@@ -64,8 +64,14 @@ class Case:
         for row, start in enumerate(self.start):
             table[row, (start + self.T - 1) // PAGE + 1 :] = (self.pool, -1, 1 << 30)[row % 3]
         unseen = np.setdiff1d(np.arange(self.pool), table)
-        k, v = (a.at[0].set(jnp.nan).at[1, unseen].set(jnp.nan) for a in (k, v))
+        k, v = (hidden(a, unseen) for a in (k, v))
         return [q, k, v, jnp.asarray(table), jnp.asarray(self.start, jnp.int32)]
+
+
+@jax.jit
+def hidden(pages: jax.Array, unseen: np.ndarray) -> jax.Array:
+    """NaN in layer 0 and in these pages of layer 1."""
+    return pages.at[0].set(jnp.nan).at[1, unseen].set(jnp.nan)
 
 
 # Small enough for the interpreter: a few tiles that cover every case of the schedule.
@@ -115,6 +121,7 @@ def small_tiles(case: Case) -> Any:
     return prefill.PrefillTiles(keys=case.keys, stages=2, blocks=1)  # several items a block
 
 
+@jax.jit
 def contiguous(arguments: list[jax.Array]) -> list[jax.Array]:
     """The same for the contiguous kernel: zeros where a row has no page."""
     q, k, v, table, start = arguments
@@ -123,13 +130,18 @@ def contiguous(arguments: list[jax.Array]) -> list[jax.Array]:
     return [q, *(jnp.where(seen, gather(a, table, 1), 0) for a in (k, v)), start]
 
 
-def assert_close(out: jax.Array, arguments: list[jax.Array]) -> None:
+@jax.jit
+def exact(arguments: list[jax.Array]) -> jax.Array:
+    """The reference in float32, on pages in order."""
     q, k, v, start = contiguous(arguments)
     table = jnp.arange(k.shape[0] * k.shape[2] // PAGE).reshape(k.shape[0], -1)
     B, kv_heads, _, D = k.shape
     pools = [a.reshape(B, kv_heads, -1, PAGE, D).swapaxes(1, 2).reshape(1, -1, kv_heads, PAGE, D) for a in (k, v)]
-    wanted = paged_attention_reference(*(a.astype(jnp.float32) for a in (q, *pools)), table, start, layer=0)
-    wanted, found = np.asarray(wanted), np.asarray(out, np.float32)
+    return paged_attention_reference(*(a.astype(jnp.float32) for a in (q, *pools)), table, start, layer=0)
+
+
+def assert_close(out: jax.Array, arguments: list[jax.Array]) -> None:
+    wanted, found = np.asarray(exact(arguments)), np.asarray(out, np.float32)
     assert np.linalg.norm(found - wanted) < TOLERANCE * np.linalg.norm(wanted)
 
 

@@ -8,6 +8,7 @@ gpu).
 import functools
 from typing import Any
 
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,11 +42,19 @@ Array = jax.Array
 
 
 def normal(seed: int, *shape: int, dtype: Any = jnp.bfloat16) -> Array:
-    return jax.random.normal(jax.random.key(seed), shape, dtype)
+    return draws.normal(seed, shape, dtype)
 
 
 def weight(fmt: str, *shape: int, seed: int = 1) -> Any:
-    w = normal(seed, *shape) * jnp.asarray(shape[-1] ** -0.5, jnp.bfloat16)
+    return stored(fmt, normal(seed, *shape))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def stored(fmt: str, w: Array) -> Any:
+    """Weights in a format. Every row has another size: bfloat16 has so few bits that many rows would have one scale,
+    and a kernel that reads the scale of another row would pass."""
+    rows = (0.5 + jnp.arange(w.shape[-2]) % 97 / 97) * w.shape[-1] ** -0.5
+    w *= rows[:, None].astype(w.dtype)
     return quantize(w, **FORMATS[fmt]) if FORMATS[fmt] else w
 
 
@@ -62,6 +71,7 @@ def abstract(fmt: str, *shape: int) -> Any:
     )
 
 
+@functools.partial(jax.jit, static_argnames=("swiglu", "rounded"))
 def exact(x: Array, w: Any, *, swiglu: bool = False, residual: Array | None = None, rounded: bool = False) -> Array:
     """The product in float32. With ``rounded``, the dequantised weights are first rounded to x's dtype."""
     if isinstance(w, QuantizedTensor):
@@ -100,7 +110,7 @@ def race_free(y: Array) -> Array:
         (1, 192, SmallMTiles(step=128, consumers=2, n_tile=64, k_splits=1, depth=4), 3),  # finished in the kernel
         (2, 160, SmallMTiles(step=128, consumers=1, n_tile=32, k_splits=1, depth=2), 3),  # fewer rows than a wgmma tile
         (8, 176, SmallMTiles(step=256, consumers=3, n_tile=88, k_splits=1, depth=3), 1),  # tiles that overlap
-        (33, 192, SmallMTiles(step=128, consumers=2, n_tile=64, depth=4), 3),  # K splits
+        (3, 192, SmallMTiles(step=128, consumers=2, n_tile=64, depth=4), 3),  # K splits
     ],
 )
 @pytest.mark.parametrize("fmt", FORMATS)
@@ -224,7 +234,8 @@ def test_real_shapes_lower(fmt: str, case: str, rows: int) -> None:
     out, inner = CASES[case]["out"], CASES[case]["inner"]
     x, w = jax.ShapeDtypeStruct((rows, inner), jnp.bfloat16), abstract(fmt, out, inner)
     check_product(x, w)
-    lower(lambda x, w: product(x, w, out_dtype=jnp.float32), x, w)
+    equations = 60_000 if fmt == "int8-g32" else 30_000  # groups of 32: four scales a step for every row
+    lower(lambda x, w: product(x, w, out_dtype=jnp.float32), x, w, equations=equations)
 
 
 @pytest.mark.parametrize("rows", [512, 1024, 4096])
@@ -262,7 +273,7 @@ def test_ffn_lowers(case: str, fmt: str, rows: int) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("fmt", FORMATS)
-@pytest.mark.parametrize("rows", [1, 8, 64])
+@pytest.mark.parametrize("rows", [1, 8])
 def test_plan_keeps_the_gpu_busy(case: str, fmt: str, rows: int) -> None:
     """The busiest multiprocessor reads little more than the mean, and has enough copies in flight to keep the memory
     busy."""
@@ -295,8 +306,8 @@ def test_refused(shape: tuple[int, int], dtype: Any, rows: int, reason: str) -> 
 
 def test_refused_rows_and_inputs() -> None:
     w = abstract("bf16", 4096, 4096)
-    with pytest.raises(Unsupported, match="at most 64 rows, found 65"):
-        check_small_m(jax.ShapeDtypeStruct((65, 4096), jnp.bfloat16), w)
+    with pytest.raises(Unsupported, match="at most 8 rows, found 9"):
+        check_small_m(jax.ShapeDtypeStruct((9, 4096), jnp.bfloat16), w)
     with pytest.raises(Unsupported, match="activations have 4032 inputs, the weight has 4096"):
         check_large_m(jax.ShapeDtypeStruct((65, 4032), jnp.bfloat16), w)
     with pytest.raises(Unsupported, match="norm has shape"):
@@ -361,7 +372,7 @@ def test_product_on_gpu(case: str, fmt: str, rows: int) -> None:
     # One input is a hundred times the others. The limbs of the others must still be precise.
     x, w = normal(0, rows, inner).at[0, 5].mul(100), jax.jit(lambda: weight(fmt, out, inner))()
     run = jax.jit(lambda x, w: matmul(x, w, out_dtype=jnp.float32, backend="pallas"))
-    y, reference = run(x, w), jax.jit(functools.partial(exact, rounded=rows > 64))(x, w)
+    y, reference = run(x, w), exact(x, w, rounded=rows > 64)
     assert error(y, reference) < 1e-4
     if rows in (8, 512):  # a compilation takes seconds
         assert error(matmul(x, w, backend="pallas"), reference) < 3e-3

@@ -4,6 +4,7 @@ compiled on one (marker gpu)."""
 import dataclasses
 import functools
 import types
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from jllama.config import LlamaConfig, preset
 from jllama.model import forward
 from jllama.params import init, stack
 from pallas_kernels import (
+    PAGE,
     Choice,
     LayerView,
     QuantizedTensor,
@@ -48,6 +50,8 @@ class Case:
     dim: int = 128
     fmt: str = "bf16"
     layers: int | None = None
+    table: tuple[tuple[int, ...], ...] | None = None  # the pages of every sequence, if the cache has pages
+    pages: int = 9
 
     @property
     def out(self) -> int:
@@ -59,8 +63,9 @@ class Case:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The layer that is used: the last but one."""
-        return {} if self.layers is None else {"layer": self.layers - 2}
+        """The layer that is used, the last but one, and the table."""
+        layer = {} if self.layers is None else {"layer": self.layers - 2}
+        return layer if self.table is None else layer | {"table": jnp.asarray(self.table)}
 
     def weight(self, w: Any) -> Any:
         return w if self.layers is None else LayerView(w, self.layers - 2)
@@ -68,7 +73,8 @@ class Case:
     def shapes(self) -> list[Any]:
         """x, w, k, v, start, cos and sin."""
         batch = len(self.start)
-        cache = jax.ShapeDtypeStruct((*self.lead, batch, self.kv_heads, self.max_len, self.head_dim), jnp.bfloat16)
+        rows, size = (batch, self.max_len) if self.table is None else (self.pages, PAGE)
+        cache = jax.ShapeDtypeStruct((*self.lead, rows, self.kv_heads, size, self.head_dim), jnp.bfloat16)
         angles = jax.ShapeDtypeStruct((batch, self.tokens, self.head_dim // 2), jnp.float32)
         return [
             jax.ShapeDtypeStruct((batch, self.tokens, self.dim), jnp.bfloat16),
@@ -80,13 +86,13 @@ class Case:
 
     def arguments(self) -> list[Any]:
         x, _, k, _, _, cos, _ = self.shapes()
-        angles = 6 * jax.random.uniform(jax.random.key(4), cos.shape)
+        angles = np.random.RandomState(4).uniform(0, 6, cos.shape)
         return [
             normal(0, *x.shape),
             self.weight(weight(self.fmt, *self.lead, self.out, self.dim)),
             *(normal(seed, *k.shape) for seed in (2, 3)),
             jnp.asarray(self.start, jnp.int32),
-            *(jnp.cos(angles), jnp.sin(angles)),
+            *(jnp.asarray(a, jnp.float32) for a in (np.cos(angles), np.sin(angles))),
         ]
 
 
@@ -94,11 +100,18 @@ def check(case: Case, arguments: list[Any], found: tuple[jax.Array, ...]) -> Non
     """Queries, new keys and new values are the reference's. The rest of the cache is unchanged, except for free slots
     of the same heads, up to a chunk after the last token."""
     x, w, *cache, start, cos, sin = materialize(arguments)
-    if isinstance(w, QuantizedTensor):
-        w = dequantize(w, x.dtype if w.scale.shape[-1] > 1 else jnp.float32)
-    exact = [a.astype(jnp.float32) for a in (x, w, *cache)]
-    q, *wanted = qkv_reference(*exact, start, cos, sin, **case.options)
+
+    @jax.jit
+    def exact(x: jax.Array, w: Any, k: jax.Array, v: jax.Array) -> Any:
+        if isinstance(w, QuantizedTensor):
+            w = dequantize(w, x.dtype if w.scale.shape[-1] > 1 else jnp.float32)
+        return qkv_reference(*(a.astype(jnp.float32) for a in (x, w, k, v)), start, cos, sin, **case.options)
+
+    q, *wanted = exact(x, w, *cache)
     assert error(found[0], q) < 3e-3
+    if case.table is not None:
+        check_pages(case, cache, found[1:], wanted)
+        return
     for old, new, reference in zip(cache, found[1:], wanted, strict=True):
         old, new, reference = (
             np.asarray(a, np.float32).reshape(case.layers or 1, *a.shape[-4:]) for a in (old, new, reference)
@@ -113,6 +126,25 @@ def check(case: Case, arguments: list[Any], found: tuple[jax.Array, ...]) -> Non
         np.testing.assert_array_equal(new, old)
 
 
+def check_pages(case: Case, cache: list[jax.Array], found: Sequence[jax.Array], wanted: list[jax.Array]) -> None:
+    """The slots that the reference writes are its, and all others are unchanged, but for the end of the last chunk."""
+    layer = case.options["layer"]
+    positions = [np.arange(first, first - (-case.tokens // 32) * 32) for first in case.start]
+    assert case.table is not None
+    for old, new, reference in zip(cache, found, wanted, strict=True):
+        old, new, reference = (np.array(a, np.float32) for a in (old, new, reference))
+        written = np.zeros((case.layers, case.pages, PAGE), bool)
+        free = written.copy()
+        for pages, mine in zip(case.table, positions, strict=True):
+            for i, p in enumerate(mine):
+                if p // PAGE < len(pages) and 0 <= pages[p // PAGE] < case.pages:
+                    (written if i < case.tokens else free)[layer, pages[p // PAGE], p % PAGE] = True
+        assert written.any()
+        new, old, reference = (a.swapaxes(2, 3) for a in (new, old, reference))
+        assert error(new[written], reference[written]) < 3e-3
+        np.testing.assert_array_equal(new[~(written | free)], old[~(written | free)])
+
+
 # The interpreter: small shapes, every path
 
 SMALL = {
@@ -123,6 +155,11 @@ SMALL = {
     "no-room-for-the-last": Case((60, 0, 96), 64, 96, heads=1),
     "no-room-at-all": Case((64, 99), 64, 64, heads=1, layers=2),
     "heads-of-64": Case((37, 2), 96, 144, heads=2, kv_heads=1, head_dim=64, fmt="int4-g128"),  # a tile has k and v
+    "pages-of-any-start": Case(
+        (37, 133, 64), 96, 0, layers=2, table=((6, 2, 4, 99), (6, 2, 4, 3), (99, 5, 99, 99)), heads=1
+    ),
+    "pages-past-the-table": Case((70, 64), 96, 0, heads=1, layers=3, table=((2, 8), (7, -1)), fmt="int8"),
+    "pages-odd-tokens": Case((45,), 100, 0, layers=2, table=((3, 1, 4),), head_dim=64, heads=4, kv_heads=2, fmt="int8"),
     "heads-of-64-odd-tokens": Case((5,), 70, 136, heads=4, kv_heads=2, head_dim=64, fmt="int8", layers=2),
 }
 
@@ -148,6 +185,19 @@ def test_interpreted(name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_real_shapes_lower(name: str, fmt: str, start: tuple[int, ...], tokens: int, layers: int | None) -> None:
     case = Case(start, tokens, 4104, **CASES[name], fmt=fmt, layers=layers)
+    check_qkv(*case.shapes(), **case.options)
+    lower(functools.partial(qkv_kernel, **case.options), *case.shapes())
+
+
+PIECES = dict(
+    start=tuple(range(0, 2048, 128)), tokens=128, max_len=0, layers=3, pages=64, table=(tuple(range(32)),) * 16
+)
+
+
+@pytest.mark.parametrize("fmt", ["bf16", "int8"])
+@pytest.mark.parametrize("name", ["7b", "tinyllama"])
+def test_pieces_of_a_prompt_lower(name: str, fmt: str) -> None:
+    case = Case(**PIECES, **CASES[name], fmt=fmt)
     check_qkv(*case.shapes(), **case.options)
     lower(functools.partial(qkv_kernel, **case.options), *case.shapes())
 
@@ -208,10 +258,11 @@ def test_a_prompt_of_the_7b_lowers_in_place() -> None:
 
 ROWS = Case((0,), 512, 1024)
 REFUSED = {
-    "few rows": (dataclasses.replace(ROWS, tokens=64), "64 rows: the small-M GEMM takes up to 64"),
+    "few rows": (dataclasses.replace(ROWS, tokens=64), "64 rows: smaller GEMMs take up to 64"),
     "head_dim": (dataclasses.replace(ROWS, head_dim=96), "head_dim must be 64 or 128, found 96"),
     "ragged": (dataclasses.replace(ROWS, start=(0, 3), tokens=70), "70 tokens of 2 sequences"),
     "outputs": (dataclasses.replace(ROWS, head_dim=64, heads=1), "192 outputs: must be a multiple of 128"),
+    "pages": (dataclasses.replace(ROWS, layers=2, table=((0,), (1,))), "one batch size"),
     "no queries": (dataclasses.replace(ROWS, heads=0), "are not q's heads"),
 }
 
@@ -241,11 +292,14 @@ def test_refused_arguments(place: int, shape: tuple[int, ...], dtype: Any, reaso
 
 # Compiled, on a Hopper GPU
 
+UNALIGNED = ((9, 2, 5, 7, 1), (9, 2, 5, 7, 1), (0, 99, 3, 99, 99), (4, 8, 6, 10, 99))
 LARGE = {
     **{name: Case((0,), 512, 1024, **sizes) for name, sizes in CASES.items()},
     "7b-odd": Case((300,), 1001, 1304, **CASES["7b"], layers=2),
     "70b-several": Case((0, 777), 2048, 2824, **CASES["70b"], layers=2),
     "tinyllama-several": Case((5, 0, 1), 160, 168, **CASES["tinyllama"], layers=2),
+    **{f"{name}-pieces": Case(**PIECES, **CASES[name]) for name in CASES},
+    "7b-pieces-of-any-start": Case((37, 165, 0, 63), 128, 0, **CASES["7b"], layers=2, table=UNALIGNED, pages=20),
 }
 
 

@@ -59,7 +59,7 @@ class Item:
 
     b: jax.Array
     head: jax.Array
-    first: jax.Array  # first query
+    first: jax.Array | int  # first query
     start: jax.Array  # cached keys before the first query of the row
     last: jax.Array  # the last key that some query sees
     whole: jax.Array  # the first tiles of keys, which every query sees
@@ -74,6 +74,7 @@ class Block:
     index: Any  # of this block
     start: Ref  # [B]
     items: Ref  # [blocks, 1 + most], see `schedule`
+    order: Ref | None  # [B]: the rows by their length, if an item is a head of a whole row
     q: Ref  # [B, T, heads, D]
     cache: Cache
     out: Ref  # [B, T, heads, D]
@@ -87,10 +88,14 @@ class Block:
 
     def item(self, nth: jax.Array) -> Item:
         """The ``nth`` item of this block."""
-        heads, S = self.q.shape[2], self.cache.positions
+        (B, _, heads, _), S = self.q.shape, self.cache.positions
         index, q_tiles = self.items[self.index, 1 + nth], pl.cdiv(self.queries, ITEM_QUERIES)
-        row, tile = lax.div(index, q_tiles), lax.rem(index, q_tiles)
-        b, head, first = lax.div(row, heads), lax.rem(row, heads), tile * ITEM_QUERIES
+        tiles = q_tiles if self.order is None else B
+        row, tile = lax.div(index, tiles), lax.rem(index, tiles)
+        if self.order is None:
+            b, head, first = lax.div(row, heads), lax.rem(row, heads), tile * ITEM_QUERIES
+        else:
+            b, head, first = self.order[tile], row, 0
         start = self.start[b]
         whole = lax.div(jnp.minimum(start + first + 1, S), self.tile_keys)
         last = jnp.minimum(start + jnp.minimum(first + ITEM_QUERIES, self.queries), S) - 1
@@ -108,10 +113,11 @@ class Block:
         return lax.fori_loop(0, self.items[self.index, 0], one, jnp.int32(0))
 
 
-def run_block(start: Ref, items: Ref, q: Ref, cache: Cache, out: Ref, scratch: Scratch, *, queries: int) -> None:
+def run_block(start: Ref, items: Ref, order: Ref | None, q: Ref, cache: Cache, out: Ref, scratch: Scratch, *,
+              queries: int) -> None:  # fmt: skip
     """What the three warpgroups of a block do. ``queries`` of a row are real; the rest of q fills up."""
     me, index = lax.axis_index("warpgroup"), lax.axis_index("block")
-    block = Block(me, index, start, items, q, cache, out, scratch, queries)
+    block = Block(me, index, start, items, order, q, cache, out, scratch, queries)
     warp_specialize(
         me,
         functools.partial(_produce, block),

@@ -28,6 +28,9 @@ class TileOps:
     combine_limbs: Callable[..., jax.Array]
     store_sums: Callable[..., None]
     load_int4: Callable[..., Any]
+    find_peers: Callable[..., None]
+    send: Callable[..., None]
+    receive: Callable[..., jax.Array]
     int4_frees_slot: bool  # whether `load_int4` says by itself that the ring's slot is free
 
 

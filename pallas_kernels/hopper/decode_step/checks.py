@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from ...arch import planned
 from ...dispatch import Unsupported
@@ -17,11 +18,19 @@ from .table import HEAD, LAYER_PHASES
 from .tuned import plan_for_device, ring_fits, tiles_for
 
 PRODUCTS = tuple(phase for phase in (*LAYER_PHASES, HEAD) if isinstance(phase, ProductPhase))
+RAGGED = {16: 64, 8: 64, 4: 128}  # what inputs must be a multiple of, by the bits of weights: at least 64 bytes
 SIZES = {"q_width": "heads * head_dim", "qkv_width": "(heads + 2 * kv_heads) * head_dim"}  # as errors name them
 
 
-def shape_of(x: jax.Array, weights: StepWeights, k: jax.Array, eps: float, table: jax.Array | None = None) -> StepShape:
-    """The sizes that the arrays have."""
+def shape_of(
+    x: jax.Array,
+    weights: StepWeights,
+    k: jax.Array,
+    eps: float,
+    table: jax.Array | None = None,
+    axis: str | None = None,
+) -> StepShape:
+    """The sizes that the arrays have; ``axis`` is a mesh axis along which other devices have the rest of the model."""
     L, _, kv_heads, S, D = k.shape
     return StepShape(
         batch=x.shape[0],
@@ -36,6 +45,8 @@ def shape_of(x: jax.Array, weights: StepWeights, k: jax.Array, eps: float, table
         max_len=S if table is None else table.shape[1] * S,
         fmt=format_of(weights.wqkv),
         eps=eps,
+        devices=1 if axis is None else lax.axis_size(axis),
+        axis=axis,
     )
 
 
@@ -50,13 +61,15 @@ def check(
     *,
     eps: float,
     table: jax.Array | None = None,
+    axis: str | None = None,
     tiles: StepTiles | None = None,
     blocks: int | None = None,
     **_: Any,
 ) -> None:
     """Raise `Unsupported` where the kernel cannot run these arguments."""
     _check_processes()
-    shape = shape_of(x, weights, k, eps, table)
+    _check_mesh(axis)
+    shape = shape_of(x, weights, k, eps, table, axis)
     tiles_here = tiles or tiles_for(shape.fmt)
     _check_dtypes(x, weights, k, v)
     _check_cache(x, k, v, start, table, tiles_here.keys)
@@ -75,6 +88,14 @@ def _check_processes() -> None:
     for name in os.environ:
         if name.startswith("CUDA_MPS_"):
             raise Unsupported(f"{name} is set: under MPS not all blocks may be on the device at once")
+
+
+def _check_mesh(axis: str | None) -> None:
+    # A launch that uses memory of other devices starts on all devices of the mesh together. Groups of devices along
+    # other axes may run it a different number of times.
+    others = {name: size for name, size in jax.sharding.get_abstract_mesh().shape.items() if size > 1 and name != axis}
+    if axis is not None and others:
+        raise Unsupported(f"a launch over {axis!r} spans the whole mesh, which has the axes {', '.join(others)}, too")
 
 
 def _check_dtypes(x: jax.Array, weights: StepWeights, k: jax.Array, v: jax.Array) -> None:
@@ -122,10 +143,8 @@ def _check_sizes(s: StepShape, tiles: StepTiles) -> None:
         raise Unsupported(f"the cache's length must be a multiple of 8, found {s.max_len}")
     for phase in PRODUCTS:
         inner, name = getattr(s, phase.inner), SIZES.get(phase.inner, phase.inner)
-        if inner % tiles.step:
-            raise Unsupported(f"{name} must be a multiple of {tiles.step}, found {inner}")
-        if s.fmt.group is not None and inner // s.fmt.group % 2:
-            raise Unsupported(f"{name} must be an even number of groups of {s.fmt.group}, found {inner}")
+        if inner % (multiple := min(tiles.step, RAGGED[s.fmt.bits])):
+            raise Unsupported(f"{name} must be a multiple of {multiple}, found {inner}")
     for phase in PRODUCTS:
         outer, name = getattr(s, phase.outer), SIZES.get(phase.outer, phase.outer)
         if outer % 8:

@@ -30,6 +30,8 @@ def consume(b: Block, barrier: GridBarrier) -> None:
 
     if b.plan.spin_limit:
         b.scratch.gave_up[b.warpgroup] = 0
+    if b.plan.shape.devices > 1:
+        b.ops.find_peers(b)
     over_phases(b.plan, visit)
 
 

@@ -4,7 +4,8 @@ operand in registers: a launch per phase, and the operations of `thread_ops` in 
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -15,49 +16,93 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ..common.limbs import INT4_FACTOR, lowest_limb_value, split_into_limbs
+from ..common.thread_ops import WARPGROUP_SIZE
 from ..common.tiles import WGMMA_ROWS
 from .block import Block, TileOps
 from .consumer import prepare
 from .launch import call
 from .memory import BufferName, Ref, StepBuffers, StepInputs, buffer_shapes, written_columns
+from .outputs import own_outputs
 from .phase import Phase, ProductPhase
 from .plan import LIMB_BLOCK, LIMBS, UNIT_COLUMNS, StepPlan
 from .producer import copy_phase, drain
 
 
-def launch_per_phase(plan: StepPlan, inputs: StepInputs, buffers: StepBuffers, interpret: Any) -> StepBuffers:
-    """The phases of a step, each in a launch of its own: its end is the grid barrier."""
-    launch = jax.jit(functools.partial(_launch_phase, plan, interpret), static_argnums=0)
+def launch_per_phase(
+    plan: StepPlan, inputs: Sequence[StepInputs], buffers: Sequence[StepBuffers], interpret: Any
+) -> list[StepBuffers]:
+    """The phases of a step, each in a launch of its own: its end is the grid barrier. Of every device that shares the
+    model there are inputs and buffers: they are simulated one after the other, and the exchange lies between two
+    launches."""
+    launch = jax.jit(functools.partial(_launch_phase, plan, interpret), static_argnums=(0, 1))
+
+    def all_devices(work: Callable[..., Any], phase: Phase, layer: int, buffers: Sequence[StepBuffers]) -> Any:
+        # The interpreter simulates one launch at a time.
+        at = jnp.full(1, layer, jnp.int32)
+        return [jax.block_until_ready(launch(work, phase, at, *both)) for both in zip(inputs, buffers, strict=True)]
+
     for layer in range(plan.shape.layers):
         for phase in plan.layer_phases:
-            # The interpreter simulates one launch at a time.
-            buffers = jax.block_until_ready(launch(phase, jnp.full(1, layer, jnp.int32), inputs, buffers))
-    return launch(plan.head, jnp.zeros(1, jnp.int32), inputs, buffers)
+            buffers = all_devices(_whole_phase, phase, layer, buffers)
+            if isinstance(phase, ProductPhase) and plan.exchanges(phase):
+                buffers = all_devices(_receive_only, phase, layer, _exchanged(buffers))
+    return all_devices(_whole_phase, plan.head, 0, buffers)
 
 
 def _launch_phase(
-    plan: StepPlan, interpret: Any, phase: Phase, layer: jax.Array, inputs: StepInputs, buffers: StepBuffers
+    plan: StepPlan,
+    interpret: Any,
+    work: Callable[[Block, Phase], None],
+    phase: Phase,
+    layer: jax.Array,
+    inputs: StepInputs,
+    buffers: StepBuffers,
 ) -> StepBuffers:
-    def body(b: Block) -> None:
-        @pl.when(b.warpgroup == plan.tiles.consumers)
-        def _() -> None:
-            products = (phase,) if isinstance(phase, ProductPhase) else ()
-            count = jnp.int32(0)
-            for one in products:
-                count = copy_phase(b, one, count, scale_fills=jnp.int32(0))
-            drain(b, count, products)
+    return call(
+        plan, INTERPRETED, lambda b: work(b, phase), inputs, buffers, f"decode_step_{phase.name}", interpret, layer
+    )
 
-        @pl.when(b.warpgroup < plan.tiles.consumers)
-        def _() -> None:
-            prepare(b, phase, jnp.int32(0))()
 
-    return call(plan, INTERPRETED, body, inputs, buffers, f"decode_step_{phase.name}", interpret, layer)
+def _whole_phase(b: Block, phase: Phase) -> None:
+    @pl.when(b.warpgroup == b.plan.tiles.consumers)
+    def _() -> None:
+        products = (phase,) if isinstance(phase, ProductPhase) else ()
+        count = jnp.int32(0)
+        for one in products:
+            count = copy_phase(b, one, count, scale_fills=jnp.int32(0))
+        drain(b, count, products)
+
+    @pl.when(b.warpgroup < b.plan.tiles.consumers)
+    def _() -> None:
+        prepare(b, phase, jnp.int32(0))()
+
+
+def _receive_only(b: Block, phase: ProductPhase) -> None:
+    """What a phase does after the exchange."""
+    pl.when(b.warpgroup < b.plan.tiles.consumers)(lambda: own_outputs(b, phase).receive())
+
+
+def _exchanged(buffers: Sequence[StepBuffers]) -> list[StepBuffers]:
+    """What all devices have after an exchange: each has put its words where the first device's belong."""
+    own = jnp.stack([one.exchange[:, 0] for one in buffers], axis=1)  # [2, devices, tokens, dim, 2]
+    return [replace(one, exchange=own) for one in buffers]
+
+
+def in_whole_steps(plan: StepPlan, weight: Any) -> Any:
+    """A weight with zeros where TMA would read beyond the end of a row."""
+
+    def padded(a: jax.Array) -> jax.Array:
+        return jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, -a.shape[-1] % plan.tiles.step)])
+
+    return replace(weight, data=padded(weight.data)) if plan.shape.fmt.quantized else padded(weight)
 
 
 def nan_buffers(plan: StepPlan) -> dict[BufferName, jax.Array]:
     """Buffers before a step, full of NaN where a phase must write before another reads."""
 
     def buffer(name: BufferName, shape: jax.ShapeDtypeStruct) -> jax.Array:
+        if shape.dtype == jnp.int32:
+            return jnp.zeros(shape.shape, shape.dtype)
         nan = jnp.full(shape.shape, jnp.nan, shape.dtype)
         return nan.at[..., written[name] :].set(0) if name in written else nan
 
@@ -163,7 +208,31 @@ def _load_int4(b: Block, slot: Any, ranges: int) -> Ref:
     return bytes_of_consumer
 
 
+def _find_peers(b: Block) -> None:
+    del b
+
+
+def _send(b: Block, phase: ProductPhase, token: Any, outer: Any, lowest: Any, sums: jax.Array, count: int) -> None:
+    """The words of this device, where those of the first belong: see `_exchanged`."""
+    number = b.plan.exchange_number(phase, b.layer)
+    place = b.buffers.exchange.at[lax.rem(number, 2), 0, token, pl.ds(outer, count)]
+    words = jnp.stack([lax.bitcast_convert_type(sums[:count], jnp.int32), jnp.full(count, number, jnp.int32)], axis=-1)
+    own = (outer + jnp.arange(count) >= lowest)[:, None]
+    place[...] = jnp.where(own, words, place[...])
+
+
+def _receive(b: Block, phase: ProductPhase, token: Any, outer: Any, count: int) -> jax.Array:
+    number = b.plan.exchange_number(phase, b.layer)
+    words = [
+        b.buffers.exchange[lax.rem(number, 2), device, token, pl.ds(outer, count)]
+        for device in range(b.plan.shape.devices)
+    ]
+    parts = [jnp.where(w[:, 1] == number, lax.bitcast_convert_type(w[:, 0], jnp.float32), jnp.nan) for w in words]
+    total = functools.reduce(jnp.add, parts)
+    return jnp.concatenate([total, jnp.broadcast_to(total[-1:], (WARPGROUP_SIZE - count,))])
+
+
 INTERPRETED = TileOps(
     _load, _load_units, _load_rows, _load_scalars, _rotate_heads, _broadcast_to_unit, _store_x,
-    _load_scales, _combine_limbs, _store_sums, _load_int4, int4_frees_slot=False,
+    _load_scales, _combine_limbs, _store_sums, _load_int4, _find_peers, _send, _receive, int4_frees_slot=False,
 )  # fmt: skip

@@ -4,6 +4,8 @@ Each class is a pytree of which there are two versions: one of arrays or types, 
 references to them, inside.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,15 +48,13 @@ class StepBuffers:
     logs: Ref  # [key_splits, 8, q_width / 8, padded] float32: log2 of each part's softmax sum, once for 8 columns
     hidden: Ref  # [8, hidden, padded] bfloat16
     logits: Ref  # [8, vocab] float32
+    exchange: Ref  # [2, devices, tokens, dim, 2] int32: see `exchange`; None where one device has the whole model
     k: Ref  # [L, batch, kv_heads, max_len, head_dim] bfloat16, or pages [L, pages, kv_heads, keys, head_dim]
     v: Ref
 
     def of(self, name: BufferName) -> Ref:
         """The buffer that a phase names."""
         return getattr(self, name)
-
-
-SCRATCH_BUFFERS: tuple[BufferName, ...] = ("x", "x_mid", "qkv", "parts", "logs", "hidden", "logits")
 
 
 def buffer_shapes(plan: StepPlan) -> dict[BufferName, jax.ShapeDtypeStruct]:
@@ -66,7 +66,10 @@ def buffer_shapes(plan: StepPlan) -> dict[BufferName, jax.ShapeDtypeStruct]:
         return max(plan.product(p).padded_inner for p in plan.product_phases if p.reads[0] in names)
 
     stream, parts = padded("x", "x_mid"), padded("parts")
-    return {
+    exchange: dict[BufferName, jax.ShapeDtypeStruct] = {}
+    if s.devices > 1:
+        exchange["exchange"] = jax.ShapeDtypeStruct((2, s.devices, s.tokens, s.dim, 2), jnp.int32)
+    return exchange | {
         "x": jax.ShapeDtypeStruct((MAX_TOKENS, stream), jnp.bfloat16),
         "x_mid": jax.ShapeDtypeStruct((MAX_TOKENS, stream), jnp.bfloat16),
         "qkv": jax.ShapeDtypeStruct((MAX_TOKENS, s.qkv_width), jnp.bfloat16),
@@ -84,8 +87,10 @@ def written_columns(plan: StepPlan) -> dict[BufferName, int]:
 
 
 def empty_buffers(plan: StepPlan) -> dict[BufferName, jax.Array]:
-    """Buffers before a step, with anything in them."""
-    return {name: lax.empty(b.shape, dtype=b.dtype) for name, b in buffer_shapes(plan).items()}
+    """Buffers before a step, with anything in them, but for the exchange: there a number that is not 0 says that a part
+    has arrived."""
+    make: dict[BufferName, Callable[..., jax.Array]] = {"exchange": jnp.zeros}
+    return {name: make.get(name, lax.empty)(b.shape, dtype=b.dtype) for name, b in buffer_shapes(plan).items()}
 
 
 # Shared memory
@@ -125,6 +130,7 @@ class Scratch:
     scales_free: Ref  # a phase's scales were used; one barrier per slot
     scales_full: Ref  # a phase's scales have arrived
     consumers: Ref  # where the consumers wait for one another
+    peers: Ref  # [devices + 1, 2] int32: addresses of the exchange buffers, and this device's number; see `exchange`
     gave_up: Ref  # [consumers] int32: the hang detector's, see `StepPlan.spin_limit`
     arrived: Ref  # [1] int32: likewise
     int8_weights: Ref  # [consumers, 64, step], for the interpreter only
@@ -151,7 +157,7 @@ def scratch_types(plan: StepPlan) -> Scratch:
         p = plan.product(phase)
         x = (t.chunk // t.step // p.k_splits, p.k_splits * s.columns, t.step)
         return ProductScratch(
-            x=swizzled(x, int8 if s.fmt.quantized else bf16, s.fmt.group),
+            x=swizzled(x, int8 if s.fmt.quantized else bf16, x_slice(plan)),
             limb_scales=plgpu.SMEM(limb_scales_shape(p, plan), jnp.float32),
             sums=plgpu.SMEM(sums_shape(p, plan), jnp.float32),
         )
@@ -172,6 +178,7 @@ def scratch_types(plan: StepPlan) -> Scratch:
         scales_full=plgpu.Barrier(num_arrivals=2, num_barriers=len(slots)) if grouped else None,
         scales_free=plgpu.Barrier(num_arrivals=t.consumers, num_barriers=len(slots)) if grouped else None,
         consumers=plgpu.Barrier(num_arrivals=t.consumers),
+        peers=plgpu.SMEM((s.devices + 1, 2), jnp.int32) if s.devices > 1 and not plan.interpret else None,
         gave_up=plgpu.SMEM((t.consumers,), jnp.int32) if plan.spin_limit else None,
         arrived=plgpu.SMEM((1,), jnp.int32) if plan.spin_limit else None,
         int8_weights=swizzled((t.consumers, WGMMA_ROWS, t.step), int8, s.fmt.group) if unpacked else None,
@@ -179,12 +186,19 @@ def scratch_types(plan: StepPlan) -> Scratch:
         new_k=new,
         new_v=new,
         residual=plgpu.SMEM((t.consumers, MAX_TOKENS, residual_columns(plan)), jnp.bfloat16),
-        ring=swizzled((plan.depth, WGMMA_ROWS, t.step), s.fmt.dtype, s.fmt.group if s.fmt.bits == 8 else None),
+        ring=swizzled(
+            (plan.depth, WGMMA_ROWS, t.step), s.fmt.dtype, plan.weight_slice if s.fmt.bits == 4 else x_slice(plan)
+        ),
         scales=tuple(map(scales, slots)) if grouped else (),
         overlay=plgpu.RefUnion(*map(product, plan.product_phases), attention, part),
         squares=plgpu.SMEM((t.consumers, 4), jnp.float32),
         softmax_weights=swizzled((WGMMA_ROWS, t.keys), bf16) if plan.interpret else None,
     )
+
+
+def x_slice(plan: StepPlan) -> int:
+    """Columns of x, and of weights that wgmma reads from shared memory, that are multiplied at a time."""
+    return math.gcd(plan.weight_slice, plan.shape.fmt.group or plan.tiles.step)
 
 
 def residual_columns(plan: StepPlan) -> int:

@@ -9,7 +9,8 @@ import jax
 if TYPE_CHECKING:
     from .block import Block
 
-BufferName = Literal["x", "x_mid", "qkv", "parts", "logs", "hidden", "logits", "k", "v"]  # fields of `StepBuffers`
+# Fields of `StepBuffers`.
+BufferName = Literal["x", "x_mid", "qkv", "parts", "logs", "hidden", "logits", "exchange", "k", "v"]
 WeightName = Literal["wqkv", "wo", "w_gate_up", "w_down", "head"]  # fields of `StepWeights`
 GainName = Literal["attn_norm", "ffn_norm", "norm"]  # fields of `StepWeights`
 SizeName = Literal["dim", "hidden", "q_width", "qkv_width", "vocab"]  # fields and properties of `StepShape`
@@ -55,6 +56,7 @@ class ProductPhase(Phase):
     halves: int = 1  # weights stacked in one array whose outputs the epilogue combines, like gate and up
     gain: GainName | None = None  # of the prologue's norm
     residual: BufferName | None = None  # what the epilogue adds; prefetched: the previous phase must not write it
+    over_devices: bool = False  # whether its inputs are divided over the devices that share the model: see `exchange`
     scale_slot: int = 0  # where the scales of int4 weights lie; phases in a row should alternate
 
 
@@ -77,6 +79,8 @@ def check_table(layer_phases: tuple[Phase, ...], head: ProductPhase) -> None:
         if missing := set(phase.reads) - written:
             raise ValueError(f"{phase.name}: no earlier phase writes {', '.join(sorted(missing))}")
         if isinstance(phase, ProductPhase):
+            if phase.over_devices and (phase.halves > 1 or phase is head):
+                raise ValueError(f"{phase.name}: only a phase of every layer with one half can be summed over devices")
             if phase.residual in before.writes:
                 found = f"{before.name} writes its residual {phase.residual}"
                 raise ValueError(f"{phase.name}: {found}, which is prefetched before that phase ends")

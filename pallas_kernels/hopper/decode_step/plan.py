@@ -43,7 +43,8 @@ class StepTiles:
 
 @dataclass(frozen=True)
 class StepShape:
-    """The sizes of one step: ``batch`` rows of ``queries`` new tokens each."""
+    """The sizes of one step: ``batch`` rows of ``queries`` new tokens each. ``devices`` along
+    the mesh axis ``axis`` share the model, and each has so many of the heads, the hidden units and the vocabulary."""
 
     batch: int
     queries: int
@@ -57,6 +58,8 @@ class StepShape:
     max_len: int
     fmt: Format
     eps: float
+    devices: int = 1
+    axis: str | None = None
 
     @property
     def tokens(self) -> int:
@@ -129,9 +132,14 @@ class ProductPlan:
         return math.ceil(self.stacked_rows / WGMMA_ROWS)
 
     @property
+    def steps(self) -> int:
+        """Stages over all inputs. The last may have fewer inputs: TMA fills the rest with zeros."""
+        return math.ceil(self.inner / self.step)
+
+    @property
     def split_steps(self) -> int:
         """Stages over a K split. The last split may have fewer inputs: x is zero beyond them."""
-        return math.ceil(self.inner / self.step / self.k_splits)
+        return math.ceil(self.steps / self.k_splits)
 
     @property
     def held_steps(self) -> int:
@@ -206,6 +214,11 @@ class StepPlan:
         return self.products[phase.name]
 
     @property
+    def weight_slice(self) -> int:
+        """Columns of which every row of every weight has a whole number, and a stage, too: TMA's tiles have no more."""
+        return math.gcd(self.tiles.step, *(p.inner for p in self.products.values()))
+
+    @property
     def copies_per_stage(self) -> int:
         """Copies of a stage, at most: what the ring's ``full`` barrier counts."""
         return max(len(list(p.copies(tile))) for p in self.products.values() for tile in range(p.wgmma_tiles))
@@ -219,6 +232,15 @@ class StepPlan:
         """Blocks that have arrived at the grid barrier once all phases before this one are done."""
         position = 0 if phase is self.head else self.layer_phases.index(phase)
         return (layer * len(self.layer_phases) + position) * self.blocks
+
+    def exchanges(self, phase: ProductPhase) -> bool:
+        """Whether a phase's sums are added up over devices."""
+        return phase.over_devices and self.shape.devices > 1
+
+    def exchange_number(self, phase: Phase, layer: Any) -> Any:
+        """Which exchange of the launch this phase of this layer makes, from 1 on."""
+        exchanging = [p for p in self.layer_phases if isinstance(p, ProductPhase) and p.over_devices]
+        return layer * len(exchanging) + exchanging.index(phase) + 1  # type: ignore[arg-type]
 
     @property
     def scale_slots(self) -> tuple[tuple[ProductPhase, ...], ...]:
@@ -260,7 +282,7 @@ def plan_product(inner: int, outer: int, halves: int, tiles: StepTiles, blocks: 
     def waste(p: ProductPlan) -> float:
         return p.wgmma_tiles * WGMMA_ROWS / p.stacked_rows
 
-    most = min(MAX_K_SPLITS, inner // tiles.step, tiles.chunk // UNIT_COLUMNS)
+    most = min(MAX_K_SPLITS, math.ceil(inner / tiles.step), tiles.chunk // UNIT_COLUMNS)
     candidates = [split(k_splits) for k_splits in range(1, most + 1)]
     least = min(map(waste, candidates))
     return next(p for p in candidates if waste(p) <= least + 0.1)
@@ -294,7 +316,14 @@ def n_share(p: ProductPlan, plan: StepPlan) -> int:
 
 
 def scales_shape(p: ProductPlan, plan: StepPlan) -> tuple[int, ...]:
-    """An N tile's scales as they lie in memory: 8 rows at a time, in lines of 16, so that every size is a multiple of
-    what TMA copies. Each half begins at a multiple of 128 bytes."""
-    group = plan.shape.fmt.group or p.inner
-    return p.halves, 4 * math.ceil(p.n_tile / 32), p.inner // group // 2, 16
+    """An N tile's scales as they lie in memory: 8 rows at a time, in lines of 16, or of 8 where a row has an odd number
+    of them, so that every size is a multiple of what TMA copies. Each half begins at a multiple of 128 bytes."""
+    groups = p.inner // (plan.shape.fmt.group or p.inner)
+    line = scales_in_line(groups)
+    units = 64 // line  # of 8 rows: a multiple of 128 bytes
+    return p.halves, units * math.ceil(p.n_tile / 8 / units), 8 * groups // line, line
+
+
+def scales_in_line(groups: int) -> int:
+    """Scales in a line of `scales_shape`."""
+    return 8 if groups % 2 else 16

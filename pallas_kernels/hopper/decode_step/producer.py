@@ -42,7 +42,7 @@ def copy_phase(b: Block, phase: ProductPhase, count: Any, scale_fills: Any) -> A
             slot = ring.acquire(count, b.plan.depth, b.scratch.ring_free)
             for c in copies:
                 # A K split with a step less than the others ends with weights of no matter: x is zero there.
-                at = jnp.minimum(c.k_split * p.split_steps + stages.first_step + step, p.inner // p.step - 1)
+                at = jnp.minimum(c.k_split * p.split_steps + stages.first_step + step, p.steps - 1)
                 rows = pl.ds(pl.multiple_of(c.half * p.outer + first_row + c.row, 8), c.rows)
                 source = weight.at[rows, pl.ds(at * p.step, p.step)]
                 target = b.scratch.ring.at[slot, pl.ds(c.tile_row, c.rows)]

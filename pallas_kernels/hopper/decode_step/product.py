@@ -5,7 +5,6 @@ producer keeps coming, add up what the consumers have, finish. What x is and wha
 prologue and epilogue.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,14 +14,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ..common.thread_ops import WARPGROUP_SIZE, load_per_thread, store_per_thread
 from ..common.tiles import WGMMA_ROWS, store
 from .block import Block
-from .memory import Ref
+from .outputs import own_outputs
 from .phase import ProductPhase, Prologue
-from .plan import LIMB_BLOCK, n_share
+from .plan import LIMB_BLOCK
 from .prologues import own_units
-from .schedule import TileStages, loop, over_tiles
+from .schedule import TileStages, over_tiles
 from .thread_ops import SUMS
 
 
@@ -31,67 +29,22 @@ def product(b: Block, phase: ProductPhase, count: Any) -> Callable[[], Any]:
 
     What can be read before the grid barrier is read now; the rest is in the function that is returned, which gives the
     count of stages after the phase."""
-    plan, p, prologue = b.plan, b.product(phase), phase.prologue(b, phase)
-    share = n_share(p, plan)
-    row = pl.multiple_of(jnp.minimum(b.warpgroup * share, p.n_tile - share), 8)  # within the N tile
-    outer = pl.multiple_of(p.first_row(b.index) + row, 8)
-    pieces = [(at, min(WARPGROUP_SIZE, share - at)) for at in range(0, share, WARPGROUP_SIZE)]
-    row_scales = [_row_scales(b, phase, outer + at, some) for at, some in pieces]
-    if phase.residual is not None:
-        _prefetch_residual(b, b.buffers.of(phase.residual), outer, pieces)
-    out = b.buffers.of(phase.writes[0])
+    prologue, outputs = phase.prologue(b, phase), own_outputs(b, phase)
 
     def run() -> Any:
         after = multiply(b, phase, prologue, count)
         with jax.named_scope("consumer_barrier"):
             b.consumer_barrier()
-        sums = b.memory(phase).sums
-
-        def totals(token: Any, at: int, some: int) -> list[jax.Array]:
-            """The sums of all consumers and K splits, in their order, of each half."""
-            count = plan.tiles.consumers * p.k_splits
-            places = [
-                (other, token, (half * p.k_splits + split) * p.n_tile + row + at)
-                for half in range(p.halves)
-                for other in range(plan.tiles.consumers)
-                for split in range(p.k_splits)
-            ]
-            parts = load_per_thread(plan, sums, places, some)
-            return [functools.reduce(jnp.add, parts[i : i + count]) for i in range(0, len(parts), count)]
-
-        def finish(token: Any, _: Any) -> None:
-            for (at, some), scales in zip(pieces, row_scales, strict=True):
-                halves = totals(token, at, some)
-                if scales is not None:
-                    halves = [a * s for a, s in zip(halves, scales, strict=True)]
-                residual = None
-                if phase.residual is not None:
-                    prefetched = load_per_thread(plan, b.scratch.residual, [(b.warpgroup, token, at)], some)
-                    residual = prefetched[0].astype(jnp.float32)
-                result = phase.epilogue(halves, residual).astype(out.dtype)
-                store_per_thread(plan, out, [(token, outer + at)], [result], some)
-
-        pl.when(p.has_tile(b.index))(lambda: loop(plan.shape.tokens, finish, None))
+        if b.plan.exchanges(phase):
+            with jax.named_scope("exchange"):
+                outputs.send()
+                if not b.plan.interpret:
+                    outputs.receive()
+        else:
+            outputs.finish()
         return after
 
     return run
-
-
-def _row_scales(b: Block, phase: ProductPhase, outer: Any, some: int) -> list[jax.Array] | None:
-    """The scales of int8 weights of ``some`` outputs, of each half: one scale per row."""
-    fmt, p = b.plan.shape.fmt, b.product(phase)
-    if not fmt.quantized or fmt.grouped:
-        return None
-    scales = b.weight(phase)[1].at[:, 0]
-    return load_per_thread(b.plan, scales, [(half * p.outer + outer,) for half in range(p.halves)], some)
-
-
-def _prefetch_residual(b: Block, residual: Ref, outer: Any, pieces: list[tuple[int, int]]) -> None:
-    """Prefetch the residual to shared memory; the previous phase did not write it."""
-    tokens = range(b.plan.shape.tokens)
-    values = [load_per_thread(b.plan, residual, [(t, outer + at) for t in tokens], some) for at, some in pieces]
-    for (at, some), rows in zip(pieces, values, strict=True):
-        store_per_thread(b.plan, b.scratch.residual, [(b.warpgroup, t, at) for t in tokens], rows, some)
 
 
 def multiply(b: Block, phase: ProductPhase, prologue: Prologue, count: Any) -> Any:

@@ -17,7 +17,7 @@ ATTEND = ItemPhase(
 )
 OUT = ProductPhase(
     "o", reads=("parts", "logs"), writes=("x_mid",), weight="wo", inner="q_width", outer="dim",
-    prologue=join_key_splits, epilogue=add_residual, residual="x", scale_slot=1,
+    prologue=join_key_splits, epilogue=add_residual, residual="x", over_devices=True, scale_slot=1,
 )  # fmt: skip
 GATE_UP = ProductPhase(
     "gate_up", reads=("x_mid",), writes=("hidden",), weight="w_gate_up", inner="dim", outer="hidden", halves=2,
@@ -25,7 +25,7 @@ GATE_UP = ProductPhase(
 )  # fmt: skip
 DOWN = ProductPhase(
     "down", reads=("hidden",), writes=("x",), weight="w_down", inner="hidden", outer="dim",
-    prologue=plain, epilogue=add_residual, residual="x_mid", scale_slot=1,
+    prologue=plain, epilogue=add_residual, residual="x_mid", over_devices=True, scale_slot=1,
 )  # fmt: skip
 
 LAYER_PHASES: tuple[Phase, ...] = (QKV, ATTEND, OUT, GATE_UP, DOWN)

@@ -43,9 +43,10 @@ from ..common.thread_ops import (
 )
 from ..common.tiles import WGMMA_ROWS, transforms_of
 from .block import Block, TileOps
-from .memory import Ref
+from .exchange import find_peers, receive, send
+from .memory import Ref, x_slice
 from .phase import ProductPhase
-from .plan import LIMB_BLOCK, LIMBS, MAX_TOKENS, UNIT_COLUMNS
+from .plan import LIMB_BLOCK, LIMBS, MAX_TOKENS, UNIT_COLUMNS, scales_in_line
 
 SUMS = plgpu.Layout.TILED(  # sums [64 * m, 4 * n] of tokens: a thread has those whose limbs wgmma gave it
     plgpu.Tiling(((64, 4), (16, 4), (8, 4), (1,))), warp_dims=(-7,), lane_dims=(-3, -2), vector_dim=-1
@@ -175,7 +176,7 @@ def store_x(b: Block, phase: ProductPhase, units: Sequence[jax.Array], numbers: 
     the lower limb goes to the phase's ``limb_scales`` [blocks of inputs, tokens of all K splits]."""
     p, memory, shape, integers = b.product(phase), b.memory(phase), b.plan.shape, b.plan.shape.fmt.quantized
     dtype = jnp.dtype(jnp.int8 if integers else jnp.bfloat16)
-    transforms = transforms_of(memory.x.shape[-1], dtype, shape.fmt.group)
+    transforms = transforms_of(memory.x.shape[-1], dtype, x_slice(b.plan))
     refs = (memory.x, memory.limb_scales) if integers else (memory.x,)
     types = (plgpu.RefType(transforms), plgpu.RefType())[: len(refs)]
     some, count = len(units), p.k_splits * p.held_units
@@ -215,6 +216,7 @@ def load_scales(b: Block, phase: ProductPhase, tile: Any, group: Any) -> jax.Arr
     """The scales [64] of a wgmma tile's rows for the ``group``-th group of their K splits, in float32."""
     p, scales, size = b.product(phase), b.scales(phase), b.plan.shape.fmt.group or 1
     groups, split_groups = p.inner // size, p.split_steps * p.step // size
+    line = scales_in_line(groups)
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(), SCALAR, SCALAR),
@@ -231,10 +233,10 @@ def load_scales(b: Block, phase: ProductPhase, tile: Any, group: Any) -> jax.Arr
             part, within = div(stacked, p.n_tile), rem(stacked, p.n_tile)
             half, split = div(part, p.k_splits), rem(part, p.k_splits)
             column = add(group, mul(split, split_groups))
-            if p.k_splits > 1:
+            if p.k_splits > 1 or p.inner % p.step:
                 column = min_(column, groups - 1)
             flat = add(mul(rem(within, 8), groups), column)
-            scale = memref.load(scales, as_indices(half, div(within, 8), div(flat, 16), rem(flat, 16)))
+            scale = memref.load(scales, as_indices(half, div(within, 8), div(flat, line), rem(flat, line)))
             wide = arith.extf(ir.F32Type.get(), scale)
             registers[index] = vector.broadcast(ir.VectorType.get((1,), ir.F32Type.get()), wide)
         return FragmentedArray(_registers=registers, _layout=WGMMA_ROW_LAYOUT, _is_signed=None)
@@ -310,5 +312,5 @@ def first_row_of(thread: Any) -> Any:
 
 MOSAIC = TileOps(
     load, load_units, load_rows, load_scalars, rotate_heads, broadcast_to_unit, store_x,
-    load_scales, combine_limbs, store_sums, load_int4, int4_frees_slot=True,
+    load_scales, combine_limbs, store_sums, load_int4, find_peers, send, receive, int4_frees_slot=True,
 )  # fmt: skip

@@ -86,7 +86,8 @@ def _large_m_gemm(x: jax.Array, w: Weight, layer: jax.Array, residual: jax.Array
 
 def pad_to_tiles(x: jax.Array, tiles: LargeMTiles) -> jax.Array:
     """``x`` with zero rows at the end, so that all tiles are whole."""
-    return jnp.pad(x, ((0, -x.shape[0] % tiles.rows), (0, 0)))
+    missing = -x.shape[0] % tiles.rows
+    return jnp.pad(x, ((0, missing), (0, 0))) if missing else x
 
 
 def launch(

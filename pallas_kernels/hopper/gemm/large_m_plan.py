@@ -63,6 +63,8 @@ class Rotary:
     kv_heads: int
     batch: int
     tokens: int  # of a sequence
+    pages: int | None = None  # of the cache, if it has pages
+    interpret: bool = False
 
     @property
     def queries(self) -> int:

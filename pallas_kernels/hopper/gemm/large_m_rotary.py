@@ -11,6 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .large_m_block import Operands
+from .large_m_cache import CachedHead, Found, find_in_pages
 from .large_m_exchange import Exchange
 from .large_m_plan import Rotary
 
@@ -45,19 +46,25 @@ def rotary_epilogue(operands: Operands, rotary: Rotary, chunks: list[jax.Array],
     q and k are rotated, the first chunk by ``angles``. v stays as it is."""
     (width, tokens), count = chunks[0].shape, len(chunks)
 
-    def to_cache(cache: Any, key_heads: int, i: int, place: Any) -> None:
-        target = _cache_slice(operands, rotary, cache, key_heads, out, row + i * tokens, place.shape)
-        plgpu.copy_smem_to_gmem(place, target)
+    def find(i: int) -> Found | None:
+        return find_in_pages(operands, row + i * tokens, tokens)
 
-    def to_queries_or_keys(i: int, place: Any) -> None:
+    def to_cache(cache: Any, key_heads: int, i: int, found: Found | None, place: Any) -> None:
+        head = CachedHead(operands, rotary, cache, key_heads, out)
+        if found is None:
+            plgpu.copy_smem_to_gmem(place, head.slots(row + i * tokens, place.shape))
+        else:
+            head.copy_to_pages(place, found)
+
+    def to_queries_or_keys(i: int, found: Found | None, place: Any) -> None:
         target = operands.out.at[pl.ds(row + i * tokens, tokens), pl.ds(out, width)]
         pl.when(out < rotary.queries)(lambda: plgpu.copy_smem_to_gmem(place, target))
-        pl.when(out >= rotary.queries)(lambda: to_cache(operands.k, 0, i, place))
+        pl.when(out >= rotary.queries)(lambda: to_cache(operands.k, 0, i, found, place))
 
     @pl.when(out >= rotary.rotated)
     def _() -> None:
         for i, chunk in enumerate(chunks):
-            write(i, chunk, functools.partial(to_cache, operands.v, rotary.kv_heads, i))
+            write(i, chunk, functools.partial(to_cache, operands.v, rotary.kv_heads, i, find(i)))
 
     @pl.when(out < rotary.rotated)
     def _() -> None:
@@ -67,23 +74,9 @@ def rotary_epilogue(operands: Operands, rotary: Rotary, chunks: list[jax.Array],
             while sent < min(i + exchange.slots, count):
                 exchange.send(chunks[sent], sent)
                 sent += 1
+            found = find(i)
             value = chunk * cos + exchange.receive(i) * sin
             if i + 1 < count:
                 cos, sin = load_angles(operands, rotary, out, row + (i + 1) * tokens, chunk.shape)
-            write(i, value, functools.partial(to_queries_or_keys, i))
+            write(i, value, functools.partial(to_queries_or_keys, i, found))
         exchange.finish(count)
-
-
-def _cache_slice(operands: Operands, rotary: Rotary, cache: Any, key_heads: int, out: Any, row: Any,
-                 shape: tuple[int, int]) -> Any:  # fmt: skip
-    """Where in ``cache`` a chunk [tokens, outputs] of keys or values belongs. ``key_heads`` of the product's heads
-    stand between those of q and its own.
-
-    Chunks after the last token go past the cache's end, where nothing is written: each to a place of its own."""
-    (tokens, width), rows = shape, rotary.batch * rotary.tokens
-    first = jnp.minimum(row, rows - 1)
-    sequence = lax.div(first, rotary.tokens)
-    slot = jnp.where(row < rows, operands.start[sequence] + lax.rem(first, rotary.tokens), cache.shape[1] + row)
-    head = lax.div(out, rotary.head_dim) - rotary.heads - key_heads
-    plane = (operands.cache_layer[0] * rotary.batch + sequence) * rotary.kv_heads + head
-    return cache.at[plane, pl.ds(slot, tokens), pl.ds(lax.rem(out, rotary.head_dim), width)]

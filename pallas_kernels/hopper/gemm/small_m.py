@@ -42,7 +42,7 @@ from .small_m_floats import consume_floats, float_scratch
 from .small_m_limbs import consume_limbs, limb_scratch
 from .small_m_plan import MAX_ROWS_AS_LIMBS, SmallMPlan, SmallMTiles, plan, tiles_for
 
-SMALL_M_MAX = 64  # rows
+SMALL_M_MAX = 8  # rows
 PRODUCER_REGISTERS = 24
 
 

@@ -1,4 +1,5 @@
-"""Sampling in one launch: a block holds one row of logits in registers and finds each cut-off by bisection.
+"""Sampling in one launch: a block, or a cluster of blocks, holds one row of logits in registers and finds each cut-off
+by bisection.
 
 XLA needs about thirty launches for the same. Here a pass over the row costs its arithmetic and one barrier.
 Neighbouring numbers belong to one thread, and neighbouring threads to one warp. So a token is found by the sums of the
@@ -21,45 +22,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ...dispatch import Unsupported
 from ..common.thread_ops import WARPGROUP_SIZE
+from .split import LARGEST, WARP_SIZE, WARPS, RowSplit, split_row
+from .warps import Warps
 
-WARP_SIZE = 32
-WARPS = WARPGROUP_SIZE // WARP_SIZE  # of a warpgroup
-MAX_WARPGROUPS = 5  # leaves a thread 96 registers
-MAX_NUMBERS = 64  # of a thread
 MIN_MASS = 1e-36  # smaller masses are never kept by a cut
 GREEDY_INVERSE_TEMPERATURE = 3e38  # only the largest logit keeps any mass
 
 Ref = Any  # Pallas has no public type for a reference
-
-
-@dataclass(frozen=True)
-class RowSplit:
-    """How a row of logits is divided: warpgroups of a block, and numbers of a thread."""
-
-    warpgroups: int
-    numbers: int
-
-    @property
-    def warps(self) -> int:
-        """Warps of a block."""
-        return self.warpgroups * WARPS
-
-    @property
-    def layout(self) -> Any:
-        """[4, 32, numbers] in registers, read from shared memory in pairs if there are an even number a thread."""
-        pair = 2 - self.numbers % 2
-        return plgpu.Layout.TILED(
-            plgpu.Tiling(((WARPS, WARP_SIZE, pair),)), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1
-        )
-
-
-def split_row(vocab: int) -> RowSplit | None:
-    """The fewest warpgroups that hold a row in equal parts, or None."""
-    for warpgroups in range(1, MAX_WARPGROUPS + 1):
-        numbers, left = divmod(vocab, warpgroups * WARPGROUP_SIZE)
-        if not left and 0 < numbers <= MAX_NUMBERS:
-            return RowSplit(warpgroups, numbers)
-    return None
 
 
 def skip_reason(logits: jax.Array, u: jax.Array | None, **_: Any) -> str | None:
@@ -68,10 +37,9 @@ def skip_reason(logits: jax.Array, u: jax.Array | None, **_: Any) -> str | None:
         return "greedy: the largest logit is one reduction"
     vocab = logits.shape[-1]
     if split_row(vocab) is None:
-        largest = MAX_WARPGROUPS * WARPGROUP_SIZE * MAX_NUMBERS
         return (
-            f"a vocabulary of {vocab}: the kernel holds a row in registers, in equal parts of up to {MAX_WARPGROUPS} "
-            f"warpgroups with {MAX_NUMBERS} numbers a thread, {largest} at most; XLA draws from any"
+            f"a vocabulary of {vocab}: the kernel holds a row in registers, in lines of {WARPGROUP_SIZE} tokens, "
+            f"{LARGEST} at most; XLA draws from any"
         )
     return None
 
@@ -87,34 +55,44 @@ def draw_rows(
     u: jax.Array,
     *,
     temperature: jax.Array,
+    split: RowSplit | None = None,  # None: `split_row`
     interpret: Any = False,
     **cuts: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     """A token of every row [B], and its log-probability [B]: see `draw_reference`."""
     given = {name: cut for name, cut in cuts.items() if cut is not None}
     rows, vocab = logits.shape
-    split = split_row(vocab)
+    split = split or split_row(vocab)
     assert split is not None
-    numbers = split.warpgroups * split.numbers
-    token, logprob = plgpu.kernel(
+    assert 0 <= split.repeated(vocab) < split.numbers
+    cluster = split.blocks > 1
+    held, groups = split.warpgroups * split.numbers, split.blocks * split.warpgroups
+    out = [jax.ShapeDtypeStruct((rows,), dtype) for dtype in (jnp.int32, jnp.float32)]
+    if cluster and interpret:
+        out.append(jax.ShapeDtypeStruct((rows, 2, groups, WARPS), jnp.float32))  # see `warps`
+    token, logprob, *_ = plgpu.kernel(
         functools.partial(_body, names=tuple(given), split=split, interpret=bool(interpret)),
-        out_type=[jax.ShapeDtypeStruct((rows,), dtype) for dtype in (jnp.int32, jnp.float32)],
+        out_type=out,
         grid=(rows,),
         grid_names=("row",),
+        cluster=(split.blocks,) if cluster else (),
+        cluster_names=("block",) if cluster else (),
         num_threads=split.warpgroups,
         thread_name="warpgroup",
         scratch_types=(
             Scratch(
                 lane_sums=plgpu.SMEM((split.warps, WARP_SIZE), jnp.float32),
                 loaded=plgpu.Barrier(num_barriers=split.warpgroups),
-                numbers=plgpu.SMEM((numbers, WARPGROUP_SIZE), jnp.float32),
-                sums=plgpu.SMEM((2, split.warpgroups, WARPS), jnp.float32),
-                summed=plgpu.Barrier(num_arrivals=split.warpgroups),
+                numbers=plgpu.SMEM((held, WARPGROUP_SIZE), jnp.float32),
+                sums=plgpu.SMEM((2, groups, WARPS), jnp.float32),
+                summed=plgpu.ClusterBarrier(collective_axes=("block",), num_arrivals=split.warpgroups, num_barriers=2)
+                if cluster
+                else plgpu.Barrier(num_arrivals=split.warpgroups),
             ),
         ),
         interpret=interpret,
         kernel_name="draw_rows",
-    )(logits.reshape(rows, numbers, WARPGROUP_SIZE), u, temperature, *given.values())
+    )(logits.reshape(rows, vocab // WARPGROUP_SIZE, WARPGROUP_SIZE), u, temperature, *given.values())
     return token, logprob
 
 
@@ -126,56 +104,37 @@ class Scratch:
     lane_sums: Ref  # [warps, WARP_SIZE]
     loaded: Ref  # a barrier a warpgroup: its logits have arrived
     numbers: Ref  # [numbers of all warpgroups, WARPGROUP_SIZE]: the logits, then the masses
-    sums: Ref  # [2, warpgroups, WARPS], see `Warps`
-    summed: Ref  # barrier of all warpgroups: `sums` are written
-
-
-@dataclass(frozen=True)
-class Warps:
-    """Reductions over all warps of a block, through shared memory.
-
-    Two buffers alternate with ``time``, the count of reductions so far. One barrier a reduction is enough: a warpgroup
-    that reaches the next use of a buffer has passed the barrier between, so all others have read this one."""
-
-    split: RowSplit
-    me: Any
-    sums: Any
-    barrier: Any
-
-    def all_of(self, time: Any, numbers: jax.Array) -> list[jax.Array]:
-        """The ``numbers`` [4] of every warpgroup, one a warp, as a list over all warps."""
-        turn = time % 2
-        self.sums.at[turn, self.me][...] = numbers
-        plgpu.barrier_arrive(self.barrier)
-        plgpu.barrier_wait(self.barrier)
-        return [self.sums[turn, i // WARPS, i % WARPS] for i in range(self.split.warps)]
-
-    def total(self, time: Any, numbers: jax.Array) -> jax.Array:
-        """The sum over [4, 32, n] of all warpgroups."""
-        return functools.reduce(operator.add, self.all_of(time, numbers.sum(axis=2).sum(axis=1)))
-
-    def largest(self, time: Any, numbers: jax.Array) -> jax.Array:
-        """The maximum over [4, 32, n] of all warpgroups."""
-        return functools.reduce(jnp.maximum, self.all_of(time, numbers.max(axis=2).max(axis=1)))
+    sums: Ref  # [2, warpgroups of the row, WARPS], see `Warps`
+    summed: Ref  # barrier of all warpgroups of the row: `sums` are written; in a cluster two
 
 
 def _body(logits_ref: Ref, u_ref: Ref, temperature_ref: Ref, *refs: Any, names: tuple[str, ...], split: RowSplit,
           interpret: bool) -> None:  # fmt: skip
-    """One row. ``refs``: the cuts of these ``names``, the token, its log-probability, the scratch."""
-    *cut_refs, token_ref, logprob_ref, scratch = refs
+    """One row, or a block's part of it. ``refs``: the cuts of these ``names``, the token, its log-probability, in the
+    interpreter of a cluster what its blocks exchange, the scratch."""
+    cut_refs, (token_ref, logprob_ref, *exchanged, scratch) = refs[: len(names)], refs[len(names) :]
     row, me = lax.axis_index("row"), lax.axis_index("warpgroup")
+    block = lax.axis_index("block") if split.blocks > 1 else 0
     cuts = {name: ref[row] for name, ref in zip(names, cut_refs, strict=True)}
-    warps = Warps(split, me, scratch.sums, scratch.summed)
-    lines = pl.ds(me * split.numbers, split.numbers)
-    mine = scratch.numbers.at[lines]
+    sums = exchanged[0].at[row] if exchanged else scratch.sums
+    warps = Warps(split, me, block, sums, scratch.summed, interpret)
+    repeated = split.repeated(logits_ref.shape[1] * WARPGROUP_SIZE)
+    # Lines at the start of this warpgroup's part that belong to the part before: none but in the last part.
+    masked = jnp.where(block * split.warpgroups + me == split.blocks * split.warpgroups - 1, repeated, 0)
+    first_line = (block * split.warpgroups + me) * split.numbers - masked
+    mine = scratch.numbers.at[pl.ds(me * split.numbers, split.numbers)]
     shape = (WARPS, WARP_SIZE, split.numbers)
 
-    plgpu.copy_gmem_to_smem(logits_ref.at[row, lines], mine, scratch.loaded.at[me])
+    plgpu.copy_gmem_to_smem(logits_ref.at[row, pl.ds(first_line, split.numbers)], mine, scratch.loaded.at[me])
     plgpu.barrier_wait(scratch.loaded.at[me])
     if interpret:  # the interpreter reshapes arrays, but not references
         logits = mine[...].reshape(shape)
     else:
         logits = plgpu.load(mine.reshape(shape), layout=split.layout, optimized=False)
+    if repeated:
+        warp, lane, number = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in range(3))
+        place = (warp * WARP_SIZE + lane) * split.numbers + number
+        logits = jnp.where(place >= masked * WARPGROUP_SIZE, logits, -jnp.inf)
 
     top = warps.largest(0, logits)
     log_total = jnp.log(warps.total(1, jnp.exp(logits - top)))
@@ -193,15 +152,20 @@ def _body(logits_ref: Ref, u_ref: Ref, temperature_ref: Ref, *refs: Any, names: 
     scratch.lane_sums.at[pl.ds(me * WARPS, WARPS)][...] = by_lane
     by_warp = warps.all_of(time, by_lane.sum(axis=1))
 
-    warp, wanted = _passing(by_warp, u * functools.reduce(operator.add, by_warp))
+    found, wanted = _passing(by_warp, u * functools.reduce(operator.add, by_warp))
+    # In a cluster, the block that has this warp finds the token. The others go on with their first warp, and drop it.
+    here = lax.div(found, split.warps) == block
+    warp = jnp.where(here, lax.rem(found, split.warps), 0)
     lane, wanted = _passing([scratch.lane_sums[warp, i] for i in range(WARP_SIZE)], wanted)
     first = (warp * WARP_SIZE + lane) * split.numbers
     indices = [first + i for i in range(split.numbers)]
     own = [scratch.numbers[lax.div(i, WARPGROUP_SIZE), lax.rem(i, WARPGROUP_SIZE)] for i in indices]
     number, _ = _passing(own, wanted)
-    token = first + number
+    last = found >= split.blocks * split.warps - WARPS
+    token = block * split.warpgroups * split.numbers * WARPGROUP_SIZE + first + number
+    token -= jnp.where(last, repeated * WARPGROUP_SIZE, 0)
 
-    @pl.when(me == 0)
+    @pl.when((me == 0) & here)
     def _() -> None:
         token_ref[row] = token
         logprob_ref[row] = (
@@ -218,7 +182,7 @@ def _cut(warps: Warps, time: jax.Array, mass: jax.Array, cuts: dict[str, jax.Arr
     if "top_p" in cuts:
         top_p, total = cuts["top_p"], warps.total(time, mass)
         # If every mass that is cut were this small, their sum would be half of what top-p allows to cut.
-        low = jnp.maximum((1 - top_p) * total / (2 * mass.size * warps.split.warpgroups), MIN_MASS)
+        low = jnp.maximum((1 - top_p) * total / (2 * mass.size * warps.split.warpgroups * warps.split.blocks), MIN_MASS)
         time, threshold = _threshold(warps, time + 1, mass, mass, top_p * total, low)
         mass = jnp.where(mass < jnp.where(top_p < 1, threshold, 0.0), 0.0, mass)
     if "min_p" in cuts:

@@ -1,0 +1,154 @@
+"""``python -m bench.serve``: a server of OpenAI's API under mixed traffic, over HTTP.
+
+It starts ``jllama serve``, or takes the URL of a server that runs. The traffic is that of `bench.load`: all at once,
+which gives the rate at saturation, then as a Poisson process at 80 % of that. Of ``jllama serve`` it also measures what
+HTTP costs: the rate at 64 streams beside that of the same engine in a process that steps it.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import re
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bench.load import FILE, Place, add_traffic_flags, check_numbers, prepare, rates_of, records_of, table, traffic_of
+from bench.record import Record, append
+from bench.traffic import CAPACITY, Traffic, draw, rehearsals, repeated
+from jllama.errors import InputError, reported
+
+NAME = "bench"  # the served model's
+STREAM_RUNS = 3  # of the streams, which are short, and whose rates differ by little
+BUDGET = 512  # tokens of prompts a turn of `jllama serve`
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser("python -m bench.serve", description=(__doc__ or "").split("\n")[0])
+    add_traffic_flags(p)
+    p.add_argument("--url", help="measure the server at this address, which has --slots (default: start jllama serve)")
+    p.add_argument("--impl", default="vllm-serve", help="with --url: its name in the records (default: vllm-serve)")
+    p.add_argument("--impl-version", metavar="N", help="with --url: the server's version, for the records")
+    p.add_argument("--served-name", default=NAME, metavar="NAME", help="with --url: the model's name there")
+    p.add_argument("--api-key", help="with --url: the server's key")
+    p.add_argument("--flags", default="", help="more flags of jllama serve, for example --flags='--quant int8'")
+    p.add_argument("--rate", type=float, metavar="N", help="requests a second (default: 80 %% of the saturated rate)")
+    p.add_argument("--streams", type=int, default=64, metavar="N", help="at which HTTP's cost is taken (default: 64)")
+    return p
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line."""
+    with reported("bench.serve"):
+        args = parser().parse_args(argv)
+        check_numbers(args)
+        run(args)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure, print the table, and append the records."""
+    args.in_memory = False  # a server reads a checkpoint
+    place = prepare(args)
+    mixed, slots, _ = traffic_of(args, place.platform)
+    job = place.job(mixed, slots, BUDGET)
+    # As many streams as asked for, all of one length, so that all run from the first step to the last.
+    even = dict(requests=min(args.streams, slots), longest=mixed.prompt, least=mixed.most)
+    streams = dataclasses.replace(mixed, name="streams", **even)
+    impl = args.impl if args.url else "serve"
+    versions = {impl: args.impl_version} if args.url and args.impl_version else {}
+    records: list[Record] = []
+    with served(args, job) if args.url is None else contextlib.nullcontext(args.url) as url:
+        for asks in rehearsals(mixed, slots, BUDGET):
+            drive(args, url, asks)
+
+        def measure(traffic: Traffic, runs: int) -> float:
+            done = [asked(args, url, one, place) for one in repeated(traffic, runs)]
+            found = {"runs": done, "settings": {"flags": args.flags}, "versions": versions}
+            over_http = dataclasses.replace(traffic, name=f"http-{traffic.name}")
+            records.extend(records_of(place, impl, over_http, found, slots))
+            return statistics.median(run["texts"] / run["seconds"] for run in done)
+
+        saturated = measure(mixed, args.runs)
+        measure(mixed.at_rate(args.rate or CAPACITY * saturated), args.runs)
+        measure(streams, STREAM_RUNS)
+    if args.url is None:
+        records += alone(args, place, job, streams)
+    append(args.results / FILE, records)
+    print(table(records))
+    if args.url is None:
+        rate = {r["impl"]: r["value"] for r in records if r["case"] == "http-streams"}
+        print(f"\nHTTP costs {100 * (1 - rate['serve'] / rate['engine']):.1f} % at {streams.requests} streams")
+    print(f"\nrun {place.run.run}: {len(records)} records in {args.results}")
+
+
+def drive(args: argparse.Namespace, url: str, asks: Any) -> Any:
+    """The timeline of prompts."""
+    from bench import client
+
+    return client.drive(url, args.served_name, asks, args.temperature, args.api_key)
+
+
+def asked(args: argparse.Namespace, url: str, traffic: Traffic, place: Place) -> dict[str, Any]:
+    """The summary of one run."""
+    from bench.entries import say
+
+    found = drive(args, url, draw(traffic, place.shape["vocab_size"], place.shape["bos_id"])).summary()
+    say(f"{traffic.name}: {rates_of([found])[0]:,.0f} tokens/s")
+    return found
+
+
+def alone(args: argparse.Namespace, place: Place, job: dict[str, Any], streams: Traffic) -> list[Record]:
+    """The same streams in a process that steps the engine itself."""
+    from bench.process import Worker
+
+    with Worker("ours_traffic") as worker:
+        opened = worker.ask("open", args.time_limit, job=job)
+        each = repeated(streams, STREAM_RUNS)
+        runs = [worker.ask("traffic", args.time_limit, args=dataclasses.asdict(one)) for one in each]
+    traffic = dataclasses.replace(streams, name="http-streams")  # beside those over HTTP in tables
+    return list(records_of(place, "engine", traffic, opened | {"runs": runs}, job["batch"]))
+
+
+@contextlib.contextmanager
+def served(args: argparse.Namespace, job: dict[str, Any]) -> Iterator[str]:
+    """``jllama serve`` from its ready line to its end; the URL."""
+    args.served_name = NAME
+    dtype = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}[job["dtype"]]
+    command = [sys.executable, "-m", "jllama", "serve", "--model", job["model"], "--port", "0", "--dtype", dtype]
+    command += ["--served-model-name", NAME, "--slots", str(job["batch"]), "--max-seq-len", str(job["max_len"])]
+    command += ["--no-access-log", "--quiet", "--compilation-cache", job["compiled"], *shlex.split(args.flags)]
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "stderr"
+        with log.open("wb") as stderr:
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr)
+        try:
+            yield _ready(process, log, args.time_limit)
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _ready(process: subprocess.Popen[bytes], log: Path, limit_s: float) -> str:
+    until = time.monotonic() + limit_s
+    while (ready := re.search(r"ready at (http://\S+)\n", log.read_text(errors="replace"))) is None:
+        if process.poll() is not None or time.monotonic() > until:
+            said = log.read_text(errors="replace").strip().splitlines()
+            raise InputError(f"jllama serve: expected its ready line, found {said[-1] if said else 'nothing'}")
+        time.sleep(0.05)
+    return ready[1]
+
+
+if __name__ == "__main__":
+    main()

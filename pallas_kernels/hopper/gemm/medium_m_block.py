@@ -1,0 +1,88 @@
+"""What the producer and the consumers of a medium-M GEMM know in common: its work tiles, and its shared memory."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from ..common.tiles import WGMMA_ROWS, swizzled
+from .medium_m_plan import MediumMPlan
+
+Ref = Any  # Pallas has no public type for a reference
+
+
+class WorkTile(NamedTuple):
+    """An N tile over one K split."""
+
+    out: Any  # first output
+    k_split: Any
+    start: Any  # first stage
+    end: Any  # one past the last stage
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Scratch:
+    """Shared memory and barriers of a block. Fields stand in the order in which shared memory is laid out."""
+
+    consumers_meet: Ref  # barrier of all consumers
+    free: Ref  # a barrier a stage: all consumers are done with it
+    full: Ref  # a barrier a stage: its copies have arrived
+    staged: Ref  # [columns, n_tile and more], sums on their way to global memory
+    w_ring: Ref  # [depth, n_tile, step]
+    widened: Ref | None  # [consumers, 64, step], only for the interpreter
+    x_ring: Ref  # [depth, columns, step]
+
+
+def scratch_of(p: MediumMPlan) -> Scratch:
+    """Shared memory and barriers for a plan."""
+    problem, fmt = p.problem, p.problem.fmt
+    widened = p.interpret and fmt.quantized
+    return Scratch(
+        consumers_meet=plgpu.Barrier(num_arrivals=p.consumers),
+        free=plgpu.Barrier(num_arrivals=p.consumers, num_barriers=p.depth),
+        full=plgpu.Barrier(num_arrivals=3 if problem.swiglu else 2, num_barriers=p.depth),
+        staged=plgpu.SMEM(p.staged_shape, p.result_dtype),
+        w_ring=swizzled((p.depth, p.n_tile, p.step), fmt.dtype),
+        widened=swizzled((p.consumers, WGMMA_ROWS, p.step), problem.dtype, fmt.group) if widened else None,
+        x_ring=swizzled((p.depth, problem.columns, p.step), problem.dtype, fmt.group),
+    )
+
+
+@dataclass(frozen=True)
+class Block:
+    """One warpgroup of one block: what is known while tracing, its indices, and references to memory."""
+
+    plan: MediumMPlan
+    me: Any  # index of this warpgroup
+    index: Any  # of this block
+    shuffled: bool  # whether x has the order of inputs of `widen.shuffle_inputs`
+    x: Ref  # [rows, inputs]
+    w: Ref  # [rows of the weight, inputs], of one layer
+    scale: Ref | None  # [rows of the weight, groups], of one layer
+    out: Ref  # [rows, outputs], or [k_splits, rows, outputs]
+    scratch: Scratch
+
+    @property
+    def turns(self) -> Any:
+        """Work tiles of this block."""
+        p = self.plan
+        return (p.n_tiles * p.k_splits - self.index + p.blocks - 1) // p.blocks
+
+    @property
+    def first_row(self) -> Any:
+        """The first of this consumer's 64 rows of a stage."""
+        return pl.multiple_of(jnp.minimum(self.me * WGMMA_ROWS, self.plan.n_tile - WGMMA_ROWS), 8)
+
+    def work_tile(self, turn: Any) -> WorkTile:
+        """The work tile that this block takes at this turn."""
+        p = self.plan
+        index = turn * p.blocks + self.index
+        n_tile, split = index // p.k_splits, lax.rem(index, p.k_splits)
+        # The last N tile is moved up if it would pass the end: two blocks then write the same values there.
+        out = pl.multiple_of(jnp.minimum(n_tile * p.n_out, p.problem.outputs - p.n_out), 8)
+        return WorkTile(out, split, split * p.steps // p.k_splits, (split + 1) * p.steps // p.k_splits)

@@ -1,0 +1,258 @@
+"""Consumers of a medium-M GEMM. Each multiplies 64 rows of every stage; integers are widened on their way to wgmma."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu.fragmented_array import FragmentedArray
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, memref, vector
+
+from ..common.ring import consumer_barrier
+from ..common.thread_ops import (
+    SCALAR,
+    WARPGROUP_SIZE,
+    add,
+    aligned_store,
+    as_i32,
+    as_indices,
+    load_per_thread,
+    store_per_thread,
+)
+from ..common.tiles import WGMMA_ROWS, broadcast_rows
+from ..common.widen import load_integers, load_shuffled, widen, widen_shuffled
+from .medium_m_block import Block, WorkTile
+from .medium_m_plan import STAGED_ROWS
+
+AT_A_TIME = 4  # rows of the result that a thread writes at a time
+
+
+def consume(block: Block) -> None:
+    """Multiply this consumer's rows of every work tile, and write them."""
+    p = block.plan
+
+    def turn(t: Any, count: Any) -> Any:
+        tile = block.work_tile(t)
+        stages = tile.end - tile.start
+        if not p.problem.fmt.quantized:
+            sums = _floats(block, count, stages)
+        elif p.problem.fmt.grouped:
+            sums = _one_scale_a_group(block, tile, count, stages)
+        else:
+            sums = _one_scale_a_row(block, tile, count, stages)
+        _write(block, tile, sums)
+        return count + stages
+
+    lax.fori_loop(0, block.turns, turn, jnp.int32(0))
+
+
+def _x(block: Block, slot: Any, begin: int = 0, end: int | None = None) -> Any:
+    return block.scratch.x_ring.at[slot, :, begin : end or block.plan.step].T
+
+
+def _accumulator(block: Block) -> Any:
+    return plgpu.ACC((WGMMA_ROWS, block.plan.problem.columns), jnp.float32)
+
+
+def _floats(block: Block, count: Any, stages: Any) -> jax.Array:
+    """The products of one stage run while those of the next are issued."""
+    scratch, depth = block.scratch, block.plan.depth
+
+    def scoped(acc: Any) -> jax.Array:
+        def stage(i: Any, _: Any) -> None:
+            slot = lax.rem(count + i, depth)
+            plgpu.barrier_wait(scratch.full.at[slot])
+            plgpu.wgmma(acc, scratch.w_ring.at[slot, pl.ds(block.first_row, WGMMA_ROWS)], _x(block, slot))
+            plgpu.wgmma_wait(1)
+
+            @pl.when(i > 0)
+            def _() -> None:
+                plgpu.barrier_arrive(scratch.free.at[lax.rem(count + i - 1, depth)])
+
+        lax.fori_loop(0, stages, stage, None)
+        plgpu.wgmma_wait(0)
+        plgpu.barrier_arrive(scratch.free.at[lax.rem(count + stages - 1, depth)])
+        return acc[...]
+
+    return pl.run_scoped(scoped, _accumulator(block))
+
+
+def _one_scale_a_row(block: Block, tile: WorkTile, count: Any, stages: Any) -> jax.Array:
+    """The integers of the next stage are loaded while the products of this one run."""
+    factors = _scales(block, tile, 0)  # loaded before the products, used after them
+
+    def scoped(acc: Any) -> jax.Array:
+        def multiply(i: Any, integers: Any) -> None:
+            slot = lax.rem(count + i, block.plan.depth)
+            plgpu.wgmma(acc, _operand(block, integers, 0, block.plan.step), _x(block, slot))
+
+        def stage(i: Any, integers: Any) -> Any:
+            multiply(i, integers)
+            following = _load(block, count + i + 1)
+            _release(block, count + i)
+            return following
+
+        multiply(stages - 1, lax.fori_loop(0, stages - 1, stage, _load(block, count)))
+        _release(block, count + stages - 1)
+        return acc[...]
+
+    total = pl.run_scoped(scoped, _accumulator(block))
+    return total * broadcast_rows(factors, total.shape)
+
+
+def _one_scale_a_group(block: Block, tile: WorkTile, count: Any, stages: Any) -> jax.Array:
+    """Every group has sums of its own, which are scaled exactly. Scales and integers are loaded a stage ahead."""
+    p = block.plan
+    groups = range(p.step // p.group)
+
+    def load(i: Any) -> Any:
+        scales = [_scales(block, tile, (tile.start + i) * len(groups) + g) for g in groups]
+        return scales, _load(block, count + i)
+
+    def multiply(i: Any, total: jax.Array, loaded: Any, following: Any) -> Any:
+        scales, integers = loaded
+        slot = lax.rem(count + i, p.depth)
+        ahead = None
+        for g, scale in zip(groups, scales, strict=True):
+
+            def scoped(acc: Any, g: int = g) -> Any:
+                begin, end = g * p.group, (g + 1) * p.group
+                plgpu.wgmma(acc, _operand(block, integers, begin, end), _x(block, slot, begin, end))
+                ahead = following() if following is not None and g == groups[-1] else None
+                plgpu.wgmma_wait(0)
+                if g == groups[-1]:
+                    plgpu.barrier_arrive(block.scratch.free.at[slot])
+                return acc[...], ahead
+
+            sums, ahead = pl.run_scoped(scoped, _accumulator(block))
+            total = total + sums * broadcast_rows(scale, total.shape)
+        return total, ahead
+
+    def stage(i: Any, carry: Any) -> Any:
+        total, loaded = carry
+        return multiply(i, total, loaded, lambda: load(i + 1))
+
+    zero = plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, p.problem.columns), jnp.float32), plgpu.Layout.WGMMA)
+    total, loaded = lax.fori_loop(0, stages - 1, stage, (zero, load(0)))
+    return multiply(stages - 1, total, loaded, None)[0]
+
+
+def _load(block: Block, number: Any) -> Any:
+    """This consumer's integers of a stage, once they have arrived, in registers. The interpreter has no wgmma with an
+    operand in registers: there they are widened to shared memory, see `_operand`."""
+    p, scratch = block.plan, block.scratch
+    slot = lax.rem(number, p.depth)
+    plgpu.barrier_wait(scratch.full.at[slot])
+    weights = scratch.w_ring.at[slot, pl.ds(block.first_row, WGMMA_ROWS)]
+    if scratch.widened is not None:
+        return weights[...]
+    return load_shuffled(weights) if block.shuffled else load_integers(weights, p.problem.fmt)
+
+
+def _release(block: Block, number: Any) -> None:
+    plgpu.wgmma_wait(0)
+    plgpu.barrier_arrive(block.scratch.free.at[lax.rem(number, block.plan.depth)])
+
+
+def _operand(block: Block, integers: jax.Array, begin: int, end: int) -> Any:
+    """Some inputs of a stage's integers as wgmma's left operand."""
+    dtype, widened = block.plan.problem.dtype, block.scratch.widened
+    if widened is None:
+        return (widen_shuffled if block.shuffled else widen)(integers[:, begin:end], dtype)
+    place = widened.at[block.me, :, begin:end]
+    place[...] = integers[:, begin:end].astype(dtype)
+    plgpu.commit_smem()
+    return place
+
+
+def _scales(block: Block, tile: WorkTile, group: Any) -> jax.Array:
+    """The scales [64] of this consumer's rows of a stage, as float32 in registers."""
+    p, outputs = block.plan, block.plan.problem.outputs
+    assert block.scale is not None
+    if p.interpret:
+        parts = range(p.n_tile // p.n_out)
+        whole = jnp.concatenate([block.scale[pl.ds(i * outputs + tile.out, p.n_out), group] for i in parts])
+        return lax.dynamic_slice(whole, (block.first_row,), (WGMMA_ROWS,)).astype(jnp.float32)
+    layout = plgpu.Layout.WGMMA.reduce(1)
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), *[SCALAR] * 3),
+        return_type=plgpu.ShapeDtypeStruct((WGMMA_ROWS,), block.scale.dtype, layout=layout),
+    )
+    def load(_: Any, scale: Any, out: Any, first_row: Any, group: Any) -> Any:
+        out, first_row, group = (a.registers.item() for a in (out, first_row, group))
+        rows_layout = layout.to_mgpu()
+        registers = np.empty(rows_layout.registers_shape((WGMMA_ROWS,)), dtype=object)
+        places = list(rows_layout.thread_idxs((WGMMA_ROWS,)))
+        for index, (row,) in zip(np.ndindex(registers.shape), places, strict=True):
+            row = add(arith.index_castui(ir.IntegerType.get_signless(32), row), first_row)
+            if p.problem.swiglu:  # rows of up stand behind those of gate
+                of_up = arith.cmpi(arith.CmpIPredicate.uge, row, as_i32(p.n_out))
+                row = add(row, arith.select(of_up, as_i32(outputs - p.n_out), as_i32(0)))
+            number = memref.load(scale, as_indices(add(out, row), group))
+            registers[index] = vector.broadcast(ir.VectorType.get((1,), number.type), number)
+        return FragmentedArray(_registers=registers, _layout=rows_layout, _is_signed=None)
+
+    return load(block.scale, tile.out, block.first_row, jnp.int32(group)).astype(jnp.float32)  # type: ignore[call-arg]
+
+
+def _write(block: Block, tile: WorkTile, sums: jax.Array) -> None:
+    """Transpose the sums [64, columns] of all consumers through shared memory, and write them as parts of the result's
+    rows."""
+    p, staged = block.plan, block.scratch.staged
+    out = block.out.at[tile.k_split if p.k_splits > 1 else 0]
+    for begin in range(0, p.problem.columns, STAGED_ROWS):
+        width = min(STAGED_ROWS, p.problem.columns - begin)
+        values = sums[:, begin : begin + width].astype(staged.dtype)
+        consumer_barrier(block.scratch.consumers_meet)  # all have read what was there before
+        _store_transposed(block, values)
+        consumer_barrier(block.scratch.consumers_meet)
+        _write_rows(block, out, tile.out, begin, min(width, p.problem.rows - begin))
+
+
+def _store_transposed(block: Block, values: jax.Array) -> None:
+    """Write values [64, columns] to `staged`, from this consumer's first row on. Mosaic's own store would need rows
+    that are a multiple of 64 long, whose banks conflict."""
+    p, staged = block.plan, block.scratch.staged
+    if p.interpret:
+        staged[pl.ds(0, values.shape[1]), pl.ds(block.first_row, WGMMA_ROWS)] = values.T
+        return
+    layout = plgpu.Layout.WGMMA_TRANSPOSED
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout, SCALAR))
+    def put(_: Any, staged: Any, values: Any, first_row: Any) -> None:
+        i32 = ir.IntegerType.get_signless(32)
+        places = list(values.layout.thread_idxs(values.shape))
+        for two, place in zip(values.registers.flat, places, strict=True):
+            row, column = (arith.index_castui(i32, i) for i in place)
+            aligned_store(two, staged, as_indices(column, add(row, first_row.registers.item())))
+
+    put(staged, plgpu.layout_cast(values, layout), block.first_row)  # type: ignore[call-arg]
+
+
+def _write_rows(block: Block, out: Any, first_out: Any, first_row: int, rows: int) -> None:
+    """Write ``rows`` rows from `staged`, one output a thread. The consumers take them in turn, a few at a time."""
+    p, staged = block.plan, block.scratch.staged
+    for at in range(0, p.n_out, WARPGROUP_SIZE):
+        n = min(WARPGROUP_SIZE, p.n_out - at)
+
+        def write(turn: Any, _: Any, at: int = at, n: int = n) -> None:
+            first = (turn * p.consumers + block.me) * AT_A_TIME
+            tokens = [jnp.minimum(first + i, rows - 1) for i in range(AT_A_TIME)]  # the last one may be written again
+            read = functools.partial(load_per_thread, p, staged, count=n)
+            values = read([(token, at) for token in tokens])
+            if p.problem.swiglu:
+                gates = [value.astype(jnp.float32) for value in values]
+                ups = [value.astype(jnp.float32) for value in read([(token, p.n_out + at) for token in tokens])]
+                values = [gate / (1 + jnp.exp(-gate)) * up for gate, up in zip(gates, ups, strict=True)]
+                values = [value.astype(out.dtype) for value in values]
+            store_per_thread(p, out, [(first_row + token, first_out + at) for token in tokens], values, n)
+
+        turns = (math.ceil(rows / AT_A_TIME) - block.me + p.consumers - 1) // p.consumers
+        lax.fori_loop(0, turns, write, None)

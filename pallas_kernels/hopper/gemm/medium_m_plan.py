@@ -1,0 +1,194 @@
+"""How a medium-M GEMM is divided among the multiprocessors: plain arithmetic, no kernel.
+
+A work tile is an N tile (a range of rows of the weight) over one K split (a range of its inputs), for all rows of x.
+The plan is the cheapest candidate of a cost model: what bounds the busiest block, and what every work tile and every K
+split adds.
+"""
+
+import itertools
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax.numpy as jnp
+
+from ...arch import planned
+from ...dispatch import Unsupported
+from ..common.tiles import WGMMA_ROWS, Format, nbytes
+
+# Rates of one multiprocessor of an H200, a nanosecond.
+MEMORY_BYTES = 31  # its share of the memory bus
+CACHE_BYTES = 45  # its share of the L2 cache, from which x comes once for every N tile
+PRODUCTS = 3500  # multiply-adds of 16-bit numbers
+WIDENED = {4: 75, 8: 60}  # integers of so many bits that become floats
+WORK_TILE_NS = 700  # to finish a work tile
+SUM_BYTES = 4000  # of float32 K splits, written and read again by all multiprocessors
+FUSION_NS = 4000  # the XLA fusion that adds K splits where no kernel does
+
+MAX_CONSUMERS = 4
+STAGED_ROWS = 64  # rows of the result that are transposed at a time
+SCRATCH_RESERVE = 3072  # bytes of shared memory for barriers, and for scratch that the compiler adds
+MIN_DEPTH = 3
+
+
+@dataclass(frozen=True)
+class MediumMTiles:
+    """What can be tuned."""
+
+    n_tile: int  # rows of the weight of a work tile; with SwiGLU half of them are gate's, half are up's
+    step: int = 128  # inputs of a stage
+    k_splits: int = 1
+    depth: int = 12  # stages in flight, at most
+
+
+@dataclass(frozen=True)
+class MediumMProblem:
+    """One product."""
+
+    fmt: Format
+    rows: int  # of x
+    inner: int
+    out: int  # rows of the weight
+    swiglu: bool
+    dtype: Any  # of x
+    out_dtype: Any
+    splittable: bool = False  # whether a kernel follows that adds K splits, however many there are
+
+    @property
+    def columns(self) -> int:
+        """Rows of x, rounded up to what wgmma takes as columns of its right operand."""
+        return 8 * math.ceil(self.rows / 8)
+
+    @property
+    def outputs(self) -> int:
+        """Outputs, after SwiGLU."""
+        return self.out // 2 if self.swiglu else self.out
+
+
+@dataclass(frozen=True)
+class MediumMPlan:
+    """`MediumMTiles` made concrete for one product."""
+
+    problem: MediumMProblem
+    tiles: MediumMTiles
+    sms: int
+    interpret: bool = False
+
+    @property
+    def k_splits(self) -> int:
+        """Ranges of inputs."""
+        return self.tiles.k_splits
+
+    @property
+    def step(self) -> int:
+        """Inputs of a stage."""
+        return self.tiles.step
+
+    @property
+    def steps(self) -> int:
+        """Stages over all inputs."""
+        return self.problem.inner // self.step
+
+    @property
+    def n_tile(self) -> int:
+        """Rows of the weight of a work tile."""
+        return self.tiles.n_tile
+
+    @property
+    def n_out(self) -> int:
+        """Outputs of a work tile, after SwiGLU."""
+        return self.n_tile // 2 if self.problem.swiglu else self.n_tile
+
+    @property
+    def n_tiles(self) -> int:
+        """N tiles. The last is moved up if it would pass the end."""
+        return math.ceil(self.problem.outputs / self.n_out)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks, at most one a multiprocessor."""
+        return min(self.sms, self.n_tiles * self.k_splits)
+
+    @property
+    def turns(self) -> int:
+        """Work tiles of the busiest block."""
+        return math.ceil(self.n_tiles * self.k_splits / self.blocks)
+
+    @property
+    def consumers(self) -> int:
+        """Warpgroups that multiply: each has 64 rows of every stage. The last one's are moved up if they would pass the
+        end of the N tile: some rows are then computed twice."""
+        return math.ceil(self.n_tile / WGMMA_ROWS)
+
+    @property
+    def group(self) -> int:
+        """Inputs of a stage that share a scale."""
+        return min(self.problem.fmt.group or self.step, self.step)
+
+    @property
+    def result_dtype(self) -> Any:
+        """The dtype in which the kernel writes: K splits stay float32."""
+        return jnp.dtype(jnp.float32) if self.k_splits > 1 or self.problem.splittable else self.problem.out_dtype
+
+    @property
+    def staged_shape(self) -> tuple[int, int]:
+        """Of the buffer in which sums are transposed. Rows are a multiple of 16 and 8 long, so that the threads of a
+        warp, which write 8 rows at a time, meet different banks."""
+        return min(self.problem.columns, STAGED_ROWS), 16 * math.ceil((self.n_tile - 8) / 16) + 8
+
+    @property
+    def depth(self) -> int:
+        """Stages of the ring: as many as shared memory has room for."""
+        p = self.problem
+        stage = nbytes((self.n_tile, self.step), p.fmt.bits) + nbytes((p.columns, self.step), 16)
+        room = planned().shared_bytes - SCRATCH_RESERVE
+        room -= nbytes(self.staged_shape, 8 * jnp.dtype(self.result_dtype).itemsize)
+        return min(self.tiles.depth, room // stage)
+
+    @property
+    def nanoseconds(self) -> float:
+        """The cost model: what the busiest block takes, and the K splits."""
+        p = self.problem
+        weights = nbytes((self.n_tile, self.step), p.fmt.bits)
+        loaded = weights + nbytes((p.columns, self.step), 16)
+        share = min(CACHE_BYTES, MEMORY_BYTES * self.sms / self.blocks)
+        numbers = WGMMA_ROWS * self.consumers * self.step
+        stage = max(weights / share, loaded / CACHE_BYTES, numbers * p.columns / PRODUCTS)
+        if p.fmt.quantized:
+            stage = max(stage, numbers / WIDENED[p.fmt.bits])
+        sums = self.k_splits * nbytes((p.rows, p.out), 2 * 32) / SUM_BYTES if self.k_splits > 1 else 0
+        sums += FUSION_NS if self.k_splits > 1 and not p.splittable else 0
+        return self.turns * (math.ceil(self.steps / self.k_splits) * stage + WORK_TILE_NS) + sums
+
+
+def make_plan(problem: MediumMProblem, tiles: MediumMTiles | None, sms: int, *, interpret: bool = False) -> MediumMPlan:
+    """The plan with these tiles, or with the cheapest."""
+    if tiles is not None:
+        return MediumMPlan(problem, tiles, sms, interpret)
+    best = min(_candidates(problem, sms), key=lambda p: p.nanoseconds, default=None)
+    if best is None:
+        raise Unsupported(f"no tiles for {problem.out} outputs of {problem.inner} inputs")
+    return replace(best, interpret=interpret)
+
+
+def _candidates(problem: MediumMProblem, sms: int) -> list[MediumMPlan]:
+    unit = 16 if problem.swiglu else 8
+    most = MAX_CONSUMERS if problem.columns <= 64 and not problem.fmt.quantized else MAX_CONSUMERS - 1
+    n_tiles = range(WGMMA_ROWS, min(WGMMA_ROWS * most, problem.out) + 1, unit)
+    steps = [step for step in (64, 128) if problem.inner % step == 0 and step % (problem.fmt.group or 1) == 0]
+    steps = steps[-1:] if problem.fmt.quantized else steps
+    splits = [1] if problem.swiglu else range(1, 9)
+    made = [MediumMPlan(problem, MediumMTiles(n, s, k), sms) for n, s, k in itertools.product(n_tiles, steps, splits)]
+    return [p for p in made if p.depth >= MIN_DEPTH and p.steps >= p.k_splits and p.k_splits <= sms]
+
+
+def check_problem(problem: MediumMProblem, sms: int) -> None:
+    """Raise `Unsupported` where there is no plan."""
+    fmt, unit = problem.fmt, 16 if problem.swiglu else 8
+    if problem.inner % 64:
+        raise Unsupported(f"{problem.inner} inputs: must be a multiple of 64")
+    if fmt.group is not None and 128 % fmt.group:
+        raise Unsupported(f"groups of {fmt.group} inputs: must divide 128")
+    if problem.out % unit or problem.out < WGMMA_ROWS:
+        raise Unsupported(f"{problem.out} outputs: must be a multiple of {unit}, at least {WGMMA_ROWS}")
+    make_plan(problem, None, sms)
