@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready$(if $(EXTRA),-$(EXTRA))
 comma := ,
 
-.PHONY: demo chat serve test attack load test-latest lowering-latest wheel-test docs setup lint format bench peers clean
+.PHONY: demo chat serve test attack load test-clients test-latest lowering-latest wheel-test docs setup lint format bench peers clean
 
 demo: setup
 	@$(BIN)/python -m jllama.generate -p "Once upon a time," -n 300 --temp 0.7 --top-p 0.9 --seed 7 --echo
@@ -31,6 +31,10 @@ attack: setup
 # A thousand clients that stream, for ten minutes, processes of them killed every five seconds.
 load: setup
 	$(BIN)/python tests/support/load.py
+
+# LangChain, litellm, lm_eval and curl against a server, each in an environment of its own in .venv-clients.
+test-clients: setup
+	$(BIN)/python tests/clients/run.py
 
 # The same suite on the newest JAX that pyproject.toml allows, in an environment of its own.
 LATEST := .venv-latest
@@ -84,4 +88,4 @@ peers:
 	.venv-peers/bin/python -m pip install --quiet torch==2.13.0 transformers==5.17.0 safetensors sentencepiece accelerate peft==0.21.2 gguf jinja2
 
 clean:
-	rm -rf $(VENV) $(LATEST) .venv-peers build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LATEST) .venv-peers .venv-clients build *.egg-info .pytest_cache .ruff_cache .hypothesis

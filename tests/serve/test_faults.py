@@ -22,7 +22,7 @@ from jllama.serve.server import DIED, bind, url_of
 from jllama.serve.settings import Settings
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
-LONG = {"prompt": "Once", "temperature": 0, "max_tokens": 300, "ignore_eos": True}
+LONG = {"prompt": "Once", "temperature": 0, "max_tokens": 120, "ignore_eos": True}
 SHORT = {"prompt": "A cat", "temperature": 0, "max_tokens": 6}
 
 
@@ -75,7 +75,7 @@ def test_a_step_without_memory_ends_the_newest_request(frail: tuple[Live, Engine
         return launch(plans, *more)
 
     engine._device.launch = broken
-    error = beside_a_long_one(live, SHORT | {"max_tokens": 100, "ignore_eos": True}, 500)["error"]
+    error = beside_a_long_one(live, SHORT | {"max_tokens": 90, "ignore_eos": True}, 500)["error"]
     assert error["message"] == "the device failed: RESOURCE_EXHAUSTED: Out of memory"
     assert error["type"] == "server_error"
 
@@ -85,10 +85,10 @@ def test_a_row_of_nan_ends_its_request(frail: tuple[Live, Engine]) -> None:
     check = engine._broken
 
     def broken(sequence: Any, logprobs: np.ndarray) -> bool:
-        return check(sequence, np.full_like(logprobs, np.nan) if sequence.limit == 100 else logprobs)
+        return check(sequence, np.full_like(logprobs, np.nan) if sequence.limit == 90 else logprobs)
 
     engine._broken = broken
-    error = beside_a_long_one(live, SHORT | {"max_tokens": 100, "ignore_eos": True}, 500)["error"]
+    error = beside_a_long_one(live, SHORT | {"max_tokens": 90, "ignore_eos": True}, 500)["error"]
     assert "NaN" in error["message"]
 
 
