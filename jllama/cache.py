@@ -44,6 +44,11 @@ class KVCache:
         """The page table of every row: None, because the keys of a row are contiguous."""
         return None
 
+    @property
+    def aligned(self) -> bool:
+        """Whether lengths are known to be multiples of something: see `PagedCache`. Rows without pages need not be."""
+        return False
+
     def specs(self, mesh: AnyMesh) -> "KVCache":
         """The `PartitionSpec` of every array on a mesh."""
         layers: Any = cache_spec(mesh, stacked=self.stacked)
@@ -68,6 +73,10 @@ class KVCache:
         if self.stacked:
             return replace(self, k=k, v=v)
         return replace(self, k=_replaced(self.k, index, k), v=_replaced(self.v, index, v))
+
+    def advanced(self, lengths: jax.Array) -> "KVCache":
+        """The cache with new lengths."""
+        return replace(self, lengths=lengths)
 
 
 def cached_attention(

@@ -87,7 +87,7 @@ def forward(
         logits, cache = whole_step.try_kernel(op_by_op, *arguments, last_only=last_only, backend=backend)
     else:
         logits, cache = op_by_op(*arguments, last_only=last_only)
-    return logits, None if cache is None else replace(cache, lengths=start + lengths)
+    return logits, None if cache is None else cache.advanced(start + lengths)
 
 
 def _on_mesh(params: Params, tokens: jax.Array, cache: Cache | None, lengths: jax.Array | None, **how: Any) -> Any:
@@ -99,7 +99,8 @@ def _on_mesh(params: Params, tokens: jax.Array, cache: Cache | None, lengths: ja
     def of_shard(shard: Params, tokens: jax.Array, cache: Cache | None, lengths: jax.Array | None) -> Any:
         return forward(shard, tokens, cache, lengths=lengths, **how)
 
-    return on_shards(of_shard, params, tokens, cache, lengths, out=(logits, specs(cache, mesh)))
+    after = None if cache is None else cache.advanced(cache.lengths)
+    return on_shards(of_shard, params, tokens, cache, lengths, out=(logits, specs(after, mesh)))
 
 
 _jit_on_mesh = jax.jit(_on_mesh, static_argnames=("last_only", "backend"))
@@ -193,7 +194,7 @@ def project(
     *arrays, place = cache.arrays(index)
     by_ops = functools.partial(qkv_reference, product=product)
     arguments = h, layer.wqkv, *arrays, start, *rotation
-    how: dict[str, Any] = dict(bias=layer.bqkv, layer=place, table=cache.table)
+    how: dict[str, Any] = dict(bias=layer.bqkv, layer=place, table=cache.table, aligned=cache.aligned)
     q, k, v = qkv.try_kernel(by_ops, *arguments, **how, backend=backend)
     return q, (), cache.with_arrays(index, k, v)
 

@@ -29,6 +29,8 @@ class PagedCache:
     v: jax.Array  # [layers, pages, kv_heads, PAGE, head_dim]
     table: jax.Array  # [B, P] int32
     lengths: jax.Array  # [B] int32
+    # Whether all lengths are known to be multiples of `START_MULTIPLE`, as a kernel needs them that writes long pieces.
+    aligned: bool = struct.field(pytree_node=False, default=False)
 
     @property
     def stacked(self) -> bool:
@@ -40,7 +42,7 @@ class PagedCache:
         table are those of that part of the pool."""
         rows: Any = spec(mesh, DATA)
         pages: Any = pages_spec(mesh)
-        return PagedCache(pages, pages, rows, rows)
+        return PagedCache(pages, pages, rows, rows, self.aligned)
 
     def arrays(self, index: int) -> tuple[jax.Array, jax.Array, int]:
         """The arrays that hold the keys and values of a layer, and the layer's index in them."""
@@ -50,6 +52,10 @@ class PagedCache:
         """The cache with ``k`` and ``v`` in place of what `arrays` returns."""
         del index
         return replace(self, k=k, v=v)
+
+    def advanced(self, lengths: jax.Array) -> "PagedCache":
+        """The cache with new lengths, which may be any."""
+        return replace(self, lengths=lengths, aligned=False)
 
 
 def pages_spec(mesh: AnyMesh) -> PartitionSpec:

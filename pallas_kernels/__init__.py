@@ -13,7 +13,7 @@ from .layer_view import LayerView, materialize
 from .matmul import NO_BIAS, Weight, affine, matmul
 from .paged_attention import PAGE, paged_attention
 from .peers import why_apart
-from .qkv import qkv, qkv_reference, rotate, split_heads, write, write_pages
+from .qkv import START_MULTIPLE, qkv, qkv_reference, rotate, split_heads, write, write_pages
 from .quantized import GROUPS, QuantizedTensor, dequantize, group_size, quantize
 from .rms_norm import rms_norm
 from .transforms import vary_with
@@ -42,6 +42,7 @@ __all__ = [
     "NO_BIAS",
     "OPS",
     "PAGE",
+    "START_MULTIPLE",
     "Arch",
     "Choice",
     "Kernel",

@@ -18,6 +18,7 @@ from .layer_view import LayerView
 from .matmul import NO_BIAS, affine, matmul_reference
 
 Result = tuple[jax.Array, jax.Array, jax.Array]
+START_MULTIPLE = LargeMTiles.chunk  # where the kernel can begin in a page
 
 
 def qkv_reference(
@@ -32,15 +33,18 @@ def qkv_reference(
     bias: jax.Array | None = None,
     layer: jax.Array | int | None = None,
     table: jax.Array | None = None,
+    aligned: bool = False,
     product: Callable[..., jax.Array] = matmul_reference,
 ) -> Result:
     """x [B, T, dim], w [(heads + 2 * kv_heads) * D, dim], k and v [B, kv_heads, S, D] of a cache (with ``layer``:
     [layers, ...]), start [B], cos and sin [B, T, D / 2] of the tokens' positions -> q [B, T, heads, D], and the cache
     with the new keys and values from ``start`` on. Tokens past its end are dropped. ``bias``, where there is one, is
     [(heads + 2 * kv_heads) * D]. ``product`` does the matmul. With ``table`` [B, P] the cache is paged, k and v are
-    [layers, pages, kv_heads, size, D], and tokens without a page are dropped: see `write_pages`.
+    [layers, pages, kv_heads, size, D], and tokens without a page are dropped: see `write_pages`. With ``aligned``,
+    every ``start`` is a multiple of `START_MULTIPLE`: the kernel needs that of pages.
 
     The slots of a row after its new tokens are free: the kernel may write there, too."""
+    del aligned
     kv_heads, _, D = k.shape[-3:]
     q, k_new, v_new = split_heads(affine(product, x, w, bias), w.shape[0] // D // kv_heads - 2, D)
     k, v = (write_cache(a, new, table, start, layer) for a, new in ((k, rotate(k_new, cos, sin)), (v, v_new)))
@@ -129,6 +133,7 @@ def check_qkv(
     bias: jax.Array | None = None,
     layer: jax.Array | int | None = None,
     table: jax.Array | None = None,
+    aligned: bool = False,
 ) -> None:
     """Raise `Unsupported` where `qkv_kernel` cannot run."""
     if bias is not None:
@@ -144,8 +149,10 @@ def check_qkv(
     if k.shape != v.shape or k.ndim != (4 if layer is None else 5) or (cached, *start.shape) != (B, B):
         found = f"found x {x.shape}, start {start.shape}, k {k.shape} and v {v.shape}"
         raise Unsupported(f"k and v must have one shape, and x, start and the cache one batch size: {found}")
-    if table is not None and size < chunk:
-        raise Unsupported(f"pages of {size} positions: must hold at least {chunk}")
+    if table is not None and size % chunk:
+        raise Unsupported(f"pages of {size} positions: must hold a multiple of {chunk}")
+    if table is not None and not aligned:
+        raise Unsupported(f"rows may start anywhere in a page: must be known to start at multiples of {chunk}")
     if not x.dtype == k.dtype == v.dtype:
         raise Unsupported(f"activations and cache must have one dtype, found {x.dtype}, {k.dtype} and {v.dtype}")
     if cos.shape != sin.shape or cos.shape != (B, T, D // 2):
@@ -169,9 +176,11 @@ def qkv_kernel(
     bias: None = None,
     layer: jax.Array | int | None = None,
     table: jax.Array | None = None,
+    aligned: bool = False,
     **options: Any,
 ) -> Result:
     """`qkv_reference` in one launch; ``options`` are those of `large_m_qkv`."""
+    del aligned  # see `check_qkv`
     w, index = (w.stacked, w.index) if isinstance(w, LayerView) else (w, None)
     return large_m_qkv(x, w, k, v, start, cos, sin, layer=index, cache_layer=layer, table=table, **options)
 

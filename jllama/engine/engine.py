@@ -22,7 +22,7 @@ from jllama.engine.scheduler import Sequence as Scheduled
 from jllama.engine.steps import KINDS, NO_TOKEN
 from jllama.engine.tuning import Tuning, tuning_for
 from jllama.errors import InputError
-from jllama.kernels import PAGE, Choice
+from jllama.kernels import PAGE, START_MULTIPLE, Choice
 from jllama.mesh.layout import DATA, axis_size
 from jllama.mesh.place import adopted, placed
 from jllama.mesh.run import fetch
@@ -92,7 +92,7 @@ class Engine:
         count, slots, pieces = (-(-n // parts) for n in (count, slots, budget // tuning.piece))  # of each part
         sizes = dict(slots=slots, max_len=self.max_len, pieces=pieces)
         self._device = Device(params, pages=count, width=width, tuning=tuning, backend=backend, **sizes)
-        pools = [Pages(count, PAGE) for _ in range(parts)]
+        pools = [Pages(count, PAGE, START_MULTIPLE) for _ in range(parts)]
         how = dict(piece=tuning.piece, **sizes)
         self._scheduler = Parts([Scheduler(pool, steps=tuning.steps, **how) for pool in pools])
         self._handles: dict[Scheduled, Handle] = {}

@@ -45,9 +45,10 @@ class _Content:
 
 
 class Pages:
-    """``count`` pages of ``size`` positions. A page is copied only if at least ``worth`` of its tokens are shared."""
+    """``count`` pages of ``size`` positions. A page is copied only if at least ``worth`` of its tokens are shared, and
+    only multiples of ``worth`` count as shared."""
 
-    def __init__(self, count: int, size: int, worth: int = 16) -> None:
+    def __init__(self, count: int, size: int, worth: int) -> None:
         self.count, self.size, self.worth = count, size, worth
         self._users = [0] * count
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(count))  # in the order in which they are taken
@@ -81,7 +82,7 @@ class Pages:
         rest = tuple(tokens[at : at + self.size])
         best, shared = None, 0
         for page in self._tails.get(link(name, rest[: self.worth]), ()):
-            if (n := _common(self._content[page].tokens, rest)) > max(shared, self.worth - 1):
+            if (n := _common(self._content[page].tokens, rest) // self.worth * self.worth) > shared:
                 best, shared = page, n
         if best is None:
             return Prefix(pages, chain)

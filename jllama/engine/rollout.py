@@ -177,7 +177,7 @@ def _feed(params: Params, layout: _Layout, backend: Backend) -> tuple[jax.Array,
     table = jnp.pad(pages, ((0, fill), (0, 0)), constant_values=layout.pages).reshape(groups, at_once, -1)
 
     def feed(pool: tuple[jax.Array, jax.Array], group: tuple[jax.Array, jax.Array]) -> tuple:
-        cache = PagedCache(*pool, group[1], jnp.zeros(at_once, jnp.int32))
+        cache = PagedCache(*pool, group[1], jnp.zeros(at_once, jnp.int32), aligned=True)
         _, cache = forward(params, group[0], cache, last_only=True, backend=backend)
         return (cache.k, cache.v), None
 

@@ -48,7 +48,7 @@ def feed(
     if params.mesh is not None:
         of_shard, arguments = functools.partial(feed, backend=backend), (state, tokens, start, table)
         return on_shards(of_shard, params, *arguments, out=state.specs(params.mesh))
-    cache = PagedCache(state.k, state.v, table, start)
+    cache = PagedCache(state.k, state.v, table, start, aligned=True)
     with jax.named_scope("jllama.feed"):
         _, cache = forward(params, tokens, cache, last_only=True, backend=backend)
     return replace(state, k=cache.k, v=cache.v)
@@ -70,7 +70,7 @@ def score(
         of_shard, arguments = functools.partial(score, backend=backend), (state, tokens, start, table, targets)
         out = state.specs(params.mesh), spec(params.mesh, DATA)
         return on_shards(of_shard, params, *arguments, out=out)
-    logits, cache = forward(params, tokens, PagedCache(state.k, state.v, table, start), backend=backend)
+    logits, cache = forward(params, tokens, PagedCache(state.k, state.v, table, start, aligned=True), backend=backend)
     flat, wanted = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
     if params.axis is None:
         best = jnp.argmax(flat, axis=-1).astype(jnp.int32)

@@ -288,7 +288,7 @@ def test_kernels_that_write_the_cache_run_on_a_shard_with_some_of_the_heads() ->
         return OPS["attend_and_write"](y, k, v, table, start, cos, sin, layer=1)
 
     def project(x: Any, w: Any, k: Any, v: Any, start: Any, cos: Any, sin: Any, table: Any) -> Any:
-        return OPS["qkv"](x, w, k, v, start, cos, sin, layer=1, table=table)
+        return OPS["qkv"](x, w, k, v, start, cos, sin, layer=1, table=table, aligned=True)
 
     cache = floats(2, 100, 8, 64, 128)
     for op, own, args in (

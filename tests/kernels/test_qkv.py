@@ -65,7 +65,7 @@ class Case:
     def options(self) -> dict[str, Any]:
         """The layer that is used, the last but one, and the table."""
         layer = {} if self.layers is None else {"layer": self.layers - 2}
-        return layer if self.table is None else layer | {"table": jnp.asarray(self.table)}
+        return layer if self.table is None else layer | {"table": jnp.asarray(self.table), "aligned": True}
 
     def weight(self, w: Any) -> Any:
         return w if self.layers is None else LayerView(w, self.layers - 2)
@@ -155,11 +155,9 @@ SMALL = {
     "no-room-for-the-last": Case((60, 0, 96), 64, 96, heads=1),
     "no-room-at-all": Case((64, 99), 64, 64, heads=1, layers=2),
     "heads-of-64": Case((37, 2), 96, 144, heads=2, kv_heads=1, head_dim=64, fmt="int4-g128"),  # a tile has k and v
-    "pages-of-any-start": Case(
-        (37, 133, 64), 96, 0, layers=2, table=((6, 2, 4, 99), (6, 2, 4, 3), (99, 5, 99, 99)), heads=1
-    ),
-    "pages-past-the-table": Case((70, 64), 96, 0, heads=1, layers=3, table=((2, 8), (7, -1)), fmt="int8"),
-    "pages-odd-tokens": Case((45,), 100, 0, layers=2, table=((3, 1, 4),), head_dim=64, heads=4, kv_heads=2, fmt="int8"),
+    "pages": Case((32, 160, 64), 96, 0, layers=2, table=((6, 2, 4, 99), (6, 2, 4, 3), (99, 5, 99, 99)), heads=1),
+    "pages-past-the-table": Case((96, 64), 96, 0, heads=1, layers=3, table=((2, 8), (7, -1)), fmt="int8"),
+    "pages-odd-tokens": Case((32,), 100, 0, layers=2, table=((3, 1, 4),), head_dim=64, heads=4, kv_heads=2, fmt="int8"),
     "heads-of-64-odd-tokens": Case((5,), 70, 136, heads=4, kv_heads=2, head_dim=64, fmt="int8", layers=2),
 }
 
@@ -290,16 +288,28 @@ def test_refused_arguments(place: int, shape: tuple[int, ...], dtype: Any, reaso
         check_qkv(*arguments)
 
 
+def test_pages_are_written_from_known_multiples_on() -> None:
+    """A chunk of 32 tokens is one copy, which must not go on in another page."""
+    case = dataclasses.replace(ROWS, layers=2, table=((0,),))
+    check_qkv(*case.shapes(), **case.options)
+    with pytest.raises(Unsupported, match="rows may start anywhere in a page"):
+        check_qkv(*case.shapes(), **case.options | {"aligned": False})
+    arguments = case.shapes()
+    arguments[2:4] = [jax.ShapeDtypeStruct((2, 9, 1, 48, 128), jnp.bfloat16)] * 2
+    with pytest.raises(Unsupported, match="pages of 48 positions: must hold a multiple of 32"):
+        check_qkv(*arguments, **case.options)
+
+
 # Compiled, on a Hopper GPU
 
-UNALIGNED = ((9, 2, 5, 7, 1), (9, 2, 5, 7, 1), (0, 99, 3, 99, 99), (4, 8, 6, 10, 99))
+SEVERAL = ((9, 2, 5, 7, 1), (9, 2, 5, 7, 1), (0, 99, 3, 99, 99), (4, 8, 6, 10, 99))
 LARGE = {
     **{name: Case((0,), 512, 1024, **sizes) for name, sizes in CASES.items()},
     "7b-odd": Case((300,), 1001, 1304, **CASES["7b"], layers=2),
     "70b-several": Case((0, 777), 2048, 2824, **CASES["70b"], layers=2),
     "tinyllama-several": Case((5, 0, 1), 160, 168, **CASES["tinyllama"], layers=2),
     **{f"{name}-pieces": Case(**PIECES, **CASES[name]) for name in CASES},
-    "7b-pieces-of-any-start": Case((37, 165, 0, 63), 128, 0, **CASES["7b"], layers=2, table=UNALIGNED, pages=20),
+    "7b-pieces-of-several": Case((32, 160, 0, 64), 128, 0, **CASES["7b"], layers=2, table=SEVERAL, pages=20),
 }
 
 

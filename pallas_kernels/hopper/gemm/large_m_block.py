@@ -27,7 +27,7 @@ class Operands:
     # A QKV product also has these.
     cache_layer: Ref = None  # [1]
     start: Ref = None  # [batch], cached tokens of each sequence; for a cache without pages
-    places: Ref = None  # [rows / chunk, 4], see `large_m_cache.page_places`; for a cache with pages
+    places: Ref = None  # [rows / chunk, 2], see `large_m_cache.page_places`; for a cache with pages
     cos: Ref = None  # [head_dim, rows], see `large_m_rotary.tables`
     sin: Ref = None
     k: Ref = None  # [layers * batch * kv_heads, max_len, head_dim], or [layers * pages * kv_heads, size, head_dim]

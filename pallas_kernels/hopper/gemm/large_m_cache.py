@@ -7,37 +7,31 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .large_m_block import Operands
 from .large_m_plan import LargeMProblem, Rotary
 
-Found = tuple[jax.Array, ...]  # four scalars, see `page_places`
+Found = tuple[jax.Array, jax.Array]  # a page, and a slot in it
 
 
 def page_places(
     table: jax.Array, start: jax.Array, pages: int, size: int, problem: LargeMProblem, chunk: int
 ) -> jax.Array:
-    """Where the tokens of every chunk go, int32 [rows / chunk, 4]: the page of the first token, and its slot there; and
-    the page after that, with the slot that the first token would have there, which is negative.
+    """Where the tokens of every chunk go, int32 [rows / chunk, 2]: a page, and the first token's slot there.
 
-    A chunk is copied to both places, and what lies outside of a page is dropped. So a chunk without a page has slots
-    past the end of one, in one place, and ``-chunk`` in the other. It is the same for all layers: XLA computes it once.
-    """
+    Every ``start`` is a multiple of ``chunk``, and so is ``size``: no chunk goes on in another page. The copy of a
+    chunk that has no page is dropped, because its slots lie past the end of one. The array is the same for all layers:
+    XLA computes it once."""
     rotary = problem.rotary
     assert rotary is not None
     first, real = jnp.arange(0, problem.rows, chunk), rotary.batch * rotary.tokens
     row, token = jnp.divmod(jnp.minimum(first, real - 1), rotary.tokens)
     number, slot = jnp.divmod(start[row] + token, size)
 
-    def page_of(number: jax.Array) -> tuple[jax.Array, jax.Array]:
-        page = table.at[row, number].get(mode="fill", fill_value=pages)
-        exists = (page >= 0) & (page < pages) & (first < real)
-        return jnp.where(exists, page, 0), exists
-
-    (page, exists), (following, goes_on) = page_of(number), page_of(number + 1)
+    page = table.at[row, number].get(mode="fill", fill_value=pages)
+    exists = (page >= 0) & (page < pages) & (first < real)
     # Two chunks without a page have different slots: the interpreter takes writes to one slot for a race.
-    where = page, jnp.where(exists, slot, size + first), following, jnp.where(goes_on, slot - size, -chunk)
+    where = jnp.where(exists, page, 0), jnp.where(exists, slot, size + first)
     return jnp.stack(where, axis=1).astype(jnp.int32)
 
 
@@ -46,7 +40,8 @@ def find_in_pages(operands: Operands, row: Any, tokens: int) -> Found | None:
     before it is needed."""
     if operands.places is None:
         return None
-    return tuple(operands.places[lax.div(row, tokens), i] for i in range(4))
+    at = lax.div(row, tokens)
+    return operands.places[at, 0], operands.places[at, 1]
 
 
 @dataclass(frozen=True)
@@ -74,23 +69,9 @@ class CachedHead:
         plane = (operands.cache_layer[0] * rotary.batch + sequence) * rotary.kv_heads + head
         return self.cache.at[plane, pl.ds(slot, tokens), pl.ds(lax.rem(self.out, rotary.head_dim), width)]
 
-    def copy_to_pages(self, place: Any, found: Found) -> None:
-        """Copy a chunk [tokens, outputs] from shared memory to its page, and to the next one if it goes on there."""
-        rotary, (tokens, width) = self.rotary, place.shape
-        page, slot, following, before = found
+    def slots_in_page(self, found: Found, shape: tuple[int, int]) -> Any:
+        """The same in a cache with pages, for a chunk whose place was found."""
+        rotary, (tokens, width), (page, slot) = self.rotary, shape, found
         head = lax.div(self.out, rotary.head_dim) - rotary.heads - self.key_heads
-        columns = pl.ds(lax.rem(self.out, rotary.head_dim), width)
-
-        def plane(page: Any) -> Any:
-            return (self.operands.cache_layer[0] * rotary.pages + page) * rotary.kv_heads + head
-
-        def one_by_one(i: Any, _: Any) -> None:
-            target = self.cache.at[plane(following), pl.ds(before + i, 1), columns]
-            plgpu.copy_smem_to_gmem(place.at[pl.ds(i, 1)], target)
-
-        if rotary.interpret:  # the interpreter does not clip a copy to before the first slot
-            lax.fori_loop(-before, tokens, one_by_one, None)
-        else:
-            target = self.cache.at[plane(following), pl.ds(before, tokens), columns]
-            pl.when(before > -tokens)(lambda: plgpu.copy_smem_to_gmem(place, target, commit_group=False))
-        plgpu.copy_smem_to_gmem(place, self.cache.at[plane(page), pl.ds(slot, tokens), columns])
+        plane = (self.operands.cache_layer[0] * rotary.pages + page) * rotary.kv_heads + head
+        return self.cache.at[plane, pl.ds(slot, tokens), pl.ds(lax.rem(self.out, rotary.head_dim), width)]

@@ -64,7 +64,6 @@ class Rotary:
     batch: int
     tokens: int  # of a sequence
     pages: int | None = None  # of the cache, if it has pages
-    interpret: bool = False
 
     @property
     def queries(self) -> int:

@@ -55,7 +55,6 @@ def _qkv(x: jax.Array, w: Weight, layer: jax.Array, k: jax.Array, v: jax.Array, 
         batch=B,
         tokens=T,
         pages=None if table is None else cached,
-        interpret=bool(interpret),
     )
     x, cos, sin = (pad_to_tiles(a.reshape(B * T, -1), tiles) for a in (x, cos, sin))
     problem = LargeMProblem(

@@ -51,10 +51,9 @@ def rotary_epilogue(operands: Operands, rotary: Rotary, chunks: list[jax.Array],
 
     def to_cache(cache: Any, key_heads: int, i: int, found: Found | None, place: Any) -> None:
         head = CachedHead(operands, rotary, cache, key_heads, out)
-        if found is None:
-            plgpu.copy_smem_to_gmem(place, head.slots(row + i * tokens, place.shape))
-        else:
-            head.copy_to_pages(place, found)
+        shape = place.shape
+        target = head.slots(row + i * tokens, shape) if found is None else head.slots_in_page(found, shape)
+        plgpu.copy_smem_to_gmem(place, target)
 
     def to_queries_or_keys(i: int, found: Found | None, place: Any) -> None:
         target = operands.out.at[pl.ds(row + i * tokens, tokens), pl.ds(out, width)]
