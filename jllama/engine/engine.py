@@ -92,7 +92,7 @@ class Engine:
         count, slots, pieces = (-(-n // parts) for n in (count, slots, budget // tuning.piece))  # of each part
         sizes = dict(slots=slots, max_len=self.max_len, pieces=pieces)
         self._device = Device(params, pages=count, width=width, tuning=tuning, backend=backend, **sizes)
-        pools = [Pages(count, PAGE, START_MULTIPLE) for _ in range(parts)]
+        pools = [Pages(count, PAGE, multiple=START_MULTIPLE) for _ in range(parts)]
         how = dict(piece=tuning.piece, **sizes)
         self._scheduler = Parts([Scheduler(pool, steps=tuning.steps, **how) for pool in pools])
         self._handles: dict[Scheduled, Handle] = {}

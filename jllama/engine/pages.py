@@ -45,11 +45,11 @@ class _Content:
 
 
 class Pages:
-    """``count`` pages of ``size`` positions. A page is copied only if at least ``worth`` of its tokens are shared, and
-    only multiples of ``worth`` count as shared."""
+    """``count`` pages of ``size`` positions. A page is copied only if at least ``worth`` of its tokens are shared. If
+    more of a prompt will be fed, a ``multiple`` of tokens counts as shared: so pieces begin where a kernel can."""
 
-    def __init__(self, count: int, size: int, worth: int) -> None:
-        self.count, self.size, self.worth = count, size, worth
+    def __init__(self, count: int, size: int, worth: int = 16, multiple: int = 1) -> None:
+        self.count, self.size, self.worth, self.multiple = count, size, worth, multiple
         self._users = [0] * count
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(count))  # in the order in which they are taken
         self._content: dict[int, _Content] = {}
@@ -65,8 +65,9 @@ class Pages:
         """How many pages ``positions`` positions need."""
         return -(-positions // self.size)
 
-    def find(self, tokens: Tokens, salt: str, turn: int) -> Prefix:
-        """The longest prefix of ``tokens`` that the pool holds. ``turn`` is the scheduler's current turn."""
+    def find(self, tokens: Tokens, salt: str, turn: int, *, goes_on: bool = False) -> Prefix:
+        """The longest prefix of ``tokens`` that the pool holds. ``turn`` is the scheduler's current turn. ``goes_on``:
+        whether the prompt has more tokens to be fed, which are not looked for."""
         pages: list[int] = []
         chain: list[bytes] = []
         name = root(salt)
@@ -82,7 +83,10 @@ class Pages:
         rest = tuple(tokens[at : at + self.size])
         best, shared = None, 0
         for page in self._tails.get(link(name, rest[: self.worth]), ()):
-            if (n := _common(self._content[page].tokens, rest) // self.worth * self.worth) > shared:
+            n = _common(self._content[page].tokens, rest)
+            if goes_on or at + n < len(tokens):
+                n = n // self.multiple * self.multiple
+            if n > max(shared, self.worth - 1):
                 best, shared = page, n
         if best is None:
             return Prefix(pages, chain)

@@ -256,7 +256,8 @@ class Scheduler:
             usable = len(sequence.tokens) - 1
             if sequence.score_from is not None:  # a probability needs the logits of the token before
                 usable = min(usable, sequence.score_from - 1)
-            prefix = self.pages.find(sequence.tokens[:usable], sequence.salt, self._turn)
+            goes_on = usable < len(sequence.tokens) - 1
+            prefix = self.pages.find(sequence.tokens[:usable], sequence.salt, self._turn, goes_on=goes_on)
             if prefix.fresh:  # this turn writes the page to copy: wait for the next turn
                 return
             self.pages.use(prefix.pages)

@@ -9,7 +9,7 @@ from fake_device import VOCAB, FakeDevice, alone
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jllama.engine.pages import Pages
+from jllama.engine.pages import Pages, root
 from jllama.engine.scheduler import OVERTAKE, Scheduler, Sequence
 from jllama.errors import InputError
 
@@ -201,6 +201,17 @@ def test_the_oldest_known_pages_go_first_and_the_end_of_a_chain_before_its_begin
     pages.give_back(new)
     assert pages.take(1) == [old[1]]
     assert pages.take(2) == [old[0], new[1]]
+
+
+def test_a_prompt_goes_on_in_a_copied_page_at_multiples_and_may_end_anywhere_in_it() -> None:
+    pages = Pages(4, 8, worth=3, multiple=4)
+    pages.remember(pages.take(1)[0], root(""), [1, 2, 3, 4, 5, 6, 7], turn=1)
+    assert pages.find([1, 2, 3, 4, 5, 6], "", 2).tail_tokens == 6
+    assert pages.find([1, 2, 3, 4, 5, 6], "", 2, goes_on=True).tail_tokens == 4
+    assert pages.find([1, 2, 3, 4, 5, 6, 9], "", 2).tail_tokens == 4
+    assert pages.find([1, 2, 3], "", 2).tail_tokens == 3
+    assert pages.find([1, 2, 3, 9], "", 2).tail is None
+    assert pages.find([1, 2], "", 2).tail is None
 
 
 def test_the_newest_is_preempted_and_the_oldest_never() -> None:
