@@ -155,8 +155,10 @@ class Terminal:
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
         environment = os.environ | {"XDG_STATE_HOME": str(home), "TERM": "xterm"}
         chat = [sys.executable, "-m", "jllama.cli.chat", "-q", "-n", "2", "--no-compilation-cache", *flags]
-        # The terminal must be the program's own, otherwise Ctrl-C would not interrupt it.
-        own = "import os, sys; os.login_tty(0); os.execv(sys.argv[1], sys.argv[1:])"
+        # The terminal must be the program's own, otherwise Ctrl-C would not interrupt it. Nor would it where the tests
+        # run in a shell's background, which ignores the signal.
+        own = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+        own += "os.login_tty(0); os.execv(sys.argv[1], sys.argv[1:])"
         command = [sys.executable, "-c", own, *chat]
         self.process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
         os.close(theirs)
