@@ -53,8 +53,8 @@ _MISSED = 2  # in `Scratch.gave_up`: not said yet
 def find_peers(b: Block) -> None:
     """Put where the exchange buffers of all devices lie, and which of the devices this is, into shared memory: the
     launch's table of addresses is in global memory, and too far for every exchange."""
-    devices, logical = b.plan.shape.devices, pl.DeviceIdType.LOGICAL
-    buffers = [plgpu.remote_ref(b.buffers.exchange, jnp.int32(i), logical) for i in range(devices)]
+    devices, axis = b.plan.shape.devices, b.plan.shape.axis
+    buffers = [plgpu.remote_ref(b.buffers.exchange, {axis: jnp.int32(i)}) for i in range(devices)]
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), [plgpu.RefType()] * devices, SCALAR))
     def find(_: Any, peers: Any, buffers: Any, me: Any) -> None:
