@@ -90,9 +90,9 @@ class Timeline:
             self.came[text].append((self.now, count))
 
     def summary(self) -> dict[str, Any]:
-        """The rate of all, and statistics in seconds: of the times to the first token, of the times between two tokens
-        (those that come together share the time since the ones before), and of the longest wait of each text. Raises
-        ValueError where a text has not all its tokens."""
+        """What a run gave: its tokens and its seconds, and statistics of three times in seconds. These are the time to
+        the first token, the time between two tokens, and the longest wait of each text. Tokens that come together
+        share the time since the tokens before them. Raises ValueError if a text has not as many as asked for."""
         for i, (ask, came) in enumerate(zip(self.asked, self.came, strict=True)):
             if (found := sum(n for _, n in came)) != ask.new_tokens:
                 raise ValueError(f"text {i}: expected {ask.new_tokens} tokens, found {found}")
@@ -121,7 +121,7 @@ class Server(Protocol):
         ...
 
     def submit(self, text: int, ask: Ask) -> None:
-        """Take a prompt, whose samples are the texts from ``text`` on."""
+        """Submit a prompt. Its samples are numbered ``text``, ``text + 1`` and so on."""
         ...
 
     def step(self) -> list[tuple[int, int]]:

@@ -99,8 +99,10 @@ def check(args: argparse.Namespace) -> tuple[str, ...]:
 
 
 def hosts(host: str, allowed: list[str], *, local: bool) -> tuple[str, ...]:
-    """The names by which clients may address a server that listens on ``host``; none: any. A ``local`` one serves this
-    machine only, so nobody needs another name for it, unless a proxy passes one on."""
+    """The host names that a server on ``host`` accepts in requests, or nothing where it accepts every name.
+
+    A ``local`` server is reached from this machine only. So it accepts ``host`` and the names that were ``allowed``,
+    for example the name that a proxy passes on."""
     return tuple(dict.fromkeys((host, *allowed))) if local or allowed else ()
 
 

@@ -245,7 +245,8 @@ class Engine:
         return events
 
     def events(self) -> Iterator[Event]:
-        """Step until every request has ended, and yield all events. Requests may be added or aborted meanwhile."""
+        """Call `step` until every request has ended, and yield the events of each step. Between two events, requests
+        may be submitted and aborted."""
         while self.busy and not self._paused:
             yield from self.step()
 

@@ -41,7 +41,7 @@ class TileStream:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Scratch:
-    """Shared memory and barriers of a block. Fields stand in the order in which shared memory is laid out."""
+    """Shared memory and barriers of a block. Pallas lays them out in the order of the fields."""
 
     q: Ref  # [ITEM_QUERIES, D]
     q_full: Ref

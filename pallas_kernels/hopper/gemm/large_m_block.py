@@ -37,7 +37,7 @@ class Operands:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Scratch:
-    """Shared memory and barriers of a block. Fields stand in the order in which shared memory is laid out."""
+    """Shared memory and barriers of a block. Pallas lays them out in the order of the fields."""
 
     finished: Ref  # [2, consumers, chunk, consumer_out], results on their way to global memory
     free: Ref  # a barrier a stage: both consumers are done with it

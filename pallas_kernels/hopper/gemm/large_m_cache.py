@@ -59,19 +59,22 @@ class CachedHead:
 
         Chunks after the last token go past the cache's end, where nothing is written: each to a place of its own."""
         operands, rotary = self.operands, self.rotary
-        (tokens, width), rows = shape, rotary.batch * rotary.tokens
+        rows = rotary.batch * rotary.tokens
         first = jnp.minimum(row, rows - 1)
         sequence = lax.div(first, rotary.tokens)
         slot = jnp.where(
             row < rows, operands.start[sequence] + lax.rem(first, rotary.tokens), self.cache.shape[1] + row
         )
-        head = lax.div(self.out, rotary.head_dim) - rotary.heads - self.key_heads
-        plane = (operands.cache_layer[0] * rotary.batch + sequence) * rotary.kv_heads + head
-        return self.cache.at[plane, pl.ds(slot, tokens), pl.ds(lax.rem(self.out, rotary.head_dim), width)]
+        return self._at(rotary.batch, sequence, slot, shape)
 
     def slots_in_page(self, found: Found, shape: tuple[int, int]) -> Any:
         """The same in a cache with pages, for a chunk whose place was found."""
-        rotary, (tokens, width), (page, slot) = self.rotary, shape, found
+        page, slot = found
+        return self._at(self.rotary.pages, page, slot, shape)
+
+    def _at(self, count: Any, index: Any, slot: Any, shape: tuple[int, int]) -> Any:
+        """The slots from ``slot`` on of this head in one of a layer's ``count`` sequences, or pages."""
+        rotary, (tokens, width) = self.rotary, shape
         head = lax.div(self.out, rotary.head_dim) - rotary.heads - self.key_heads
-        plane = (self.operands.cache_layer[0] * rotary.pages + page) * rotary.kv_heads + head
+        plane = (self.operands.cache_layer[0] * count + index) * rotary.kv_heads + head
         return self.cache.at[plane, pl.ds(slot, tokens), pl.ds(lax.rem(self.out, rotary.head_dim), width)]

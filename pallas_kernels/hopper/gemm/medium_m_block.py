@@ -27,7 +27,7 @@ class WorkTile(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Scratch:
-    """Shared memory and barriers of a block. Fields stand in the order in which shared memory is laid out."""
+    """Shared memory and barriers of a block. Pallas lays them out in the order of the fields."""
 
     consumers_meet: Ref  # barrier of all consumers
     free: Ref  # a barrier a stage: all consumers are done with it
@@ -83,6 +83,7 @@ class Block:
         p = self.plan
         index = turn * p.blocks + self.index
         n_tile, split = index // p.k_splits, lax.rem(index, p.k_splits)
-        # The last N tile is moved up if it would pass the end: two blocks then write the same values there.
+        # If the last N tile would pass the end, it begins earlier. It then overlaps the tile before it, and both write
+        # the same values to the shared outputs.
         out = pl.multiple_of(jnp.minimum(n_tile * p.n_out, p.problem.outputs - p.n_out), 8)
         return WorkTile(out, split, split * p.steps // p.k_splits, (split + 1) * p.steps // p.k_splits)

@@ -55,7 +55,8 @@ class Block:
         p = self.plan
         index = turn * p.blocks + self.index
         n_tile, split = index // p.k_splits, lax.rem(index, p.k_splits)
-        # The last N tile is moved up if it would pass the end: two blocks then write the same values there.
+        # If the last N tile would pass the end, it begins earlier. It then overlaps the tile before it, and both write
+        # the same values to the shared outputs.
         row = pl.multiple_of(jnp.minimum(n_tile * p.n_tile, p.out - p.n_tile), 8)
         return WorkTile(row, split, split * p.steps // p.k_splits, (split + 1) * p.steps // p.k_splits)
 

@@ -99,7 +99,7 @@ def draw_rows(
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Scratch:
-    """Shared memory and barriers of a block. Fields stand in the order in which shared memory is laid out."""
+    """Shared memory and barriers of a block. Pallas lays them out in the order of the fields."""
 
     lane_sums: Ref  # [warps, WARP_SIZE]
     loaded: Ref  # a barrier a warpgroup: its logits have arrived
