@@ -243,7 +243,7 @@ def qkv_pieces_case(name: str, fmt: str, pieces: int) -> Case:
     pages = array(3, 2048, s["kv_heads"], 64, s["head_dim"])
     out = (s["heads"] + 2 * s["kv_heads"]) * s["head_dim"]
     args = array(pieces, 128, s["dim"]), LayerView(weight(fmt, 3, out, s["dim"]), 1), pages, pages
-    options = dict(layer=1, table=array(pieces, 32, dtype=jnp.int32))
+    options = dict(layer=1, table=array(pieces, 32, dtype=jnp.int32), aligned=True)
     return Case(f"{name}/{fmt}/{pieces}x128-paged", "qkv", (*args, *places(pieces, 128, s["head_dim"])), options)
 
 
