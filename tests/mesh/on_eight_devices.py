@@ -18,6 +18,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from toy_grammar import walk
 
 import jllama
+from bench.peers.ours import Ours
 from jllama.decode import jit_decode_chunk, jit_sample_first
 from jllama.formats import open_source
 from jllama.formats.checkpoint import load, save
@@ -345,6 +346,21 @@ def test_rollout_gives_one_devices_text() -> None:
     same_text(traced.lower().compile()(shard(model(), mesh()), TOKENS, LENGTHS, sampling), alone)
     # The groups of ``data`` end together: a launch of the persistent step is one of all devices.
     assert str(traced.jaxpr).count("pmax[axes=('data',)") == 2
+
+
+def test_a_comparison_runs_on_a_mesh() -> None:
+    """`bench.compare --tp 2 --dp 2`: its process of ours draws weights on the mesh, and checks its own tokens."""
+    job = dict(model="random:stories260k", dtype="int8", backend="xla", tp=2, dp=2, rooms={"2": 32})
+    ours = Ours(job)
+    assert ours.params is not None
+    wanted = shardings(ours.params.config, ours.params.mesh, quant="int8")
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, s: a.sharding.is_equivalent_to(s, a.ndim), ours.params, wanted)))
+    prompts = [[1, 5, 7], [1, 9, 4]]
+    made = ours.generate(prompts, 5)
+    assert [len(row) for row in made.ids] == [5, 5]
+    assert max(ours.score(prompts[1], made.ids[1])["gaps"]) < 0.3
+    assert "do not divide" in ours.shape(job["model"], tp=3)["refused"]
+    assert "expected 16 devices, found 8" in ours.shape(job["model"], tp=4, dp=4)["refused"]
 
 
 def test_a_session_streams_one_prompt_on_a_mesh() -> None:
