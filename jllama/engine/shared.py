@@ -1,7 +1,8 @@
 """One engine that several processes run together, of which process 0 takes requests.
 
-The scheduler is plain Python, and decides the same from the same requests. So process 0 only tells the others what was
-submitted and aborted since the last step, before each step. Then all take the step, each with its own devices.
+The scheduler is plain Python, and decides the same from the same requests. So process 0 only tells the others what it
+does with its engine: it submits, aborts, takes a step. The others do the same, each with its own devices. It tells them
+before it does it, because arrays that all have a part of are made by all together, for instance by a submit.
 """
 
 import json
@@ -21,7 +22,6 @@ class Leader:
 
     def __init__(self, engine: Engine, tell: Callable[[bytes], None]) -> None:
         self._engine, self._tell = engine, tell
-        self._news: list[tuple[str, Any]] = []  # since the last step
         self._numbers: dict[Handle, int] = {}  # of requests that run; the others count alike
         self._count = 0
 
@@ -37,7 +37,7 @@ class Leader:
 
     def submit_all(self, requests: Sequence[Request]) -> list[Handle]:
         """See `Engine.submit_all`. The others submit also what is refused: a refusal may leave traces in the state."""
-        self._news.append(("submit", [_encoded(request) for request in requests]))
+        self._say("submit", [_encoded(request) for request in requests])
         handles = self._engine.submit_all(requests)
         self._numbers |= {handle: self._count + i for i, handle in enumerate(handles)}
         self._count += len(handles)
@@ -46,13 +46,12 @@ class Leader:
     def abort(self, handle: Handle) -> None:
         """See `Engine.abort`."""
         if (number := self._numbers.pop(handle, None)) is not None:
-            self._news.append(("abort", number))
+            self._say("abort", number)
         self._engine.abort(handle)
 
     def step(self) -> list[Event]:
         """See `Engine.step`."""
-        news, self._news = self._news, []
-        self._tell(json.dumps(news).encode())
+        self._say("step")
         events = self._engine.step()
         for event in events:
             if event.finish_reason is not None:
@@ -63,24 +62,29 @@ class Leader:
         """Let the others end."""
         self._tell(b"")
 
+    def _say(self, what: str, value: Any = None) -> None:
+        self._tell(json.dumps([what, value]).encode())
+
 
 def follow(engine: Engine, hear: Callable[[], bytes], constraint_of: Constraints) -> None:
     """Do in another process what process 0 does, until it ends. ``hear`` waits for what it tells next."""
     handles: dict[int, Handle] = {}
     count = 0
     while message := hear():
-        for what, value in json.loads(message):
-            if what == "abort":
-                engine.abort(handles.pop(value))
-                continue
+        what, value = json.loads(message)
+        if what == "step":
+            engine.step()
+            handles = {number: handle for number, handle in handles.items() if not handle.finished}
+        elif what == "abort":
+            if (handle := handles.pop(value, None)) is not None:  # else it has just ended
+                engine.abort(handle)
+        else:
             try:
                 taken = engine.submit_all([_decoded(request, constraint_of) for request in value])
             except InputError:  # as in process 0, which tells its client
                 continue
             handles |= {count + i: handle for i, handle in enumerate(taken)}
             count += len(taken)
-        engine.step()
-        handles = {number: handle for number, handle in handles.items() if not handle.finished}
 
 
 def _encoded(request: Request) -> dict[str, Any]:
