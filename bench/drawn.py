@@ -6,6 +6,7 @@ model has 70 G of them. These weights differ from mesh to mesh; their sizes, for
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -28,7 +29,7 @@ SPREAD_OF_BITS = {"int8": 73.9, "int4": 4.61}  # of integers whose bits are rand
 def draw(config: LlamaConfig, mesh: Mesh, *, dtype: Any = jnp.bfloat16, quant: Quant = "none", stacked: bool) -> Params:
     """Params of these sizes on a mesh."""
     shards = axis_size(mesh, MODEL)
-    shapes = abstract_params(config, shards, dtype=jnp.dtype(dtype), quant=quant, stacked=stacked).replace(mesh=mesh)
+    shapes = replace(abstract_params(config, shards, dtype=jnp.dtype(dtype), quant=quant, stacked=stacked), mesh=mesh)
     specs = jax.tree.leaves(param_specs(shapes), is_leaf=lambda s: isinstance(s, P))
     leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
     made = []

@@ -86,7 +86,7 @@ def entries(settings: argparse.Namespace, platform: str) -> list[Entry]:
         python, why = find_python(name, settings.peer_python)
         if settings.in_memory and not peer.draws:
             why = "it reads weights from disk: leave out --in-memory"
-        takes = dict(whole_device=peer.whole_device, divides=peer.divides)
+        takes: dict[str, Any] = dict(whole_device=peer.whole_device, divides=peer.divides)
         found.append(Entry(peer.name, name, "", python, why, dtype=peer.dtype, **takes))
     return found
 

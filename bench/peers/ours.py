@@ -59,7 +59,7 @@ class Ours:
         quant: Quant = dtype if dtype in ("int8", "int4") else "none"
         float_dtype = DTYPES.get(dtype) or ("float32" if jax.devices()[0].platform == "cpu" else "bfloat16")
         config, make = opened(self.job["model"], float_dtype, quant, batch, room, self.mesh)
-        how = dict(batch=batch, max_len=room, mesh=self.mesh)
+        how: dict[str, Any] = dict(batch=batch, max_len=room, mesh=self.mesh)
         stacked = self.job["backend"] != "xla" and runs_whole(config, float_dtype, quant, **how)
         if self.params is not None and self.params.stacked == stacked:
             return

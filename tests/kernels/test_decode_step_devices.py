@@ -160,11 +160,22 @@ def test_devices_that_are_no_peers(change: dict[str, Any], reason: str) -> None:
 @pytest.mark.skipif(jax.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("fmt", ON_GPU)
 def test_step_on_several_gpus(fmt: str) -> None:
+    compare_with_psum(fmt, 1, (5, 0, 300))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.device_count() < 4, reason="needs four GPUs")
+def test_step_in_groups_of_gpus() -> None:
+    compare_with_psum("bf16", 2, (5, 0, 300, 64))
+
+
+def compare_with_psum(fmt: str, groups: int, start: tuple[int, ...]) -> None:
     """A step is that of the reference, which adds up with psum, and has the same bits each time."""
-    devices = 2 if jax.device_count() < 4 else 4
+    devices = (2 if jax.device_count() < 4 else 4) // groups
     size = dict(dim=1024, hidden=devices * 896, heads=16, kv_heads=8, head_dim=64, vocab=2048, layers=3)
-    args = jax.jit(lambda: arguments(fmt, (5, 0, 300), 2, 512, **size))()
-    mesh = jax.make_mesh((devices,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    args = jax.jit(lambda: arguments(fmt, start, 2, 512, **size))()
+    shape, names = ((groups, devices), ("data", "model")) if groups > 1 else ((devices,), ("model",))
+    mesh = jax.make_mesh(shape, names, axis_types=(jax.sharding.AxisType.Auto,) * len(shape))
     wanted = jax.jit(on_mesh(args, mesh, "xla"))(*args)
     step = jax.jit(on_mesh(args, mesh))
     out = step(*args)
