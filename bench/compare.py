@@ -121,8 +121,8 @@ def meshes(tp: str | None, dp: str | None) -> list[Shape | None]:
     if tp is None and dp is None:
         return [None]
     both = [integers(flag, given or "1") for flag, given in (("--tp", tp), ("--dp", dp))]
-    every = {Shape(t, d) for t in both[0] for d in both[1]}
-    return [*sorted(every, key=lambda shape: (shape.devices, shape))]
+    found: list[Shape] = sorted({Shape(t, d) for t in both[0] for d in both[1]}, key=lambda s: (s.devices, s))
+    return [*found]
 
 
 def peers_of(asked: str, kind: str) -> list[str]:
