@@ -11,12 +11,15 @@ from pathlib import Path
 import interpreter
 import jax
 import pytest
+import quick
 
 # The warpgroups of Pallas's GPU interpreter wait for one another in the CPU client's thread pool, which has one thread
 # per core. On two cores all threads may wait at once. jax reads this when it makes its first device.
 os.environ.setdefault("PJRT_NPROC", "32")
 # Several test processes share a GPU, so none may reserve most of its memory at start.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+os.environ["XLA_FLAGS"] = quick.xla_flags()
 
 # Many tests compile the same programs, and so do the processes that they start, which read these variables. Every
 # worker has a cache of its own, because JAX does not write entries atomically.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import checkpoints
 import pytest
+import quick
 
 ROOT = Path(__file__).parents[2]
 CONFIG = checkpoints.CONFIG.replace(n_heads=8, n_kv_heads=2, head_dim=8)
@@ -24,7 +25,7 @@ def start(model: Path, *flags: str, devices: int = 4) -> subprocess.Popen[str]:
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+        "XLA_FLAGS": quick.xla_flags(f"--xla_force_host_platform_device_count={devices}"),
     }
     command = [sys.executable, "-m", "jllama", "generate", "-m", str(model), "--no-compilation-cache", "--temp", "0.9"]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
