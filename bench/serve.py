@@ -43,7 +43,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--api-key", help="with --url: the server's key")
     p.add_argument("--pages", type=int, metavar="N", help="of jllama's cache (default: as many as fit)")
     p.add_argument("--flags", default="", help="more flags of jllama serve, for example --flags='--quant int8'")
-    p.add_argument("--also", metavar="COMMAND", help="run this at the end, another client; {url} is the server's address")
+    p.add_argument(
+        "--also", metavar="COMMAND", help="run this at the end, another client; {url} is the server's address"
+    )
     p.add_argument("--rate", type=float, metavar="N", help="requests a second (default: 80 %% of the saturated rate)")
     p.add_argument("--streams", type=int, default=64, metavar="N", help="at which HTTP's cost is taken (default: 64)")
     return p
