@@ -132,9 +132,9 @@ def make_sampling(
     greedy. ``logit_bias`` is ``{token: number}``, for all rows or one per row; ``bad_words`` are sequences of tokens
     that must not be drawn, in any row.
 
-    A single ``seed`` (default: 0) gives row ``i`` the seed ``seed + i``; seeds have 64 bits. Instead of ``seed``, ``key`` takes a key of
-    `jax.random`: one key, into which the row number is folded, or one key per row. Under jit, values may be traced.
-    Traced values are not checked, and their settings are always compiled in.
+    A single ``seed`` (default: 0) gives row ``i`` the seed ``seed + i``; seeds have 64 bits. Instead of ``seed``,
+    ``key`` takes a key of `jax.random`: one key, into which the row number is folded, or one key per row. Under jit,
+    values may be traced. Traced values are not checked, and their settings are always compiled in.
     """
     given = dict(
         temperature=temperature,
