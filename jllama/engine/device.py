@@ -1,6 +1,10 @@
 """Launches: turns plans into small numpy arrays, and runs compiled steps with them on the state."""
 
-from collections.abc import Iterator, Sequence
+import functools
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -73,6 +77,7 @@ class Device:
         self.mesh, self.parts = params.mesh, axis_size(params.mesh, DATA)
         self.max_len, self.tuning, self.backend = max_len, tuning, backend
         self.programs: set[tuple[str, int, str]] = set()  # used so far: name, rows or pieces, kind
+        self._steps: list[Any] | None = None  # lowered so far, while a program is only compiled
         self.backends: dict[str, dict[str, Choice]] = {}  # of "prefill" and "decode": the choice for every op
         self._static = {"backend": backend, "arch": known(params)}
         self._width, self._of_pieces, self._of_rows = width, sizes(tuning.pieces, pieces), sizes(tuning.rows, slots)
@@ -127,30 +132,50 @@ class Device:
                 array.copy_to_host_async()
         return Launch(drawing, outputs, scored, scores, any(one_by_one))
 
-    def warm_up(self, kinds: Sequence[str], *, constraints: bool, progress: bool) -> None:
-        """Compile every step for every number of rows, by running each once without any real row."""
-        feeds = [(size, scored) for size in self._of_pieces for scored in (False, True)]
-        decodes = [(size, kind) for size in self._of_rows for kind in kinds]
-        ahead = self._of_rows if constraints else []
-        count = 2 + len(feeds) + (1 + constraints) * len(decodes) + len(ahead)
-        with tqdm(total=count, unit="program", disable=not progress) as bar:
-            nothing: list[list[Any]] = [[] for _ in range(self.parts)]
-            self._copy(nothing)
-            bar.update()
-            self._join(nothing, {})
-            bar.update()
-            for size, scored in feeds:
-                self._feed(nothing, size, scored)
-                bar.update()
-            for size, kind in decodes:
-                self._decode(nothing, size, kind, [self.tuning.steps[0]] * self.parts)
-                bar.update()
-                if constraints:
-                    self._draw(nothing, size, kind, {})
+    def warm_up(self, kinds: Sequence[str], *, constraints: bool, scores: bool, progress: bool) -> None:
+        """Compile every step for every number of rows, several at a time. Then run each once without any real row."""
+        nothing: list[list[Any]] = [[] for _ in range(self.parts)]
+        programs: list[Callable[[], Any]] = [lambda: self._copy(nothing), lambda: self._join(nothing, {})]
+        for size, scored in itertools.product(self._of_pieces, (False, True) if scores else (False,)):
+            programs.append(functools.partial(self._feed, nothing, size, scored))
+        for size, kind in itertools.product(self._of_rows, kinds):
+            steps_of = [self.tuning.steps[0]] * self.parts
+            programs.append(functools.partial(self._decode, nothing, size, kind, steps_of))
+            if constraints:
+                programs.append(functools.partial(self._draw, nothing, size, kind, {}))
+        for size in self._of_rows if constraints else []:
+            programs.append(functools.partial(self._look_ahead, nothing, size))
+        pool, compiling = ThreadPoolExecutor(os.cpu_count()), list[Future[Any]]()
+        with tqdm(total=len(programs), unit="program", disable=not progress) as bar:
+            try:
+                for program in programs:
+                    compiling += self._compile(program, pool)
+                for future in as_completed(compiling):
+                    future.result()  # raises what the compilation has raised
                     bar.update()
-            for size in ahead:
-                self._look_ahead(nothing, size)
-                bar.update()
+            finally:
+                pool.shutdown(cancel_futures=True)
+        for program in programs:
+            program()
+
+    def _compile(self, program: Callable[[], Any], pool: ThreadPoolExecutor) -> list[Future[Any]]:
+        """Compile the steps that ``program`` runs, in threads of ``pool``. A step is traced and lowered in this thread,
+        because Python code gains nothing from others. The later call of a step finds what was compiled."""
+        before = self._state, self._logits, {*self.programs}
+        self._steps = []
+        try:
+            program()
+            return [pool.submit(lowered.compile) for lowered in self._steps]
+        finally:
+            self._steps = None
+            self._state, self._logits, self.programs = before
+
+    def _run(self, step: Any, *args: Any, **static: Any) -> Any:
+        """Call a compiled step. While programs are only compiled, lower it, and return the shapes of its results."""
+        if self._steps is None:
+            return step(*args, **static)
+        self._steps.append(lowered := step.lower(*args, **static))
+        return lowered.out_info
 
     def _copy(self, parts: list[list[tuple[int, int]]]) -> None:
         total = COPIES * self.parts
@@ -158,7 +183,7 @@ class Device:
         for i, (a, b) in places(parts, COPIES):
             source[i], target[i] = a, b
         self.programs.add(("copy", COPIES, ""))
-        self._state = steps.jit_copy(self._state, source, target, mesh=self.mesh)
+        self._state = self._run(steps.jit_copy, self._state, source, target, mesh=self.mesh)
 
     def _feed(self, parts: list[list[Piece]], size: int, scored: bool) -> steps.Scores | None:
         total = size * self.parts
@@ -171,9 +196,11 @@ class Device:
         scores = None
         if scored:
             where = tokens[:, :-1], start, table, tokens[:, 1:]
-            (self._state, scores), ran = steps.jit_score(self.params, self._state, *where, **self._static)
+            (self._state, scores), ran = self._run(steps.jit_score, self.params, self._state, *where, **self._static)
         else:
-            self._state, ran = steps.jit_feed(self.params, self._state, tokens[:, :-1], start, table, **self._static)
+            self._state, ran = self._run(
+                steps.jit_feed, self.params, self._state, tokens[:, :-1], start, table, **self._static
+            )
         self._record("prefill", ran)
         return scores
 
@@ -189,7 +216,7 @@ class Device:
         ]
         self.programs.add(("join", self.slots, ""))
         joined = jax.tree.map(lambda *arrays: np.concatenate(arrays), *rows)
-        self._state = steps.jit_join(self._state, self._slots_of(parts, self.slots), joined, mesh=self.mesh)
+        self._state = self._run(steps.jit_join, self._state, self._slots_of(parts, self.slots), joined, mesh=self.mesh)
         for part, s in ((part, s) for part, joins in enumerate(parts) for s in joins):
             if requests[s].sampling.kind == "full":
                 tokens = np.zeros(self.max_len, np.int32)
@@ -197,7 +224,7 @@ class Device:
                 self.programs.add(("join_extras", 1, ""))
                 slot = self._slots_of([[s] if i == part else [] for i in range(self.parts)], 1)
                 where = slot, extra_settings(requests[s]), tokens, np.int32(s.prompt), np.int32(len(s.tokens))
-                self._state = steps.jit_join_extras(self._state, *where, mesh=self.mesh)
+                self._state = self._run(steps.jit_join_extras, self._state, *where, mesh=self.mesh)
 
     def _decode(self, parts: list[list[Scheduled]], size: int, kind: str, counts: list[int]) -> list[StepOutput]:
         """``counts[i]`` steps for the rows of part i. The program has the smallest number of steps that a turn may
@@ -207,7 +234,9 @@ class Device:
             rows = [part if count > done else [] for part, count in zip(parts, counts, strict=True)]
             self.programs.add(("decode", size, kind))
             where = self._slots_of(rows, size), self._table(rows, size)
-            found, ran = steps.jit_decode(self.params, self._state, *where, steps=unit, kind=kind, **self._static)
+            found, ran = self._run(
+                steps.jit_decode, self.params, self._state, *where, steps=unit, kind=kind, **self._static
+            )
             self._state, output = found
             outputs.append(output)
             self._record("decode", ran)
@@ -216,7 +245,7 @@ class Device:
     def _look_ahead(self, parts: list[list[Scheduled]], size: int) -> None:
         self.programs.add(("look_ahead", size, ""))
         where = self._known_logits(), self._slots_of(parts, size), self._table(parts, size)
-        found, ran = masked.jit_look_ahead(self.params, self._state, *where, **self._static)
+        found, ran = self._run(masked.jit_look_ahead, self.params, self._state, *where, **self._static)
         self._state, self._logits = found
         self._record("decode", ran)
 
@@ -228,7 +257,7 @@ class Device:
         masks = masks_of(by_place, len(by_place), self.params.config.vocab_size)
         how = dict(kind=kind, mesh=self.mesh, **self._static)
         where = self._known_logits(), self._slots_of(parts, size), masks
-        (self._state, output), ran = masked.jit_draw_allowed(self._state, *where, **how)
+        (self._state, output), ran = self._run(masked.jit_draw_allowed, self._state, *where, **how)
         self._record("decode", ran)
         return output
 

@@ -281,13 +281,21 @@ class Engine:
         pairs = zip(prompts, completions, strict=True)
         return self._run([Request([*p, *c], score_from=len(p)) for p, c in pairs], 1)
 
-    def warm_up(self, kinds: Sequence[str] = KINDS[:3], *, constraints: bool = False, progress: bool = False) -> None:
+    def warm_up(
+        self,
+        kinds: Sequence[str] = KINDS[:3],
+        *,
+        constraints: bool = False,
+        scores: bool = True,
+        progress: bool = False,
+    ) -> None:
         """Compile every step for every number of rows, so that no request waits for a compilation. ``kinds`` are those
         of `jllama.engine.steps.KINDS`, by default all but "full" (penalties, biases and the like). With
-        ``constraints``, also compile the steps of turns in which a request has a constraint."""
+        ``constraints``, also compile the steps of turns in which a request has a constraint; without ``scores``, not
+        those that score prompts."""
         if "full" in kinds:
             self._device.add_extras()
-        self._device.warm_up(kinds, constraints=constraints, progress=progress)
+        self._device.warm_up(kinds, constraints=constraints, scores=scores, progress=progress)
 
     @property
     def programs(self) -> set[tuple[str, int, str]]:
