@@ -74,6 +74,7 @@ class Device:
         self.max_len, self.tuning, self.backend = max_len, tuning, backend
         self.programs: set[tuple[str, int, str]] = set()  # used so far: name, rows or pieces, kind
         self.backends: dict[str, dict[str, Choice]] = {}  # of "prefill" and "decode": the choice for every op
+        self.ways: dict[int, Choice] = {}  # of each number of rows that has been compiled: how its step runs
         self._static = {"backend": backend, "arch": known(params)}
         self._width, self._of_pieces, self._of_rows = width, sizes(tuning.pieces, pieces), sizes(tuning.rows, slots)
         self.reset()
@@ -211,6 +212,7 @@ class Device:
             self._state, output = found
             outputs.append(output)
             self._record("decode", ran)
+            self.ways[size] = ran.choices["decode_step"]
         return outputs
 
     def _look_ahead(self, parts: list[list[Scheduled]], size: int) -> None:
