@@ -12,7 +12,8 @@ import numpy as np
 from jllama.config import Backend
 from jllama.device import default_device
 from jllama.engine.constraint import Constraint, Progress
-from jllama.engine.device import Device, Launch
+from jllama.engine.device import Device
+from jllama.engine.launch import Launch
 from jllama.engine.memory import pages_in_memory
 from jllama.engine.pages import Pages
 from jllama.engine.parts import Parts
@@ -142,6 +143,12 @@ class Engine:
     def backends(self) -> dict[str, dict[str, Choice]]:
         """The implementation of every op of ``"prefill"`` and of ``"decode"``, as far as these have run, and why."""
         return self._device.backends
+
+    @property
+    def ways(self) -> dict[int, Choice]:
+        """How a decode step runs, and why, for each number of rows that is in use: "pallas" is one launch, "ops" are
+        several. See `jllama.ways`."""
+        return dict(sorted(self._device.ways.items()))
 
     def submit(self, request: Request) -> Handle:
         """Queue a request. Raises `InputError` if it is invalid or could never fit."""
@@ -289,9 +296,9 @@ class Engine:
         scores: bool = True,
         progress: bool = False,
     ) -> None:
-        """Compile every step for every number of rows, so that no request waits for a compilation. ``kinds`` are those
-        of `jllama.engine.steps.KINDS`, by default all but "full" (penalties, biases and the like). With
-        ``constraints``, also compile the steps of turns in which a request has a constraint; without ``scores``, not
+        """Compile every step for every number of rows, in threads, so that no request waits for a compilation.
+        ``kinds`` are those of `jllama.engine.steps.KINDS`, by default all but "full" (penalties, biases and the like).
+        With ``constraints``, also compile the steps of turns in which a request has a constraint, and with ``scores``
         those that score prompts."""
         if "full" in kinds:
             self._device.add_extras()
