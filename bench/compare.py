@@ -6,9 +6,11 @@ machine affects all alike. On a GPU they run one after the other, because they w
 """
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
+from bench.meshes import Shape
 from bench.names import OURS
 from jllama.errors import InputError, reported
 
@@ -29,10 +31,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--prefill",
         default="",
-        metavar="N,...",
-        help="also time prefill of prompts of these lengths, for example 512,2048",
+        metavar="N,MxN,...",
+        help="also time prefill of a prompt of N tokens, or of M such prompts at once, for example 512,2048,8x512",
     )
     p.add_argument("--context", default="", metavar="N,...", help="also decode one row up to these lengths")
+    p.add_argument("--tp", metavar="N,...", help="devices that divide the model, for example 1,2,4: a run for each")
+    p.add_argument("--dp", metavar="N,...", help="groups of devices that divide the rows: a run for each")
     p.add_argument("--sampled", action="store_true", help="also decode with temperature and top-p (our backends only)")
     p.add_argument(
         "--backends", default=None, help=f"ours: {','.join(OURS)} or none (default: xla, and pallas on a GPU)"
@@ -100,7 +104,7 @@ def checked(args: argparse.Namespace) -> argparse.Namespace:
         args.budget = DEMO_S
     args.batch = integers("--batch", args.batch)
     args.prompt_len = integers("--prompt-len", args.prompt_len) if args.prompt_len else []
-    args.prefill = integers("--prefill", args.prefill) if args.prefill else []
+    args.prefill = shapes("--prefill", args.prefill) if args.prefill else []
     args.context = integers("--context", args.context) if args.context else []
     if short := [c for c in args.context if c < args.new_tokens + 2]:
         raise InputError(f"--context: expected at least {args.new_tokens + 2} (the new tokens and 2), found {short[0]}")
@@ -114,7 +118,17 @@ def checked(args: argparse.Namespace) -> argparse.Namespace:
         if value < low:
             raise InputError(f"{flag}: expected at least {low}, found {value}")
     args.peer_python = pythons(args.peer_python)
+    args.meshes = meshes(args.tp, args.dp)
     return args
+
+
+def meshes(tp: str | None, dp: str | None) -> list[Shape | None]:
+    """All meshes of ``--tp`` and ``--dp``, those of few devices first. Without both flags: None, the default device."""
+    if tp is None and dp is None:
+        return [None]
+    both = [integers(flag, given or "1") for flag, given in (("--tp", tp), ("--dp", dp))]
+    found: list[Shape] = sorted({Shape(t, d) for t in both[0] for d in both[1]}, key=lambda s: (s.devices, s))
+    return [*found]
 
 
 def peers_of(asked: str, kind: str) -> list[str]:
@@ -141,6 +155,14 @@ def integers(flag: str, text: str) -> list[int]:
     if not all(p.strip().isdigit() and int(p) > 0 for p in parts):
         raise InputError(f"{flag}: expected whole numbers above 0 separated by commas, found {text!r}")
     return [int(p) for p in parts]
+
+
+def shapes(flag: str, text: str) -> list[tuple[int, int]]:
+    """Parse prompts, separated by commas, each as its length or as ``ROWSxLENGTH``."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(re.fullmatch(r"([1-9]\d*x)?[1-9]\d*", part) for part in parts):
+        raise InputError(f"{flag}: expected lengths as 512, or rows and lengths as 8x512, by commas, found {text!r}")
+    return [(int(rows or 1), int(length)) for rows, _, length in (part.rpartition("x") for part in parts)]
 
 
 def names(flag: str, text: str, known: tuple[str, ...]) -> list[str]:

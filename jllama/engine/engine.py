@@ -12,7 +12,8 @@ import numpy as np
 from jllama.config import Backend
 from jllama.device import default_device
 from jllama.engine.constraint import Constraint, Progress
-from jllama.engine.device import Device, Launch
+from jllama.engine.device import Device
+from jllama.engine.launch import Launch
 from jllama.engine.memory import pages_in_memory
 from jllama.engine.pages import Pages
 from jllama.engine.parts import Parts
@@ -142,6 +143,12 @@ class Engine:
     def backends(self) -> dict[str, dict[str, Choice]]:
         """The implementation of every op of ``"prefill"`` and of ``"decode"``, as far as these have run, and why."""
         return self._device.backends
+
+    @property
+    def ways(self) -> dict[int, Choice]:
+        """How a decode step runs, and why, for each number of rows that is in use: "pallas" is one launch, "ops" are
+        several. See `jllama.ways`."""
+        return dict(sorted(self._device.ways.items()))
 
     def submit(self, request: Request) -> Handle:
         """Queue a request. Raises `InputError` if it is invalid or could never fit."""
@@ -281,13 +288,21 @@ class Engine:
         pairs = zip(prompts, completions, strict=True)
         return self._run([Request([*p, *c], score_from=len(p)) for p, c in pairs], 1)
 
-    def warm_up(self, kinds: Sequence[str] = KINDS[:3], *, constraints: bool = False, progress: bool = False) -> None:
-        """Compile every step for every number of rows, so that no request waits for a compilation. ``kinds`` are those
-        of `jllama.engine.steps.KINDS`, by default all but "full" (penalties, biases and the like). With
-        ``constraints``, also compile the steps of turns in which a request has a constraint."""
+    def warm_up(
+        self,
+        kinds: Sequence[str] = KINDS[:3],
+        *,
+        constraints: bool = False,
+        scores: bool = True,
+        progress: bool = False,
+    ) -> None:
+        """Compile every step for every number of rows, in threads, so that no request waits for a compilation.
+        ``kinds`` are those of `jllama.engine.steps.KINDS`, by default all but "full" (penalties, biases and the like).
+        With ``constraints``, also compile the steps of turns in which a request has a constraint, and with ``scores``
+        those that score prompts."""
         if "full" in kinds:
             self._device.add_extras()
-        self._device.warm_up(kinds, constraints=constraints, progress=progress)
+        self._device.warm_up(kinds, constraints=constraints, scores=scores, progress=progress)
 
     @property
     def programs(self) -> set[tuple[str, int, str]]:

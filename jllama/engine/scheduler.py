@@ -262,7 +262,8 @@ class Scheduler:
                 return
             self.pages.use(prefix.pages)
             sequence.drawn = len(sequence.tokens) - sequence.prompt
-            ahead = len(sequence.tokens) - 1 + min(steps, sequence.left)
+            # It may join in a later turn, with the steps of a busy one, and takes no further pages before that.
+            ahead = len(sequence.tokens) - 1 + min(max(steps, self.steps[1]), sequence.left)
             missing = self.pages.needed(ahead) - len(prefix.pages)
             # Leave room for the pages that running rows will soon need. Otherwise the next turns would preempt.
             if missing + -(-len(self.running) // RESERVE) > self.pages.free:

@@ -251,20 +251,6 @@ def test_top_log_probabilities_are_the_models_own() -> None:
         assert list(top.values()) == sorted(top.values(), reverse=True)
 
 
-def test_the_number_of_programs_is_bounded_and_warm_up_makes_them_all(capsys: pytest.CaptureFixture[str]) -> None:
-    e = engine()
-    e.warm_up()
-    assert capsys.readouterr().err == ""
-    programs, compiled = set(e.programs), [f._cache_size() for f in (steps.jit_decode, steps.jit_feed, steps.jit_score)]
-    assert len(programs) == 2 + 2 * 2 + 2 * 3  # copy, join; feed and score of 1, 2; decode of 1, 4, in three kinds
-    handles = [e.submit(r) for r in requests(20, seed=1)]
-    drain(e)
-    e.score([[5]], [[6]])
-    check(handles)
-    assert e.programs == programs
-    assert [f._cache_size() for f in (steps.jit_decode, steps.jit_feed, steps.jit_score)] == compiled
-
-
 def test_the_next_plan_is_launched_before_the_last_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     e, order = engine(), []
     launch, read = e._device.launch, e._read
