@@ -19,7 +19,11 @@ os.environ.setdefault("PJRT_NPROC", "32")
 # Several test processes share a GPU, so none may reserve most of its memory at start.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-os.environ["XLA_FLAGS"] = quick.xla_flags()
+# XLA reads its flags once, for the first device. Processes that tests start do not inherit these: most compute longer
+# than they compile.
+with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("XLA_FLAGS", quick.xla_flags())
+    PLATFORM = jax.default_backend()
 
 # Processes that tests start compile the same programs, and read these variables. Every worker has a cache of its own,
 # because JAX does not write entries atomically. This process has none: of 2,600 programs it would find 26 again.
@@ -27,7 +31,7 @@ CACHE = tempfile.mkdtemp(prefix="jllama-tests-xla-")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 # A test compiles far longer than it computes: LLVM does not optimise, except for a GPU.
-if jax.default_backend() == "cpu":
+if PLATFORM == "cpu":
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     jax.config.update("jax_disable_most_optimizations", True)
 # Tracing makes many small objects that live on: the collector would go through all of them again and again.
