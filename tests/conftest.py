@@ -26,7 +26,8 @@ with pytest.MonkeyPatch.context() as patch:
     PLATFORM = jax.default_backend()
 
 # Processes that tests start compile the same programs, and read these variables. Every worker has a cache of its own,
-# because JAX does not write entries atomically. This process has none: of 2,600 programs it would find 26 again.
+# because JAX does not write entries atomically. This process has no cache on disk: of the 2,600 programs
+# that it compiles, it would have found only 26 there.
 CACHE = tempfile.mkdtemp(prefix="jllama-tests-xla-")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"

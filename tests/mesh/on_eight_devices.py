@@ -344,7 +344,8 @@ def test_rollout_gives_one_devices_text() -> None:
     alone = jax.jit(run)(model(), TOKENS, LENGTHS, sampling)
     traced = jax.jit(run).trace(shard(model(), mesh()), TOKENS, LENGTHS, sampling)
     same_text(traced.lower().compile()(shard(model(), mesh()), TOKENS, LENGTHS, sampling), alone)
-    # The groups of ``data`` end together: a launch of the persistent step is one of all devices.
+    # All groups along ``data`` leave the loop at the same step, because a persistent step starts on all devices of the
+    # mesh at once. So a group asks the others whether any goes on: once before the loop, and once in it.
     assert str(traced.jaxpr).count("pmax[axes=('data',)") == 2
 
 
