@@ -88,18 +88,21 @@ def _one_scale_a_row(block: Block, tile: WorkTile, count: Any, stages: Any) -> j
     factors = _scales(block, tile, 0)  # loaded before the products, used after them
 
     def scoped(acc: Any) -> jax.Array:
-        def multiply(i: Any, integers: Any) -> None:
-            slot = lax.rem(count + i, block.plan.depth)
+        def multiply(slot: Any, integers: Any) -> None:
             plgpu.wgmma(acc, _operand(block, integers, 0, block.plan.step), _x(block, slot))
 
-        def stage(i: Any, integers: Any) -> Any:
-            multiply(i, integers)
-            following = _load(block, count + i + 1)
-            _release(block, count + i)
-            return following
+        def stage(_: Any, carry: Any) -> Any:
+            slot, integers = carry
+            multiply(slot, integers)
+            following = _after(block, slot)
+            integers = _load(block, following)
+            _release(block, slot)
+            return following, integers
 
-        multiply(stages - 1, lax.fori_loop(0, stages - 1, stage, _load(block, count)))
-        _release(block, count + stages - 1)
+        first = lax.rem(count, block.plan.depth)
+        slot, integers = lax.fori_loop(0, stages - 1, stage, (first, _load(block, first)))
+        multiply(slot, integers)
+        _release(block, slot)
         return acc[...]
 
     total = pl.run_scoped(scoped, _accumulator(block))
@@ -111,20 +114,19 @@ def _one_scale_a_group(block: Block, tile: WorkTile, count: Any, stages: Any) ->
     p = block.plan
     groups = range(p.step // p.group)
 
-    def load(i: Any) -> Any:
+    def load(i: Any, slot: Any) -> Any:
         scales = [_scales(block, tile, (tile.start + i) * len(groups) + g) for g in groups]
-        return scales, _load(block, count + i)
+        return slot, scales, _load(block, slot)
 
-    def multiply(i: Any, total: jax.Array, loaded: Any, following: Any) -> Any:
-        scales, integers = loaded
-        slot = lax.rem(count + i, p.depth)
+    def multiply(total: jax.Array, loaded: Any, following: Any) -> Any:
+        slot, scales, integers = loaded
         ahead = None
         for g, scale in zip(groups, scales, strict=True):
 
             def scoped(acc: Any, g: int = g) -> Any:
                 begin, end = g * p.group, (g + 1) * p.group
                 plgpu.wgmma(acc, _operand(block, integers, begin, end), _x(block, slot, begin, end))
-                ahead = following() if following is not None and g == groups[-1] else None
+                ahead = following(slot) if following is not None and g == groups[-1] else None
                 plgpu.wgmma_wait(0)
                 if g == groups[-1]:
                     plgpu.barrier_arrive(block.scratch.free.at[slot])
@@ -135,19 +137,22 @@ def _one_scale_a_group(block: Block, tile: WorkTile, count: Any, stages: Any) ->
         return total, ahead
 
     def stage(i: Any, carry: Any) -> Any:
-        total, loaded = carry
-        return multiply(i, total, loaded, lambda: load(i + 1))
+        return multiply(*carry, lambda slot: load(i + 1, _after(block, slot)))
 
     zero = plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, p.problem.columns), jnp.float32), plgpu.Layout.WGMMA)
-    total, loaded = lax.fori_loop(0, stages - 1, stage, (zero, load(0)))
-    return multiply(stages - 1, total, loaded, None)[0]
+    total, loaded = lax.fori_loop(0, stages - 1, stage, (zero, load(0, lax.rem(count, p.depth))))
+    return multiply(total, loaded, None)[0]
 
 
-def _load(block: Block, number: Any) -> Any:
+def _after(block: Block, slot: Any) -> Any:
+    """The next slot of the ring. A remainder of the stage's number would be divided anew, in 64 bits, at every use."""
+    return jnp.where(slot == block.plan.depth - 1, 0, slot + 1)
+
+
+def _load(block: Block, slot: Any) -> Any:
     """This consumer's integers of a stage, once they have arrived, in registers. The interpreter has no wgmma with an
     operand in registers: there they are widened to shared memory, see `_operand`."""
     p, scratch = block.plan, block.scratch
-    slot = lax.rem(number, p.depth)
     plgpu.barrier_wait(scratch.full.at[slot])
     weights = scratch.w_ring.at[slot, pl.ds(block.first_row, WGMMA_ROWS)]
     if scratch.widened is not None:
@@ -155,9 +160,9 @@ def _load(block: Block, number: Any) -> Any:
     return load_shuffled(weights) if block.shuffled else load_integers(weights, p.problem.fmt)
 
 
-def _release(block: Block, number: Any) -> None:
+def _release(block: Block, slot: Any) -> None:
     plgpu.wgmma_wait(0)
-    plgpu.barrier_arrive(block.scratch.free.at[lax.rem(number, block.plan.depth)])
+    plgpu.barrier_arrive(block.scratch.free.at[slot])
 
 
 def _operand(block: Block, integers: jax.Array, begin: int, end: int) -> Any:
