@@ -30,6 +30,7 @@ from ..common.widen import load_integers, load_shuffled, widen, widen_shuffled
 from .medium_m_block import Block, WorkTile
 from .medium_m_plan import STAGED_ROWS
 
+WIDENED = 64  # inputs that are widened at a time, while the products of those before run
 AT_A_TIME = 4  # rows of the result that a thread writes at a time
 
 
@@ -89,7 +90,7 @@ def _one_scale_a_row(block: Block, tile: WorkTile, count: Any, stages: Any) -> j
 
     def scoped(acc: Any) -> jax.Array:
         def multiply(slot: Any, integers: Any) -> None:
-            plgpu.wgmma(acc, _operand(block, integers, 0, block.plan.step), _x(block, slot))
+            _multiply(block, acc, integers, slot, 0, block.plan.step)
 
         def stage(_: Any, carry: Any) -> Any:
             slot, integers = carry
@@ -124,8 +125,7 @@ def _one_scale_a_group(block: Block, tile: WorkTile, count: Any, stages: Any) ->
         for g, scale in zip(groups, scales, strict=True):
 
             def scoped(acc: Any, g: int = g) -> Any:
-                begin, end = g * p.group, (g + 1) * p.group
-                plgpu.wgmma(acc, _operand(block, integers, begin, end), _x(block, slot, begin, end))
+                _multiply(block, acc, integers, slot, g * p.group, (g + 1) * p.group)
                 ahead = following(slot) if following is not None and g == groups[-1] else None
                 plgpu.wgmma_wait(0)
                 if g == groups[-1]:
@@ -163,6 +163,13 @@ def _load(block: Block, slot: Any) -> Any:
 def _release(block: Block, slot: Any) -> None:
     plgpu.wgmma_wait(0)
     plgpu.barrier_arrive(block.scratch.free.at[slot])
+
+
+def _multiply(block: Block, acc: Any, integers: jax.Array, slot: Any, first: int, last: int) -> None:
+    """Add the products of these inputs of a stage. Some run while the inputs after them are widened."""
+    for begin in range(first, last, WIDENED):
+        end = min(begin + WIDENED, last)
+        plgpu.wgmma(acc, _operand(block, integers, begin, end), _x(block, slot, begin, end))
 
 
 def _operand(block: Block, integers: jax.Array, begin: int, end: int) -> Any:
