@@ -26,9 +26,8 @@ from ..common.thread_ops import (
     store_per_thread,
 )
 from ..common.tiles import WGMMA_ROWS, broadcast_rows
-from ..common.widen import load_integers, load_shuffled, widen, widen_shuffled
+from ..common.widen import load_integers, load_shuffled, widen, widen_scaled, widen_shuffled
 from .medium_m_block import Block, WorkTile
-from .medium_m_plan import STAGED_ROWS
 
 AT_A_TIME = 4  # rows of the result that a thread writes at a time
 
@@ -42,10 +41,10 @@ def consume(block: Block) -> None:
         stages = tile.end - tile.start
         if not p.problem.fmt.quantized:
             sums = _floats(block, count, stages)
-        elif p.problem.fmt.grouped:
+        elif p.problem.fmt.grouped and not p.scales_weights:
             sums = _one_scale_a_group(block, tile, count, stages)
         else:
-            sums = _one_scale_a_row(block, tile, count, stages)
+            sums = _one_accumulator(block, tile, count, stages)
         _write(block, tile, sums)
         return count + stages
 
@@ -73,37 +72,45 @@ def _floats(block: Block, count: Any, stages: Any) -> jax.Array:
 
             @pl.when(i > 0)
             def _() -> None:
-                plgpu.barrier_arrive(scratch.free.at[lax.rem(count + i - 1, depth)])
+                block.release(count + i - 1)
 
         lax.fori_loop(0, stages, stage, None)
-        plgpu.wgmma_wait(0)
-        plgpu.barrier_arrive(scratch.free.at[lax.rem(count + stages - 1, depth)])
+        _release(block, count + stages - 1)
         return acc[...]
 
     return pl.run_scoped(scoped, _accumulator(block))
 
 
-def _one_scale_a_row(block: Block, tile: WorkTile, count: Any, stages: Any) -> jax.Array:
-    """The integers of the next stage are loaded while the products of this one run."""
-    factors = _scales(block, tile, 0)  # loaded before the products, used after them
+def _one_accumulator(block: Block, tile: WorkTile, count: Any, stages: Any) -> jax.Array:
+    """The integers of the next stage, and their scales, are loaded while the products of this one run. The scale of a
+    group multiplies the weights, that of a row the sums."""
+    p, grouped = block.plan, block.plan.problem.fmt.grouped
+    factors = None if grouped else _scales(block, tile, 0)  # loaded before the products, used after them
+    begins = range(0, p.step, p.group)
+
+    def load(i: Any) -> Any:
+        scales = [_scales(block, tile, _group(block, tile.start + i, g)) if grouped else None for g in begins]
+        return scales, _load(block, count + i)
 
     def scoped(acc: Any) -> jax.Array:
-        def multiply(i: Any, integers: Any) -> None:
-            slot = lax.rem(count + i, block.plan.depth)
-            plgpu.wgmma(acc, _operand(block, integers, 0, block.plan.step), _x(block, slot))
+        def multiply(i: Any, loaded: Any) -> None:
+            slot, (scales, integers) = lax.rem(count + i, p.depth), loaded
+            for begin, scale in zip(begins, scales, strict=True):
+                end = begin + p.group
+                plgpu.wgmma(acc, _operand(block, integers, begin, end, scale), _x(block, slot, begin, end))
 
-        def stage(i: Any, integers: Any) -> Any:
-            multiply(i, integers)
-            following = _load(block, count + i + 1)
+        def stage(i: Any, loaded: Any) -> Any:
+            multiply(i, loaded)
+            following = load(i + 1)
             _release(block, count + i)
             return following
 
-        multiply(stages - 1, lax.fori_loop(0, stages - 1, stage, _load(block, count)))
+        multiply(stages - 1, lax.fori_loop(0, stages - 1, stage, load(0)))
         _release(block, count + stages - 1)
         return acc[...]
 
     total = pl.run_scoped(scoped, _accumulator(block))
-    return total * broadcast_rows(factors, total.shape)
+    return total if factors is None else total * broadcast_rows(factors, total.shape)
 
 
 def _one_scale_a_group(block: Block, tile: WorkTile, count: Any, stages: Any) -> jax.Array:
@@ -112,7 +119,7 @@ def _one_scale_a_group(block: Block, tile: WorkTile, count: Any, stages: Any) ->
     groups = range(p.step // p.group)
 
     def load(i: Any) -> Any:
-        scales = [_scales(block, tile, (tile.start + i) * len(groups) + g) for g in groups]
+        scales = [_scales(block, tile, _group(block, tile.start + i, g * p.group)) for g in groups]
         return scales, _load(block, count + i)
 
     def multiply(i: Any, total: jax.Array, loaded: Any, following: Any) -> Any:
@@ -127,7 +134,7 @@ def _one_scale_a_group(block: Block, tile: WorkTile, count: Any, stages: Any) ->
                 ahead = following() if following is not None and g == groups[-1] else None
                 plgpu.wgmma_wait(0)
                 if g == groups[-1]:
-                    plgpu.barrier_arrive(block.scratch.free.at[slot])
+                    block.release(count + i)
                 return acc[...], ahead
 
             sums, ahead = pl.run_scoped(scoped, _accumulator(block))
@@ -157,18 +164,33 @@ def _load(block: Block, number: Any) -> Any:
 
 def _release(block: Block, number: Any) -> None:
     plgpu.wgmma_wait(0)
-    plgpu.barrier_arrive(block.scratch.free.at[lax.rem(number, block.plan.depth)])
+    block.release(number)
 
 
-def _operand(block: Block, integers: jax.Array, begin: int, end: int) -> Any:
-    """Some inputs of a stage's integers as wgmma's left operand."""
-    dtype, widened = block.plan.problem.dtype, block.scratch.widened
+def _operand(block: Block, integers: jax.Array, begin: int, end: int, scale: jax.Array | None = None) -> Any:
+    """Some inputs of a stage's integers as wgmma's left operand, times the scale [64] of their group if it is given."""
+    dtype, widened, integers = block.plan.problem.dtype, block.scratch.widened, integers[:, begin:end]
+    if scale is not None and block.scales_packed:
+        return widen_scaled(integers, scale, dtype)
     if widened is None:
-        return (widen_shuffled if block.shuffled else widen)(integers[:, begin:end], dtype)
+        weights = (widen_shuffled if block.shuffled else widen)(integers, dtype)
+    else:
+        weights = integers.astype(dtype)
+    if scale is not None:  # as the reference does it: a product in float32, and one rounding
+        weights = (weights.astype(jnp.float32) * broadcast_rows(scale, weights.shape)).astype(dtype)
+    if widened is None:
+        return weights
     place = widened.at[block.me, :, begin:end]
-    place[...] = integers[:, begin:end].astype(dtype)
+    place[...] = weights
     plgpu.commit_smem()
     return place
+
+
+def _group(block: Block, stage: Any, begin: int) -> Any:
+    """The group of a stage's input ``begin``."""
+    fmt = block.plan.problem.fmt
+    assert fmt.group is not None
+    return (stage * block.plan.step + begin) // fmt.group
 
 
 def _scales(block: Block, tile: WorkTile, group: Any) -> jax.Array:
@@ -207,8 +229,9 @@ def _write(block: Block, tile: WorkTile, sums: jax.Array) -> None:
     rows."""
     p, staged = block.plan, block.scratch.staged
     out = block.out.at[tile.k_split if p.k_splits > 1 else 0]
-    for begin in range(0, p.problem.columns, STAGED_ROWS):
-        width = min(STAGED_ROWS, p.problem.columns - begin)
+    at_a_time = p.staged_shape[0]
+    for begin in range(0, p.problem.columns, at_a_time):
+        width = min(at_a_time, p.problem.columns - begin)
         values = sums[:, begin : begin + width].astype(staged.dtype)
         consumer_barrier(block.scratch.consumers_meet)  # all have read what was there before
         _store_transposed(block, values)
