@@ -44,31 +44,36 @@ def consume(block: Block) -> None:
         elif p.problem.fmt.grouped and not p.scales_weights:
             sums = _one_scale_a_group(block, tile, count, stages)
         else:
-            sums = _one_accumulator(block, tile, count, stages)
+            sums = _one_sum(block, tile, count, stages)
         _write(block, tile, sums)
         return count + stages
 
     lax.fori_loop(0, block.turns, turn, jnp.int32(0))
 
 
-def _x(block: Block, slot: Any, begin: int = 0, end: int | None = None) -> Any:
-    return block.scratch.x_ring.at[slot, :, begin : end or block.plan.step].T
+def _multiply(block: Block, accs: Any, weights: Any, slot: Any, begin: int = 0, end: int | None = None) -> None:
+    """Add the products of weights [64, inputs] and some inputs of a stage's x to the accumulators."""
+    for (first, columns), acc in zip(block.plan.accumulators, accs, strict=True):
+        x = block.scratch.x_ring.at[slot, pl.ds(first, columns), begin : end or block.plan.step]
+        plgpu.wgmma(acc, weights, x.T)
 
 
-def _accumulator(block: Block) -> Any:
-    return plgpu.ACC((WGMMA_ROWS, block.plan.problem.columns), jnp.float32)
+def _accumulate(block: Block, scoped: Any) -> Any:
+    """What ``scoped`` gives, whose arguments are accumulators of all columns."""
+    shapes = [(WGMMA_ROWS, columns) for _, columns in block.plan.accumulators]
+    return pl.run_scoped(scoped, *[plgpu.ACC(shape, jnp.float32) for shape in shapes])
 
 
-def _floats(block: Block, count: Any, stages: Any) -> jax.Array:
+def _floats(block: Block, count: Any, stages: Any) -> list[jax.Array]:
     """The products of one stage run while those of the next are issued."""
     scratch, depth = block.scratch, block.plan.depth
 
-    def scoped(acc: Any) -> jax.Array:
+    def scoped(*accs: Any) -> list[jax.Array]:
         def stage(i: Any, _: Any) -> None:
             slot = lax.rem(count + i, depth)
             plgpu.barrier_wait(scratch.full.at[slot])
-            plgpu.wgmma(acc, scratch.w_ring.at[slot, pl.ds(block.first_row, WGMMA_ROWS)], _x(block, slot))
-            plgpu.wgmma_wait(1)
+            _multiply(block, accs, scratch.w_ring.at[slot, pl.ds(block.first_row, WGMMA_ROWS)], slot)
+            plgpu.wgmma_wait(len(accs))
 
             @pl.when(i > 0)
             def _() -> None:
@@ -76,12 +81,12 @@ def _floats(block: Block, count: Any, stages: Any) -> jax.Array:
 
         lax.fori_loop(0, stages, stage, None)
         _release(block, count + stages - 1)
-        return acc[...]
+        return [acc[...] for acc in accs]
 
-    return pl.run_scoped(scoped, _accumulator(block))
+    return _accumulate(block, scoped)
 
 
-def _one_accumulator(block: Block, tile: WorkTile, count: Any, stages: Any) -> jax.Array:
+def _one_sum(block: Block, tile: WorkTile, count: Any, stages: Any) -> list[jax.Array]:
     """The integers of the next stage, and their scales, are loaded while the products of this one run. The scale of a
     group multiplies the weights, that of a row the sums."""
     p, grouped = block.plan, block.plan.problem.fmt.grouped
@@ -92,12 +97,12 @@ def _one_accumulator(block: Block, tile: WorkTile, count: Any, stages: Any) -> j
         scales = [_scales(block, tile, _group(block, tile.start + i, g)) if grouped else None for g in begins]
         return scales, _load(block, count + i)
 
-    def scoped(acc: Any) -> jax.Array:
+    def scoped(*accs: Any) -> list[jax.Array]:
         def multiply(i: Any, loaded: Any) -> None:
             slot, (scales, integers) = lax.rem(count + i, p.depth), loaded
             for begin, scale in zip(begins, scales, strict=True):
                 end = begin + p.group
-                plgpu.wgmma(acc, _operand(block, integers, begin, end, scale), _x(block, slot, begin, end))
+                _multiply(block, accs, _operand(block, integers, begin, end, scale), slot, begin, end)
 
         def stage(i: Any, loaded: Any) -> Any:
             multiply(i, loaded)
@@ -107,13 +112,13 @@ def _one_accumulator(block: Block, tile: WorkTile, count: Any, stages: Any) -> j
 
         multiply(stages - 1, lax.fori_loop(0, stages - 1, stage, load(0)))
         _release(block, count + stages - 1)
-        return acc[...]
+        return [acc[...] for acc in accs]
 
-    total = pl.run_scoped(scoped, _accumulator(block))
-    return total if factors is None else total * broadcast_rows(factors, total.shape)
+    totals = _accumulate(block, scoped)
+    return totals if factors is None else [total * broadcast_rows(factors, total.shape) for total in totals]
 
 
-def _one_scale_a_group(block: Block, tile: WorkTile, count: Any, stages: Any) -> jax.Array:
+def _one_scale_a_group(block: Block, tile: WorkTile, count: Any, stages: Any) -> list[jax.Array]:
     """Every group has sums of its own, which are scaled exactly. Scales and integers are loaded a stage ahead."""
     p = block.plan
     groups = range(p.step // p.group)
@@ -130,14 +135,14 @@ def _one_scale_a_group(block: Block, tile: WorkTile, count: Any, stages: Any) ->
 
             def scoped(acc: Any, g: int = g) -> Any:
                 begin, end = g * p.group, (g + 1) * p.group
-                plgpu.wgmma(acc, _operand(block, integers, begin, end), _x(block, slot, begin, end))
+                _multiply(block, [acc], _operand(block, integers, begin, end), slot, begin, end)
                 ahead = following() if following is not None and g == groups[-1] else None
                 plgpu.wgmma_wait(0)
                 if g == groups[-1]:
                     block.release(count + i)
                 return acc[...], ahead
 
-            sums, ahead = pl.run_scoped(scoped, _accumulator(block))
+            sums, ahead = _accumulate(block, scoped)
             total = total + sums * broadcast_rows(scale, total.shape)
         return total, ahead
 
@@ -147,7 +152,7 @@ def _one_scale_a_group(block: Block, tile: WorkTile, count: Any, stages: Any) ->
 
     zero = plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, p.problem.columns), jnp.float32), plgpu.Layout.WGMMA)
     total, loaded = lax.fori_loop(0, stages - 1, stage, (zero, load(0)))
-    return multiply(stages - 1, total, loaded, None)[0]
+    return [multiply(stages - 1, total, loaded, None)[0]]
 
 
 def _load(block: Block, number: Any) -> Any:
@@ -224,19 +229,19 @@ def _scales(block: Block, tile: WorkTile, group: Any) -> jax.Array:
     return load(block.scale, tile.out, block.first_row, jnp.int32(group)).astype(jnp.float32)  # type: ignore[call-arg]
 
 
-def _write(block: Block, tile: WorkTile, sums: jax.Array) -> None:
+def _write(block: Block, tile: WorkTile, sums: list[jax.Array]) -> None:
     """Transpose the sums [64, columns] of all consumers through shared memory, and write them as parts of the result's
     rows."""
     p, staged = block.plan, block.scratch.staged
     out = block.out.at[tile.k_split if p.k_splits > 1 else 0]
-    at_a_time = p.staged_shape[0]
-    for begin in range(0, p.problem.columns, at_a_time):
-        width = min(at_a_time, p.problem.columns - begin)
-        values = sums[:, begin : begin + width].astype(staged.dtype)
-        consumer_barrier(block.scratch.consumers_meet)  # all have read what was there before
-        _store_transposed(block, values)
-        consumer_barrier(block.scratch.consumers_meet)
-        _write_rows(block, out, tile.out, begin, min(width, p.problem.rows - begin))
+    for (first, columns), total in zip(p.accumulators, sums, strict=True):
+        for begin in range(0, columns, staged.shape[0]):
+            width = min(staged.shape[0], columns - begin)
+            values = total[:, begin : begin + width].astype(staged.dtype)
+            consumer_barrier(block.scratch.consumers_meet)  # all have read what was there before
+            _store_transposed(block, values)
+            consumer_barrier(block.scratch.consumers_meet)
+            _write_rows(block, out, tile.out, first + begin, min(width, p.problem.rows - first - begin))
 
 
 def _store_transposed(block: Block, values: jax.Array) -> None:

@@ -32,6 +32,8 @@ MAX_CLUSTER = 2  # blocks that share x
 PRODUCER_REGISTERS = 24
 OTHER_REGISTERS = 28  # of a consumer's thread, besides its sums and weights
 STAGED_ROWS = 64  # rows of the result that are transposed at a time
+WGMMA_COLUMNS = 192  # ptxas refuses more in a block of four warpgroups: one wgmma would need too many registers
+HALF_COLUMNS = 128
 EXACT_COLUMNS = 64  # of more columns, sums of one group are not kept apart
 SCRATCH_RESERVE = 3072  # bytes of shared memory for barriers, and for scratch that the compiler adds
 MIN_DEPTH = 3
@@ -142,6 +144,13 @@ class MediumMPlan:
     def group(self) -> int:
         """Inputs of a stage that share a scale."""
         return min(self.problem.fmt.group or self.step, self.step)
+
+    @property
+    def accumulators(self) -> list[tuple[int, int]]:
+        """First column and number of columns of each accumulator: one, or two of more columns than wgmma takes."""
+        columns = self.problem.columns
+        most = columns if columns <= WGMMA_COLUMNS else HALF_COLUMNS
+        return [(first, min(most, columns - first)) for first in range(0, columns, most)]
 
     @property
     def scales_weights(self) -> bool:
