@@ -100,10 +100,10 @@ class Block:
         out = pl.multiple_of(jnp.minimum(n_tile * p.n_out, p.problem.outputs - p.n_out), 8)
         return WorkTile(out, split, split * p.steps // p.k_splits, (split + 1) * p.steps // p.k_splits)
 
-    def release(self, number: Any) -> None:
-        """This consumer is done with a stage."""
+    def release(self, slot: Any) -> None:
+        """This consumer is done with the stage in a slot of the ring."""
         p = self.plan
         if p.cluster > 1 and p.problem.fmt.quantized:
             # One thread arrives at the barrier of a cluster for its warpgroup. First all must have read their integers.
             plgpu.commit_smem()
-        plgpu.barrier_arrive(self.scratch.free.at[lax.rem(number, p.depth)])
+        plgpu.barrier_arrive(self.scratch.free.at[slot])

@@ -29,6 +29,7 @@ from ..common.tiles import WGMMA_ROWS, broadcast_rows
 from ..common.widen import load_integers, load_shuffled, widen, widen_scaled, widen_shuffled
 from .medium_m_block import Block, WorkTile
 
+WIDENED = 64  # inputs that are widened at a time, while the products of those before run
 AT_A_TIME = 4  # rows of the result that a thread writes at a time
 
 
@@ -77,10 +78,10 @@ def _floats(block: Block, count: Any, stages: Any) -> list[jax.Array]:
 
             @pl.when(i > 0)
             def _() -> None:
-                block.release(count + i - 1)
+                block.release(lax.rem(count + i - 1, depth))
 
         lax.fori_loop(0, stages, stage, None)
-        _release(block, count + stages - 1)
+        _release(block, lax.rem(count + stages - 1, depth))
         return [acc[...] for acc in accs]
 
     return _accumulate(block, scoped)
@@ -93,25 +94,25 @@ def _one_sum(block: Block, tile: WorkTile, count: Any, stages: Any) -> list[jax.
     factors = None if grouped else _scales(block, tile, 0)  # loaded before the products, used after them
     begins = range(0, p.step, p.group)
 
-    def load(i: Any) -> Any:
+    def load(i: Any, slot: Any) -> Any:
         scales = [_scales(block, tile, _group(block, tile.start + i, g)) if grouped else None for g in begins]
-        return scales, _load(block, count + i)
+        return slot, scales, _load(block, slot)
 
     def scoped(*accs: Any) -> list[jax.Array]:
-        def multiply(i: Any, loaded: Any) -> None:
-            slot, (scales, integers) = lax.rem(count + i, p.depth), loaded
+        def multiply(loaded: Any) -> None:
+            slot, scales, integers = loaded
             for begin, scale in zip(begins, scales, strict=True):
-                end = begin + p.group
-                _multiply(block, accs, _operand(block, integers, begin, end, scale), slot, begin, end)
+                _multiply_integers(block, accs, integers, slot, begin, begin + p.group, scale)
 
         def stage(i: Any, loaded: Any) -> Any:
-            multiply(i, loaded)
-            following = load(i + 1)
-            _release(block, count + i)
+            multiply(loaded)
+            following = load(i + 1, _after(block, loaded[0]))
+            _release(block, loaded[0])
             return following
 
-        multiply(stages - 1, lax.fori_loop(0, stages - 1, stage, load(0)))
-        _release(block, count + stages - 1)
+        loaded = lax.fori_loop(0, stages - 1, stage, load(0, lax.rem(count, p.depth)))
+        multiply(loaded)
+        _release(block, loaded[0])
         return [acc[...] for acc in accs]
 
     totals = _accumulate(block, scoped)
@@ -123,23 +124,21 @@ def _one_scale_a_group(block: Block, tile: WorkTile, count: Any, stages: Any) ->
     p = block.plan
     groups = range(p.step // p.group)
 
-    def load(i: Any) -> Any:
+    def load(i: Any, slot: Any) -> Any:
         scales = [_scales(block, tile, _group(block, tile.start + i, g * p.group)) for g in groups]
-        return scales, _load(block, count + i)
+        return slot, scales, _load(block, slot)
 
-    def multiply(i: Any, total: jax.Array, loaded: Any, following: Any) -> Any:
-        scales, integers = loaded
-        slot = lax.rem(count + i, p.depth)
+    def multiply(total: jax.Array, loaded: Any, following: Any) -> Any:
+        slot, scales, integers = loaded
         ahead = None
         for g, scale in zip(groups, scales, strict=True):
 
             def scoped(acc: Any, g: int = g) -> Any:
-                begin, end = g * p.group, (g + 1) * p.group
-                _multiply(block, [acc], _operand(block, integers, begin, end), slot, begin, end)
-                ahead = following() if following is not None and g == groups[-1] else None
+                _multiply_integers(block, [acc], integers, slot, g * p.group, (g + 1) * p.group)
+                ahead = following(slot) if following is not None and g == groups[-1] else None
                 plgpu.wgmma_wait(0)
                 if g == groups[-1]:
-                    block.release(count + i)
+                    block.release(slot)
                 return acc[...], ahead
 
             sums, ahead = _accumulate(block, scoped)
@@ -147,19 +146,22 @@ def _one_scale_a_group(block: Block, tile: WorkTile, count: Any, stages: Any) ->
         return total, ahead
 
     def stage(i: Any, carry: Any) -> Any:
-        total, loaded = carry
-        return multiply(i, total, loaded, lambda: load(i + 1))
+        return multiply(*carry, lambda slot: load(i + 1, _after(block, slot)))
 
     zero = plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, p.problem.columns), jnp.float32), plgpu.Layout.WGMMA)
-    total, loaded = lax.fori_loop(0, stages - 1, stage, (zero, load(0)))
-    return [multiply(stages - 1, total, loaded, None)[0]]
+    total, loaded = lax.fori_loop(0, stages - 1, stage, (zero, load(0, lax.rem(count, p.depth))))
+    return [multiply(total, loaded, None)[0]]
 
 
-def _load(block: Block, number: Any) -> Any:
+def _after(block: Block, slot: Any) -> Any:
+    """The next slot of the ring. A remainder of the stage's number would be divided anew, in 64 bits, at every use."""
+    return jnp.where(slot == block.plan.depth - 1, 0, slot + 1)
+
+
+def _load(block: Block, slot: Any) -> Any:
     """This consumer's integers of a stage, once they have arrived, in registers. The interpreter has no wgmma with an
     operand in registers: there they are widened to shared memory, see `_operand`."""
     p, scratch = block.plan, block.scratch
-    slot = lax.rem(number, p.depth)
     plgpu.barrier_wait(scratch.full.at[slot])
     weights = scratch.w_ring.at[slot, pl.ds(block.first_row, WGMMA_ROWS)]
     if scratch.widened is not None:
@@ -167,9 +169,18 @@ def _load(block: Block, number: Any) -> Any:
     return load_shuffled(weights) if block.shuffled else load_integers(weights, p.problem.fmt)
 
 
-def _release(block: Block, number: Any) -> None:
+def _release(block: Block, slot: Any) -> None:
     plgpu.wgmma_wait(0)
-    block.release(number)
+    block.release(slot)
+
+
+def _multiply_integers(
+    block: Block, accs: Any, integers: jax.Array, slot: Any, first: int, last: int, scale: jax.Array | None = None
+) -> None:
+    """Add the products of these inputs of a stage. Some run while the inputs after them are widened."""
+    for begin in range(first, last, WIDENED):
+        end = min(begin + WIDENED, last)
+        _multiply(block, accs, _operand(block, integers, begin, end, scale), slot, begin, end)
 
 
 def _operand(block: Block, integers: jax.Array, begin: int, end: int, scale: jax.Array | None = None) -> Any:
