@@ -1,7 +1,8 @@
-"""Medium-M GEMM: products for 9 to 64 rows of x. The weight is read once, at the speed of memory, by every SM.
+"""Medium-M GEMM: products for 9 to 256 rows of x. The weight is read once, at the speed of memory, by every SM.
 
 The output is divided into work tiles: an N tile over one K split (see `medium_m_plan`). Inside a block the producer
-warpgroup copies stages of weights and of x into a ring by TMA. Every consumer multiplies 64 rows of each stage, so
+warpgroup copies stages of weights and of x into a ring by TMA; in a cluster of two blocks each copies half of x, and
+TMA writes it to both. Every consumer multiplies 64 rows of each stage, so
 nothing is added up between consumers, and the kernel writes finished rows: [rows, out] in the result's dtype, after
 SwiGLU where it is asked for. With K splits it writes float32 sums [k_splits, rows, out], for `add_norm` or for a fusion
 that adds them in a fixed order. So the same arguments always give the same bits.
@@ -22,12 +23,11 @@ from ...layer_view import layer_index
 from ..common.ring import acquire, drain
 from ..common.tiles import Weight, check_operands, data_and_scale, format_of, pad_rows
 from ..common.warp_specialize import warp_specialize
-from .medium_m_block import Block, scratch_of
+from .medium_m_block import MEMBER, Block, scratch_of
 from .medium_m_consumer import consume
-from .medium_m_plan import MediumMPlan, MediumMProblem, MediumMTiles, check_problem, make_plan
+from .medium_m_plan import PRODUCER_REGISTERS, MediumMPlan, MediumMProblem, MediumMTiles, check_problem, make_plan
 
-MEDIUM_M_MAX = 64  # rows
-PRODUCER_REGISTERS = 24
+MEDIUM_M_MAX = 256  # rows
 
 
 def check_medium_m(x: jax.Array, w: Weight, *, swiglu: bool = False) -> None:
@@ -110,8 +110,10 @@ def _launch(
         functools.partial(_block, names=tuple(arguments), p=p, shuffled=shuffled and problem.fmt.quantized),
         out_type=jax.ShapeDtypeStruct((p.k_splits, problem.rows, problem.outputs), p.result_dtype),
         scratch_types=(scratch_of(p),),
-        grid=(p.blocks,),
-        grid_names=("block",),
+        grid=(p.clusters,),
+        grid_names=("cluster",),
+        cluster=(p.cluster,) if p.cluster > 1 else (),
+        cluster_names=(MEMBER,) if p.cluster > 1 else (),
         num_threads=p.consumers + 1,
         thread_name="warpgroup",
         interpret=interpret,
@@ -128,7 +130,8 @@ def _block(*refs: Any, names: tuple[str, ...], p: MediumMPlan, shuffled: bool) -
     layer = given["layer"][0] if "layer" in given else 0
     scale = given["scale"].at[layer] if "scale" in given else None
     me = lax.axis_index("warpgroup")
-    block = Block(p, me, lax.axis_index("block"), shuffled, given["x"], given["w"].at[layer], scale, out_ref, scratch)
+    cluster, member = lax.axis_index("cluster"), lax.axis_index(MEMBER) if p.cluster > 1 else 0
+    block = Block(p, me, cluster, member, shuffled, given["x"], given["w"].at[layer], scale, out_ref, scratch)
     warp_specialize(
         me,
         lambda: _produce(block),
@@ -152,7 +155,8 @@ def _produce(block: Block) -> None:
                 source = block.w.at[pl.ds(projection * p.problem.outputs + tile.out, p.n_out), inputs]
                 place = scratch.w_ring.at[slot, pl.ds(projection * p.n_out, p.n_out)]
                 plgpu.copy_gmem_to_smem(source, place, full)
-            plgpu.copy_gmem_to_smem(block.x.at[:, inputs], scratch.x_ring.at[slot], full)
+            everyone = MEMBER if p.cluster > 1 else None  # each block copies its part of x to all of the cluster
+            plgpu.copy_gmem_to_smem(block.x.at[:, inputs], scratch.x_ring.at[slot], full, collective_axes=everyone)
             return count + 1
 
         return lax.fori_loop(tile.start, tile.end, stage, count)

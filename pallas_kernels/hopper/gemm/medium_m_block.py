@@ -13,6 +13,7 @@ from ..common.tiles import WGMMA_ROWS, swizzled
 from .medium_m_plan import MediumMPlan
 
 Ref = Any  # Pallas has no public type for a reference
+MEMBER = "member"  # the axis of a cluster's blocks
 
 
 class WorkTile(NamedTuple):
@@ -30,7 +31,7 @@ class Scratch:
     """Shared memory and barriers of a block. Pallas lays them out in the order of the fields."""
 
     consumers_meet: Ref  # barrier of all consumers
-    free: Ref  # a barrier a stage: all consumers are done with it
+    free: Ref  # a barrier a stage: all consumers are done with it, of all blocks of a cluster
     full: Ref  # a barrier a stage: its copies have arrived
     staged: Ref  # [columns, n_tile and more], sums on their way to global memory
     w_ring: Ref  # [depth, n_tile, step]
@@ -42,9 +43,12 @@ def scratch_of(p: MediumMPlan) -> Scratch:
     """Shared memory and barriers for a plan."""
     problem, fmt = p.problem, p.problem.fmt
     widened = p.interpret and fmt.quantized
+    free: Any = plgpu.Barrier(num_arrivals=p.consumers, num_barriers=p.depth)
+    if p.cluster > 1:  # a copy of one block arrives in all of them, so all must have room
+        free = plgpu.ClusterBarrier(collective_axes=(MEMBER,), num_arrivals=p.consumers, num_barriers=p.depth)
     return Scratch(
         consumers_meet=plgpu.Barrier(num_arrivals=p.consumers),
-        free=plgpu.Barrier(num_arrivals=p.consumers, num_barriers=p.depth),
+        free=free,
         full=plgpu.Barrier(num_arrivals=3 if problem.swiglu else 2, num_barriers=p.depth),
         staged=plgpu.SMEM(p.staged_shape, p.result_dtype),
         w_ring=swizzled((p.depth, p.n_tile, p.step), fmt.dtype),
@@ -59,7 +63,8 @@ class Block:
 
     plan: MediumMPlan
     me: Any  # index of this warpgroup
-    index: Any  # of this block
+    cluster: Any  # index of this block's cluster
+    member: Any  # index of this block in its cluster
     shuffled: bool  # whether x has the order of inputs of `widen.shuffle_inputs`
     x: Ref  # [rows, inputs]
     w: Ref  # [rows of the weight, inputs], of one layer
@@ -69,9 +74,16 @@ class Block:
 
     @property
     def turns(self) -> Any:
-        """Work tiles of this block."""
+        """Work tiles of this block, as many as of the others in its cluster."""
         p = self.plan
-        return (p.n_tiles * p.k_splits - self.index + p.blocks - 1) // p.blocks
+        return (p.cluster_tiles - self.cluster + p.clusters - 1) // p.clusters
+
+    @property
+    def scales_packed(self) -> bool:
+        """Whether `widen_scaled` widens and scales 4-bit integers. It takes scales of 11 bits, and no shuffled x."""
+        fmt, scale = self.plan.problem.fmt, self.scale
+        ours = not self.plan.interpret and not self.shuffled and fmt.bits == 4
+        return ours and scale is not None and scale.dtype.itemsize == 2
 
     @property
     def first_row(self) -> Any:
@@ -81,9 +93,17 @@ class Block:
     def work_tile(self, turn: Any) -> WorkTile:
         """The work tile that this block takes at this turn."""
         p = self.plan
-        index = turn * p.blocks + self.index
-        n_tile, split = index // p.k_splits, lax.rem(index, p.k_splits)
+        index = turn * p.clusters + self.cluster
+        n_tile, split = index // p.k_splits * p.cluster + self.member, lax.rem(index, p.k_splits)
         # If the last N tile would pass the end, it begins earlier. It then overlaps the tile before it, and both write
         # the same values to the shared outputs.
         out = pl.multiple_of(jnp.minimum(n_tile * p.n_out, p.problem.outputs - p.n_out), 8)
         return WorkTile(out, split, split * p.steps // p.k_splits, (split + 1) * p.steps // p.k_splits)
+
+    def release(self, slot: Any) -> None:
+        """This consumer is done with the stage in a slot of the ring."""
+        p = self.plan
+        if p.cluster > 1 and p.problem.fmt.quantized:
+            # One thread arrives at the barrier of a cluster for its warpgroup. First all must have read their integers.
+            plgpu.commit_smem()
+        plgpu.barrier_arrive(self.scratch.free.at[slot])

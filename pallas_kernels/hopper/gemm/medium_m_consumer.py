@@ -26,10 +26,10 @@ from ..common.thread_ops import (
     store_per_thread,
 )
 from ..common.tiles import WGMMA_ROWS, broadcast_rows
-from ..common.widen import load_integers, load_shuffled, widen, widen_shuffled
+from ..common.widen import load_integers, load_shuffled, widen, widen_scaled, widen_shuffled
 from .medium_m_block import Block, WorkTile
-from .medium_m_plan import STAGED_ROWS
 
+WIDENED = 64  # inputs that are widened at a time, while the products of those before run
 AT_A_TIME = 4  # rows of the result that a thread writes at a time
 
 
@@ -42,112 +42,126 @@ def consume(block: Block) -> None:
         stages = tile.end - tile.start
         if not p.problem.fmt.quantized:
             sums = _floats(block, count, stages)
-        elif p.problem.fmt.grouped:
+        elif p.problem.fmt.grouped and not p.scales_weights:
             sums = _one_scale_a_group(block, tile, count, stages)
         else:
-            sums = _one_scale_a_row(block, tile, count, stages)
+            sums = _one_sum(block, tile, count, stages)
         _write(block, tile, sums)
         return count + stages
 
     lax.fori_loop(0, block.turns, turn, jnp.int32(0))
 
 
-def _x(block: Block, slot: Any, begin: int = 0, end: int | None = None) -> Any:
-    return block.scratch.x_ring.at[slot, :, begin : end or block.plan.step].T
+def _multiply(block: Block, accs: Any, weights: Any, slot: Any, begin: int = 0, end: int | None = None) -> None:
+    """Add the products of weights [64, inputs] and some inputs of a stage's x to the accumulators."""
+    for (first, columns), acc in zip(block.plan.accumulators, accs, strict=True):
+        x = block.scratch.x_ring.at[slot, pl.ds(first, columns), begin : end or block.plan.step]
+        plgpu.wgmma(acc, weights, x.T)
 
 
-def _accumulator(block: Block) -> Any:
-    return plgpu.ACC((WGMMA_ROWS, block.plan.problem.columns), jnp.float32)
+def _accumulate(block: Block, scoped: Any) -> Any:
+    """What ``scoped`` gives, whose arguments are accumulators of all columns."""
+    shapes = [(WGMMA_ROWS, columns) for _, columns in block.plan.accumulators]
+    return pl.run_scoped(scoped, *[plgpu.ACC(shape, jnp.float32) for shape in shapes])
 
 
-def _floats(block: Block, count: Any, stages: Any) -> jax.Array:
+def _floats(block: Block, count: Any, stages: Any) -> list[jax.Array]:
     """The products of one stage run while those of the next are issued."""
     scratch, depth = block.scratch, block.plan.depth
 
-    def scoped(acc: Any) -> jax.Array:
+    def scoped(*accs: Any) -> list[jax.Array]:
         def stage(i: Any, _: Any) -> None:
             slot = lax.rem(count + i, depth)
             plgpu.barrier_wait(scratch.full.at[slot])
-            plgpu.wgmma(acc, scratch.w_ring.at[slot, pl.ds(block.first_row, WGMMA_ROWS)], _x(block, slot))
-            plgpu.wgmma_wait(1)
+            _multiply(block, accs, scratch.w_ring.at[slot, pl.ds(block.first_row, WGMMA_ROWS)], slot)
+            plgpu.wgmma_wait(len(accs))
 
             @pl.when(i > 0)
             def _() -> None:
-                plgpu.barrier_arrive(scratch.free.at[lax.rem(count + i - 1, depth)])
+                block.release(lax.rem(count + i - 1, depth))
 
         lax.fori_loop(0, stages, stage, None)
-        plgpu.wgmma_wait(0)
-        plgpu.barrier_arrive(scratch.free.at[lax.rem(count + stages - 1, depth)])
-        return acc[...]
+        _release(block, lax.rem(count + stages - 1, depth))
+        return [acc[...] for acc in accs]
 
-    return pl.run_scoped(scoped, _accumulator(block))
+    return _accumulate(block, scoped)
 
 
-def _one_scale_a_row(block: Block, tile: WorkTile, count: Any, stages: Any) -> jax.Array:
-    """The integers of the next stage are loaded while the products of this one run."""
-    factors = _scales(block, tile, 0)  # loaded before the products, used after them
+def _one_sum(block: Block, tile: WorkTile, count: Any, stages: Any) -> list[jax.Array]:
+    """The integers of the next stage, and their scales, are loaded while the products of this one run. The scale of a
+    group multiplies the weights, that of a row the sums."""
+    p, grouped = block.plan, block.plan.problem.fmt.grouped
+    factors = None if grouped else _scales(block, tile, 0)  # loaded before the products, used after them
+    begins = range(0, p.step, p.group)
 
-    def scoped(acc: Any) -> jax.Array:
-        def multiply(i: Any, integers: Any) -> None:
-            slot = lax.rem(count + i, block.plan.depth)
-            plgpu.wgmma(acc, _operand(block, integers, 0, block.plan.step), _x(block, slot))
+    def load(i: Any, slot: Any) -> Any:
+        scales = [_scales(block, tile, _group(block, tile.start + i, g)) if grouped else None for g in begins]
+        return slot, scales, _load(block, slot)
 
-        def stage(i: Any, integers: Any) -> Any:
-            multiply(i, integers)
-            following = _load(block, count + i + 1)
-            _release(block, count + i)
+    def scoped(*accs: Any) -> list[jax.Array]:
+        def multiply(loaded: Any) -> None:
+            slot, scales, integers = loaded
+            for begin, scale in zip(begins, scales, strict=True):
+                _multiply_integers(block, accs, integers, slot, begin, begin + p.group, scale)
+
+        def stage(i: Any, loaded: Any) -> Any:
+            multiply(loaded)
+            following = load(i + 1, _after(block, loaded[0]))
+            _release(block, loaded[0])
             return following
 
-        multiply(stages - 1, lax.fori_loop(0, stages - 1, stage, _load(block, count)))
-        _release(block, count + stages - 1)
-        return acc[...]
+        loaded = lax.fori_loop(0, stages - 1, stage, load(0, lax.rem(count, p.depth)))
+        multiply(loaded)
+        _release(block, loaded[0])
+        return [acc[...] for acc in accs]
 
-    total = pl.run_scoped(scoped, _accumulator(block))
-    return total * broadcast_rows(factors, total.shape)
+    totals = _accumulate(block, scoped)
+    return totals if factors is None else [total * broadcast_rows(factors, total.shape) for total in totals]
 
 
-def _one_scale_a_group(block: Block, tile: WorkTile, count: Any, stages: Any) -> jax.Array:
+def _one_scale_a_group(block: Block, tile: WorkTile, count: Any, stages: Any) -> list[jax.Array]:
     """Every group has sums of its own, which are scaled exactly. Scales and integers are loaded a stage ahead."""
     p = block.plan
     groups = range(p.step // p.group)
 
-    def load(i: Any) -> Any:
-        scales = [_scales(block, tile, (tile.start + i) * len(groups) + g) for g in groups]
-        return scales, _load(block, count + i)
+    def load(i: Any, slot: Any) -> Any:
+        scales = [_scales(block, tile, _group(block, tile.start + i, g * p.group)) for g in groups]
+        return slot, scales, _load(block, slot)
 
-    def multiply(i: Any, total: jax.Array, loaded: Any, following: Any) -> Any:
-        scales, integers = loaded
-        slot = lax.rem(count + i, p.depth)
+    def multiply(total: jax.Array, loaded: Any, following: Any) -> Any:
+        slot, scales, integers = loaded
         ahead = None
         for g, scale in zip(groups, scales, strict=True):
 
             def scoped(acc: Any, g: int = g) -> Any:
-                begin, end = g * p.group, (g + 1) * p.group
-                plgpu.wgmma(acc, _operand(block, integers, begin, end), _x(block, slot, begin, end))
-                ahead = following() if following is not None and g == groups[-1] else None
+                _multiply_integers(block, [acc], integers, slot, g * p.group, (g + 1) * p.group)
+                ahead = following(slot) if following is not None and g == groups[-1] else None
                 plgpu.wgmma_wait(0)
                 if g == groups[-1]:
-                    plgpu.barrier_arrive(block.scratch.free.at[slot])
+                    block.release(slot)
                 return acc[...], ahead
 
-            sums, ahead = pl.run_scoped(scoped, _accumulator(block))
+            sums, ahead = _accumulate(block, scoped)
             total = total + sums * broadcast_rows(scale, total.shape)
         return total, ahead
 
     def stage(i: Any, carry: Any) -> Any:
-        total, loaded = carry
-        return multiply(i, total, loaded, lambda: load(i + 1))
+        return multiply(*carry, lambda slot: load(i + 1, _after(block, slot)))
 
     zero = plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, p.problem.columns), jnp.float32), plgpu.Layout.WGMMA)
-    total, loaded = lax.fori_loop(0, stages - 1, stage, (zero, load(0)))
-    return multiply(stages - 1, total, loaded, None)[0]
+    total, loaded = lax.fori_loop(0, stages - 1, stage, (zero, load(0, lax.rem(count, p.depth))))
+    return [multiply(total, loaded, None)[0]]
 
 
-def _load(block: Block, number: Any) -> Any:
+def _after(block: Block, slot: Any) -> Any:
+    """The next slot of the ring. A remainder of the stage's number would be divided anew, in 64 bits, at every use."""
+    return jnp.where(slot == block.plan.depth - 1, 0, slot + 1)
+
+
+def _load(block: Block, slot: Any) -> Any:
     """This consumer's integers of a stage, once they have arrived, in registers. The interpreter has no wgmma with an
     operand in registers: there they are widened to shared memory, see `_operand`."""
     p, scratch = block.plan, block.scratch
-    slot = lax.rem(number, p.depth)
     plgpu.barrier_wait(scratch.full.at[slot])
     weights = scratch.w_ring.at[slot, pl.ds(block.first_row, WGMMA_ROWS)]
     if scratch.widened is not None:
@@ -155,20 +169,44 @@ def _load(block: Block, number: Any) -> Any:
     return load_shuffled(weights) if block.shuffled else load_integers(weights, p.problem.fmt)
 
 
-def _release(block: Block, number: Any) -> None:
+def _release(block: Block, slot: Any) -> None:
     plgpu.wgmma_wait(0)
-    plgpu.barrier_arrive(block.scratch.free.at[lax.rem(number, block.plan.depth)])
+    block.release(slot)
 
 
-def _operand(block: Block, integers: jax.Array, begin: int, end: int) -> Any:
-    """Some inputs of a stage's integers as wgmma's left operand."""
-    dtype, widened = block.plan.problem.dtype, block.scratch.widened
+def _multiply_integers(
+    block: Block, accs: Any, integers: jax.Array, slot: Any, first: int, last: int, scale: jax.Array | None = None
+) -> None:
+    """Add the products of these inputs of a stage. Some run while the inputs after them are widened."""
+    for begin in range(first, last, WIDENED):
+        end = min(begin + WIDENED, last)
+        _multiply(block, accs, _operand(block, integers, begin, end, scale), slot, begin, end)
+
+
+def _operand(block: Block, integers: jax.Array, begin: int, end: int, scale: jax.Array | None = None) -> Any:
+    """Some inputs of a stage's integers as wgmma's left operand, times the scale [64] of their group if it is given."""
+    dtype, widened, integers = block.plan.problem.dtype, block.scratch.widened, integers[:, begin:end]
+    if scale is not None and block.scales_packed:
+        return widen_scaled(integers, scale, dtype)
     if widened is None:
-        return (widen_shuffled if block.shuffled else widen)(integers[:, begin:end], dtype)
+        weights = (widen_shuffled if block.shuffled else widen)(integers, dtype)
+    else:
+        weights = integers.astype(dtype)
+    if scale is not None:  # as the reference does it: a product in float32, and one rounding
+        weights = (weights.astype(jnp.float32) * broadcast_rows(scale, weights.shape)).astype(dtype)
+    if widened is None:
+        return weights
     place = widened.at[block.me, :, begin:end]
-    place[...] = integers[:, begin:end].astype(dtype)
+    place[...] = weights
     plgpu.commit_smem()
     return place
+
+
+def _group(block: Block, stage: Any, begin: int) -> Any:
+    """The group of a stage's input ``begin``."""
+    fmt = block.plan.problem.fmt
+    assert fmt.group is not None
+    return (stage * block.plan.step + begin) // fmt.group
 
 
 def _scales(block: Block, tile: WorkTile, group: Any) -> jax.Array:
@@ -202,18 +240,19 @@ def _scales(block: Block, tile: WorkTile, group: Any) -> jax.Array:
     return load(block.scale, tile.out, block.first_row, jnp.int32(group)).astype(jnp.float32)  # type: ignore[call-arg]
 
 
-def _write(block: Block, tile: WorkTile, sums: jax.Array) -> None:
+def _write(block: Block, tile: WorkTile, sums: list[jax.Array]) -> None:
     """Transpose the sums [64, columns] of all consumers through shared memory, and write them as parts of the result's
     rows."""
     p, staged = block.plan, block.scratch.staged
     out = block.out.at[tile.k_split if p.k_splits > 1 else 0]
-    for begin in range(0, p.problem.columns, STAGED_ROWS):
-        width = min(STAGED_ROWS, p.problem.columns - begin)
-        values = sums[:, begin : begin + width].astype(staged.dtype)
-        consumer_barrier(block.scratch.consumers_meet)  # all have read what was there before
-        _store_transposed(block, values)
-        consumer_barrier(block.scratch.consumers_meet)
-        _write_rows(block, out, tile.out, begin, min(width, p.problem.rows - begin))
+    for (first, columns), total in zip(p.accumulators, sums, strict=True):
+        for begin in range(0, columns, staged.shape[0]):
+            width = min(staged.shape[0], columns - begin)
+            values = total[:, begin : begin + width].astype(staged.dtype)
+            consumer_barrier(block.scratch.consumers_meet)  # all have read what was there before
+            _store_transposed(block, values)
+            consumer_barrier(block.scratch.consumers_meet)
+            _write_rows(block, out, tile.out, first + begin, min(width, p.problem.rows - first - begin))
 
 
 def _store_transposed(block: Block, values: jax.Array) -> None:

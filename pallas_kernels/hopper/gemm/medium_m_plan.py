@@ -1,8 +1,9 @@
 """How a medium-M GEMM is divided among the multiprocessors: plain arithmetic, no kernel.
 
 A work tile is an N tile (a range of rows of the weight) over one K split (a range of its inputs), for all rows of x.
-The plan is the cheapest candidate of a cost model: what bounds the busiest block, and what every work tile and every K
-split adds.
+Two blocks may form a cluster: they have neighbouring N tiles of one K split, and each fetches half of x for both. The
+plan is the cheapest candidate of a cost model: what bounds the busiest block, and what every work tile and every K split
+adds.
 """
 
 import itertools
@@ -15,18 +16,25 @@ import jax.numpy as jnp
 from ...arch import planned
 from ...dispatch import Unsupported
 from ..common.tiles import WGMMA_ROWS, Format, nbytes
+from ..common.warp_specialize import MAX_REGISTERS, consumer_registers
 
 # Rates of one multiprocessor of an H200, a nanosecond.
 MEMORY_BYTES = 31  # its share of the memory bus
-CACHE_BYTES = 45  # its share of the L2 cache, from which x comes once for every N tile
+CACHE_BYTES = 45  # its share of the L2 cache, from which x comes once for every N tile, or for two in a cluster
 PRODUCTS = 3500  # multiply-adds of 16-bit numbers
 WIDENED = {4: 75, 8: 60}  # integers of so many bits that become floats
-WORK_TILE_NS = 700  # to finish a work tile
+WORK_TILE_NS = 700  # to finish a work tile of up to 64 rows
 SUM_BYTES = 4000  # of float32 K splits, written and read again by all multiprocessors
 FUSION_NS = 4000  # the XLA fusion that adds K splits where no kernel does
 
 MAX_CONSUMERS = 4
+MAX_CLUSTER = 2  # blocks that share x
+PRODUCER_REGISTERS = 24
+OTHER_REGISTERS = 28  # of a consumer's thread, besides its sums and weights
 STAGED_ROWS = 64  # rows of the result that are transposed at a time
+WGMMA_COLUMNS = 192  # ptxas refuses more in a block of four warpgroups: one wgmma would need too many registers
+HALF_COLUMNS = 128
+EXACT_COLUMNS = 64  # of more columns, sums of one group are not kept apart
 SCRATCH_RESERVE = 3072  # bytes of shared memory for barriers, and for scratch that the compiler adds
 MIN_DEPTH = 3
 
@@ -39,6 +47,7 @@ class MediumMTiles:
     step: int = 128  # inputs of a stage
     k_splits: int = 1
     depth: int = 12  # stages in flight, at most
+    cluster: int = 1  # blocks that share x
 
 
 @dataclass(frozen=True)
@@ -100,19 +109,30 @@ class MediumMPlan:
         return self.n_tile // 2 if self.problem.swiglu else self.n_tile
 
     @property
-    def n_tiles(self) -> int:
-        """N tiles. The last is moved up if it would pass the end."""
-        return math.ceil(self.problem.outputs / self.n_out)
+    def cluster(self) -> int:
+        """Blocks of a cluster."""
+        return self.tiles.cluster
+
+    @property
+    def cluster_tiles(self) -> int:
+        """Work tiles of clusters. Blocks of a cluster take neighbouring N tiles; N tiles that would pass the end are
+        moved up, so that all blocks of a cluster take part in every stage."""
+        return math.ceil(self.problem.outputs / (self.n_out * self.cluster)) * self.k_splits
+
+    @property
+    def clusters(self) -> int:
+        """Clusters, at most one block a multiprocessor."""
+        return min(self.sms // self.cluster, self.cluster_tiles)
 
     @property
     def blocks(self) -> int:
-        """Blocks, at most one a multiprocessor."""
-        return min(self.sms, self.n_tiles * self.k_splits)
+        """Blocks of all clusters."""
+        return self.clusters * self.cluster
 
     @property
     def turns(self) -> int:
         """Work tiles of the busiest block."""
-        return math.ceil(self.n_tiles * self.k_splits / self.blocks)
+        return math.ceil(self.cluster_tiles / self.clusters)
 
     @property
     def consumers(self) -> int:
@@ -126,6 +146,28 @@ class MediumMPlan:
         return min(self.problem.fmt.group or self.step, self.step)
 
     @property
+    def accumulators(self) -> list[tuple[int, int]]:
+        """First column and number of columns of each accumulator: one, or two of more columns than wgmma takes."""
+        columns = self.problem.columns
+        most = columns if columns <= WGMMA_COLUMNS else HALF_COLUMNS
+        return [(first, min(most, columns - first)) for first in range(0, columns, most)]
+
+    @property
+    def scales_weights(self) -> bool:
+        """Whether the scales of groups multiply the weights, before these are rounded, and not the sums of a group."""
+        return self.problem.fmt.grouped and self.problem.columns > EXACT_COLUMNS
+
+    @property
+    def registers(self) -> int:
+        """Registers of a consumer's thread: sums, those of one group, this stage's weights, and the next one's."""
+        fmt, threads = self.problem.fmt, 128
+        sums = WGMMA_ROWS * self.problem.columns // threads
+        if fmt.grouped and not self.scales_weights:
+            sums *= 2
+        weights = WGMMA_ROWS * self.step * (16 + 2 * fmt.bits) // 32 // threads if fmt.quantized else 0
+        return sums + weights + OTHER_REGISTERS
+
+    @property
     def result_dtype(self) -> Any:
         """The dtype in which the kernel writes: K splits stay float32."""
         return jnp.dtype(jnp.float32) if self.k_splits > 1 or self.problem.splittable else self.problem.out_dtype
@@ -134,7 +176,9 @@ class MediumMPlan:
     def staged_shape(self) -> tuple[int, int]:
         """Of the buffer in which sums are transposed. Rows are a multiple of 16 and 8 long, so that the threads of a
         warp, which write 8 rows at a time, meet different banks."""
-        return min(self.problem.columns, STAGED_ROWS), 16 * math.ceil((self.n_tile - 8) / 16) + 8
+        many = self.problem.columns > STAGED_ROWS and jnp.dtype(self.result_dtype).itemsize > 2
+        rows = STAGED_ROWS // 2 if many else STAGED_ROWS
+        return min(self.problem.columns, rows), 16 * math.ceil((self.n_tile - 8) / 16) + 8
 
     @property
     def depth(self) -> int:
@@ -150,7 +194,7 @@ class MediumMPlan:
         """The cost model: what the busiest block takes, and the K splits."""
         p = self.problem
         weights = nbytes((self.n_tile, self.step), p.fmt.bits)
-        loaded = weights + nbytes((p.columns, self.step), 16)
+        loaded = weights + nbytes((p.columns, self.step), 16) / self.cluster
         share = min(CACHE_BYTES, MEMORY_BYTES * self.sms / self.blocks)
         numbers = WGMMA_ROWS * self.consumers * self.step
         stage = max(weights / share, loaded / CACHE_BYTES, numbers * p.columns / PRODUCTS)
@@ -158,7 +202,8 @@ class MediumMPlan:
             stage = max(stage, numbers / WIDENED[p.fmt.bits])
         sums = self.k_splits * nbytes((p.rows, p.out), 2 * 32) / SUM_BYTES if self.k_splits > 1 else 0
         sums += FUSION_NS if self.k_splits > 1 and not p.splittable else 0
-        return self.turns * (math.ceil(self.steps / self.k_splits) * stage + WORK_TILE_NS) + sums
+        finish = WORK_TILE_NS * max(1, p.rows / 64)
+        return self.turns * (math.ceil(self.steps / self.k_splits) * stage + finish) + sums
 
 
 def make_plan(problem: MediumMProblem, tiles: MediumMTiles | None, sms: int, *, interpret: bool = False) -> MediumMPlan:
@@ -172,14 +217,23 @@ def make_plan(problem: MediumMProblem, tiles: MediumMTiles | None, sms: int, *, 
 
 
 def _candidates(problem: MediumMProblem, sms: int) -> list[MediumMPlan]:
-    unit = 16 if problem.swiglu else 8
-    most = MAX_CONSUMERS if problem.columns <= 64 and not problem.fmt.quantized else MAX_CONSUMERS - 1
-    n_tiles = range(WGMMA_ROWS, min(WGMMA_ROWS * most, problem.out) + 1, unit)
-    steps = [step for step in (64, 128) if problem.inner % step == 0 and step % (problem.fmt.group or 1) == 0]
-    steps = steps[-1:] if problem.fmt.quantized else steps
+    fmt, unit = problem.fmt, 16 if problem.swiglu else 8
+    n_tiles = range(WGMMA_ROWS, min(WGMMA_ROWS * MAX_CONSUMERS, problem.out) + 1, unit)
+    steps = [s for s in (64, 128) if problem.inner % s == 0 and 0 in (s % (fmt.group or s), (fmt.group or s) % s)]
+    steps = steps[-1:] if fmt.quantized and problem.columns <= EXACT_COLUMNS else steps
     splits = [1] if problem.swiglu else range(1, 9)
-    made = [MediumMPlan(problem, MediumMTiles(n, s, k), sms) for n, s, k in itertools.product(n_tiles, steps, splits)]
-    return [p for p in made if p.depth >= MIN_DEPTH and p.steps >= p.k_splits and p.k_splits <= sms]
+    # Multicast copies whole tiles of 8 rows of x.
+    clusters = [c for c in range(1, MAX_CLUSTER + 1) if problem.columns % (8 * c) == 0 and sms >= c]
+    tiles = itertools.product(clusters, n_tiles, steps, splits)
+    made = [MediumMPlan(problem, MediumMTiles(n, s, k, cluster=c), sms) for c, n, s, k in tiles]
+    return [p for p in made if _fits(p)]
+
+
+def _fits(p: MediumMPlan) -> bool:
+    """Whether a plan has enough shared memory, registers and stages."""
+    registers = consumer_registers(p.consumers, PRODUCER_REGISTERS) if p.consumers > 1 else MAX_REGISTERS
+    enough = p.depth >= MIN_DEPTH and p.registers <= registers
+    return enough and p.steps >= p.k_splits and p.k_splits <= p.sms // p.cluster
 
 
 def check_problem(problem: MediumMProblem, sms: int) -> None:
@@ -187,8 +241,8 @@ def check_problem(problem: MediumMProblem, sms: int) -> None:
     fmt, unit = problem.fmt, 16 if problem.swiglu else 8
     if problem.inner % 64:
         raise Unsupported(f"{problem.inner} inputs: must be a multiple of 64")
-    if fmt.group is not None and 128 % fmt.group:
-        raise Unsupported(f"groups of {fmt.group} inputs: must divide 128")
+    if fmt.group is not None and 128 % fmt.group and fmt.group % 128:
+        raise Unsupported(f"groups of {fmt.group} inputs: must divide 128, or be a multiple of it")
     if problem.out % unit or problem.out < WGMMA_ROWS:
         raise Unsupported(f"{problem.out} outputs: must be a multiple of {unit}, at least {WGMMA_ROWS}")
     make_plan(problem, None, sms)
