@@ -13,12 +13,12 @@ from .hopper.common.tiles import Weight
 from .hopper.gemm.large_m import check_large_m
 from .hopper.gemm.large_m_plan import LargeMTiles
 from .hopper.gemm.large_m_qkv import large_m_qkv
-from .hopper.gemm.medium_m import MEDIUM_M_MAX
 from .layer_view import LayerView
 from .matmul import NO_BIAS, affine, matmul_reference
 
 Result = tuple[jax.Array, jax.Array, jax.Array]
 START_MULTIPLE = LargeMTiles.chunk  # where the kernel can begin in a page
+FEW_ROWS = 64  # of a prompt: then product, rotation and cache write are three steps
 
 
 def qkv_reference(
@@ -142,8 +142,8 @@ def check_qkv(
     (B, T, inner), (cached, kv_heads, size, D) = x.shape, k.shape[-4:]
     cached = cached if table is None else table.shape[0]
     rows, chunk = math.prod(x.shape[:2]), LargeMTiles.chunk
-    if rows <= MEDIUM_M_MAX:
-        raise Unsupported(f"{rows} rows: smaller GEMMs take up to {MEDIUM_M_MAX}")
+    if rows <= FEW_ROWS:
+        raise Unsupported(f"{rows} rows: smaller GEMMs take up to {FEW_ROWS}")
     if D not in (64, 128):
         raise Unsupported(f"head_dim must be 64 or 128, found {D}")
     if k.shape != v.shape or k.ndim != (4 if layer is None else 5) or (cached, *start.shape) != (B, B):

@@ -22,7 +22,7 @@ from pallas_kernels.hopper.add_norm import add_norm
 from pallas_kernels.hopper.common.tiles import format_of
 from pallas_kernels.hopper.common.widen import shuffle_inputs
 from pallas_kernels.hopper.gemm.medium_m import check_medium_m, medium_m_gemm, medium_m_sums
-from pallas_kernels.hopper.gemm.medium_m_plan import MediumMProblem, MediumMTiles, make_plan
+from pallas_kernels.hopper.gemm.medium_m_plan import EXACT_COLUMNS, MediumMProblem, MediumMTiles, make_plan
 from pallas_kernels.rms_norm import rms_norm_reference
 
 pytestmark = pytest.mark.timeout(120)
@@ -49,7 +49,9 @@ def test_medium_m_interpreted(fmt: str, case: tuple[int, int, MediumMTiles, int]
     # Where tiles overlap, two warpgroups write the same values to one place: the detector would call that a race.
     params = interpreter() if tiles.n_tile % 64 == 0 else plgpu.InterpretGPUParams()
     y = medium_m_gemm(x, w, out_dtype=jnp.float32, tiles=tiles, sms=sms, interpret=params)
-    assert error(race_free(y) if tiles.n_tile % 64 == 0 else y, exact(x, w)) < 1e-5
+    # Of more columns, scaled weights are rounded, as the reference rounds them.
+    wanted = exact(x, w, rounded=rows > EXACT_COLUMNS)
+    assert error(race_free(y) if tiles.n_tile % 64 == 0 else y, wanted) < 1e-5
 
 
 @pytest.mark.parametrize("fmt", ["bf16", "int4-g128"])
@@ -196,7 +198,7 @@ def test_refused(shape: tuple[int, int], fmt: str, reason: str) -> None:
 
 
 def test_refused_layers() -> None:
-    with pytest.raises(Unsupported, match="8 rows: from 9 to 64 gain"):
+    with pytest.raises(Unsupported, match="8 rows: from 9 to 256 gain"):
         check_finish_layer(*arguments("7b", "bf16", 8))
     *most, norm = arguments("7b", "bf16", 9)
     with pytest.raises(Unsupported, match="norms have shapes"):

@@ -295,8 +295,8 @@ def test_plan_keeps_the_gpu_busy(case: str, fmt: str, rows: int) -> None:
         ((4096, 4096), jnp.float16, 1, "weight is bfloat16 but activations are float16"),
         ((4096, 288), jnp.bfloat16, 1, "288 inputs: must be a multiple of 128"),
         ((4100, 4096), jnp.bfloat16, 1, "4100 outputs: must be a multiple of 8"),
-        ((4096, 288), jnp.bfloat16, 100, "288 inputs: must be a multiple of 64"),
-        ((4000, 4096), jnp.bfloat16, 100, "4000 outputs: must be a multiple of 128"),
+        ((4096, 288), jnp.bfloat16, 300, "288 inputs: must be a multiple of 64"),
+        ((4000, 4096), jnp.bfloat16, 300, "4000 outputs: must be a multiple of 128"),
     ],
 )
 def test_refused(shape: tuple[int, int], dtype: Any, rows: int, reason: str) -> None:

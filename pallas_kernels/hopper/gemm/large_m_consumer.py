@@ -167,16 +167,14 @@ class Products:
 
         A group's scale is applied here, before the rounding. A row's scale is applied to the sums."""
         dtype, widened = self.block.problem.dtype, self.block.scratch.widened
-        if scale is None:
-            weights = widen(integers, dtype)
-        elif self.packed:
-            weights = widen_scaled(integers, scale, dtype)
-        else:
-            floats = widen(integers, dtype).astype(jnp.float32)
-            weights = (floats * broadcast_rows(scale, floats.shape)).astype(dtype)
+        if scale is not None and self.packed:
+            return widen_scaled(integers, scale, dtype)
+        weights = widen(integers, dtype) if widened is None else integers.astype(dtype)
+        if scale is not None:
+            weights = (weights.astype(jnp.float32) * broadcast_rows(scale, weights.shape)).astype(dtype)
         if widened is None:
             return weights
-        # The interpreter has no wgmma with an operand in registers.
+        # The interpreter has no wgmma with an operand in registers, and does not run `widen`.
         part = self.tiles.consumer_out
         place = widened.at[self.block.me, pl.ds(i * part, part), pl.ds(0, self.group)]
         place[...] = weights

@@ -146,7 +146,8 @@ def _one_scale_a_group(block: Block, tile: WorkTile, count: Any, stages: Any) ->
         return total, ahead
 
     def stage(i: Any, carry: Any) -> Any:
-        return multiply(*carry, lambda slot: load(i + 1, _after(block, slot)))
+        total, loaded = carry
+        return multiply(total, loaded, lambda slot: load(i + 1, _after(block, slot)))
 
     zero = plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, p.problem.columns), jnp.float32), plgpu.Layout.WGMMA)
     total, loaded = lax.fori_loop(0, stages - 1, stage, (zero, load(0, lax.rem(count, p.depth))))

@@ -2,8 +2,8 @@
 
 A work tile is an N tile (a range of rows of the weight) over one K split (a range of its inputs), for all rows of x.
 Two blocks may form a cluster: they have neighbouring N tiles of one K split, and each fetches half of x for both. The
-plan is the cheapest candidate of a cost model: what bounds the busiest block, and what every work tile and every K split
-adds.
+plan is the cheapest candidate of a cost model: what bounds the busiest block, and what every work tile and every K
+split adds.
 """
 
 import itertools
