@@ -22,6 +22,8 @@ from jllama.kernels import (
     ffn_reference,
     finish_layer,
     matmul,
+    project_and_attend,
+    project_and_attend_reference,
     qkv,
     qkv_reference,
     rms_norm,
@@ -165,12 +167,19 @@ def attend_new(
     backend: str,
 ) -> tuple[jax.Array, Cache]:
     """Attention [B, T, heads * head_dim] of a few tokens over the cache, to which their keys and values are written."""
-    y = affine(functools.partial(matmul, backend=backend), h, layer.wqkv, layer.bqkv)
-    by_ops = functools.partial(attend_and_write_reference, attend=functools.partial(cached_attention, backend=backend))
+    attend = functools.partial(_attend_new_by_ops, backend=backend)
+    by_ops = functools.partial(
+        project_and_attend_reference, product=functools.partial(matmul, backend=backend), attend=attend
+    )
     *arrays, place = cache.arrays(index)
-    arguments = y, *arrays, cache.table, cache.lengths, *rotation
-    out, k, v = attend_and_write.try_kernel(by_ops, *arguments, layer=place, backend=backend)
+    arguments = h, layer.wqkv, *arrays, cache.table, cache.lengths, *rotation
+    out, k, v = project_and_attend.try_kernel(by_ops, *arguments, bias=layer.bqkv, layer=place, backend=backend)
     return out, cache.with_arrays(index, k, v)
+
+
+def _attend_new_by_ops(*arguments: Any, layer: jax.Array | int | None, backend: str) -> Any:
+    by_ops = functools.partial(attend_and_write_reference, attend=functools.partial(cached_attention, backend=backend))
+    return attend_and_write.try_kernel(by_ops, *arguments, layer=layer, backend=backend)
 
 
 def project(

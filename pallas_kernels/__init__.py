@@ -1,7 +1,12 @@
 """Llama's operations: each a `jax.numpy` reference and, where there is one, a Pallas kernel held to it."""
 
 from .arch import Arch, known, pinned
-from .attend_and_write import attend_and_write, attend_and_write_reference
+from .attend_and_write import (
+    attend_and_write,
+    attend_and_write_reference,
+    project_and_attend,
+    project_and_attend_reference,
+)
 from .attention import DECODE_QUERIES, attention, decode_attention
 from .decode_step import StepWeights, decode_step
 from .dispatch import BACKENDS, Choice, Kernel, Op, Recorded, Unsupported, record, recorded, require_kernels
@@ -27,6 +32,7 @@ OPS: dict[str, Op] = {
         attention,
         decode_attention,
         paged_attention,
+        project_and_attend,
         attend_and_write,
         ffn,
         finish_layer,
@@ -72,6 +78,8 @@ __all__ = [
     "matmul",
     "paged_attention",
     "pinned",
+    "project_and_attend",
+    "project_and_attend_reference",
     "qkv",
     "qkv_reference",
     "quantize",

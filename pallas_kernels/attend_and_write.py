@@ -3,15 +3,23 @@
 As in `attention`, query ``i`` of row ``b`` has position ``start[b] + i`` and sees positions ``0 .. start[b] + i``, its
 own key among them. The cache is contiguous or, with a table, paged. Rows may share pages (see `paged_attention`), but
 none may read what another writes: the kernel reads the cache as it was before the call.
+
+`project_and_attend` has the QKV product, too. K splits of it are then added where attention reads them.
 """
 
+import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
 from .attention import attention_reference
-from .dispatch import Kernel, Op
+from .dispatch import Kernel, Op, Unsupported
 from .hopper.attention.decode import check_and_write, flash_decode_and_write
+from .hopper.common.tiles import Weight
+from .hopper.gemm.medium_m import MEDIUM_M_MAX, check_medium_m, medium_m_sums
+from .layer_view import LayerView
+from .matmul import NO_BIAS, SMALL_M_MAX, affine, matmul_reference
 from .paged_attention import PAGE, paged_attention_reference
 from .qkv import rotate, split_heads, write_cache
 
@@ -56,6 +64,64 @@ def attend_and_write_reference(
 
 attend_and_write = Op(
     "attend_and_write", attend_and_write_reference, {"hopper": Kernel(flash_decode_and_write, check_and_write)}
+)
+
+
+def project_and_attend_reference(
+    x: jax.Array,
+    w: Weight,
+    *arguments: Any,
+    bias: jax.Array | None = None,
+    layer: jax.Array | int | None,
+    product: Callable[..., jax.Array] = matmul_reference,
+    attend: Callable[..., Any] = attend_and_write_reference,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`attend_and_write_reference` of x [B, T, dim] · w [(heads + 2 * kv_heads) * D, dim] (+ bias) and its other
+    ``arguments``; ``product`` does the matmul, ``attend`` the rest."""
+    return attend(affine(product, x, w, bias), *arguments, layer=layer)
+
+
+def check_project_and_attend(
+    x: jax.Array,
+    w: Weight | LayerView,
+    *arguments: Any,
+    bias: jax.Array | None = None,
+    layer: jax.Array | int | None,
+) -> None:
+    """Raise `Unsupported` where `project_and_attend_kernel` cannot run."""
+    if bias is not None:
+        raise Unsupported(NO_BIAS)
+    w = w.stacked if isinstance(w, LayerView) else w
+    (B, T, inner), rows = x.shape, math.prod(x.shape[:2])
+    if not SMALL_M_MAX < rows <= MEDIUM_M_MAX:
+        raise Unsupported(f"{rows} rows: from {SMALL_M_MAX + 1} to {MEDIUM_M_MAX} gain")
+    if T > 1:
+        raise Unsupported(f"{T} new tokens a row: registers have room for the K splits of one")
+    check_medium_m(jax.ShapeDtypeStruct((rows, inner), x.dtype), w)
+    check_and_write(jax.ShapeDtypeStruct((B, T, w.shape[-2]), x.dtype), *arguments, layer=layer)
+
+
+def project_and_attend_kernel(
+    x: jax.Array,
+    w: Weight | LayerView,
+    *arguments: Any,
+    bias: None = None,
+    layer: jax.Array | int | None,
+    interpret: Any = None,
+    **options: Any,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`project_and_attend_reference` in two launches; ``options`` are those of `medium_m_sums`."""
+    del bias  # see `check_project_and_attend`
+    w, index = (w.stacked, w.index) if isinstance(w, LayerView) else (w, None)
+    rows = x.reshape(-1, x.shape[-1])
+    sums = medium_m_sums(rows, w, layer=index, out_dtype=x.dtype, interpret=interpret or False, **options)
+    return flash_decode_and_write(sums, *arguments, layer=layer, interpret=interpret)
+
+
+project_and_attend = Op(
+    "project_and_attend",
+    project_and_attend_reference,
+    {"hopper": Kernel(project_and_attend_kernel, check_project_and_attend)},
 )
 
 CASES = {

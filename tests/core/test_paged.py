@@ -80,9 +80,9 @@ def test_forward_takes_the_kernel_where_there_is_one(tokens: int) -> None:
     assert trace()["paged_attention"].impl == "xla"
     with jax.sharding.use_abstract_mesh(H200):
         choices = trace()
-    name = "attend_and_write" if tokens == 1 else "paged_attention"
+    name = "project_and_attend" if tokens == 1 else "paged_attention"
     assert choices[name] == Choice("pallas", "kernel runs here")
-    assert len(choices.keys() & {"attend_and_write", "paged_attention"}) == 1
+    assert choices.keys() & {"project_and_attend", "attend_and_write", "paged_attention"} == {name}
 
 
 def test_sizes_are_what_they_are() -> None:

@@ -14,8 +14,8 @@ from h200 import lower
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import PAGE, Choice, Unsupported, attend_and_write, record
-from pallas_kernels.attend_and_write import CASES, attend_and_write_reference
+from pallas_kernels import PAGE, Choice, Unsupported, attend_and_write, project_and_attend, record
+from pallas_kernels.attend_and_write import CASES, attend_and_write_reference, project_and_attend_kernel
 from pallas_kernels.hopper.attention.decode import (
     DecodeTiles,
     check_and_write,
@@ -23,6 +23,8 @@ from pallas_kernels.hopper.attention.decode import (
     flash_decode_and_write,
     flash_decode_paged,
 )
+from pallas_kernels.hopper.gemm.medium_m import medium_m_sums
+from pallas_kernels.hopper.gemm.medium_m_plan import MediumMTiles
 from pallas_kernels.layer_view import LayerView
 
 INTERPRET = plgpu.InterpretGPUParams()
@@ -136,6 +138,17 @@ def test_interpreted_it_gives_the_bits_of_what_it_replaces(name: str) -> None:
     assert_equal(found, chain(case, arguments, tiles=case.tiles, interpret=INTERPRET))
 
 
+def test_interpreted_with_the_product_it_adds_k_splits() -> None:
+    """In their order, and rounded once: the bits of a product that was added before."""
+    y, *arguments = SMALL["one-head-each"].arguments()
+    x, w = normal(7, (3, 1, 256), "bfloat16"), normal(8, (y.shape[-1], 256), "bfloat16") / 16
+    how = dict(tiles=MediumMTiles(128, k_splits=2, depth=2), sms=6, interpret=INTERPRET)
+    first, second = jax.block_until_ready(medium_m_sums(x[:, 0], w, **how))
+    y = (first + second).astype(y.dtype).reshape(y.shape)
+    wanted = jax.block_until_ready(flash_decode_and_write(y, *arguments, layer=LAYER, interpret=INTERPRET))
+    assert_equal(project_and_attend_kernel(x, w, *arguments, layer=LAYER, **how), wanted)
+
+
 LARGE = {
     f"{name}-{rows}x{T}": Case(tuple(range(3, 3 + 20 * rows, 20)), T=T, pages=22, **sizes)
     for name, all_sizes in CASES.items()
@@ -195,3 +208,18 @@ def test_compiled(name: str) -> None:
     differ = ~((k == other) | (np.isnan(k) & np.isnan(other)))
     assert differ.sum() <= 2e-3 * len(case.start) * case.T * case.kv_heads * case.head_dim
     np.testing.assert_allclose(k[differ], other[differ], rtol=2**-7)
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("name", ["llama3-8b-64x1", "tinyllama-9x1", "tinyllama-64x1"])
+def test_compiled_with_the_product(name: str) -> None:
+    """Of these shapes, the product has K splits."""
+    case = LARGE[name]
+    y, *arguments = case.arguments()
+    x, w = normal(7, (len(y), 1, 2048), y.dtype), normal(8, (y.shape[-1], 2048), y.dtype) / 45
+    run = jax.jit(functools.partial(project_and_attend, layer=LAYER, backend="pallas"))
+    found = run(x, w, *arguments)
+    with jax.default_matmul_precision("highest"):
+        assert_close(case, found, [x.astype(jnp.float32) @ w.astype(jnp.float32).T, *arguments])
+    assert_equal(run(x, w, *arguments)[:1], found[:1])

@@ -90,6 +90,11 @@ def example(name: str) -> tuple[Op, tuple[Any, ...], dict[str, Any]]:
             ),
             dict(layer=1),
         ),
+        "project_and_attend": (
+            OPS["project_and_attend"],
+            (x, normal(64, 32), *normal(2, 3, 5, 2, 8, 8), jnp.asarray([[4, 0], [2, 1]]), start, jnp.cos(cos), cos),
+            dict(layer=1),
+        ),
         "ffn": (OPS["ffn"], (x, normal(32), normal(96, 32), normal(32, 48)), eps),
         "finish_layer": (
             OPS["finish_layer"],
@@ -113,7 +118,7 @@ def total(tree: Any) -> jax.Array:
 
 
 PRODUCTS = ("matmul", "matmul-int8", "matmul-int4", "qkv", "ffn", "finish_layer")
-EXAMPLES = ("rms_norm", *PRODUCTS, "attention", "paged_attention", "attend_and_write", "draw")
+EXAMPLES = ("rms_norm", *PRODUCTS, "attention", "paged_attention", "project_and_attend", "attend_and_write", "draw")
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -316,7 +321,7 @@ def test_a_session_tells_what_ran_whether_it_was_traced_or_not() -> None:
         found.append(session.backends)
     assert found[0] == found[1]
     assert found[0].keys() == {"prefill", "decode"}
-    few = {"attend_and_write", "decode_attention", "decode_step"}  # for few tokens a row
+    few = {"project_and_attend", "attend_and_write", "decode_attention", "decode_step"}  # for few tokens a row
     assert found[0]["prefill"].keys() == set(OPS) - few - {"paged_attention"}
     assert found[0]["decode"].keys() == set(OPS) - {"attention", "paged_attention", "qkv"}
     assert found[0]["decode"]["draw"].why.startswith("greedy")

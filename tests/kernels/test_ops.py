@@ -317,7 +317,8 @@ def test_record_tells_what_every_op_of_a_forward_got_and_nothing_afterwards() ->
     with record() as choices:
         forward(params, tokens, init_cache(tiny.CONFIG, 1, 4, jnp.float32), backend="xla")
         forward(params, tokens.repeat(5, 1), init_cache(tiny.CONFIG, 1, 16, jnp.float32), backend="xla")
-    several = ("decode_step", "attend_and_write", "qkv", "finish_layer")  # for which smaller ops run
+    # For these, smaller ops run.
+    several = ("decode_step", "project_and_attend", "attend_and_write", "qkv", "finish_layer")
     forwards = set(OPS) - {"draw", "paged_attention"}
     assert choices == {n: Choice("ops" if n in several else "xla", "asked for") for n in forwards}
     choices.clear()

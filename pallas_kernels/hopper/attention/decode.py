@@ -125,10 +125,12 @@ def flash_decode_and_write(
     tiles: DecodeTiles | None = None,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """See `attend_and_write_reference`. Inside a jit that owns k and v, they are changed in place."""
-    (B, T, _), (*_, kv_heads, _, D) = y.shape, k.shape
+    """See `attend_and_write_reference`; y may also be K splits [k_splits, B, T, ...]. Inside a jit that owns k and v,
+    they are changed in place."""
+    (B, T, _), (*_, kv_heads, _, D) = cos.shape, k.shape
     stacked = k.reshape(-1, *k.shape[-4:]), v.reshape(-1, *v.shape[-4:])
-    tokens = NewTokens(y.reshape(B, T, -1, D), cos, sin, kv_heads, interpret is not None)
+    heads = y.reshape(-1, B, T, y.shape[-1] // D, D)
+    tokens = NewTokens(heads, cos, sin, kv_heads, k.dtype, interpret is not None)
     plan = Plan.of(tokens, Cache.in_place(*stacked, table, layer), tiles)
     empty = [lax.empty(a.shape, dtype=a.dtype) for a in plan.outputs(tokens)]
 

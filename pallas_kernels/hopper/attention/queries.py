@@ -1,10 +1,12 @@
 """Where decode attention gets its queries: from an array, or from the output of the QKV product.
 
 `GivenQueries` are ready, and their keys and values are in the cache. `NewTokens` are the outputs of the QKV product.
-Their heads are rotated on the way to shared memory. Their keys and values are put into the tile that holds their
-positions, and into the cache. So attention never reads from global memory what its own launch writes.
+They may be K splits, which are added first. Their heads are rotated on the way to shared memory. Their keys and values
+are put into the tile that holds their positions, and into the cache. So attention never reads from global memory what
+its own launch writes.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -88,42 +90,41 @@ class GivenQueries:
 class NewTokens:
     """What the QKV product gives for new tokens. On the host the fields are arrays, in a kernel references."""
 
-    y: Any  # [B, T, heads + 2 * kv_heads, D]: the heads of q, of k and of v, before rotary
+    y: Any  # [k_splits, B, T, heads + 2 * kv_heads, D]: the heads of q, of k and of v, before rotary
     cos: Any  # [B, T, D / 2] float32
     sin: Any
     kv_heads: int = field(metadata=dict(static=True))
+    dtype: Any = field(metadata=dict(static=True))  # of queries and cache, to which the sum of the K splits is rounded
     interpret: bool = field(metadata=dict(static=True))
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
         """B, T, kv_heads, group, D of the queries."""
-        B, T, heads, D = self.y.shape
+        _, B, T, heads, D = self.y.shape
         return B, T, self.kv_heads, heads // self.kv_heads - 2, D
 
-    @property
-    def dtype(self) -> Any:
-        return self.y.dtype
-
-    def begin(self, place: Place) -> list[tuple[Row, list[Row]]]:
-        """Start to load the rotations, and the heads of q, k and v that a block needs, for every token."""
+    def begin(self, place: Place) -> list[tuple[Row, list[jax.Array]]]:
+        """Start to load the rotations, and the heads of q, k and v that a block needs, for every token: the K splits of
+        each half head."""
         _, T, kv_heads, group, D = self.shape
-        half, key = D // 2, kv_heads * group + place.head
+        half, key, splits = D // 2, kv_heads * group + place.head, range(self.y.shape[0])
         own = [*(place.head * group + g for g in range(group)), key, key + kv_heads]
 
-        def token(t: int) -> tuple[Row, list[Row]]:
+        def token(t: int) -> tuple[Row, list[jax.Array]]:
             at = place.row, t
             rotation = tuple(load_per_thread(self, a, [(*at, 0)], half)[0] for a in (self.cos, self.sin))
-            places = [(*at, head, begin) for head in own for begin in (0, half)]
-            halves = load_per_thread(self, self.y, places, half)
-            return rotation, list(zip(halves[::2], halves[1::2], strict=True))  # pyright: ignore[reportReturnType]
+            places = [(i, *at, head, begin) for head in own for begin in (0, half) for i in splits]
+            return rotation, load_per_thread(self, self.y, places, half)  # pyright: ignore[reportReturnType]
 
         return [token(t) for t in range(T)]
 
-    def finish(self, place: Place, begun: list[tuple[Row, list[Row]]]) -> None:
-        """Rotate, and have the queries and the new keys and values in shared memory."""
-        half = self.shape[4] // 2
-        for t, (rotation, heads) in enumerate(begun):
-            *queries, key, value = heads
+    def finish(self, place: Place, begun: list[tuple[Row, list[jax.Array]]]) -> None:
+        """Add K splits, rotate, and have the queries and the new keys and values in shared memory."""
+        half, splits = self.shape[4] // 2, self.y.shape[0]
+        for t, (rotation, parts) in enumerate(begun):
+            sums = [functools.reduce(jnp.add, parts[i : i + splits]) for i in range(0, len(parts), splits)]
+            halves = [a.astype(self.dtype) for a in sums]
+            *queries, key, value = zip(halves[::2], halves[1::2], strict=True)
             _store_queries(self, place.q, t * place.rows, [_rotate(head, rotation) for head in queries])
             for i, new in enumerate((_rotate(key, rotation), value)):
                 store_per_thread(self, place.new, [(i, t, 0), (i, t, half)], new, half)

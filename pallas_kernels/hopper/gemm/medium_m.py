@@ -4,7 +4,7 @@ The output is divided into work tiles: an N tile over one K split (see `medium_m
 warpgroup copies stages of weights and of x into a ring by TMA; in a cluster of two blocks each copies half of x, and
 TMA writes it to both. Every consumer multiplies 64 rows of each stage, so nothing is added up between consumers, and
 the kernel writes finished rows: [rows, out] in the result's dtype, after SwiGLU where it is asked for. With K splits it
-writes float32 sums [k_splits, rows, out], for `add_norm` or for a fusion that adds them in a fixed order. So the same
+writes float32 sums [k_splits, rows, out], for a kernel or a fusion that adds them in a fixed order. So the same
 arguments always give the same bits.
 """
 
@@ -74,8 +74,8 @@ def medium_m_sums(
     sms: int | None = None,
     interpret: Any = False,
 ) -> jax.Array:
-    """The product [k_splits, rows, out] in float32 K splits. If it is not ``splittable``, the plan avoids K splits, and
-    a product without them is finished in ``out_dtype``.
+    """The product [k_splits, rows, out] in float32 K splits, or without them, finished in ``out_dtype``. If it is not
+    ``splittable``, the plan avoids K splits.
 
     With ``shuffled``, x comes in the order of inputs that `shuffle_inputs` gives, in which integers are widened with
     fewer instructions."""

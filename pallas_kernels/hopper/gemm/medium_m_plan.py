@@ -170,7 +170,7 @@ class MediumMPlan:
     @property
     def result_dtype(self) -> Any:
         """The dtype in which the kernel writes: K splits stay float32."""
-        return jnp.dtype(jnp.float32) if self.k_splits > 1 or self.problem.splittable else self.problem.out_dtype
+        return jnp.dtype(jnp.float32) if self.k_splits > 1 else self.problem.out_dtype
 
     @property
     def staged_shape(self) -> tuple[int, int]:
