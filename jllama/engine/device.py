@@ -1,7 +1,10 @@
 """Launches: turns plans into small numpy arrays, and runs compiled steps with them on the state."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,6 +17,7 @@ from jllama.config import Backend
 from jllama.decode import StepOutput
 from jllama.engine import masked, steps
 from jllama.engine.constraint import Progress, masks_of
+from jllama.engine.launch import Drawn, Launch, Scored, cut, fitting, places
 from jllama.engine.request import Request
 from jllama.engine.scheduler import Piece, Plan
 from jllama.engine.scheduler import Sequence as Scheduled
@@ -24,30 +28,10 @@ from jllama.mesh.layout import DATA, axis_size
 from jllama.params import Params
 
 COPIES = 16  # pages a launch
+COMPILERS = 16  # threads, at most
 
 Requests = dict[Scheduled, Request]
 Matchers = dict[Scheduled, Progress]
-
-
-@dataclass(frozen=True)
-class Launch:
-    """The results of a plan, which are there once it has run."""
-
-    rows: list[tuple[int, Scheduled]]  # the sequences that draw, with their places in the outputs
-    outputs: list[StepOutput]  # one for each program, in the order of launches
-    pieces: list[tuple[int, Piece]]  # the pieces that are scored, with their places in the scores
-    scores: steps.Scores | None
-    masked: bool = False  # whether the next masks depend on what is drawn
-
-
-def places[T](parts: Sequence[Sequence[T]], size: int) -> Iterator[tuple[int, T]]:
-    """The items of every part, with their places in an array that has ``size`` places for each part."""
-    return ((part * size + i, item) for part, items in enumerate(parts) for i, item in enumerate(items))
-
-
-def fitting(known: list[int], parts: Sequence[Sequence[Any]]) -> int:
-    """The first size that holds the items of every part."""
-    return next(size for size in known if size >= max(map(len, parts)))
 
 
 class Device:
@@ -74,7 +58,9 @@ class Device:
         self.max_len, self.tuning, self.backend = max_len, tuning, backend
         self.programs: set[tuple[str, int, str]] = set()  # used so far: name, rows or pieces, kind
         self.backends: dict[str, dict[str, Choice]] = {}  # of "prefill" and "decode": the choice for every op
+        self._compile: Callable[[jax.stages.Lowered], None] | None = None  # while steps are compiled ahead
         self._static = {"backend": backend, "arch": known(params)}
+        pieces = min(pieces, tuning.pieces[-1])  # more are several launches
         self._width, self._of_pieces, self._of_rows = width, sizes(tuning.pieces, pieces), sizes(tuning.rows, slots)
         self.reset()
 
@@ -104,78 +90,125 @@ class Device:
         copies, pieces, joins, rows, ahead = ([getattr(plan, name) for plan in plans] for name in names)
         for at in range(0, max(map(len, copies)), COPIES):
             self._copy([part[at : at + COPIES] for part in copies])
-        scores, scored, drawing = None, [], []
-        outputs: list[StepOutput] = []
-        if any(pieces):
-            size = fitting(self._of_pieces, pieces)
-            scored = [(i, p) for i, p in places(pieces, size) if p.sequence.limit == 0]
-            scores = self._feed(pieces, size, bool(scored))
+        launched, fed = Launch(masked=any(plan.rows and not plan.steps for plan in plans)), []
+        for size, part in cut(self._of_pieces, pieces) if any(pieces) else ():
+            scored = [(i, p) for i, p in places(part, size) if p.sequence.limit == 0]
+            logits, scores = self._feed(part, size, bool(scored))
+            fed.append((part, size, logits))
+            if scores is not None:
+                launched.scored.append(Scored(scored, scores))
         if any(joins):
             self._join(joins, requests)
-        one_by_one = [plan.rows if not plan.steps else [] for plan in plans]
+        for part, size, logits in fed:
+            if firsts := [(i, p.sequence) for i, p in places(part, size) if p.ends]:
+                output = self._first(part, size, logits, self._kind(firsts, requests))
+                launched.drawn.append(Drawn(firsts, [output], decoded=False))
         if any(rows):
             size = fitting(self._of_rows, rows)
             drawing = list(places(rows, size))
-            kind = max((requests[s].sampling.kind for _, s in drawing), key=steps.KINDS.index)
+            kind = self._kind(drawing, requests)
             outputs = self._decode(rows, size, kind, [plan.steps for plan in plans])
-            if any(one_by_one):
+            if launched.masked:
+                one_by_one = [plan.rows if not plan.steps else [] for plan in plans]
                 outputs.append(self._draw(one_by_one, size, kind, matchers))
+            launched.drawn.append(Drawn(drawing, outputs))
         if any(ahead):
             self._look_ahead(ahead, fitting(self._of_rows, ahead))
         if jax.process_count() == 1:
-            for array in jax.tree.leaves((scores, outputs)):
+            for array in jax.tree.leaves(launched.arrays):
                 array.copy_to_host_async()
-        return Launch(drawing, outputs, scored, scores, any(one_by_one))
+        return launched
 
-    def warm_up(self, kinds: Sequence[str], *, constraints: bool, progress: bool) -> None:
-        """Compile every step for every number of rows, by running each once without any real row."""
-        feeds = [(size, scored) for size in self._of_pieces for scored in (False, True)]
-        decodes = [(size, kind) for size in self._of_rows for kind in kinds]
-        ahead = self._of_rows if constraints else []
-        count = 2 + len(feeds) + (1 + constraints) * len(decodes) + len(ahead)
-        with tqdm(total=count, unit="program", disable=not progress) as bar:
-            nothing: list[list[Any]] = [[] for _ in range(self.parts)]
-            self._copy(nothing)
-            bar.update()
-            self._join(nothing, {})
-            bar.update()
-            for size, scored in feeds:
-                self._feed(nothing, size, scored)
-                bar.update()
-            for size, kind in decodes:
-                self._decode(nothing, size, kind, [self.tuning.steps[0]] * self.parts)
-                bar.update()
-                if constraints:
-                    self._draw(nothing, size, kind, {})
+    def _kind(self, rows: Sequence[tuple[int, Scheduled]], requests: Requests) -> str:
+        """The simplest kind of drawing that serves all these rows."""
+        return max((requests[s].sampling.kind for _, s in rows), key=steps.KINDS.index)
+
+    def warm_up(self, kinds: Sequence[str], *, constraints: bool, scores: bool, progress: bool) -> None:
+        """Compile every step for every number of rows, and run each once without any real row. Python lowers one
+        program after the other, while threads compile those before."""
+        jobs = self._every_step(kinds, constraints=constraints, scores=scores)
+        alone = jax.process_count() == 1  # several processes must do the same in the same order
+        workers = min(COMPILERS, os.cpu_count() or 1) if alone else 1
+        with (
+            tqdm(total=len(jobs), unit="program", disable=not progress) as bar,
+            ThreadPoolExecutor(workers, thread_name_prefix="compile") as pool,
+        ):
+            compiling: list[Future[Any]] = []
+            state, logits = self._state, self._known_logits() if constraints else None
+            self._compile = lambda lowered: compiling.append(pool.submit(lowered.compile))
+            try:
+                for job in jobs:
+                    job()
+                    self._state, self._logits = state, logits  # nothing has run
+                for one in as_completed(compiling):
+                    one.result()
                     bar.update()
-            for size in ahead:
-                self._look_ahead(nothing, size)
-                bar.update()
+            finally:
+                self._compile = None
+                self._state, self._logits = state, logits
+            for job in jobs:
+                job()
+
+    def _every_step(self, kinds: Sequence[str], *, constraints: bool, scores: bool) -> list[Callable[[], Any]]:
+        """A launch without any real row, for every program."""
+        nothing: list[list[Any]] = [[] for _ in range(self.parts)]
+        jobs: list[Callable[[], Any]] = [partial(self._copy, nothing), partial(self._join, nothing, {})]
+        for size in self._of_pieces:
+            jobs += [partial(self._feed, nothing, size, scored) for scored in ((False, True) if scores else (False,))]
+            jobs += [partial(self._first, nothing, size, self._zeros(size), kind) for kind in kinds]
+        for size in self._of_rows:
+            for kind in kinds:
+                jobs.append(partial(self._decode, nothing, size, kind, [self.tuning.steps[0]] * self.parts))
+                jobs += [partial(self._draw, nothing, size, kind, {})] if constraints else []
+            jobs += [partial(self._look_ahead, nothing, size)] if constraints else []
+        return jobs
+
+    def _run(self, program: tuple[str, int, str], step: Any, *arguments: Any, **static: Any) -> Any:
+        """The results of a compiled step, or only their shapes, while steps are being compiled ahead."""
+        self.programs.add(program)
+        if self._compile is None:
+            return step(*arguments, **static)
+        lowered = step.lower(*arguments, **static)
+        self._compile(lowered)
+        return lowered.out_info
 
     def _copy(self, parts: list[list[tuple[int, int]]]) -> None:
         total = COPIES * self.parts
         source, target = np.zeros(total, np.int32), np.full(total, self.pages, np.int32)
         for i, (a, b) in places(parts, COPIES):
             source[i], target[i] = a, b
-        self.programs.add(("copy", COPIES, ""))
-        self._state = steps.jit_copy(self._state, source, target, mesh=self.mesh)
+        self._state = self._run(("copy", COPIES, ""), steps.jit_copy, self._state, source, target, mesh=self.mesh)
 
-    def _feed(self, parts: list[list[Piece]], size: int, scored: bool) -> steps.Scores | None:
+    def _feed(self, parts: Sequence[Sequence[Piece]], size: int, scored: bool) -> tuple[jax.Array, steps.Scores | None]:
         total = size * self.parts
-        tokens, start = np.zeros((total, self.tuning.piece + 1), np.int32), np.zeros(total, np.int32)
+        tokens = np.zeros((total, self.tuning.piece + 1), np.int32)
+        start, count = np.zeros(total, np.int32), np.zeros(total, np.int32)
         for i, p in places(parts, size):
             real = p.sequence.tokens[p.start : p.start + p.count + 1]
-            tokens[i, : len(real)], start[i] = real, p.start
+            tokens[i, : len(real)], start[i], count[i] = real, p.start, p.count
         table = self._table([[p.sequence for p in pieces] for pieces in parts], size)
-        self.programs.add(("score" if scored else "feed", size, ""))
-        scores = None
+        where, scores = (self.params, self._state, tokens[:, :-1], start, table, count), None
         if scored:
-            where = tokens[:, :-1], start, table, tokens[:, 1:]
-            (self._state, scores), ran = steps.jit_score(self.params, self._state, *where, **self._static)
+            program = ("score", size, "")
+            found, ran = self._run(program, steps.jit_score, *where, tokens[:, 1:], **self._static)
+            self._state, logits, scores = found
         else:
-            self._state, ran = steps.jit_feed(self.params, self._state, tokens[:, :-1], start, table, **self._static)
+            found, ran = self._run(("feed", size, ""), steps.jit_feed, *where, **self._static)
+            self._state, logits = found
         self._record("prefill", ran)
-        return scores
+        return logits, scores
+
+    def _first(self, parts: Sequence[Sequence[Piece]], size: int, logits: jax.Array, kind: str) -> StepOutput:
+        slots = np.full(size * self.parts, self.slots, np.int32)
+        for i, p in places(parts, size):
+            if p.ends:
+                assert p.sequence.slot is not None
+                slots[i] = p.sequence.slot
+        how = dict(kind=kind, mesh=self.mesh, **self._static)
+        found, ran = self._run(("first", size, kind), steps.jit_first, self._state, logits, slots, **how)
+        self._state, output = found
+        self._record("prefill", ran)
+        return output
 
     def _join(self, parts: list[list[Scheduled]], requests: Requests) -> None:
         config = self.params.config
@@ -187,17 +220,18 @@ class Device:
             )
             for joins in parts
         ]
-        self.programs.add(("join", self.slots, ""))
+        program = ("join", self.slots, "")
         joined = jax.tree.map(lambda *arrays: np.concatenate(arrays), *rows)
-        self._state = steps.jit_join(self._state, self._slots_of(parts, self.slots), joined, mesh=self.mesh)
+        where = self._state, self._slots_of(parts, self.slots), joined
+        self._state = self._run(program, steps.jit_join, *where, mesh=self.mesh)
         for part, s in ((part, s) for part, joins in enumerate(parts) for s in joins):
             if requests[s].sampling.kind == "full":
                 tokens = np.zeros(self.max_len, np.int32)
                 tokens[: len(s.tokens)] = s.tokens
-                self.programs.add(("join_extras", 1, ""))
+                program = ("join_extras", 1, "")
                 slot = self._slots_of([[s] if i == part else [] for i in range(self.parts)], 1)
                 where = slot, extra_settings(requests[s]), tokens, np.int32(s.prompt), np.int32(len(s.tokens))
-                self._state = steps.jit_join_extras(self._state, *where, mesh=self.mesh)
+                self._state = self._run(program, steps.jit_join_extras, self._state, *where, mesh=self.mesh)
 
     def _decode(self, parts: list[list[Scheduled]], size: int, kind: str, counts: list[int]) -> list[StepOutput]:
         """``counts[i]`` steps for the rows of part i. The program has the smallest number of steps that a turn may
@@ -205,39 +239,41 @@ class Device:
         unit, outputs = self.tuning.steps[0], []
         for done in range(0, max(counts), unit):
             rows = [part if count > done else [] for part, count in zip(parts, counts, strict=True)]
-            self.programs.add(("decode", size, kind))
-            where = self._slots_of(rows, size), self._table(rows, size)
-            found, ran = steps.jit_decode(self.params, self._state, *where, steps=unit, kind=kind, **self._static)
+            where = self.params, self._state, self._slots_of(rows, size), self._table(rows, size)
+            how = dict(steps=unit, kind=kind, **self._static)
+            found, ran = self._run(("decode", size, kind), steps.jit_decode, *where, **how)
             self._state, output = found
             outputs.append(output)
             self._record("decode", ran)
         return outputs
 
     def _look_ahead(self, parts: list[list[Scheduled]], size: int) -> None:
-        self.programs.add(("look_ahead", size, ""))
-        where = self._known_logits(), self._slots_of(parts, size), self._table(parts, size)
-        found, ran = masked.jit_look_ahead(self.params, self._state, *where, **self._static)
+        where = self.params, self._state, self._known_logits(), self._slots_of(parts, size), self._table(parts, size)
+        found, ran = self._run(("look_ahead", size, ""), masked.jit_look_ahead, *where, **self._static)
         self._state, self._logits = found
         self._record("decode", ran)
 
     def _draw(self, parts: list[list[Scheduled]], size: int, kind: str, matchers: Matchers) -> StepOutput:
-        self.programs.add(("draw_allowed", size, kind))
         by_place: list[Progress | None] = [None] * (size * self.parts)
         for i, s in places(parts, size):
             by_place[i] = matchers.get(s)
         masks = masks_of(by_place, len(by_place), self.params.config.vocab_size)
         how = dict(kind=kind, mesh=self.mesh, **self._static)
         where = self._known_logits(), self._slots_of(parts, size), masks
-        (self._state, output), ran = masked.jit_draw_allowed(self._state, *where, **how)
+        found, ran = self._run(("draw_allowed", size, kind), masked.jit_draw_allowed, self._state, *where, **how)
+        self._state, output = found
         self._record("decode", ran)
         return output
 
     def _known_logits(self) -> jax.Array:
         if self._logits is None:  # made at the first request with a constraint
-            lies = None if self.mesh is None else NamedSharding(self.mesh, masked.logits_spec(self.mesh))
-            shape = (self.slots * self.parts, self.params.config.vocab_size)
-            self._logits = jnp.zeros(shape, jnp.float32, device=lies)
+            self._logits = self._zeros(self.slots)
         return self._logits
+
+    def _zeros(self, size: int) -> jax.Array:
+        """Logits of so many places of each part."""
+        lies = None if self.mesh is None else NamedSharding(self.mesh, steps.logits_spec(self.mesh))
+        return jnp.zeros((size * self.parts, self.params.config.vocab_size), jnp.float32, device=lies)
 
     def _record(self, phase: str, ran: Recorded) -> None:
         self.backends.setdefault(phase, {}).update(ran.choices)
