@@ -6,6 +6,7 @@ machine affects all alike. On a GPU they run one after the other, because they w
 """
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -29,8 +30,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--prefill",
         default="",
-        metavar="N,...",
-        help="also time prefill of prompts of these lengths, for example 512,2048",
+        metavar="N,MxN,...",
+        help="also time prefill of a prompt of N tokens, or of M such prompts at once, for example 512,2048,8x512",
     )
     p.add_argument("--context", default="", metavar="N,...", help="also decode one row up to these lengths")
     p.add_argument("--sampled", action="store_true", help="also decode with temperature and top-p (our backends only)")
@@ -95,7 +96,7 @@ def checked(args: argparse.Namespace) -> argparse.Namespace:
         args.budget = DEMO_S
     args.batch = integers("--batch", args.batch)
     args.prompt_len = integers("--prompt-len", args.prompt_len) if args.prompt_len else []
-    args.prefill = integers("--prefill", args.prefill) if args.prefill else []
+    args.prefill = shapes("--prefill", args.prefill) if args.prefill else []
     args.context = integers("--context", args.context) if args.context else []
     if short := [c for c in args.context if c < args.new_tokens + 2]:
         raise InputError(f"--context: expected at least {args.new_tokens + 2} (the new tokens and 2), found {short[0]}")
@@ -136,6 +137,14 @@ def integers(flag: str, text: str) -> list[int]:
     if not all(p.strip().isdigit() and int(p) > 0 for p in parts):
         raise InputError(f"{flag}: expected whole numbers above 0 separated by commas, found {text!r}")
     return [int(p) for p in parts]
+
+
+def shapes(flag: str, text: str) -> list[tuple[int, int]]:
+    """Parse prompts, separated by commas, each as its length or as ``ROWSxLENGTH``."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(re.fullmatch(r"([1-9]\d*x)?[1-9]\d*", part) for part in parts):
+        raise InputError(f"{flag}: expected lengths as 512, or rows and lengths as 8x512, by commas, found {text!r}")
+    return [(int(rows or 1), int(length)) for rows, _, length in (part.rpartition("x") for part in parts)]
 
 
 def names(flag: str, text: str, known: tuple[str, ...]) -> list[str]:

@@ -91,6 +91,7 @@ class Comparison:
             "platform": self.platform,
             "batch": max(w.batch for w in self.loads),
             "max_len": max(w.context for w in self.loads) + 128,
+            "sampled": s.sampled,
             "tokens": max(w.batch * w.context for w in self.loads),
             "config": shape["config"],
             # Cache length in tokens, by batch.

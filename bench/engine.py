@@ -1,8 +1,9 @@
 """``python -m bench.engine``: `jllama.Engine` with all its slots in use, and how long the device waits for the host.
 
 For each number of slots it records the tokens per second of a run of many prompts. Then it measures steady decode, in
-which every slot draws: the time of a step, and from a trace the share of time in which the device is busy. It does so
-twice: while no request waits, and while others wait, where a launch has fewer steps.
+which every slot draws: the time of a step, and from a trace the share of time in which the device is busy, and the time
+by kernel. It does so twice: while no request waits, and while others wait, where a launch has fewer steps. With
+``--prefill`` it also measures the time to the first token of prompts on the idle engine, and its time by kernel.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.compare import DTYPES, integers, names
+from bench.compare import DTYPES, integers, names, shapes
 from bench.record import RESULTS, Record, Run, append, start_run
 from jllama.errors import InputError, reported
 
@@ -41,6 +42,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--new-tokens", type=int, default=16, help="new tokens for each prompt of a run (default: 16)")
     p.add_argument("--turns", type=int, default=3, help="timed turns, and as many traced ones (default: 3)")
     p.add_argument("--runs", type=int, default=3, help="runs (default: 3)")
+    p.add_argument(
+        "--prefill",
+        default="",
+        metavar="N,MxN,...",
+        help="also prefill prompts of these shapes, for example 2048,8x512",
+    )
     p.add_argument("--budget", type=int, help="tokens of prompts that a turn feeds (default: the engine's)")
     p.add_argument("--backend", default="auto", choices=("auto", "xla", "pallas"), help="default: auto")
     p.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="where records are appended")
@@ -52,6 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     with reported("bench.engine"):
         args = parser().parse_args(argv)
         args.slots = integers("--slots", args.slots)
+        args.prefill = shapes("--prefill", args.prefill) if args.prefill else []
         args.dtype = names("--dtype", args.dtype, DTYPES)[0] if args.dtype else None
         for flag in ("requests", "prompt_len", "new_tokens", "turns", "runs"):
             if getattr(args, flag) < 1:
@@ -85,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
     name = args.preset or Path(model).name
     shared = dict(impl=args.backend, model=name, dtype={"int4": "int4-g128"}.get(dtype, dtype), seq=args.prompt_len)
     for slots in args.slots:
-        records = [r | shared for r in measured(params, slots, prompts, args)]
+        records = [shared | r for r in measured(params, slots, prompts, args)]
         made = [recorded(started, r) for r in records]
         append(args.results / "engine.jsonl", made)
         for record in made:
@@ -94,6 +102,8 @@ def run(args: argparse.Namespace) -> None:
 
 def measured(params: Any, slots: int, prompts: Prompts, args: argparse.Namespace) -> list[dict[str, Any]]:
     """The record fields of everything that is measured with one number of slots."""
+    from bench.prefills import prefills
+    from bench.trace import per
     from jllama import Engine
     from jllama.device import default_device
     from jllama.engine.engine import BUDGET
@@ -105,10 +115,11 @@ def measured(params: Any, slots: int, prompts: Prompts, args: argparse.Namespace
     filling = turns_to_fill(slots, args.prompt_len, budget, tuning)
     _, waiting, alone = tuning.steps
     longest = args.prompt_len + max(args.new_tokens, waiting * filling + alone * (2 * args.turns + 4))
+    longest = max(longest, *(length + 1 for _, length in args.prefill), 0)
     if longest > (context := params.config.max_seq_len):
-        flags = "--slots, --prompt-len, --new-tokens, --turns"
+        flags = "--slots, --prompt-len, --new-tokens, --turns, --prefill"
         raise InputError(f"{flags}: expected requests of at most {context} tokens (the context), found {longest}")
-    pages = slots * (pages_for(longest) + 1)
+    pages = max(slots, *(rows for rows, _ in args.prefill), 0) * (pages_for(longest) + 1)
     sizes: dict[str, Any] = dict(slots=slots, pages=pages, max_len=longest, budget=budget)
     engine = Engine(params, tuning=tuning, backend=args.backend, **sizes)
     fields: dict[str, Any] = {"batch": slots, "budget": budget}
@@ -123,7 +134,8 @@ def measured(params: Any, slots: int, prompts: Prompts, args: argparse.Namespace
         made.append(of_step | {"metric": "ms", "samples": samples})
         trace = {"samples": [], "why": "only a GPU's operations are traced"} if found is None else of_trace(found)
         made.append(of_step | {"metric": "busy_share", **trace})
-    return made
+        made.append(of_step | {"case": f"{case}-kernels"} | per(found, steps * args.turns))
+    return [*made, *prefills(engine, args.prefill, prompts(1)[0], args.runs, args.backend)]
 
 
 def turns_to_fill(slots: int, prompt_len: int, budget: int, tuning: "Tuning") -> int:
@@ -180,9 +192,14 @@ def line(record: Record) -> str:
     """One figure, for the terminal."""
     case, value = f"{record['case']:20}", record["value"]
     if record["metric"] == "tokens_per_s":
-        return f"{case} {value:10,.0f} tokens/s"
-    if record["metric"] == "ms":
-        return f"{case} {value:10.3f} ms a step, {record['steps_a_launch']} steps a launch"
+        shape = f", {record['batch']} x {record['seq']}" if "seconds" in record else ""
+        return f"{case} {value:10,.0f} tokens/s{shape}"
+    if record["metric"] == "ms" and value is not None:
+        more = f", {record['steps_a_launch']} steps a launch" if "steps_a_launch" in record else ""
+        by_kernel = "; ".join(f"{name} {ms:.3f}" for name, ms in record.get("kernels_ms", {}).items())
+        return f"{case} {value:10.3f} ms a step{more}" + (f": {by_kernel}" if by_kernel else "")
+    if value is None and record["metric"] == "ms":
+        return f"{case} {'-':>10} ms by kernel: {record['why']}"
     if value is None:
         return f"{case} {'-':>10} device idle: {record['why']}"
     return f"{case} {100 * (1 - value):10.2f} % device idle, longest gaps {record['gaps_us'][:3]} us"

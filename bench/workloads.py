@@ -40,17 +40,18 @@ def grid(
     batches: list[int],
     prompt_lens: list[int],
     new_tokens: int,
-    prefills: list[int],
+    prefills: list[tuple[int, int]],
     contexts: list[int],
     *,
     sampled: bool = False,
 ) -> list[Workload]:
     """All workloads: the first decode, the prefills, the other decodes, decodes that end at ``contexts``, and sampled
-    ones. The most important come first, because a run may be cut off. Prefills and ``contexts`` have one row."""
+    ones. The most important come first, because a run may be cut off. ``prefills`` are rows and lengths of prompts;
+    ``contexts`` have one row."""
     decodes = [Workload("decode", b, p, new_tokens) for p in prompt_lens for b in batches]
     decodes += [Workload("decode", 1, c - new_tokens, new_tokens) for c in contexts]
     draws = [Workload("sampled", b, prompt_lens[0], new_tokens) for b in batches if sampled]
-    return [decodes[0], *(Workload("prefill", 1, p, 1) for p in prefills), *decodes[1:], *draws]
+    return [decodes[0], *(Workload("prefill", b, p, 1) for b, p in prefills), *decodes[1:], *draws]
 
 
 def prompts(workload: Workload, vocab_size: int, bos_id: int, text: list[int] | None) -> list[list[int]]:

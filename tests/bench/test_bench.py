@@ -76,7 +76,7 @@ def test_inputs_rotate_past_the_cache_within_the_limit() -> None:
 
 
 def test_workloads_in_the_order_of_what_matters() -> None:
-    loads = workloads.grid([1, 8], [128], 256, [512], [4000])
+    loads = workloads.grid([1, 8], [128], 256, [(1, 512), (8, 512)], [4000])
     shown = [(w.case, w.batch, w.prompt_len, w.context) for w in loads]
     assert shown == [
         ("decode", 1, 128, 384),
