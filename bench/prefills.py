@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from bench.trace import per, traced
+from bench import trace
 
 if TYPE_CHECKING:
     from jllama.engine.engine import Engine
@@ -39,5 +39,5 @@ def prefills(
         fields: dict[str, Any] = dict(batch=rows, seq=length, context=length + 1, impl=backend)
         rates = [rows * length / s for s in seconds]
         yield fields | dict(case="engine-prefill", metric="tokens_per_s", samples=rates, seconds=seconds)
-        found = traced(lambda prompts=prompts: first_tokens(engine, prompts))
-        yield fields | dict(case="engine-prefill-kernels") | per(found, 1)
+        found = trace.traced(lambda prompts=prompts: first_tokens(engine, prompts))
+        yield fields | dict(case="engine-prefill-kernels") | trace.per(found, 1)

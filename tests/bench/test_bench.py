@@ -81,6 +81,7 @@ def test_workloads_in_the_order_of_what_matters() -> None:
     assert shown == [
         ("decode", 1, 128, 384),
         ("prefill", 1, 512, 513),
+        ("prefill", 8, 512, 513),
         ("decode", 8, 128, 384),
         ("decode", 1, 3744, 4000),
     ]

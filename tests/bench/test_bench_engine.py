@@ -24,22 +24,32 @@ def test_without_a_gpu_there_is_no_trace_to_read() -> None:
 
 def test_records_of_an_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = engine.parser().parse_args(["--requests", "2", "--turns", "1", "--runs", "1", "--prompt-len", "3"])
+    args.prefill = [(1, 40), (2, 5)]
     monkeypatch.setattr(engine, "complete", lambda e, prompts, new: 0.5 + len(prompts) if new == 16 else None)
-    found = busy([Span(0, 9), Span(10, 20)])
+    found = busy([Span(0, 9000, "b"), Span(10_000, 20_000, "a")])
     monkeypatch.setattr("bench.trace.traced", lambda work: work() and found)
     params = tiny.model(config=tiny.CONFIG.replace(n_layers=1))
     fields = engine.measured(params, 2, lambda n: [tiny.prompt(3, seed) for seed in range(n)], args)
     started = record.start_run("a CPU", {}, {})
-    records = [engine.recorded(started, f | dict(impl="auto", model="tiny", dtype="f32", seq=3)) for f in fields]
+    records = [engine.recorded(started, dict(impl="auto", model="tiny", dtype="f32", seq=3) | f) for f in fields]
     record.append(tmp_path / "engine.jsonl", records)
     shown = [(r["case"], r["metric"]) for r in record.read(tmp_path)]
-    steps = [(case, metric) for case in ("engine-step", "engine-step-waiting") for metric in ("ms", "busy_share")]
-    assert shown == [("engine-run", "tokens_per_s"), *steps]
+    steps = [
+        (of, metric)
+        for case in ("engine-step", "engine-step-waiting")
+        for of, metric in ((case, "ms"), (case, "busy_share"), (f"{case}-kernels", "ms"))
+    ]
+    prefills = [("engine-prefill", "tokens_per_s"), ("engine-prefill-kernels", "ms")] * 2
+    assert shown == [("engine-run", "tokens_per_s"), *steps, *prefills]
     assert records[0]["samples"] == [4.5]
-    assert [r["steps_a_launch"] for r in records[1:]] == [16, 16, 4, 4]
-    assert all(r["samples"][0] > 0 for r in records[1::2])
-    assert [r["value"] for r in records[2::2]] == [0.95, 0.95]
+    assert [r["steps_a_launch"] for r in records[1:7]] == [16] * 3 + [4] * 3
+    assert all(r["samples"][0] > 0 for r in records)
+    assert [r["value"] for r in records[2:7:3]] == [0.95, 0.95]
     assert "5.00 % device idle" in engine.line(records[2])
+    assert records[3]["kernels_ms"] == {"a": pytest.approx(10e-3 / 16), "b": pytest.approx(9e-3 / 16)}
+    assert records[3]["idle_ms"] == pytest.approx(1e-3 / 16)
+    assert [(r["batch"], r["seq"], r["context"]) for r in records[7::2]] == [(1, 40, 41), (2, 5, 6)]
+    assert engine.line(records[7]).endswith("tokens/s, 1 x 40")
 
 
 @pytest.mark.parametrize(
@@ -47,7 +57,11 @@ def test_records_of_an_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     [
         (["--slots", "0"], "--slots: expected whole numbers above 0"),
         (["--turns", "0"], "--turns: expected at least 1, found 0"),
-        (["--turns", "99"], "--new-tokens, --turns: expected requests of at most 512 tokens (the context), found 3260"),
+        (
+            ["--prefill", "8x"],
+            "--prefill: expected lengths as 512, or rows and lengths as 8x512, by commas, found '8x'",
+        ),
+        (["--turns", "99"], "--turns, --prefill: expected requests of at most 512 tokens (the context), found 3260"),
     ],
 )
 def test_bad_arguments_are_one_line(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
