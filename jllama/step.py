@@ -13,11 +13,12 @@ from jax.sharding import Mesh
 from jllama.cache import KVCache, init_cache
 from jllama.config import LlamaConfig, Quant
 from jllama.errors import InputError
-from jllama.kernels import NO_BIAS, Kernel, Op, StepWeights, Unsupported, decode_step, require_kernels
+from jllama.kernels import NO_BIAS, Choice, Kernel, Op, StepWeights, Unsupported, decode_step, require_kernels
 from jllama.mesh.layout import DATA, spec
 from jllama.mesh.run import on_shards
 from jllama.paged import PagedCache
 from jllama.params import Params, init, stack
+from jllama.ways import way_of
 
 Cache = KVCache | PagedCache
 
@@ -57,6 +58,12 @@ def last_token(x: jax.Array, lengths: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
 
 
+def _other_way(x: jax.Array, *_: Any, **__: Any) -> str | None:
+    """Why a step of so many rows goes op by op, although a kernel might run it."""
+    rows = x.shape[0] * x.shape[1]
+    return None if (way := way_of(rows)).name == "launch" else f"{rows} rows: {way.why}"
+
+
 def _check(
     kernel: Kernel, x: jax.Array, params: Params, cache: Cache, cos: jax.Array, sin: jax.Array, *_: Any, **__: Any
 ) -> None:
@@ -90,10 +97,16 @@ whole_step = Op(
     decode_step.name,
     _over_params(decode_step.reference),
     {name: Kernel(_over_params(k.run), functools.partial(_check, k)) for name, k in decode_step.kernels.items()},
+    skip_reason=_other_way,
 )
 
 
-def runs_whole(
+def runs_whole(config: LlamaConfig, dtype: str, quant: Quant = "none", group: int | None = None, **sizes: Any) -> bool:
+    """Whether a decode step of such a model, if stacked, would run as one launch: see `step_choice`."""
+    return step_choice(config, dtype, quant, group, **sizes).impl == "pallas"
+
+
+def step_choice(
     config: LlamaConfig,
     dtype: str,
     quant: Quant = "none",
@@ -102,20 +115,21 @@ def runs_whole(
     batch: int = 1,
     max_len: int = 1024,
     mesh: Mesh | None = None,
-) -> bool:
-    """Whether a decode step of such a model, if stacked, would run as one launch on this machine, or as one on every
-    device of a mesh. ``batch`` counts the rows of all devices. Only shapes are traced: no array is allocated."""
+) -> Choice:
+    """How a decode step of such a model, if stacked, would run on this machine, or on every device of a mesh, and why:
+    "pallas" is one launch, "ops" several. ``batch`` counts the rows of all devices. Only shapes are traced: no array is
+    allocated."""
     try:
         require_kernels()
-    except Unsupported:
-        return False
-    found = []
+    except Unsupported as reason:
+        return Choice("ops", str(reason))
+    found: list[Choice] = []
 
     def step(params: Params, x: jax.Array, cache: KVCache) -> jax.Array:
         if params.mesh is not None:
             return on_shards(step, params, x, cache, out=spec(params.mesh, DATA))
         rotation = jnp.zeros((*x.shape[:2], config.head_dim // 2))
-        found.append(whole_step.choose("auto", x, params, cache, rotation, rotation).impl == "pallas")
+        found.append(whole_step.choose("auto", x, params, cache, rotation, rotation))
         return x
 
     def whole() -> jax.Array:
@@ -125,4 +139,5 @@ def runs_whole(
         return step(params, jnp.zeros((batch, 1, config.dim), params.dtype), cache)
 
     jax.eval_shape(whole)
-    return all(found)
+    ops = (Choice("ops", choice.why) for choice in found if choice.impl != "pallas")
+    return next(ops, found[0])

@@ -70,6 +70,7 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
         "batch": args.batch_size,
         "memory": memory(source, args.batch_size, context, free_bytes(device)),
         "kernels": kernels(source, args.batch_size, context),
+        "ways": ways(source, context),
     }
 
 
@@ -142,6 +143,19 @@ def kernels(source: "Source", batch: int, context: int) -> dict[str, dict[str, d
     return {phase: {op: asdict(choice) for op, choice in ops.items()} for phase, ops in choices.items()}
 
 
+def ways(source: "Source", context: int) -> dict[int, dict[str, str]]:
+    """How a decode step runs for each number of rows that an engine compiles on this machine. Only shapes are
+    traced."""
+    from jllama.device import default_device
+    from jllama.engine.tuning import tuning_for
+    from jllama.formats.checkpoint import default_dtype, stored
+    from jllama.step import step_choice
+
+    form = default_dtype(source), *stored(source)
+    of = functools.partial(step_choice, source.config, *form, max_len=context)
+    return {rows: asdict(of(batch=rows)) for rows in tuning_for(default_device()).rows}
+
+
 def as_text(found: dict[str, Any]) -> str:
     """The description as text."""
     config, device = found["config"], found["device"]
@@ -169,6 +183,9 @@ def as_text(found: dict[str, Any]) -> str:
             by_choice.setdefault(f"{choice['impl']}: {choice['why']}", []).append(op)
         for choice, names in by_choice.items():
             lines.append(f"{phase:<10} {', '.join(names)}: {choice}")
+    for rows, way in found["ways"].items():
+        how = "one launch" if way["impl"] == "pallas" else "a launch an op"
+        lines.append(f"{rows:>4} rows  {how}: {way['why']}")
     return "\n".join(lines)
 
 

@@ -58,6 +58,7 @@ class Device:
         self.max_len, self.tuning, self.backend = max_len, tuning, backend
         self.programs: set[tuple[str, int, str]] = set()  # used so far: name, rows or pieces, kind
         self.backends: dict[str, dict[str, Choice]] = {}  # of "prefill" and "decode": the choice for every op
+        self.ways: dict[int, Choice] = {}  # of each number of rows that has been compiled: how its step runs
         self._compile: Callable[[jax.stages.Lowered], None] | None = None  # while steps are compiled ahead
         self._static = {"backend": backend, "arch": known(params)}
         pieces = min(pieces, tuning.pieces[-1])  # more are several launches
@@ -245,6 +246,7 @@ class Device:
             self._state, output = found
             outputs.append(output)
             self._record("decode", ran)
+            self.ways[size] = ran.choices["decode_step"]
         return outputs
 
     def _look_ahead(self, parts: list[list[Scheduled]], size: int) -> None:

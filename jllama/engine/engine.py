@@ -147,6 +147,12 @@ class Engine:
         """The implementation of every op of ``"prefill"`` and of ``"decode"``, as far as these have run, and why."""
         return self._device.backends
 
+    @property
+    def ways(self) -> dict[int, Choice]:
+        """How a decode step runs, and why, for each number of rows that is in use: "pallas" is one launch, "ops" are
+        several. See `jllama.ways`."""
+        return dict(sorted(self._device.ways.items()))
+
     def submit(self, request: Request) -> Handle:
         """Queue a request. Raises `InputError` if it is invalid or could never fit."""
         config = self.params.config

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from jllama.device import Device
+from jllama.ways import LAUNCH_ROWS
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,11 @@ class Tuning:
 _CPU = Tuning(piece=32, steps=(4, 4, 16), rows=(1, 4, 16, 64), pieces=(1, 4, 16, 64))
 
 # A launch costs a GPU nothing measurable beside a step, so that a program of one step is as fast as one of four.
-# 128 queries are one item of the attention kernel. Up to 8 rows are one persistent launch a step. Above, a step reads
+# 128 queries are one item of the attention kernel. Up to `LAUNCH_ROWS` are one persistent launch. Above, a step reads
 # all weights for any number of rows, and its products have tiles of 64 rows: padding costs little, and a compilation
 # of a large model 10 to 30 seconds. Padding of pieces costs as much as real ones, so these are powers of two.
 # From 2,048 rows on, products gain nothing by more (two launches of 16 pieces for one of 32).
-_GPU = Tuning(piece=128, steps=(1, 4, 16), rows=(1, 8, 64, 128), pieces=(1, 2, 4, 8, 16), alone=4096)
+_GPU = Tuning(piece=128, steps=(1, 4, 16), rows=(1, LAUNCH_ROWS, 64, 128), pieces=(1, 2, 4, 8, 16), alone=4096)
 
 
 def tuning_for(device: Device) -> Tuning:

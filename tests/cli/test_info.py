@@ -33,6 +33,7 @@ def test_it_says_what_the_demo_is(capsys: pytest.CaptureFixture[str]) -> None:
         "fits",
     ):
         assert part in text
+    assert "   1 rows  a launch an op: needs an NVIDIA Hopper GPU, found platform 'cpu'" in text
     assert "decode_step, attend_and_write, finish_layer: ops: needs an NVIDIA Hopper GPU, found platform 'cpu'" in text
 
 
@@ -40,6 +41,8 @@ def test_json_has_the_same_and_the_memory_is_what_loading_takes(capsys: pytest.C
     found = json.loads(told("--json", "-c", "64", "--batch-size", "3", capsys=capsys))
     assert found["config"]["n_layers"] == 6
     assert found["tokenizer"]["pieces"] == 1024
+    ways = {rows: way["impl"] for rows, way in found["ways"].items()}
+    assert ways == {"1": "ops", "4": "ops", "16": "ops", "64": "ops"}
     rows = {(row["dtype"], row["quant"]): row for row in found["memory"]}
     assert set(rows) == {(d, "none") for d in checkpoint.DTYPES} | {("float32", "int8"), ("float32", "int4")}
     for (dtype, quant), row in rows.items():

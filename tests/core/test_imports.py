@@ -39,6 +39,7 @@ PURE = tuple(
         "rope",
         "sampling",
         "step",
+        "ways",
     ]
 )
 CORE = (*PURE, *(f"jllama.{name}" for name in ["backends", "compilation", "demo_model", "device", "stream"]))
@@ -52,6 +53,7 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("jllama/kernels.py", ("pallas_kernels",)),
     ("jllama/errors.py", ()),
     ("jllama/config.py", ("jllama.errors",)),
+    ("jllama/ways.py", ()),
     ("jllama/rope.py", ("jllama.config", "jllama.errors")),
     # The names that the package offers, and the module that is a command only.
     ("jllama/__init__.py", ("jllama",)),

@@ -1,10 +1,7 @@
 """The engine on a tiny model. A request's text does not depend on other requests, their order, or the pool."""
 
-import contextlib
 import functools
 import random
-from collections import Counter
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -252,39 +249,6 @@ def test_top_log_probabilities_are_the_models_own() -> None:
         assert next(iter(top)) == token
         np.testing.assert_allclose(top[token], logprob, atol=1e-5)
         assert list(top.values()) == sorted(top.values(), reverse=True)
-
-
-@contextlib.contextmanager
-def events_of_compilation(names: Counter[str]) -> Iterator[None]:
-    """Count what is compiled inside the ``with`` block, by the function's name."""
-
-    def count(event: str, _: float, **about: str | int) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            names[str(about.get("fun_name", "")).removeprefix("jit(").removesuffix(")")] += 1
-
-    jax.monitoring.register_event_duration_secs_listener(count)
-    try:
-        yield
-    finally:
-        jax.monitoring.unregister_event_duration_listener(count)
-
-
-def test_the_number_of_programs_is_bounded_and_warm_up_makes_them_all(capsys: pytest.CaptureFixture[str]) -> None:
-    e, compiled_names = engine(), Counter[str]()
-    with events_of_compilation(compiled_names):
-        e.warm_up()
-    assert capsys.readouterr().err == ""
-    made = Counter(name for name, *_ in e.programs)
-    assert not {name: n for name, n in compiled_names.items() if n > made[name] and name in made}  # none twice
-    programs, compiled = set(e.programs), [f._cache_size() for f in (steps.jit_decode, steps.jit_feed, steps.jit_score)]
-    # copy, join; feed and score of 1, 2; the draw of first tokens after these, and decode of 1, 4, in three kinds
-    assert len(programs) == 2 + 2 * 2 + 2 * 2 * 3
-    handles = [e.submit(r) for r in requests(20, seed=1)]
-    drain(e)
-    e.score([[5]], [[6]])
-    check(handles)
-    assert e.programs == programs
-    assert [f._cache_size() for f in (steps.jit_decode, steps.jit_feed, steps.jit_score)] == compiled
 
 
 def test_the_next_plan_is_launched_before_the_last_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
