@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.compare import names, pythons
+from bench.mixed import FIGURES, arrivals, times
 from bench.names import OURS, markdown, name_of
 from bench.record import RESULTS, Record, Run, append
 from bench.traffic import CAPACITY, Traffic, repeated
@@ -28,7 +29,6 @@ SIZES: dict[str, dict[str, int]] = {
     "cpu": dict(requests=24, slots=4, prompt=24, longest=96, least=4, most=24, prefix=100, budget=512),
 }
 FILE = "traffic.jsonl"
-FIGURES = {"first": "to the first token", "between": "between tokens", "longest": "the longest wait of a text"}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -230,12 +230,8 @@ def table(records: Sequence[Record]) -> str:
     """One row per traffic and implementation; times in milliseconds, p50 / p99."""
     rows = []
     for r in sorted((r for r in records if r["metric"] == "tokens_per_s"), key=lambda r: r["case"]):
-        load = r["traffic"]["rate"]
-        start = [r["case"], "at once" if load is None else f"{load:.1f}", name_of(r["impl"])]
-        others = {o["case"]: o for o in records if o["impl"] == r["impl"]}
-        times = [others.get(f"{r['case']}, {figure}") for figure in FIGURES]
-        cells = [f"{1e3 * t['value']:.1f} / {1e3 * t['p99']:.1f}" if t and t["value"] else "" for t in times]
-        rows.append([*start, r["why"] if r["value"] is None else f"{r['value']:,.0f}", *cells])
+        start = [r["case"], arrivals(r["traffic"]), name_of(r["impl"])]
+        rows.append([*start, r["why"] if r["value"] is None else f"{r['value']:,.0f}", *times(r, records)])
     return markdown(("traffic", "requests/s", "implementation", "tokens/s", *FIGURES.values()), rows)
 
 

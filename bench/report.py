@@ -65,12 +65,13 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _draw(records: Sequence[Record], folder: Path) -> None:
-    from bench import plots
+    from bench import kernel_plots, plots
 
     if (why := plots.unavailable()) is not None:
         print(f"no plots: {why}")
         return
-    print(f"{len(list(plots.draw(records, folder)))} charts in {folder}")
+    drawn = [*plots.draw(records, folder), *kernel_plots.draw_kernels(records, folder)]
+    print(f"{len(drawn)} charts in {folder}")
 
 
 def _files(given: Sequence[str]) -> list[Path]:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from bench.beside import beside
 from bench.choice import NEWEST, grouped, latest, newest
 from bench.glance import glance
+from bench.mixed import mixed
 from bench.names import (
     age_of,
     commit_of,
@@ -199,6 +200,8 @@ TABLES: dict[str, Table] = {
     "prefill-gpu": lambda records: _speeds(records, "prefill", lambda r: not is_cpu(r)),
     "sampled": lambda records: _speeds(records, "sampled", lambda _: True),
     "startup": _startup,
+    "traffic": mixed,
+    "charts-kernels": lambda _: _charts("kernels-*"),
     "ops-attention": lambda records: _ops(records, "attention", "decode-attention", "paged-decode-attention"),
     "ops-ffn": lambda records: _ops(records, "ffn", "layer"),
     "ops-matmul": lambda records: _ops(records, "matmul"),
