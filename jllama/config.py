@@ -93,12 +93,26 @@ def _llama2(
     return LlamaConfig(dim, n_layers, n_heads, n_kv_heads or n_heads, hidden_dim, **settings)
 
 
+def _llama3(dim: int, n_layers: int, n_heads: int, hidden_dim: int, **more: Any) -> LlamaConfig:
+    settings: dict[str, Any] = dict(vocab_size=128_256, rope_theta=500_000.0, bos_id=128_000, eos_ids=(128_001,))
+    settings |= dict(max_seq_len=131_072) if "rope_scaling" in more else {}
+    return LlamaConfig(dim, n_layers, n_heads, 8, hidden_dim, **settings | more)
+
+
+def _stretched(factor: float) -> RopeScaling:
+    """The rotary scaling of Llama 3.1 and later, from 8,192 positions on."""
+    return RopeScaling("llama3", factor, 1.0, 4.0, 8192)
+
+
 _STORIES: dict[str, Any] = dict(max_seq_len=1024, tie_embeddings=True)
 
 PRESETS: dict[str, LlamaConfig] = {
     "7b": _llama2(4096, 32, 32, 11008),
     "13b": _llama2(5120, 40, 40, 13824),
     "70b": _llama2(8192, 80, 64, 28672, n_kv_heads=8),
+    "llama3-8b": _llama3(4096, 32, 32, 14336, max_seq_len=8192),
+    "llama3.1-405b": _llama3(16384, 126, 128, 53248, rope_scaling=_stretched(8.0)),
+    "llama3.2-1b": _llama3(2048, 16, 32, 8192, rope_scaling=_stretched(32.0), tie_embeddings=True),
     "tinyllama-1.1b": _llama2(2048, 22, 32, 5632, n_kv_heads=4, max_seq_len=2048),
     "stories110m": _llama2(768, 12, 12, 2048, **_STORIES),
     "stories42m": _llama2(512, 8, 8, 1376, **_STORIES),

@@ -142,7 +142,7 @@ def test_save_does_not_overwrite(tmp_path: Path) -> None:
 
 
 def test_a_config_survives_its_json() -> None:
-    for config in (*CONFIGS.values(), preset("70b"), preset("stories15m")):
+    for config in (*CONFIGS.values(), preset("70b"), preset("llama3.2-1b"), preset("stories15m")):
         assert from_hf(json.loads(json.dumps(to_hf(config, "float32")))) == config
 
 
