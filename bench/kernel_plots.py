@@ -35,7 +35,7 @@ def by_kernel(records: Sequence[Record]) -> Any:
     for r in records:
         for kernel, ms in parts[id(r)].items():
             totals[kernel] = totals.get(kernel, 0.0) + ms / r["value"]
-    kernels = sorted(totals.keys() - {OTHER, IDLE}, key=lambda kernel: -totals[kernel])
+    kernels = sorted((name for name in totals if name not in (OTHER, IDLE)), key=lambda name: -totals[name])
     paints = {kernel: PAINTS[i % len(PAINTS)] for i, kernel in enumerate(kernels)} | {OTHER: "#aaaaaa", IDLE: "#eeeeee"}
     fig, axes = figure(5.4 * len(panels) + 2.6, 2.2 + 0.5 * max(map(len, panels)), columns=len(panels))
     for ax, panel in zip(axes, panels, strict=True):
