@@ -1,8 +1,8 @@
 """``python -m bench.two_trees OTHER``: this tree and another one measured in turns, in one run on one device.
 
-There is one worker process per tree and weight format. It loads random weights of a preset, compiles, and waits. Then
-all workers measure in turns, so that a device that becomes warmer or slower affects both trees alike. With ``--pause``
-the command waits for a line on standard input before the first turn, so that other work on the machine can end first.
+For each weight format there is one worker process per tree. It loads random weights of a preset, compiles, and waits.
+Then both measure in turns, so that a device that becomes warmer or slower affects both trees alike. The formats follow
+one another, so a device need only hold two models. Every format's records are written as soon as they are complete.
 """
 
 import argparse
@@ -111,7 +111,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--prefill", default="512,2048", help="prompt lengths of prefill (default: 512,2048)")
     p.add_argument("--backend", default="pallas", help="default: pallas")
     p.add_argument("--turns", type=int, default=3, help="turns of every worker (default: 3)")
-    p.add_argument("--pause", action="store_true", help="measure after a line comes on standard input")
     p.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="where records are appended")
     return p
 
@@ -132,34 +131,39 @@ def run(args: argparse.Namespace) -> None:
         "batches": [int(n) for n in args.batch.split(",")],
         "prefill": [int(n) for n in args.prefill.split(",") if n],
     }
+    for quant in args.quant.split(","):
+        one_format(args, quant, job)
+
+
+def one_format(args: argparse.Namespace, quant: str, job: dict[str, Any]) -> None:
+    """Measure both trees with weights of one format."""
     here = Path(__file__).resolve().parents[1]
     began = time.perf_counter()
-    workers = [start(tree, quant, job) for quant in args.quant.split(",") for tree in (here, args.other.resolve())]
-    ready = [worker.answer() for worker in workers]
-    print(f"ready after {time.perf_counter() - began:.0f} s", flush=True)
-    if args.pause:
-        sys.stdin.readline()
-    samples: list[dict[str, list[float]]] = [{} for _ in workers]
-    for turn in range(args.turns):
-        order = range(len(workers)) if turn % 2 == 0 else reversed(range(len(workers)))
-        for i in order:
-            for name, value in workers[i].measure().items():
-                samples[i].setdefault(name, []).append(value)
-    for line in compared(workers, samples):
-        print(line)
+    workers = [start(tree, quant, job) for tree in (here, args.other.resolve())]
+    try:
+        ready = [worker.answer() for worker in workers]
+        print(f"{quant}: ready after {time.perf_counter() - began:.0f} s", flush=True)
+        samples: list[dict[str, list[float]]] = [{}, {}]
+        for turn in range(args.turns):
+            for i in (0, 1) if turn % 2 == 0 else (1, 0):
+                for name, value in workers[i].measure().items():
+                    samples[i].setdefault(name, []).append(value)
+    finally:
+        for worker in workers:
+            worker.process.kill()
+    for line in compared(quant, *samples):
+        print(line, flush=True)
     versions = package_versions(("jax", "jaxlib", "numpy", "jax-cuda13-plugin"))
     run = start_run(ready[0]["device"], versions, {})
     fields = [
-        record_fields(args.preset, worker, name, values, run.commit if worker.tree == here else args.commit)
-        for worker, found in zip(workers, samples, strict=True)
+        record_fields(args.preset, quant, name, values, commit)
+        for commit, found in zip((run.commit, args.commit), samples, strict=True)
         for name, values in found.items()
     ]
     append(args.results / "two-trees.jsonl", [run.record(**f) | {"commit": f["of"]} for f in fields])
-    for worker in workers:
-        worker.process.kill()
 
 
-def record_fields(preset: str, worker: Worker, name: str, values: list[float], commit: str) -> Record:
+def record_fields(preset: str, quant: str, name: str, values: list[float], commit: str) -> Record:
     """The record fields of one figure."""
     kind, *_, size = name.split()
     return {
@@ -167,7 +171,7 @@ def record_fields(preset: str, worker: Worker, name: str, values: list[float], c
         "case": f"two-trees-{kind}",
         "impl": "pallas",
         "model": preset,
-        "dtype": {"none": "bf16", "int4": "int4-g128"}.get(worker.quant, worker.quant),
+        "dtype": {"none": "bf16", "int4": "int4-g128"}.get(quant, quant),
         "batch": int(size) if kind == "decode" else 1,
         "seq": PROMPT if kind == "decode" else int(size),
         "context": PROMPT + NEW_TOKENS if kind == "decode" else int(size),
@@ -179,12 +183,11 @@ def record_fields(preset: str, worker: Worker, name: str, values: list[float], c
     }
 
 
-def compared(workers: list[Worker], samples: list[dict[str, list[float]]]) -> Iterator[str]:
+def compared(quant: str, ours: dict[str, list[float]], theirs: dict[str, list[float]]) -> Iterator[str]:
     """One line per figure: this tree, the other, and the ratio of the medians."""
-    for i in range(0, len(workers), 2):
-        for name, values in samples[i].items():
-            ours, theirs = statistics.median(values), statistics.median(samples[i + 1][name])
-            yield f"{workers[i].quant:5} {name:16} {ours:10.1f} {theirs:10.1f} tokens/s  {ours / theirs:.3f}"
+    for name, values in ours.items():
+        a, b = statistics.median(values), statistics.median(theirs[name])
+        yield f"{quant:5} {name:16} {a:10.1f} {b:10.1f} tokens/s  {a / b:.3f}"
 
 
 if __name__ == "__main__":

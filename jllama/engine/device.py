@@ -135,7 +135,7 @@ class Device:
             ThreadPoolExecutor(workers, thread_name_prefix="compile") as pool,
         ):
             compiling: list[Future[Any]] = []
-            state, logits = self._state, self._known_logits() if constraints else None
+            state, logits = self._state, self._known_logits() if constraints else self._logits
             self._compile = lambda lowered: compiling.append(pool.submit(lowered.compile))
             try:
                 for job in jobs:

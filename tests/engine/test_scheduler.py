@@ -121,6 +121,22 @@ def test_rows_beside_a_constrained_one_draw_a_token_a_turn_and_go_on_faster_once
     assert_as_alone([free, bound])
 
 
+@pytest.mark.parametrize(("limit", "prompt"), [(1, 8), (2, 12)])
+def test_a_request_admitted_beside_a_constrained_one_has_the_pages_of_the_turn_in_which_it_joins(
+    limit: int, prompt: int
+) -> None:
+    device = FakeDevice(scheduler(pages=40, pieces=1))
+    free, bound = Sequence(text(2), 40), Sequence(text(3), limit, constrained=True)
+    late = Sequence(text(prompt, seed=1), 20)  # its first token to be drawn begins a page
+    for s in (free, bound):
+        device.scheduler.add(s)
+    device.turn()
+    device.turn()
+    device.scheduler.add(late)  # is fed in several turns, and joins when the constrained one has ended
+    run(device)
+    assert_as_alone([free, bound, late])
+
+
 @pytest.mark.parametrize(("prompt", "steps"), [(3, 0), (1, 1), (4, 0), (5, 1), (6, 0)])
 def test_first_tokens_are_drawn_from_the_last_piece_or_else_after_one_step(prompt: int, steps: int) -> None:
     s = scheduler()
