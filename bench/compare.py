@@ -10,6 +10,7 @@ import re
 import sys
 from pathlib import Path
 
+from bench.meshes import Shape
 from bench.names import OURS
 from jllama.errors import InputError, reported
 
@@ -34,6 +35,8 @@ def parser() -> argparse.ArgumentParser:
         help="also time prefill of a prompt of N tokens, or of M such prompts at once, for example 512,2048,8x512",
     )
     p.add_argument("--context", default="", metavar="N,...", help="also decode one row up to these lengths")
+    p.add_argument("--tp", metavar="N,...", help="devices that divide the model, for example 1,2,4: a run for each")
+    p.add_argument("--dp", metavar="N,...", help="groups of devices that divide the rows: a run for each")
     p.add_argument("--sampled", action="store_true", help="also decode with temperature and top-p (our backends only)")
     p.add_argument(
         "--backends", default=None, help=f"ours: {','.join(OURS)} or none (default: xla, and pallas on a GPU)"
@@ -110,7 +113,17 @@ def checked(args: argparse.Namespace) -> argparse.Namespace:
         if value < low:
             raise InputError(f"{flag}: expected at least {low}, found {value}")
     args.peer_python = pythons(args.peer_python)
+    args.meshes = meshes(args.tp, args.dp)
     return args
+
+
+def meshes(tp: str | None, dp: str | None) -> list[Shape | None]:
+    """All meshes of ``--tp`` and ``--dp``, those of few devices first. Without both flags: None, the default device."""
+    if tp is None and dp is None:
+        return [None]
+    both = [integers(flag, given or "1") for flag, given in (("--tp", tp), ("--dp", dp))]
+    found: list[Shape] = sorted({Shape(t, d) for t in both[0] for d in both[1]}, key=lambda s: (s.devices, s))
+    return [*found]
 
 
 def peers_of(asked: str, kind: str) -> list[str]:

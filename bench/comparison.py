@@ -11,6 +11,7 @@ from typing import Any
 
 from bench.entries import Entry, say
 from bench.measure import wait_quiet
+from bench.meshes import Shape
 from bench.models import cache_folder, model
 from bench.process import Budget, PeerFailed, Worker
 from bench.record import RESULTS, Record, Run, append, start_run
@@ -25,28 +26,37 @@ HEADROOM = 1.5  # times the weights: memory of an implementation, without its ca
 class Comparison:
     """What the implementations share: reference, workloads, ceilings. Ceilings are measured before any model loads."""
 
-    def __init__(self, settings: argparse.Namespace, preset: str | None, dtype: str | None) -> None:
-        self.settings = settings
+    def __init__(
+        self, settings: argparse.Namespace, preset: str | None, dtype: str | None, shape: Shape | None = None
+    ) -> None:
+        self.settings, self.shape = settings, shape
         self.reference = Reference(cache_folder(settings.cache_dir) / "compiled")
         self.platform: str = self.reference.hello["platform"]
         self.dtype = dtype or ("f32" if self.platform == "cpu" else "bf16")
         self.name, self.path = model(settings, self.reference, preset, self.dtype)
         self.drawn = self.path.startswith(DRAWN)
-        shape = self.reference.ask("shape", 60, model=self.path)
-        self.dims: dict[str, int] = shape["dims"]
-        self._plan(shape)
-        self.weights = round(shape["n_params"] * (4 if self.dtype == "f32" else 2))
-        hello = self.reference.hello
-        self.run: Run = start_run(hello["device"], hello["versions"], self._ceilings())
+        mesh = dataclasses.asdict(shape) if shape else {}
+        sizes = self.reference.ask("shape", 60, model=self.path, **mesh)
+        self.dims: dict[str, int] = sizes["dims"]
         self.entries: list[Entry] = []
         self.records: list[Record] = []
-        say(f"{self.name} {self.dtype} on {self.run.device}: run {self.run.run}, {len(self.loads)} workloads")
+        self.loads: list[Workload] = []
+        if sizes["refused"]:
+            say(f"{self.name}: {sizes['refused']}: left out")
+            return
+        self._plan(sizes, mesh)
+        self.weights = round(sizes["n_params"] * (4 if self.dtype == "f32" else 2))
+        hello = self.reference.hello
+        self.run: Run = start_run(hello["device"], hello["versions"], self._ceilings(), settings.run if shape else None)
+        settings.run = self.run.run
+        where = f"{self.run.device}, {shape.name}" if shape else self.run.device
+        say(f"{self.name} {self.dtype} on {where}: run {self.run.run}, {len(self.loads)} workloads")
 
     def add_entries(self, who: Sequence[Entry]) -> None:
         """Add the implementations, and load the reference's weights, which check their tokens. Where every process
         makes the weights itself, our own implementations check their tokens with their own weights, and the reference
         leaves the device."""
-        self.entries = [entry.fresh() for entry in who]
+        self.entries = [entry.fresh(self.shape) for entry in who]
         if self.drawn:
             self.reference.rest()
         else:
@@ -73,7 +83,7 @@ class Comparison:
         """This comparison paired with each of its implementations."""
         return [(self, entry) for entry in self.entries]
 
-    def _plan(self, shape: dict[str, Any]) -> None:
+    def _plan(self, shape: dict[str, Any], mesh: dict[str, int]) -> None:
         """The workloads, their prompts, and the job that implementations are opened with."""
         ask = functools.partial(self.reference.ask, "encode", 60, model=self.path, text="Once upon a time,")
         text = None if self.settings.preset else ask()["ids"]
@@ -84,8 +94,14 @@ class Comparison:
         self.loads = [w for w in loads if w.context - 1 <= shape["max_seq_len"]]
         if left := len(loads) - len(self.loads):
             say(f"{self.name}: skipping {left} workloads past its context of {shape['max_seq_len']}")
+        groups = mesh.get("dp", 1)
+        if uneven := [w for w in self.loads if w.batch % groups]:
+            say(f"{self.name}: --dp {groups} does not divide {uneven[0].batch} rows: skipping {len(uneven)} workloads")
+            self.loads = [w for w in self.loads if w not in uneven]
+        if not self.loads:
+            return
         self.inputs = {w: prompts(w, shape["vocab_size"], shape["bos_id"], text) for w in self.loads}
-        self.job = {
+        self.job = mesh | {
             "model": self.path,
             "dtype": self.dtype,
             "platform": self.platform,
@@ -131,7 +147,8 @@ class Comparison:
         if entry.whole_device:
             return math.inf
         cache = max(cache_bytes(self.dims, self.dtype, w.batch, w.context) for w in self.loads)
-        return HEADROOM * weight_bytes(self.dims, self.dtype) + cache
+        devices = self.shape or Shape()
+        return HEADROOM * weight_bytes(self.dims, self.dtype) / devices.tp + cache / devices.devices
 
     def open(self, entry: Entry) -> None:
         """Start an implementation, if it is installed."""
@@ -162,9 +179,9 @@ class Comparison:
     def record(self, group: list[Entry]) -> None:
         """Append what was measured to the records at once, so that an interrupted run loses nothing."""
         order = self.settings.order or self.default_order
-        made = [r for e in group for r in records_of(self.run, e, self.name, self.dtype, self.loads_of(e), self.dims)]
-        made = [r | {"order": order} for r in made]
-        append(results(self.settings) / "compare.jsonl", made)
+        where = self.run, self.name, self.dtype, self.dims, self.shape
+        made = [r | {"order": order} for e in group for r in records_of(e, self.loads_of(e), *where)]
+        append(results(self.settings) / f"{'mesh' if self.shape else 'compare'}.jsonl", made)
         self.records += made
 
     def _open(self, entry: Entry) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bench import peers
+from bench.meshes import Shape
 from bench.names import OURS
 from bench.process import Budget, PeerFailed, PeerUnsupported, Worker, find_python
 from bench.workloads import Workload
@@ -23,6 +24,7 @@ class Entry:
     failed: bool = False  # whether that is a failure, not a limitation
     dtype: str = ""  # the format of its weights, where that is not the run's
     whole_device: bool = False  # see `bench.peers.Peer`
+    divides: bool = False  # likewise
     worker: Worker | None = None
     opened: dict[str, Any] = field(default_factory=dict)
     outcomes: dict[Workload, dict[str, Any]] = field(default_factory=dict)
@@ -33,9 +35,15 @@ class Entry:
         """Whether this is one of our own backends."""
         return self.impl in OURS
 
-    def fresh(self) -> "Entry":
-        """A copy that has not run yet."""
-        return replace(self, worker=None, opened={}, outcomes={}, clock=Budget())
+    def fresh(self, shape: Shape | None = None) -> "Entry":
+        """A copy that has not run yet, for one device or for a mesh."""
+        why = self.why
+        if shape is not None and why is None and not self.ours:
+            why = "it has no tensor parallel" if shape.tp > 1 and not self.divides else why
+            why = "it has no data parallel here" if shape.dp > 1 else why
+            if why is not None:
+                say(f"  {self.impl}: {why}: left out with {shape.name}")
+        return replace(self, why=why, worker=None, opened={}, outcomes={}, clock=Budget())
 
     def guard(self, load: Workload | None, do: Any) -> None:
         """Call ``do`` with this entry. A failure is noted in the workload's outcome, and the run goes on."""
@@ -78,7 +86,8 @@ def entries(settings: argparse.Namespace, platform: str) -> list[Entry]:
         python, why = find_python(name, settings.peer_python)
         if settings.in_memory and not peer.draws:
             why = "it reads weights from disk: leave out --in-memory"
-        found.append(Entry(peer.name, name, "", python, why, dtype=peer.dtype, whole_device=peer.whole_device))
+        takes: dict[str, Any] = dict(whole_device=peer.whole_device, divides=peer.divides)
+        found.append(Entry(peer.name, name, "", python, why, dtype=peer.dtype, **takes))
     return found
 
 

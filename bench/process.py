@@ -175,5 +175,7 @@ def _environment() -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
     }
+    if "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        quiet["PJRT_NPROC"] = "32"  # devices of a CPU wait for one another in one pool of threads
     paths = [*([str(ROOT)] if CHECKOUT else []), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**quiet, **os.environ, "PYTHONPATH": os.pathsep.join(paths)}

@@ -41,7 +41,7 @@ KEYS: dict[str, type | tuple[type, ...]] = {
     "when": str,
     "run": str,
 }
-SUITES = ("ops", "compare", "load", "traffic")
+SUITES = ("ops", "compare", "load", "traffic", "mesh")
 METRICS = ("tokens_per_s", "ms", "s", "tflops", "tb_per_s", "bytes_peak", "ppl", "busy_share")
 HIGHER_IS_BETTER = ("tokens_per_s", "tflops", "tb_per_s", "busy_share")
 
@@ -70,13 +70,13 @@ class Run:
         return record
 
 
-def start_run(device: str, versions: Mapping[str, str], ceilings: Mapping[str, float]) -> Run:
-    """Start a run: read the commit, the clocks and the machine's load, and choose an id."""
+def start_run(device: str, versions: Mapping[str, str], ceilings: Mapping[str, float], name: str | None = None) -> Run:
+    """Start a run: read the commit, the clocks and the machine's load, and choose an id, if it is not ``name``."""
     now = datetime.datetime.now(datetime.UTC)
     commit, dirty = _commit()
     return Run(
         # Several commands on one machine, one after the other, may use one run id.
-        run=os.environ.get("JLLAMA_RUN") or f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}",
+        run=name or os.environ.get("JLLAMA_RUN") or f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}",
         when=now.isoformat(timespec="seconds"),
         commit=commit,
         dirty=dirty,

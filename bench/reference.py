@@ -54,8 +54,8 @@ class Reference:
         return self.ask("ceilings", 300, dtype=dtype, working_set=working_set)
 
     def open(self, job: dict[str, Any]) -> None:
-        """Load the model of a job, with the job's quantisation."""
-        self.worker.ask("open", 600, job=job | {"backend": "xla"})
+        """Load the model of a job, with the job's quantisation, on one device."""
+        self.worker.ask("open", 600, job=job | {"backend": "xla", "tp": 1, "dp": 1})
 
     def score(self, prompt: list[int], ids: list[int]) -> list[float]:
         """See `Score`."""

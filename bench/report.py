@@ -65,12 +65,13 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _draw(records: Sequence[Record], folder: Path) -> None:
-    from bench import kernel_plots, plots
+    from bench import kernel_plots, plots, scaling
 
     if (why := plots.unavailable()) is not None:
         print(f"no plots: {why}")
         return
-    drawn = [*plots.draw(records, folder), *kernel_plots.draw_kernels(records, folder)]
+    charts = plots.draw, scaling.draw, kernel_plots.draw_kernels
+    drawn = [path for draw in charts for path in draw(records, folder)]
     print(f"{len(drawn)} charts in {folder}")
 
 

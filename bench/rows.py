@@ -5,15 +5,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from bench.measure import stats_dict
+from bench.meshes import Shape
 from bench.record import Record, Run
-from bench.roofline import Work, decode_work, floor_s, of_dict, prefill_work
+from bench.roofline import Work, floor_s, of_dict
 from bench.workloads import SAMPLING, Workload
 
 
 def records_of(
-    run: Run, entry: Any, model: str, dtype: str, loads: Sequence[Workload], dims: Mapping[str, int]
+    entry: Any,
+    loads: Sequence[Workload],
+    run: Run,
+    model: str,
+    dtype: str,
+    dims: Mapping[str, int],
+    shape: Shape | None = None,
 ) -> list[Record]:
-    """All records of one implementation: a figure or a reason for every workload, and the time to open it."""
+    """All records of one implementation: a figure or a reason for every workload, and the time to open it. With a
+    ``shape``, they name the mesh."""
     dtype = entry.dtype or dtype
     stored = {"int4": "int4-g128"}.get(dtype, dtype)
     versions = {**run.versions, **entry.opened.get("versions", {})}
@@ -21,12 +29,18 @@ def records_of(
     for load in loads:
         outcome = entry.outcomes.get(load, {})
         base: dict[str, Any] = dict(
-            suite="compare", case=load.case, impl=entry.impl, model=model, dtype=stored, batch=load.batch
+            suite="mesh" if shape else "compare",
+            case=load.case,
+            impl=entry.impl,
+            model=model,
+            dtype=stored,
+            batch=load.batch,
         )
+        base |= dict(tp=shape.tp, dp=shape.dp, devices=shape.devices) if shape else {}
         base |= dict(seq=load.prompt_len, context=load.context, new_tokens=load.new_tokens)
         base |= {"sampling": SAMPLING} if load.sampled else {}
-        floor = run_floor(run, load, dtype, dims)
-        base["work"] = work_of(load, dtype, dims)
+        floor = run_floor(run, load, dtype, dims, shape)
+        base["work"] = work_of(load, dtype, dims, shape)
         if not outcome.get("runs"):
             why = outcome.get("why") or entry.why or "not run"
             failed = bool(outcome.get("failed", entry.failed))
@@ -51,18 +65,18 @@ def records_of(
     return out
 
 
-def work_of(load: Workload, dtype: str, dims: Mapping[str, int]) -> dict[str, float]:
-    """Bytes and flops of a decode step or a prefill, and the tokens that it produces or consumes."""
-    if load.case == "prefill":
-        work, tokens = prefill_work(dims, dtype, load.batch, load.prompt_len), load.batch * load.prompt_len
-    else:
-        work, tokens = decode_work(dims, dtype, load.batch, load.mean_context), load.batch
+def work_of(load: Workload, dtype: str, dims: Mapping[str, int], shape: Shape | None = None) -> dict[str, float]:
+    """Bytes and flops of a decode step or a prefill on one device, and the tokens that all devices produce or
+    consume."""
+    prefill = load.case == "prefill"
+    length, tokens = (load.prompt_len, load.batch * load.prompt_len) if prefill else (load.mean_context, load.batch)
+    work = (shape or Shape()).work(load.case, dims, dtype, load.batch, length)
     return {"bytes": work.bytes, "flops": work.flops, "tokens": tokens}
 
 
-def run_floor(run: Run, load: Workload, dtype: str, dims: Mapping[str, int]) -> float:
-    """The most tokens/s that the ceilings of this run allow."""
-    work = work_of(load, dtype, dims)
+def run_floor(run: Run, load: Workload, dtype: str, dims: Mapping[str, int], shape: Shape | None = None) -> float:
+    """The most tokens/s that the ceilings of this run allow on each of its devices."""
+    work = work_of(load, dtype, dims, shape)
     return work["tokens"] / floor_s(Work(work["bytes"], work["flops"]), of_dict(run.ceilings), dtype)
 
 
@@ -92,17 +106,30 @@ def _figures(
 def table(records: Sequence[Record]) -> str:
     """The terminal's table: one line per workload and implementation, with the percent of the floor, or why there is no
     figure."""
-    head = ("case", "model", "dtype", "batch", "prompt", "impl", "tokens/s", "± %", "% of floor", "ttft s", "peak MB")
+    head = (
+        "case",
+        "model",
+        "dtype",
+        "batch",
+        "prompt",
+        "impl",
+        "tokens/s",
+        "± %",
+        "% of floor",
+        "ttft s",
+        "peak MB",
+    )
     lines: list[tuple[str, ...]] = [head]
     for r in records:
         if r["metric"] != "tokens_per_s":
             continue
-        start = (r["case"], r["model"], r["dtype"], str(r["batch"]), str(r["seq"]), r["impl"])
+        mesh = f", {Shape(r['tp'], r['dp']).name}" if "tp" in r else ""
+        start = (r["case"], r["model"] + mesh, r["dtype"], str(r["batch"]), str(r["seq"]), r["impl"])
         if r["value"] is None:
             lines.append((*start, r["why"]))
             continue
-        alike = ("impl", "dtype", "batch", "seq")
-        others = {o["case"]: o["value"] for o in records if all(o[k] == r[k] for k in alike)}
+        alike = ("impl", "dtype", "tp", "dp", "batch", "seq")
+        others = {o["case"]: o["value"] for o in records if all(o.get(k) == r.get(k) for k in alike)}
         noise = 100 * r["stats"]["std"] / r["stats"]["mean"]
         figures = (f"{r['value']:,.1f}", f"{noise:.1f}", f"{100 * r['value'] / r['floor']:.0f}")
         first, held = others.get("ttft-warm"), others.get("memory")

@@ -1,6 +1,7 @@
 """Runs `bench.compare` once its arguments are parsed: the order of the runs, and the output."""
 
 import argparse
+import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -13,6 +14,7 @@ from bench.names import is_ours
 from bench.process import Budget
 from bench.record import Record
 from bench.rows import table
+from jllama.errors import InputError
 
 WARMING = 0.6  # part of the remaining time that warming up may take where all warm up together
 
@@ -21,7 +23,7 @@ Part = tuple[Comparison, Entry]
 
 def run(settings: argparse.Namespace) -> int:
     """Run every model in every dtype. Returns 1 if one of our own backends failed."""
-    settings.clock, settings.ceilings = Budget(settings.budget), {}
+    settings.clock, settings.ceilings, settings.run = Budget(settings.budget), {}, None
     records: list[Record] = []
     with ExitStack() as still_open:
         if settings.order == "warm-together":
@@ -38,14 +40,17 @@ def run(settings: argparse.Namespace) -> int:
 
 
 def _comparisons(settings: argparse.Namespace) -> Iterator[Comparison]:
-    """One comparison per model and dtype, made when it is needed."""
+    """One comparison per model, dtype and mesh, made when it is needed."""
     who: list[Entry] = []
-    for preset in settings.preset.split(",") if settings.preset else [None]:
-        for dtype in settings.dtype or [None]:
-            made = Comparison(settings, preset, dtype)
-            who = who or entries(settings, made.platform)
-            made.add_entries(who)
-            yield made
+    presets = settings.preset.split(",") if settings.preset else [None]
+    for preset, dtype, shape in itertools.product(presets, settings.dtype or [None], settings.meshes):
+        made = Comparison(settings, preset, dtype, shape)
+        if not made.loads:  # a line has said why
+            with made:
+                continue
+        who = who or entries(settings, made.platform)
+        made.add_entries(who)
+        yield made
 
 
 def one_by_one(comparison: Comparison, *, turns: bool) -> None:
@@ -96,6 +101,8 @@ def _warm_up(part: Part) -> None:
 
 
 def _show(settings: argparse.Namespace, records: list[Record]) -> None:
+    if not records:
+        raise InputError("expected a workload that can run; the lines above say why none can")
     print(table(records))
     first = records[0]
     commit = f"{first['commit']}{' (changed)' if first['dirty'] else ''}"
@@ -103,12 +110,12 @@ def _show(settings: argparse.Namespace, records: list[Record]) -> None:
     print(f"\nrun {runs} at {commit}: {len(records)} records in {results(settings)}")
     if settings.plots == "-":
         return
-    from bench import plots
+    from bench import plots, scaling
 
     if (why := plots.unavailable()) is not None:
         say(f"no plots: {why}")
         return
     folder = Path(settings.plots) if settings.plots else results(settings) / "plots"
-    for mine in latest(records, NEWEST):
-        for path in plots.compare_plots(mine, folder):
-            print(f"plot: {path}")
+    of_one = (path for mine in latest(records, NEWEST) for path in plots.compare_plots(mine, folder))
+    for path in of_one if settings.meshes == [None] else scaling.draw(records, folder):
+        print(f"plot: {path}")

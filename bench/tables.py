@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+from bench import scaling
 from bench.beside import beside
 from bench.choice import NEWEST, grouped, latest, newest
 from bench.glance import glance
@@ -198,6 +199,8 @@ TABLES: dict[str, Table] = {
     "decode-gpu": lambda records: _speeds(records, "decode", lambda r: not is_cpu(r)),
     "prefill-cpu": lambda records: _speeds(records, "prefill", is_cpu),
     "prefill-gpu": lambda records: _speeds(records, "prefill", lambda r: not is_cpu(r)),
+    "mesh": scaling.table,
+    "charts-mesh": lambda _: _charts("mesh-*"),
     "sampled": lambda records: _speeds(records, "sampled", lambda _: True),
     "startup": _startup,
     "traffic": mixed,

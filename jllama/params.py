@@ -39,6 +39,8 @@ from jllama.mesh.layout import (
     order,
     take_rows,
     weight_spec,
+    widened,
+    with_hidden_units,
 )
 from jllama.mesh.vocabulary import lookup
 
@@ -267,7 +269,7 @@ def init(
         layers=_stack_one_by_one(layers, config.n_layers) if stacked else tuple(layers),
         norm=fields.make("norm", (config.dim,), key),
         lm_head=None if config.tie_embeddings else fields.make("lm_head", vocabulary, head_key),
-        config=config,
+        config=fields.wide,
     )
     return params if mesh is None else laid_out(params, mesh)
 
@@ -280,6 +282,8 @@ class _Fields:
         self._quant: Quant = quant
         self._group = group
         self._shards = axis_size(mesh, MODEL)
+        grouped = None if quant == "none" else quant_group(config.hidden_dim, quant, group)
+        self.wide = widened(config, self._shards, grouped)
         self._compiled: dict[str, Callable[[jax.Array], Weight]] = {}
         if mesh is not None:
             check_mesh(config, mesh)
@@ -296,15 +300,17 @@ class _Fields:
 
     def _whole(self, field: str, shape: tuple[int, ...], key: jax.Array) -> Weight:
         if len(shape) == 1:  # norms change nothing at first, and neither do biases
-            weight = jnp.full(shape, field.endswith("norm"), self._dtype)
+            weight: Any = jnp.full(shape, field.endswith("norm"), self._dtype)
+            weight = with_hidden_units(field, weight, self.wide.hidden_dim)
         else:
             # Projections that add to the residual stream are scaled down. Otherwise its variance would grow with every
             # layer.
             scale = (2 * self._config.n_layers) ** -0.5 if field in ("wo", "w_down") else 1.0
             weight = _normal(key, shape, scale * 0.02, self._dtype)
+            weight = with_hidden_units(field, weight, self.wide.hidden_dim)
             quant, group = field_format(field, self._config, self._quant, self._group)
             weight = quantizer(quant, group, divisor(field, self._shards))(weight)
-        index = order(self._config, self._shards, field)
+        index = order(self.wide, self._shards, field)
         return weight if index is None else take_rows(field, weight, index)
 
 

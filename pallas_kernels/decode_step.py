@@ -47,7 +47,9 @@ def decode_step_reference(
     as it was before the step. Without a page, a new token's key and value are dropped, and its logits mean nothing.
 
     With an ``axis`` of `jax.shard_map`, every device along it has a part of the heads, of the hidden units and of the
-    vocabulary; x and the norms are the same on all, and the logits are those of the device's part."""
+    vocabulary; x and the norms are the same on all, and the logits are those of the device's part. Where the mesh has
+    other axes, every group of devices along ``axis`` has its own sums. But the kernel is one launch of all devices of
+    the mesh, so all must run it the same number of times."""
     summed = functools.partial(lax.psum, axis_name=axis) if axis else lambda y: y
     w, (_, _, kv_heads, _, D) = weights, k.shape
     for i in range(k.shape[0]):

@@ -66,6 +66,7 @@ class Peer:
     dtype: str = ""  # the format of its weights, where that is not the run's
     draws: bool = False  # whether it makes random weights itself, from ``job["config"]``
     whole_device: bool = False  # whether it takes the device's memory for itself, whatever the model needs
+    divides: bool = False  # whether it divides a model over ``job["tp"]`` devices
 
 
 def discover(kind: str) -> list[str]:

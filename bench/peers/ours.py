@@ -40,6 +40,7 @@ class Ours:
 
     def __init__(self, job: dict[str, Any]) -> None:
         self.job, self.params, self.backends = job, None, {}
+        self.mesh = _mesh(job.get("tp", 1), job.get("dp", 1))
         self._traced: dict[tuple[int, ...], dict[str, Any]] = {}  # `jllama.backends` of every kind of batch
         if job.get("compiled") is not None:
             from jllama.compilation import enable_cache
@@ -57,8 +58,9 @@ class Ours:
         dtype, room = self.job["dtype"], self.job["rooms"][str(batch)]
         quant: Quant = dtype if dtype in ("int8", "int4") else "none"
         float_dtype = DTYPES.get(dtype) or ("float32" if jax.devices()[0].platform == "cpu" else "bfloat16")
-        config, make = opened(self.job["model"], float_dtype, quant, batch, room)
-        stacked = self.job["backend"] != "xla" and runs_whole(config, float_dtype, quant, batch=batch, max_len=room)
+        config, make = opened(self.job["model"], float_dtype, quant, batch, room, self.mesh)
+        how: dict[str, Any] = dict(batch=batch, max_len=room, mesh=self.mesh)
+        stacked = self.job["backend"] != "xla" and runs_whole(config, float_dtype, quant, **how)
         if self.params is not None and self.params.stacked == stacked:
             return
         self.params = None  # free the old params first, so that the device need not hold both
@@ -80,7 +82,8 @@ class Ours:
             ids, arrived, total = run(prompts, new_tokens, new_tokens, sampling)
         except Unsupported as reason:
             raise NotSupported(str(reason)) from None
-        return Output(ids, first, total - min(first, arrived))
+        least = min(first, arrived)
+        return Output(ids, first, total - least if total > least else total)  # noise may hide a short decode
 
     def _stream(self, prompts: list[list[int]], new: int, most: int, sampling: Any) -> Timed:
         """One prompt, with the `Session` that the command line uses. Its cache has room for ``most`` new tokens."""
@@ -160,14 +163,15 @@ class Ours:
             partial.rename(target)
         return {"path": path}
 
-    def shape(self, model: str) -> dict[str, Any]:
-        """The sizes of a checkpoint that floors and prompts need."""
+    def shape(self, model: str, tp: int = 1, dp: int = 1) -> dict[str, Any]:
+        """The sizes of a checkpoint that floors and prompts need, and why it cannot run on a mesh, if it cannot."""
         from bench.roofline import dims
         from jllama.config import to_hf
 
         config, _ = opened(model)
         known = {"vocab_size": config.vocab_size, "bos_id": config.bos_id, "max_seq_len": config.max_seq_len}
-        return known | {"dims": dims(config), "n_params": config.n_params, "config": to_hf(config, "bfloat16")}
+        known |= {"dims": dims(config), "n_params": config.n_params, "config": to_hf(config, "bfloat16")}
+        return known | {"refused": _refused(config, tp, dp)}
 
     def encode(self, model: str, text: str) -> dict[str, Any]:
         """The ids of a text; None if the model has no tokenizer."""
@@ -187,15 +191,46 @@ class Ours:
 
         from jllama.model import forward
 
-        tokens = jnp.asarray([prompt + ids[:-1]], jnp.int32)
+        rows = 1 if self.mesh is None else self.mesh.shape["data"]
+        tokens = jnp.asarray([prompt + ids[:-1]] * rows, jnp.int32)
         logits, _ = jax.jit(forward, static_argnames="backend")(self.params, tokens, backend="xla")
-        rows = np.asarray(logits[0, len(prompt) - 1 :])
-        gaps = (rows.max(axis=1) - rows[np.arange(len(ids)), ids]) / rows.std(axis=1)
+        new = np.asarray(logits[0, len(prompt) - 1 :])
+        gaps = (new.max(axis=1) - new[np.arange(len(ids)), ids]) / new.std(axis=1)
         return {"gaps": [float(g) for g in gaps]}
 
 
+def _mesh(tp: int, dp: int) -> Any:
+    """A mesh of the first devices; None for one device."""
+    if tp * dp == 1:
+        return None
+    import jax
+
+    kinds = (jax.sharding.AxisType.Auto,) * 2
+    return jax.make_mesh((dp, tp), ("data", "model"), axis_types=kinds, devices=jax.devices()[: tp * dp])
+
+
+def _refused(config: Any, tp: int, dp: int) -> str | None:
+    import jax
+
+    from jllama.errors import InputError
+    from jllama.mesh.layout import check_mesh
+
+    if tp * dp > (found := jax.device_count()):
+        return f"--tp {tp} --dp {dp}: expected {tp * dp} devices, found {found}"
+    try:
+        check_mesh(config, jax.sharding.AbstractMesh((dp, tp), ("data", "model")))
+    except InputError as reason:
+        return str(reason)
+    return None
+
+
 def opened(
-    model: str, dtype: str = "float32", quant: "Quant" = "none", batch: int = 1, max_len: int | None = None
+    model: str,
+    dtype: str = "float32",
+    quant: "Quant" = "none",
+    batch: int = 1,
+    max_len: int | None = None,
+    mesh: Any = None,
 ) -> tuple[Any, Callable[..., Any]]:
     """The configuration of a checkpoint, or of a preset with random weights, and a function that makes its params."""
     if model.startswith(DRAWN):
@@ -205,12 +240,17 @@ def opened(
         from jllama.params import init
 
         config = preset(model.removeprefix(DRAWN))
+        if mesh is not None:
+            from bench.drawn import draw
+
+            return config, functools.partial(draw, config, mesh, dtype=dtype, quant=quant)
         return config, functools.partial(init, config, jax.random.key(SEED), dtype=jax.numpy.dtype(dtype), quant=quant)
     from jllama.formats import open_source
     from jllama.formats.checkpoint import load
 
     source = open_source(model)
-    return source.config, functools.partial(load, source, dtype=dtype, quant=quant, batch=batch, max_len=max_len)
+    how = dict(dtype=dtype, quant=quant, batch=batch, max_len=max_len, mesh=mesh)
+    return source.config, functools.partial(load, source, **how)
 
 
 def even_chunk(steps: int) -> int:

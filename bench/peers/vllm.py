@@ -19,6 +19,8 @@ ENVIRONMENT = {
     "VLLM_LOOPBACK_IP": "127.0.0.1",
     "GLOO_SOCKET_IFNAME": "lo",
     "TRANSFORMERS_OFFLINE": "1",
+    "NCCL_NVLS_ENABLE": "0",  # no multicast: it needs rights that a container may lack
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # of the processes of several GPUs
 }
 MEMORY = 0.9  # of the device's
 
@@ -49,6 +51,7 @@ def start(job: dict[str, Any], quantization: str | None, *, prefix_cache: bool) 
         quantization=quantization,
         max_model_len=min(job["max_len"], job["context"]),
         max_num_seqs=job["batch"],
+        tensor_parallel_size=job.get("tp", 1),
         max_num_batched_tokens=job.get("budget"),
         enable_prefix_caching=prefix_cache,
         gpu_memory_utilization=MEMORY,
@@ -87,4 +90,4 @@ def available() -> str | None:
     return missing("vllm", install="pip install vllm; GPU")
 
 
-PEER = Peer("vllm", "model", available, open_model, ("vllm", "torch"), draws=True, whole_device=True)
+PEER = Peer("vllm", "model", available, open_model, ("vllm", "torch"), draws=True, whole_device=True, divides=True)

@@ -10,6 +10,7 @@ import argparse
 import hmac
 import json
 import os
+import queue
 import secrets
 import socket
 import sys
@@ -27,11 +28,48 @@ from jllama.errors import InputError
 
 BEAT = 2.0  # seconds between two signs of life
 SILENCE = 15.0  # after so many seconds without one, a process counts as ended
-_ALIVE, _DONE, _ENDED = b"a", b"d", b"e"  # _ENDED is followed by one byte: which process
+_ALIVE, _DONE, _ENDED, _TOLD = b"a", b"d", b"e", b"t"
+# _ENDED is followed by one byte: which process; _TOLD by 4 bytes, a number, and so many more.
 
 
-def _join(args: argparse.Namespace) -> Callable[[], None]:
-    """Join the processes, before any device is used. Returns what to call when all is done."""
+class Channel:
+    """The connections between process 0 and each of the others."""
+
+    def __init__(self, peers: dict[int, socket.socket]) -> None:
+        self.peers = peers
+        self._lock = threading.Lock()  # two threads' messages must not mix
+        self._heard: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        for connection in peers.values():  # a message is small, and waits for no other
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def tell(self, what: bytes) -> None:
+        """In process 0: send bytes to all others, which `hear` them in this order."""
+        self.send(_TOLD + len(what).to_bytes(4) + what)
+
+    def hear(self) -> bytes:
+        """In the others: wait for the next bytes that process 0 tells."""
+        return self._heard.get()
+
+    def send(self, message: bytes) -> None:
+        """Send a message to all."""
+        with self._lock:
+            for connection in self.peers.values():
+                try:
+                    connection.sendall(message)
+                except OSError:  # that one has ended: the thread that listens to it says so
+                    continue
+
+    def listen(self, connection: socket.socket) -> bytes:
+        """Take what arrives. Returns at the first message that is neither a sign of life nor told."""
+        while (message := _receive(connection, 1)) in (_ALIVE, _TOLD):
+            if message == _TOLD:
+                size = int.from_bytes(_receive(connection, 4))
+                self._heard.put(_receive(connection, size))
+        return message
+
+
+def _join(args: argparse.Namespace) -> Channel:
+    """Join the processes, before any device is used."""
     _initialize(args)
     first = jax.process_index() == 0
     # Libraries such as gloo write to descriptor 1: that becomes stderr, and stdout gets a descriptor of its own.
@@ -76,36 +114,38 @@ def from_first[T](read: Callable[[], T]) -> T:
 
 
 @contextmanager
-def together(args: argparse.Namespace) -> Iterator[None]:
-    """Run the body of a command in all processes that the flags name; in this one alone without ``--coordinator``."""
+def together(args: argparse.Namespace) -> Iterator[Channel | None]:
+    """Run the body of a command in all processes that the flags name; in this one alone without ``--coordinator``, and
+    then there is no channel."""
     if args.coordinator is None:
         if args.num_processes is not None or args.process_id is not None:
             raise InputError("--num-processes, --process-id: expected --coordinator with them, found none")
-        yield
+        yield None
         return
-    done = _join(args)
+    channel = _join(args)
     try:
-        yield
+        yield channel
     # A process must not leave by the normal way while others compute: jax would wait for them.
     except InputError as error:
-        _leave(2, f"jllama: error: process {jax.process_index()}: {error}")
+        leave(2, f"jllama: error: process {jax.process_index()}: {error}")
     except jax.errors.JaxRuntimeError:
         reason = traceback.format_exc()
         time.sleep(SILENCE + 2 * BEAT)  # if another process has ended, the thread that watches it says so first
-        _leave(1, reason)
+        leave(1, reason)
     except BaseException:
-        _leave(1, traceback.format_exc())
-    done()
+        leave(1, traceback.format_exc())
+    channel.send(_DONE)
 
 
-def _leave(code: int, message: str) -> NoReturn:
+def leave(code: int, message: str) -> NoReturn:
+    """End this process now, without waiting for others."""
     print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(code)
 
 
-def _watch(host: str | None) -> Callable[[], None]:
-    """Connect every process to process 0, and watch every connection. Returns what to call when all is done."""
+def _watch(host: str | None) -> Channel:
+    """Connect every process to process 0, and watch every connection."""
     first = jax.process_index() == 0
     server = socket.create_server(("", 0)) if first else None
     own = (host or socket.gethostname(), 0 if server is None else server.getsockname()[1], secrets.token_hex(16))
@@ -139,22 +179,16 @@ def _receive(connection: socket.socket, count: int) -> bytes:
     return found.ljust(count, b"\0") if count > 1 else found
 
 
-def _start(peers: dict[int, socket.socket]) -> Callable[[], None]:
-    def tell(message: bytes) -> None:
-        for connection in peers.values():
-            try:
-                connection.sendall(message)
-            except OSError:  # that one has ended: the thread that listens to it says so
-                continue
+def _start(peers: dict[int, socket.socket]) -> Channel:
+    channel = Channel(peers)
 
     def end(index: int) -> None:
-        tell(_ENDED + bytes([index]))
-        _leave(3, f"jllama: error: process {index} of {jax.process_count()} has ended, so all others end, too")
+        channel.send(_ENDED + bytes([index]))
+        leave(3, f"jllama: error: process {index} of {jax.process_count()} has ended, so all others end, too")
 
     def listen(index: int, connection: socket.socket) -> None:
         connection.settimeout(SILENCE)
-        while (message := _receive(connection, 1)) == _ALIVE:
-            pass
+        message = channel.listen(connection)
         if message == _ENDED:
             end(_receive(connection, 1)[0])
         if message != _DONE:
@@ -162,10 +196,10 @@ def _start(peers: dict[int, socket.socket]) -> Callable[[], None]:
 
     def beat() -> None:
         while True:
-            tell(_ALIVE)
+            channel.send(_ALIVE)
             time.sleep(BEAT)
 
     for index, connection in peers.items():
         threading.Thread(target=listen, args=(index, connection), daemon=True).start()
     threading.Thread(target=beat, daemon=True).start()
-    return lambda: tell(_DONE)
+    return channel

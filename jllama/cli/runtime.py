@@ -96,9 +96,7 @@ def device_line(backend: Backend, params: Params) -> str:
         require_kernels()
     except Unsupported:
         return f"XLA on {kind}"
-    return f"kernels on {kind}" + (
-        ", one launch a step" if params.stacked and axis_size(params.mesh, MODEL) == 1 else ""
-    )
+    return f"kernels on {kind}" + (", one launch a step" if params.stacked else "")
 
 
 def _times(devices: int) -> str:

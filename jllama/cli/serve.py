@@ -4,9 +4,13 @@ import argparse
 import ipaddress
 import os
 import sys
+from typing import TYPE_CHECKING
 
-from jllama.cli.options import Parser, add_model_flags
+from jllama.cli.options import Parser, add_model_flags, add_process_flags
 from jllama.errors import InputError, reported
+
+if TYPE_CHECKING:
+    from jllama.cli.processes import Channel
 
 KEY = "JLLAMA_API_KEY"
 EPILOG = f"""\
@@ -54,6 +58,7 @@ def parser() -> Parser:
     help_name = "name of the model for clients; may be repeated (default: the checkpoint's)"
     group.add_argument("--served-model-name", action="append", default=[], metavar="NAME", help=help_name)
     parser.add_argument("-q", "--quiet", action="store_true", help="print only errors and the ready line on stderr")
+    add_process_flags(parser)
     return parser
 
 
@@ -61,17 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command. Returns the exit code."""
     args = parser().parse_args(argv)
     with reported("jllama serve"):
-        keys = check(args)
-        from jllama.cli.runtime import as_input_error
-
-        code = 0
-
-        def go() -> None:
-            nonlocal code
-            code = run(args, keys)
-
-        as_input_error(go)
-        return code
+        return run(args, check(args))
     return 0
 
 
@@ -107,16 +102,36 @@ def hosts(host: str, allowed: list[str], *, local: bool) -> tuple[str, ...]:
 
 
 def run(args: argparse.Namespace, keys: tuple[str, ...]) -> int:
-    """Load the model, compile, and serve."""
+    """Load the model, compile, and serve; or run a part of the model for the process that serves."""
+    from jllama.cli.processes import leave, together
+    from jllama.cli.runtime import as_input_error
+
+    code = 0
+
+    def go() -> None:
+        nonlocal code
+        code = _run(args, keys, channel)
+
+    with together(args) as channel:
+        as_input_error(go)
+        if channel is not None and code:  # jax would wait for the others, which wait for this process
+            leave(code, "")
+    return code
+
+
+def _run(args: argparse.Namespace, keys: tuple[str, ...], channel: "Channel | None") -> int:
+    import jax
+
     from jllama.cli.runtime import device_line, open_model
     from jllama.engine.engine import Engine
     from jllama.serve.server import bind, say
     from jllama.serve.settings import Settings
-    from jllama.serve.start import compile_ahead
+    from jllama.serve.start import compile_ahead, follow
     from jllama.serve.start import run as serve
     from jllama.text.lm import default_slots
 
-    with bind(args.host, args.port) as bound:
+    first = channel is None or jax.process_index() == 0
+    with bind(args.host, args.port if first else 0) as bound:
         local = ipaddress.ip_address(bound.getsockname()[0]).is_loopback
         opened = open_model(args, quiet=args.quiet)
         lm = opened.lm
@@ -145,7 +160,10 @@ def run(args: argparse.Namespace, keys: tuple[str, ...]) -> int:
             if not args.quiet:
                 say("compiles all programs ahead")
             compile_ahead(engine, progress=not args.quiet and sys.stderr.isatty())
-        return serve(lm, engine, settings, bound, slots=slots)
+        if channel is not None and not first:
+            follow(lm, engine, channel.hear)
+            return 0
+        return serve(lm, engine, settings, bound, slots=slots, tell=None if channel is None else channel.tell)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from jllama.decode import NO_TOKEN, Generated, stop_table
 from jllama.errors import InputError
 from jllama.kernels import PAGE, vary_with
 from jllama.mesh.layout import DATA, axis_size, spec
-from jllama.mesh.run import meshed, on_shards
+from jllama.mesh.run import in_any_group, meshed, on_shards
 from jllama.model import forward
 from jllama.paged import PagedCache, init_pages, pages_for
 from jllama.params import Params
@@ -86,9 +86,10 @@ def rollout(
     layout = _Layout(prompts, lengths, n, slots, max_new_tokens)
 
     def more(state: _State) -> jax.Array:
-        return (state.next < requests) | ~state.done.all()
+        return in_any_group((state.next < requests) | ~state.done.all(), params.axis)
 
-    def step(state: _State) -> _State:
+    def step(carry: tuple[_State, jax.Array]) -> tuple[_State, jax.Array]:
+        state, _ = carry
         state = _refill(state, layout, requests, sampling, config.vocab_size)
         alive = ~state.done
         cache = PagedCache(state.k, state.v, layout.table(state.request), state.length)
@@ -101,7 +102,7 @@ def rollout(
         token, logprob = sample(logits, own, state.drawn, state.history, **how)
         where = jnp.where(alive, state.request, requests), state.drawn
         drawn = state.drawn + alive
-        return replace(
+        state = replace(
             state,
             k=cache.k,
             v=cache.v,
@@ -114,6 +115,7 @@ def rollout(
             logprobs=state.logprobs.at[where].set(logprob, mode="drop"),
             lengths=state.lengths.at[where[0]].set(drawn, mode="drop"),
         )
+        return state, more(state)
 
     k, v = _feed(params, layout, backend)
     shape = (requests, max_new_tokens)
@@ -132,7 +134,8 @@ def rollout(
         logprobs=jnp.zeros(shape, jnp.float32),
         lengths=jnp.zeros(requests, jnp.int32),
     )
-    state = lax.while_loop(more, step, vary_with(state, lengths))  # under shard_map: the type of the result
+    state = vary_with(state, lengths)  # under shard_map: the type of the result
+    state, _ = lax.while_loop(lambda carry: carry[1], step, (state, more(state)))
     return Generated(state.tokens, state.logprobs, state.lengths)
 
 

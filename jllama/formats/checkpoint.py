@@ -7,6 +7,7 @@ quantised and copied to the device, one at a time. The files are mapped, so the 
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +71,7 @@ def load(
     if source.quant is not None and quant != "none":
         raise InputError(f"quant: expected 'none' for {source.path}, whose weights are {source.quant.format} already")
     max_len = max_len or source.config.max_seq_len
-    shards = None if mesh is None else Shards(source.config, auto(mesh), dtype)
-    if shards is not None:
-        shards.check(source)
+    shards = None if mesh is None else Shards.of(source, auto(mesh), dtype, quant, group)
     check_memory(source, dtype, quant, group, batch, max_len, mesh)
     if stacked is None:
         form = stored(source) if quant == "none" else (quant, group)
@@ -84,6 +83,8 @@ def load(
         raise InputError(f"{source.path}: stacked: expected every layer in the format of the first, found another")
     put_weight = functools.partial(_put_on_one_device, dtype) if shards is None else shards.put
     params = _assemble(source, quant, group, put_weight, progress or (lambda names, _: names), stacked)
+    if shards is not None:
+        params = replace(params, config=shards.config)
     trim_heap()  # what quantising freed would otherwise stay beside the weights
     return params if mesh is None else laid_out(params, mesh)
 

@@ -26,31 +26,44 @@ from jllama.mesh.layout import (
     named,
     parts_of_shard,
     weight_spec,
+    widened,
 )
-from jllama.params import quantizer
+from jllama.params import quant_group, quantizer
 
-Place = tuple[Tensor, int, int, int, int]  # a part of a tensor: rows from and to, columns from and to
+# A part of a tensor: rows from and to, columns from and to. What lies behind the tensor's end is zero: see `widened`.
+Place = tuple[Tensor, int, int, int, int]
 
 
 @dataclass(frozen=True)
 class Shards:
-    """A mesh with `AxisType.Auto`, and the dtype of floats on it."""
+    """A mesh with `AxisType.Auto`, and the dtype of floats on it. ``config`` has the hidden units that `widened`
+    adds."""
 
     config: LlamaConfig
     mesh: Mesh
     dtype: str
 
+    @classmethod
+    def of(cls, source: Source, mesh: Mesh, dtype: str, quant: Quant, group: int | None) -> "Shards":
+        """The shards of a checkpoint whose floats become ``quant``. Raises `InputError` unless it can be divided over
+        the mesh."""
+        config = source.config
+        check_mesh(config, mesh)
+        stored = source.tensors["layers.0.w_down"].quant
+        if quant != "none":
+            group = quant_group(config.hidden_dim, quant, group)
+        else:
+            group = None if stored is None else stored.group
+        shards = cls(widened(config, axis_size(mesh, MODEL), group), mesh, dtype)
+        for i in range(config.n_layers):
+            for field in ("wo", "w_down"):  # the others are divided along their rows
+                shards.layout(field, [source.tensors[f"layers.{i}.{field}"]])
+        return shards
+
     @property
     def count(self) -> int:
         """The number of devices along ``model``."""
         return axis_size(self.mesh, MODEL)
-
-    def check(self, source: Source) -> None:
-        """Raise `InputError` unless the checkpoint can be divided over the mesh."""
-        check_mesh(self.config, self.mesh)
-        for i in range(self.config.n_layers):
-            for field in ("wo", "w_down"):  # the others are divided along their rows
-                self.layout(field, [source.tensors[f"layers.{i}.{field}"]])
 
     def put(self, field: str, tensors: Sequence[Tensor], quant: Quant, group: int | None) -> Weight:
         """The weight of a field on the mesh. ``tensors`` are its parts, which are joined along their rows. Floats
@@ -74,7 +87,8 @@ class Shards:
         first, formats = tensors[0], {tensor.quant for tensor in tensors}
         shape: Any = jax.ShapeDtypeStruct(first.shape, jnp.float32)
         if len(formats) == 1 and first.quant is not None:
-            groups = first.shape[1] // (first.quant.group or first.shape[1])
+            width = self.config.hidden_dim if field == "w_down" else first.shape[1]
+            groups = width // (first.quant.group or width)
             shape = QuantizedTensor(shape, jax.ShapeDtypeStruct((first.shape[0], groups), jnp.float32))  # pyright: ignore
         return weight_spec(self.mesh, field, shape)
 
@@ -85,7 +99,8 @@ class Shards:
                 yield tensor, begin, end, 0, tensor.shape[-1]
             return
         (tensor,) = tensors
-        divided, whole = DIVIDED.get(field, WHOLE), (tensor.shape[0], tensor.shape[-1])
+        width = self.config.hidden_dim if field == "w_down" else tensor.shape[-1]
+        divided, whole = DIVIDED.get(field, WHOLE), (tensor.shape[0], width)
         rows, columns = (
             (shard * n // self.count, (shard + 1) * n // self.count) if divided == which else (0, n)
             for which, n in zip((ROWS, COLUMNS), whole, strict=True)
@@ -135,20 +150,46 @@ def _floats(places: Iterator[Place], dtype: np.dtype) -> np.ndarray:
     time, so that memory holds it only once."""
     found = list(places)
     rows = sum(end - begin for _, begin, end, _, _ in found)
-    out = np.empty((rows, found[0][4] - found[0][3])[: len(found[0][0].shape)], dtype)
+    out = np.zeros((rows, found[0][4] - found[0][3])[: len(found[0][0].shape)], dtype)
     at = 0
-    for tensor, begin, end, left, right in found:
+    for place in found:
+        tensor, begin, end, left, right = _within(place)
         for low, high in tensor.blocks(begin=begin, end=end):
             part = tensor.rows(low, high) if out.ndim == 1 else tensor.part(low, high, left, right)
-            out[at : at + high - low] = part.floats() if isinstance(part, Integers) else part
-            at += high - low
+            floats = part.floats() if isinstance(part, Integers) else part
+            out[at + low - begin : at + high - begin][..., : floats.shape[-1]] = floats
+        at += place[2] - place[1]
     return out
 
 
 def _integers(places: Iterator[Place], *, kind: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-    """Parts of quantised tensors, joined along their rows: the integers as ``kind``, and the scales."""
-    parts = [tensor.part(begin, end, left, right) for tensor, begin, end, left, right in places]
-    return np.concatenate([p.data.astype(kind) for p in parts]), np.concatenate([p.scale for p in parts])
+    """Parts of quantised tensors, joined along their rows: the integers as ``kind``, and the scales, which are 1 where
+    a tensor has ended."""
+
+    def part(place: Place) -> tuple[np.ndarray, np.ndarray]:
+        tensor, begin, end, left, right = _within(place)
+        found = tensor.part(begin, end, left, right)
+        whole = place[2] - place[1], place[4] - place[3]
+        group = (tensor.quant and tensor.quant.group) or whole[1]
+        data, scale = _filled(found.data, whole, 0), _filled(found.scale, (whole[0], whole[1] // group), 1)
+        return data.astype(kind), scale
+
+    data, scales = zip(*map(part, places), strict=True)
+    return np.concatenate(data), np.concatenate(scales)
+
+
+def _within(place: Place) -> Place:
+    """What of a place lies in its tensor."""
+    tensor, begin, end, left, right = place
+    rows, columns = tensor.shape[0], tensor.shape[-1]
+    return tensor, min(begin, rows), min(end, rows), min(left, columns), min(right, columns)
+
+
+def _filled(a: np.ndarray, shape: tuple[int, int], value: int) -> np.ndarray:
+    """An array of a larger shape, with ``value`` where ``a`` has ended."""
+    if a.shape == shape:
+        return a
+    return np.pad(a, [(0, n - m) for n, m in zip(shape, a.shape, strict=True)], constant_values=value)
 
 
 @functools.cache

@@ -1,7 +1,8 @@
 """Puts params on a mesh, and takes them off again."""
 
+import functools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +27,8 @@ from jllama.mesh.layout import (
     part_rows,
     shard_shapes,
     take_rows,
+    widened,
+    with_hidden_units,
 )
 from jllama.params import Layer, Params, each_field, laid_out, param_specs, quant_group
 
@@ -58,6 +61,8 @@ def abstract_params(
     stacked: bool = False,
 ) -> Params:
     """The shapes and dtypes of a model's arrays on a mesh with so many shards. Nothing is allocated."""
+    if quant != "none":
+        config = widened(config, shards, quant_group(config.hidden_dim, quant, group))
 
     def weight(field: str, shape: tuple[int, ...], lead: tuple[int, ...] = ()) -> Any:
         whole = jax.ShapeDtypeStruct((*lead, *shape), dtype)
@@ -82,18 +87,32 @@ def abstract_params(
 
 def shard(params: Params, mesh: Mesh) -> Params:
     """The same model on a mesh. Arrays that lie there already, as `shardings` says, are not copied. Each device gets
-    its part of every weight; the rows of fused weights are put in the order of the shards."""
+    its part of every weight; the rows of fused weights are put in the order of the shards. A quantised model may get
+    further hidden units, whose weights are zero: see `jllama.mesh.layout.widened`."""
     check_mesh(params.config, mesh)
     if params.mesh is not None and axis_size(params.mesh, MODEL) != axis_size(mesh, MODEL):
         params = unshard(params)
     if params.mesh is None:
+        params = _wide(params, axis_size(mesh, MODEL))
         rows = {f: order(params.config, axis_size(mesh, MODEL), f) for f in FUSED_PARTS}
         params = _with_rows(params, rows)
     return laid_out(params, mesh)
 
 
+def _wide(params: Params, shards: int) -> Params:
+    """Params with the hidden units that `widened` adds."""
+    layers = params.layers
+    down = layers.w_down if isinstance(layers, Layer) else layers[0].w_down
+    group = down.group if isinstance(down, QuantizedTensor) and down.scale.shape[-1] > 1 else None
+    config = widened(params.config, shards, group)
+    if config == params.config:
+        return params
+    wider = functools.partial(with_hidden_units, hidden=config.hidden_dim)
+    return replace(_each_layer(params, wider), config=config)
+
+
 def unshard(params: Params) -> Params:
-    """The same model on the default device."""
+    """The same model on the default device. Hidden units that `shard` has added stay: they change nothing."""
     if params.mesh is None:
         return params
     shards = axis_size(params.mesh, MODEL)
@@ -138,6 +157,10 @@ def _with_rows(params: Params, rows: Mapping[str, np.ndarray | None]) -> Params:
         index = rows.get(field)
         return weight if index is None else take_rows(field, weight, index)
 
+    return _each_layer(params, one)
+
+
+def _each_layer(params: Params, function: Callable[[str, Weight], Weight]) -> Params:
     if isinstance(params.layers, Layer):
-        return replace(params, layers=each_field(params.layers, one))
-    return replace(params, layers=tuple(each_field(layer, one) for layer in params.layers))
+        return replace(params, layers=each_field(params.layers, function))
+    return replace(params, layers=tuple(each_field(layer, function) for layer in params.layers))

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import lax
 from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -90,8 +91,17 @@ def one_shard(params: Params) -> Params:
     assert params.mesh is not None
     config = shard_config(params.config, axis_size(params.mesh, MODEL))
     axis = model_axis(params.mesh)
-    apart = None if axis is None else why_apart(params.mesh)
+    apart = None if axis is None else why_apart(_as_it_is_set(params.mesh))
     return replace(params, config=config, mesh=None, axis=axis, apart=apart)
+
+
+def in_any_group(flag: jax.Array, axis: str | None) -> jax.Array:
+    """Inside `jax.shard_map`: whether a flag is set for the rows of any group along ``data``, if the model is divided
+    along ``axis``. A loop over model steps must go on while this holds: the persistent step is a launch of all devices
+    of the mesh, so all groups must run it the same number of times."""
+    if axis is None or axis_size(jax.sharding.get_abstract_mesh(), DATA) == 1:
+        return flag
+    return lax.pmax(flag.astype(np.int32), DATA) > 0
 
 
 def fetch(tree: Any, mesh: Mesh | None) -> Any:

@@ -14,6 +14,7 @@ from jax.errors import JaxRuntimeError
 
 from jllama.engine.engine import Engine, Statistics
 from jllama.engine.request import Completion, Event, FinishReason, Handle, Request
+from jllama.engine.shared import Leader
 from jllama.errors import InputError
 
 
@@ -50,7 +51,7 @@ class EngineThread:
     """Owns an engine from `start` to `stop`. If the thread dies of an error, every group gets an error, and
     ``on_death`` is called in that thread."""
 
-    def __init__(self, engine: Engine, on_death: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, engine: Engine | Leader, on_death: Callable[[], None] = lambda: None) -> None:
         self.statistics: Statistics = engine.statistics  # a snapshot of the last step's end
         self.alive = False
         self.on_death = on_death

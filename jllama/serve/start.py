@@ -1,10 +1,14 @@
 """Runs the server on a loaded model."""
 
 import asyncio
+import signal
 import socket
+from collections.abc import Callable
 
+from jllama.engine import shared
 from jllama.engine.engine import Engine
 from jllama.engine.request import Request, SamplingSettings
+from jllama.engine.shared import Leader
 from jllama.engine.steps import KINDS
 from jllama.serve.bridge import EngineThread
 from jllama.serve.model import Model
@@ -14,14 +18,34 @@ from jllama.serve.settings import Settings
 from jllama.text.lm import LM
 
 
-def run(lm: LM, engine: Engine, settings: Settings, bound: socket.socket, *, slots: int) -> int:
-    """Serve a model until it ends. Returns the exit code."""
-    thread = EngineThread(engine)
+def run(
+    lm: LM,
+    engine: Engine,
+    settings: Settings,
+    bound: socket.socket,
+    *,
+    slots: int,
+    tell: Callable[[bytes], None] | None = None,
+) -> int:
+    """Serve a model until it ends. Returns the exit code. ``tell``: where several processes run the model, how this
+    one, process 0, sends bytes to the others, which are in `follow`."""
+    leader = None if tell is None else Leader(engine, tell)
+    thread = EngineThread(leader or engine)
     service = Service(Model.of(lm, engine.max_len), thread, settings, slots=slots)
     try:
-        return asyncio.run(serve(service, bound))
+        code = asyncio.run(serve(service, bound))
     finally:
         thread.stop()
+    if leader is not None and not code:  # with an error, this process leaves, and the others notice
+        leader.close()
+    return code
+
+
+def follow(lm: LM, engine: Engine, hear: Callable[[], bytes]) -> None:
+    """Run the model in a process that is not the first, until process 0 ends."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # process 0 decides when: it lets running requests finish
+        signal.signal(number, signal.SIG_IGN)
+    shared.follow(engine, hear, Model.of(lm, engine.max_len).grammars.of)
 
 
 def compile_ahead(engine: Engine, *, progress: bool) -> None:

@@ -38,10 +38,10 @@ _LIMITS |= dict(verbose_errors=False)
 
 
 class Grammar:
-    """A compiled constraint; see `jllama.engine.constraint.Constraint`."""
+    """A compiled constraint; see `jllama.engine.constraint.Constraint`. ``source`` is its text for `Grammars.of`."""
 
-    def __init__(self, root: Any, words: int) -> None:
-        self._root, self._words = root, words
+    def __init__(self, root: Any, words: int, source: str) -> None:
+        self._root, self._words, self.source = root, words, source
 
     def matcher(self) -> "GrammarMatcher":
         """A matcher at the beginning of a new text."""
@@ -94,7 +94,10 @@ class Grammars:
         """Compile a constraint of this kind: a schema (dict or JSON text), an expression, a list of texts or a grammar.
         ``where`` names the request's field in errors."""
         where = kind if where is None else where
-        source = _source(kind, value, where)
+        return self.of(_source(kind, value, where), where)
+
+    def of(self, source: str, where: str = "grammar") -> Grammar:
+        """Compile what another process has checked and compiled, or `compile` has checked."""
         with self._lock:
             if source in self._known:
                 self._known.move_to_end(source)
@@ -117,7 +120,7 @@ class Grammars:
         if root.is_error() or not possible:
             found = _line(root.get_error()) or "one that no text fits"
             raise InputError(f"{where}: expected a grammar that llguidance can compile, found: {found}")
-        return Grammar(root, self._words)
+        return Grammar(root, self._words, source)
 
 
 class _Named:

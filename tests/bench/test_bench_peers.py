@@ -90,7 +90,8 @@ def test_vllm_makes_the_weights_of_a_preset(library: list[dict[str, Any]]) -> No
 
 def test_vllm_in_fp8_is_the_same_with_other_weights(library: list[dict[str, Any]], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    vllm_fp8.PEER.open(JOB | {"model": str(tmp_path)})
+    vllm_fp8.PEER.open(JOB | {"model": str(tmp_path), "tp": 4})
+    assert library[0]["tensor_parallel_size"] == 4
     assert (library[0]["quantization"], library[0]["load_format"]) == ("fp8", "auto")
     assert (vllm_fp8.PEER.dtype, vllm_fp8.PEER.name) == ("fp8", "vllm-fp8")
     for other in ({"dtype": "int8"}, {"platform": "cpu"}):

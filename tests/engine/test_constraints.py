@@ -13,6 +13,7 @@ from jllama import Engine, Request, SamplingSettings
 from jllama.engine import masked, steps
 from jllama.engine.constraint import masks_of
 from jllama.engine.request import Handle
+from jllama.engine.shared import Leader, follow
 from jllama.engine.state import init_extras, init_state, rows_of
 from jllama.engine.tuning import Tuning
 from jllama.errors import InputError
@@ -235,3 +236,36 @@ def test_a_nan_row_is_an_error_and_not_a_dead_end() -> None:
 def test_a_constraint_and_scores_are_one_line() -> None:
     with pytest.raises(InputError, match="constraint: expected none with score_from, found one"):
         engine().submit(Request([5, 6], score_from=1, constraint=GRAMMARS[0]))
+
+
+def test_a_follower_draws_what_the_leader_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two engines in place of those of two processes: one is told, in bytes, what the other was asked."""
+    told: list[bytes] = []
+    leader, follower, rng = Leader(engine(pages=3), told.append), engine(pages=3), random.Random(8)
+    queue, handles, followed = requests(12, seed=7), [], []
+    names = {str(i): grammar for i, grammar in enumerate(GRAMMARS) if grammar is not None}
+    for name, grammar in names.items():
+        monkeypatch.setitem(vars(grammar), "source", name)  # a toy has none
+    settings = SamplingSettings(0.7, seed=5, presence_penalty=0.4, logit_bias={7: -1.5}, bad_words=((9, 8),))
+    queue.append(Request(tiny.prompt(9), 12, settings))
+    while queue or leader.busy:
+        if queue and rng.random() < 0.5:
+            handles += leader.submit_all([queue.pop()])
+        with pytest.raises(InputError):  # refused after a part of it was taken
+            leader.submit_all([Request(tiny.prompt(5)), Request((VOCAB,))])
+        if rng.random() < 0.05 and handles:
+            leader.abort(rng.choice(handles))
+        leader.step()
+    leader.close()
+    take = follower.submit_all
+
+    def taken(requests: list[Request]) -> list[Handle]:
+        found = take(requests)
+        followed.extend(found)
+        return found
+
+    monkeypatch.setattr(follower, "submit_all", taken)
+    follow(follower, iter(told).__next__, names.__getitem__)
+    assert [h.completion for h in followed] == [h.completion for h in handles]
+    assert {h.completion.finish_reason for h in handles} >= {"stop", "length", "abort"}
+    assert follower.statistics.preemptions == leader.statistics.preemptions > 0

@@ -15,13 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decode_steps import EPS, ON_GPU, Case, arguments, compare, error
+from decode_steps import EPS, FORMATS, ON_GPU, Case, arguments, compare, error
 from h200 import SMS, lower, several
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import PartitionSpec as P
 from test_decode_step import abstract
 
-from pallas_kernels import StepWeights, Unsupported, decode_step, peers
+from jllama.config import preset
+from jllama.mesh.layout import widened
+from pallas_kernels import StepWeights, decode_step, peers
 from pallas_kernels.decode_step import CASES
 from pallas_kernels.hopper.decode_step.checks import shape_of
 from pallas_kernels.hopper.decode_step.interpreted import launch_per_phase
@@ -93,32 +95,33 @@ def on_mesh(args: tuple, mesh: Any, backend: str = "pallas") -> Any:
         return P()
 
     weights = replace(w, **{field.name: spec(field.name, getattr(w, field.name)) for field in fields(StepWeights)})
-    cache = P(None, None, "model")
+    rows = "data" if "data" in mesh.axis_names else None
+    cache, given = P(None, rows, "model"), P(rows)
     step = functools.partial(decode_step, eps=EPS, axis="model", backend=backend)
-    given = P(), weights, cache, cache, P(), P(), P()
-    return jax.shard_map(step, mesh=mesh, in_specs=given, out_specs=(P(None, None, "model"), cache, cache))
+    layout = given, weights, cache, cache, given, given, given
+    return jax.shard_map(step, mesh=mesh, in_specs=layout, out_specs=(P(rows, None, "model"), cache, cache))
 
 
 @pytest.mark.parametrize(
     ("case", "fmt", "devices", "batch"),
-    [("7b", "bf16", 4, 1), ("7b", "int4-g128", 2, 1), ("70b", "int8", 4, 1), ("70b", "int4-g128", 2, 8)],
+    [("7b", "bf16", 4, 1), ("7b", "int4-g128", 4, 1), ("70b", "int8", 4, 1), ("70b", "int4-g128", 2, 8)],
 )
 def test_real_shapes_lower(case: str, fmt: str, devices: int, batch: int) -> None:
-    args, mesh = abstract(fmt, batch, 1, 1024, **CASES[case]), several(model=devices)
+    hidden = widened(preset(case), devices, FORMATS[fmt].get("group")).hidden_dim
+    args, mesh = abstract(fmt, batch, 1, 1024, **CASES[case] | dict(hidden=hidden)), several(model=devices)
     text = lower(on_mesh(args, mesh), *args, mesh=mesh)
     assert text.count("@mosaic_gpu") == 1
     assert "all_reduce" not in text
     assert "uses_xla_collective_metadata = true" in text
 
 
-def test_refused_where_the_mesh_has_other_axes() -> None:
-    args = abstract("bf16", 1, 1, 1024, **CASES["tinyllama"])
-    mesh = several(data=2, model=2)
-    with (
-        jax.sharding.use_abstract_mesh(mesh),
-        pytest.raises(Unsupported, match="whole mesh, which has the axes data"),
-    ):
-        jax.eval_shape(on_mesh(args, mesh), *args)
+def test_lowers_for_groups_of_devices() -> None:
+    """Rows over ``data``, and in each group the model over ``model``."""
+    args, mesh = abstract("bf16", 4, 1, 256, **CASES["tinyllama"]), several(data=2, model=2)
+    text = lower(on_mesh(args, mesh), *args, mesh=mesh)
+    assert text.count("@mosaic_gpu") == 1
+    assert "all_reduce" not in text
+    assert "uses_xla_collective_metadata = true" in text
 
 
 def test_lowers_where_rows_are_divided() -> None:
@@ -157,11 +160,22 @@ def test_devices_that_are_no_peers(change: dict[str, Any], reason: str) -> None:
 @pytest.mark.skipif(jax.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("fmt", ON_GPU)
 def test_step_on_several_gpus(fmt: str) -> None:
+    compare_with_psum(fmt, 1, (5, 0, 300))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.device_count() < 4, reason="needs four GPUs")
+def test_step_in_groups_of_gpus() -> None:
+    compare_with_psum("bf16", 2, (5, 0, 300, 64))
+
+
+def compare_with_psum(fmt: str, groups: int, start: tuple[int, ...]) -> None:
     """A step is that of the reference, which adds up with psum, and has the same bits each time."""
-    devices = 2 if jax.device_count() < 4 else 4
+    devices = (2 if jax.device_count() < 4 else 4) // groups
     size = dict(dim=1024, hidden=devices * 896, heads=16, kv_heads=8, head_dim=64, vocab=2048, layers=3)
-    args = jax.jit(lambda: arguments(fmt, (5, 0, 300), 2, 512, **size))()
-    mesh = jax.make_mesh((devices,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    args = jax.jit(lambda: arguments(fmt, start, 2, 512, **size))()
+    shape, names = ((groups, devices), ("data", "model")) if groups > 1 else ((devices,), ("model",))
+    mesh = jax.make_mesh(shape, names, axis_types=(jax.sharding.AxisType.Auto,) * len(shape))
     wanted = jax.jit(on_mesh(args, mesh, "xla"))(*args)
     step = jax.jit(on_mesh(args, mesh))
     out = step(*args)

@@ -68,7 +68,6 @@ def check(
 ) -> None:
     """Raise `Unsupported` where the kernel cannot run these arguments."""
     _check_processes()
-    _check_mesh(axis)
     shape = shape_of(x, weights, k, eps, table, axis)
     tiles_here = tiles or tiles_for(shape.fmt)
     _check_dtypes(x, weights, k, v)
@@ -88,14 +87,6 @@ def _check_processes() -> None:
     for name in os.environ:
         if name.startswith("CUDA_MPS_"):
             raise Unsupported(f"{name} is set: under MPS not all blocks may be on the device at once")
-
-
-def _check_mesh(axis: str | None) -> None:
-    # A launch that uses memory of other devices starts on all devices of the mesh together. Groups of devices along
-    # other axes may run it a different number of times.
-    others = {name: size for name, size in jax.sharding.get_abstract_mesh().shape.items() if size > 1 and name != axis}
-    if axis is not None and others:
-        raise Unsupported(f"a launch over {axis!r} spans the whole mesh, which has the axes {', '.join(others)}, too")
 
 
 def _check_dtypes(x: jax.Array, weights: StepWeights, k: jax.Array, v: jax.Array) -> None:
