@@ -1,10 +1,11 @@
 """A client of OpenAI's completions, which notes when tokens come. It parses no more than it must, so that it keeps up
-with hundreds of streams."""
+with hundreds of streams. `tests/support/load.py` asks with it, too."""
 
 import asyncio
+import contextlib
 import json
 import resource
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -36,35 +37,43 @@ async def _drive(url: str, model: str, asks: Sequence[Ask], temperature: float, 
 
 
 async def complete(url: str, content: bytes, key: str | None, came: Callable[[int], None]) -> None:
-    """Post a completion, and call ``came`` with the number of new tokens of each event. Raises `InputError` for a
-    server that cannot be reached, refuses, or ends a stream early."""
+    """Post a completion, and call ``came`` with the number of new tokens of each event."""
+    seen = 0
     try:
         async with asyncio.timeout(LIMIT_S):
-            await _complete(url, content, key, came)
+            async for event in events(url, content, key):
+                if used := event.get("usage"):
+                    came(used["completion_tokens"] - seen)
+                    seen = used["completion_tokens"]
+    except TimeoutError:
+        raise InputError(f"{url}: expected a whole answer within {LIMIT_S} s") from None
+
+
+async def events(url: str, content: bytes, key: str | None) -> AsyncGenerator[dict[str, Any]]:
+    """Post a completion, and yield the events of its stream. Raises `InputError` for a server that cannot be reached,
+    refuses, or ends a stream early."""
+    done = False
+    try:
+        status, lines = await _post(f"{url}/v1/completions", content, key)
+        async with contextlib.aclosing(lines):
+            async for line in lines:
+                if status != 200:
+                    said = line.decode(errors="replace")[:200]
+                    raise InputError(f"{url}: expected status 200, found {status}: {said}")
+                if line == b"data: [DONE]":
+                    done = True
+                elif line.startswith(b"data: "):
+                    event: dict[str, Any] = json.loads(line[6:])
+                    if "error" in event:
+                        raise InputError(f"{url}: {event['error'].get('message')}")
+                    yield event
     except (OSError, asyncio.IncompleteReadError) as error:
         raise InputError(f"{url}: {error or type(error).__name__}") from None
-
-
-async def _complete(url: str, content: bytes, key: str | None, came: Callable[[int], None]) -> None:
-    status, lines = await _post(f"{url}/v1/completions", content, key)
-    seen, done = 0, False
-    async for line in lines:
-        if status != 200:
-            raise InputError(f"{url}: expected status 200, found {status}: {line.decode(errors='replace')[:200]}")
-        if line == b"data: [DONE]":
-            done = True
-        elif line.startswith(b"data: "):
-            event: dict[str, Any] = json.loads(line[6:])
-            if "error" in event:
-                raise InputError(f"{url}: {event['error'].get('message')}")
-            if used := event.get("usage"):
-                came(used["completion_tokens"] - seen)
-                seen = used["completion_tokens"]
     if not done:
         raise InputError(f"{url}: expected a stream that ends with [DONE], found its end (status {status})")
 
 
-async def _post(url: str, content: bytes, key: str | None) -> tuple[int, AsyncIterator[bytes]]:
+async def _post(url: str, content: bytes, key: str | None) -> tuple[int, AsyncGenerator[bytes]]:
     """The status, and the lines of the body."""
     to = urlsplit(url)
     reader, writer = await asyncio.open_connection(to.hostname, to.port or 80)
@@ -74,7 +83,7 @@ async def _post(url: str, content: bytes, key: str | None) -> tuple[int, AsyncIt
     status = int((await reader.readuntil(b"\r\n")).split()[1])
     headers = (await reader.readuntil(b"\r\n\r\n")).lower()
 
-    async def lines() -> AsyncIterator[bytes]:
+    async def lines() -> AsyncGenerator[bytes]:
         try:
             rest = b""
             async for part in _parts(reader, chunked=b"transfer-encoding: chunked" in headers):
@@ -89,7 +98,7 @@ async def _post(url: str, content: bytes, key: str | None) -> tuple[int, AsyncIt
     return status, lines()
 
 
-async def _parts(reader: asyncio.StreamReader, *, chunked: bool) -> AsyncIterator[bytes]:
+async def _parts(reader: asyncio.StreamReader, *, chunked: bool) -> AsyncGenerator[bytes]:
     if not chunked:
         while part := await reader.read(1 << 16):
             yield part

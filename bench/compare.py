@@ -70,6 +70,13 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="make a preset's weights on the device, not on disk (ours, and peers that can: their tokens go unchecked)",
     )
+    add_result_flags(p)
+    p.add_argument("--list-peers", action="store_true", help="print which peers are installed, and exit")
+    return p
+
+
+def add_result_flags(p: argparse.ArgumentParser) -> None:
+    """Add the flags that say where records and plots go."""
     p.add_argument(
         "--results",
         default=None,
@@ -79,8 +86,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--plots", default=None, metavar="DIR", help="where plots go (default: plots/ in the results; - for none)"
     )
-    p.add_argument("--list-peers", action="store_true", help="print which peers are installed, and exit")
-    return p
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -53,6 +53,9 @@ def add_traffic_flags(p: argparse.ArgumentParser) -> None:
     model.add_argument("--preset", metavar="NAME", help="random weights of this shape, for example 7b")
     p.add_argument("--dtype", choices=("f32", "bf16", "f16"), help="of the weights (default: f32 on a CPU, else bf16)")
     p.add_argument("--requests", type=int, metavar="N", help="texts to draw (default: 1000 on a GPU, else 24)")
+    p.add_argument(
+        "--arrivals", type=int, metavar="N", help="texts that arrive as a Poisson process (default: as many)"
+    )
     p.add_argument("--slots", type=int, metavar="N", help="texts that are drawn at a time (default: 256 on a GPU)")
     p.add_argument("--prompt", type=int, metavar="N", help="the median length of a prompt (default: 256 on a GPU)")
     p.add_argument("--longest", type=int, metavar="N", help="of a prompt (default: 1024 on a GPU)")
@@ -80,7 +83,8 @@ def main(argv: list[str] | None = None) -> None:
 def check_numbers(args: argparse.Namespace) -> None:
     """Raise `InputError` for a number that cannot be meant."""
     least = {"runs": 1, "samples": 1, "prefix": 0, "longest": 2, "temperature": 0}
-    for flag in ("requests", "slots", "prompt", "longest", "least", "most", "budget", "runs", "samples", "prefix"):
+    counts = ("requests", "arrivals", "slots", "pages", "prompt", "longest", "least", "most", "budget")
+    for flag in (*counts, "runs", "samples", "prefix"):
         if (found := getattr(args, flag, None)) is not None and found < least.get(flag, 1):
             raise InputError(f"--{flag}: expected at least {least.get(flag, 1)}, found {found}")
 
@@ -145,9 +149,9 @@ def run(args: argparse.Namespace, mixes: list[str], engines: list[str] | None, p
     rates: dict[str, float] = {}
     for engine in engines or (["engine"] if place.platform == "cpu" else list(ENGINES)):
         loads = [traffic for traffic in (mixed, shared) if traffic.name in mixes]
-        found = measured(engine, python, job, loads, rates, args)
-        records += [r for traffic, how in found for r in records_of(place, engine, traffic, how, slots)]
-        append(args.results / FILE, [r for r in records if r["impl"] == engine])
+        for traffic, how in measured(engine, python, job, loads, rates, args):
+            append(args.results / FILE, made := list(records_of(place, engine, traffic, how, slots)))
+            records += made
     print(table(records))
     print(f"\nrun {place.run.run}: {len(records)} records in {args.results}")
     return any(r["value"] is None and r["impl"] in OURS for r in records)
@@ -193,7 +197,7 @@ def measured(
                 finished = statistics.median(r["texts"] / r["seconds"] for r in found["runs"])
                 rates.setdefault(traffic.name, CAPACITY * finished)
             if traffic.name in rates and not args.at_once:
-                yield (later := traffic.at_rate(rates[traffic.name])), runs(later)
+                yield (later := traffic.at_rate(rates[traffic.name], args.arrivals)), runs(later)
 
 
 def rates_of(runs: Sequence[Mapping[str, Any]]) -> list[float]:

@@ -13,7 +13,7 @@ TRAFFIC = ("device", "model", "dtype", "case", "batch")
 
 
 def times(rate: Record, records: Sequence[Record]) -> list[str]:
-    """The times that belong to a rate, as p50 / p99 in milliseconds; empty where there are none."""
+    """The latencies of the run that reached this rate, each as "p50 / p99" in milliseconds; empty if not recorded."""
     mine = [r for r in records if r["suite"] == "traffic" and all(r[k] == rate[k] for k in ("run", "impl", "batch"))]
     found = {r["case"]: r for r in mine if r["value"] is not None}
     cells = []

@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from bench.compare import DTYPES, integers, names, peers_of, pythons
+from bench.compare import DTYPES, add_result_flags, integers, names, peers_of, pythons
 from jllama.errors import InputError, reported
 
 OPS = ("attention", "decode-attention", "paged-decode-attention", "ffn", "layer", "matmul", "draw")
@@ -39,15 +39,7 @@ def parser() -> argparse.ArgumentParser:
         "--time-limit", type=float, default=90, help="time limit in seconds for one case of one peer (default: 90)"
     )
     p.add_argument("--budget", type=float, default=None, metavar="S", help="skip the rest after S seconds")
-    p.add_argument(
-        "--results",
-        default=None,
-        metavar="DIR",
-        help="where records are appended (default: bench/results of a checkout, else bench-results)",
-    )
-    p.add_argument(
-        "--plots", default=None, metavar="DIR", help="where plots go (default: plots/ in the results; - for none)"
-    )
+    add_result_flags(p)
     return p
 
 

@@ -96,15 +96,14 @@ def compare_plots(records: Sequence[Record], folder: Path) -> Iterator[Path]:
 
 
 def rows_plots(records: Sequence[Record], folder: Path) -> Iterator[Path]:
-    """The rate by the number of rows, from the newest run that held three numbers or more, and at one of them us and a
-    peer: one chart for every device, model and number of bits. A peer may lack some numbers of rows."""
+    """The rate by the number of rows, from the newest run that held us and a peer at three numbers or more: one chart
+    for every device, model and number of bits."""
     runs = sorted(grouped(records, ("run", "device", "model", "seq")), key=lambda g: g[-1]["when"])
     found: dict[tuple[str, str, int], list[Record]] = {}
     for run in runs:
         for width in {bits(r) for r in run}:
             mine = [r for r in run if bits(r) == width]
-            by_number = grouped(mine, ("batch",))
-            if len(by_number) >= 3 and any(map(held_both, by_number)):
+            if sum(held_both(g) for g in grouped(mine, ("batch",))) >= 3:
                 found[run[0]["device"], run[0]["model"], width] = mine
     for mine in found.values():
         dtype = next(r["dtype"] for r in mine if is_ours(r["impl"]))

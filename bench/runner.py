@@ -40,7 +40,7 @@ def run(settings: argparse.Namespace) -> int:
 
 
 def _comparisons(settings: argparse.Namespace) -> Iterator[Comparison]:
-    """One comparison per model, dtype and mesh, made when it is needed."""
+    """A comparison for each model, dtype and mesh. It is made when its turn comes: only one may use the device."""
     who: list[Entry] = []
     presets = settings.preset.split(",") if settings.preset else [None]
     for preset, dtype, shape in itertools.product(presets, settings.dtype or [None], settings.meshes):

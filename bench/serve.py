@@ -8,6 +8,8 @@ HTTP costs: the rate at 64 streams beside that of the same engine in a process t
 import argparse
 import contextlib
 import dataclasses
+import math
+import os
 import re
 import shlex
 import signal
@@ -16,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--impl-version", metavar="N", help="with --url: the server's version, for the records")
     p.add_argument("--served-name", default=NAME, metavar="NAME", help="with --url: the model's name there")
     p.add_argument("--api-key", help="with --url: the server's key")
+    p.add_argument("--pages", type=int, metavar="N", help="of jllama's cache (default: as many as fit)")
     p.add_argument("--flags", default="", help="more flags of jllama serve, for example --flags='--quant int8'")
+    p.add_argument(
+        "--also", metavar="COMMAND", help="run this at the end, another client; {url} is the server's address"
+    )
     p.add_argument("--rate", type=float, metavar="N", help="requests a second (default: 80 %% of the saturated rate)")
     p.add_argument("--streams", type=int, default=64, metavar="N", help="at which HTTP's cost is taken (default: 64)")
     return p
@@ -58,13 +64,20 @@ def run(args: argparse.Namespace) -> None:
     args.in_memory = False  # a server reads a checkpoint
     place = prepare(args)
     mixed, slots, _ = traffic_of(args, place.platform)
-    job = place.job(mixed, slots, BUDGET)
+    job = place.job(mixed, slots, BUDGET) | {"pages": args.pages}
     # As many streams as asked for, all of one length, so that all run from the first step to the last.
     even = dict(requests=min(args.streams, slots), longest=mixed.prompt, least=mixed.most)
     streams = dataclasses.replace(mixed, name="streams", **even)
     impl = args.impl if args.url else "serve"
     versions = {impl: args.impl_version} if args.url and args.impl_version else {}
     records: list[Record] = []
+
+    def keep(made: Iterable[Record]) -> None:
+        append(args.results / FILE, made := list(made))
+        records.extend(made)
+
+    if args.url is None:  # first: what it compiles is there when the server starts
+        keep(alone(args, place, job, streams))
     with served(args, job) if args.url is None else contextlib.nullcontext(args.url) as url:
         for asks in rehearsals(mixed, slots, BUDGET):
             drive(args, url, asks)
@@ -73,18 +86,17 @@ def run(args: argparse.Namespace) -> None:
             done = [asked(args, url, one, place) for one in repeated(traffic, runs)]
             found = {"runs": done, "settings": {"flags": args.flags}, "versions": versions}
             over_http = dataclasses.replace(traffic, name=f"http-{traffic.name}")
-            records.extend(records_of(place, impl, over_http, found, slots))
+            keep(records_of(place, impl, over_http, found, slots))
             return statistics.median(run["texts"] / run["seconds"] for run in done)
 
         saturated = measure(mixed, args.runs)
-        measure(mixed.at_rate(args.rate or CAPACITY * saturated), args.runs)
+        measure(mixed.at_rate(args.rate or CAPACITY * saturated, args.arrivals), args.runs)
         measure(streams, STREAM_RUNS)
-    if args.url is None:
-        records += alone(args, place, job, streams)
-    append(args.results / FILE, records)
+        if args.also:
+            subprocess.run(shlex.split(args.also.replace("{url}", url)), check=False)
     print(table(records))
     if args.url is None:
-        rate = {r["impl"]: r["value"] for r in records if r["case"] == "http-streams"}
+        rate = {r["impl"]: r["value"] or math.nan for r in records if r["case"] == "http-streams"}
         print(f"\nHTTP costs {100 * (1 - rate['serve'] / rate['engine']):.1f} % at {streams.requests} streams")
     print(f"\nrun {place.run.run}: {len(records)} records in {args.results}")
 
@@ -107,14 +119,19 @@ def asked(args: argparse.Namespace, url: str, traffic: Traffic, place: Place) ->
 
 def alone(args: argparse.Namespace, place: Place, job: dict[str, Any], streams: Traffic) -> list[Record]:
     """The same streams in a process that steps the engine itself."""
-    from bench.process import Worker
+    from bench.entries import say
+    from bench.process import PeerFailed, Worker
 
     with Worker("ours_traffic") as worker:
-        opened = worker.ask("open", args.time_limit, job=job)
-        each = repeated(streams, STREAM_RUNS)
-        runs = [worker.ask("traffic", args.time_limit, args=dataclasses.asdict(one)) for one in each]
+        try:
+            found = worker.ask("open", args.time_limit, job=job)
+            each = repeated(streams, STREAM_RUNS)
+            found["runs"] = [worker.ask("traffic", args.time_limit, args=dataclasses.asdict(one)) for one in each]
+        except PeerFailed as error:
+            found = {"why": str(error)}
+            say(f"the engine alone: {error}")
     traffic = dataclasses.replace(streams, name="http-streams")  # beside those over HTTP in tables
-    return list(records_of(place, "engine", traffic, opened | {"runs": runs}, job["batch"]))
+    return list(records_of(place, "engine", traffic, found, job["batch"]))
 
 
 @contextlib.contextmanager
@@ -124,9 +141,10 @@ def served(args: argparse.Namespace, job: dict[str, Any]) -> Iterator[str]:
     dtype = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}[job["dtype"]]
     command = [sys.executable, "-m", "jllama", "serve", "--model", job["model"], "--port", "0", "--dtype", dtype]
     command += ["--served-model-name", NAME, "--slots", str(job["batch"]), "--max-seq-len", str(job["max_len"])]
-    command += ["--no-access-log", "--quiet", "--compilation-cache", job["compiled"], *shlex.split(args.flags)]
+    command += ["--no-access-log", "--quiet", "--compilation-cache", job["compiled"]]
+    command += [*([] if job.get("pages") is None else ["--pages", str(job["pages"])]), *shlex.split(args.flags)]
     with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "stderr"
+        log = Path(os.environ.get("JLLAMA_BENCH_LOGS", folder)) / "jllama-serve.log"
         with log.open("wb") as stderr:
             process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr)
         try:

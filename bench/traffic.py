@@ -39,9 +39,9 @@ class Traffic:
         """The most tokens that a text may have with its prompt."""
         return self.prefix + self.longest + self.most
 
-    def at_rate(self, rate: float) -> "Traffic":
-        """The same lengths as a Poisson process."""
-        return replace(self, name=f"{self.name}-poisson", rate=rate)
+    def at_rate(self, rate: float, requests: int | None = None) -> "Traffic":
+        """The same lengths as a Poisson process, of the first ``requests`` texts (default: of all)."""
+        return replace(self, name=f"{self.name}-poisson", rate=rate, requests=requests or self.requests)
 
 
 @dataclass(frozen=True)

@@ -208,8 +208,10 @@ def quantizer(quant: Quant, group: int | None = None, shards: int = 1) -> Callab
 
 
 def quant_group(width: int, quant: Quant, group: int | None, shards: int = 1) -> int | None:
-    """How many of a row's ``width`` inputs share a scale; None: all. Where each of several shards has a part of every
-    row, no group is in two of them."""
+    """How many of a row's ``width`` inputs share a scale; None: all, or there are no scales. Where each of several
+    shards has a part of every row, no group is in two of them."""
+    if quant == "none":
+        return None
     requested = {"int8": None, "int4": 128}[quant] if group is None else group
     return None if requested is None else group_size(width // shards, requested)
 
@@ -282,8 +284,7 @@ class _Fields:
         self._quant: Quant = quant
         self._group = group
         self._shards = axis_size(mesh, MODEL)
-        grouped = None if quant == "none" else quant_group(config.hidden_dim, quant, group)
-        self.wide = widened(config, self._shards, grouped)
+        self.wide = widened(config, self._shards, quant_group(config.hidden_dim, quant, group))
         self._compiled: dict[str, Callable[[jax.Array], Weight]] = {}
         if mesh is not None:
             check_mesh(config, mesh)

@@ -132,9 +132,9 @@ def make_sampling(
     greedy. ``logit_bias`` is ``{token: number}``, for all rows or one per row; ``bad_words`` are sequences of tokens
     that must not be drawn, in any row.
 
-    A single ``seed`` (default: 0) gives row ``i`` the seed ``seed + i``. Instead of ``seed``, ``key`` takes a key of
-    `jax.random`: one key, into which the row number is folded, or one key per row. Under jit, values may be traced.
-    Traced values are not checked, and their settings are always compiled in.
+    A single ``seed`` (default: 0) gives row ``i`` the seed ``seed + i``; seeds have 64 bits. Instead of ``seed``,
+    ``key`` takes a key of `jax.random`: one key, into which the row number is folded, or one key per row. Under jit,
+    values may be traced. Traced values are not checked, and their settings are always compiled in.
     """
     given = dict(
         temperature=temperature,
@@ -162,7 +162,7 @@ def make_sampling(
     if bad_words:
         arrays["bad_words"] = jnp.tile(word_table(bad_words), (batch, 1, 1))
     if key is None:
-        return Sampling(key=_keys(_seeds(0 if seed is None else seed, batch)), **arrays)
+        return Sampling(key=_keys(_words(0 if seed is None else seed, batch)), **arrays)
     if seed is not None:
         raise InputError("seed: expected either seed or key, found both")
     return Sampling(key=_row_keys(key, batch), **arrays)
@@ -205,14 +205,28 @@ def _multiple(n: int, of: int) -> int:
     return -(-n // of) * of
 
 
-def _seeds(seed: int | Sequence[int] | jax.Array | np.ndarray, batch: int) -> jax.Array | np.ndarray:
-    """[B] uint32: the seed of every row."""
-    if _traced(seed):
-        seeds = jnp.asarray(seed).astype(jnp.uint32)
-        return seeds + jnp.arange(batch, dtype=jnp.uint32) if seeds.ndim == 0 else _check_per_row("seed", seeds, batch)
-    numbers = np.asarray(seed, object)  # Python integers, which may be of any size
-    numbers = numbers + np.arange(batch) if numbers.ndim == 0 else _check_per_row("seed", numbers, batch)
-    return (numbers % 2**32).astype(np.uint32)
+def seed_words(seeds: Sequence[int] | np.ndarray) -> np.ndarray:
+    """[B, 2] uint32: the high and the low word of every seed, of which the last 64 bits count."""
+    numbers = np.asarray(seeds, object) % 2**64  # Python integers, which may be of any size
+    return np.stack([numbers >> 32, numbers % 2**32], axis=-1).astype(np.uint32)
+
+
+def keys_of(words: jax.Array | np.ndarray) -> jax.Array:
+    """[B] keys from `seed_words` [B, 2]: for a seed below 2**32, that of `jax.random.key`."""
+    return jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32")
+
+
+def _words(seed: int | Sequence[int] | jax.Array | np.ndarray, batch: int) -> jax.Array | np.ndarray:
+    """[B, 2] uint32: the words of every row's seed."""
+    if not _traced(seed):
+        numbers = np.asarray(seed, object)
+        return seed_words(numbers + np.arange(batch) if numbers.ndim == 0 else _check_per_row("seed", numbers, batch))
+    seeds = jnp.asarray(seed)
+    high, low = (seeds >> 16 >> 16).astype(jnp.uint32), seeds.astype(jnp.uint32)  # in two steps: they may have 32 bits
+    if seeds.ndim == 0:
+        rows = low + jnp.arange(batch, dtype=jnp.uint32)
+        high, low = high + (rows < low), rows  # with the carry
+    return jnp.stack([_check_per_row("seed", word, batch) for word in (high, low)], axis=-1)
 
 
 def _row_keys(key: jax.Array, batch: int) -> jax.Array:
@@ -222,7 +236,7 @@ def _row_keys(key: jax.Array, batch: int) -> jax.Array:
     return _fold(key, jnp.arange(batch)) if key.ndim == 0 else _check_per_row("key", key, batch)
 
 
-_keys = jax.jit(jax.vmap(jax.random.key))
+_keys = jax.jit(keys_of)
 _fold = jax.jit(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))
 
 

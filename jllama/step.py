@@ -116,9 +116,9 @@ def step_choice(
     max_len: int = 1024,
     mesh: Mesh | None = None,
 ) -> Choice:
-    """How a decode step of such a model, if stacked, would run on this machine, or on every device of a mesh, and why:
-    "pallas" is one launch, "ops" several. ``batch`` counts the rows of all devices. Only shapes are traced: no array is
-    allocated."""
+    """Which way a decode step of such a model takes, and why, if its layers are stacked: "pallas" is one launch, "ops"
+    is one for each op. The step is that of this machine, or that of every device of a mesh; ``batch`` counts the rows
+    of all devices. Only shapes are traced: no array is allocated."""
     try:
         require_kernels()
     except Unsupported as reason:

@@ -1,6 +1,6 @@
 """The two ways of a decode step, and which one a number of rows takes: the one table that decides it.
 
-A step is one persistent launch of all layers (`jllama.step`), or a launch for each op. The launch needs a kernel for
+A step is one persistent launch of all layers (`jllama.step`), or one launch for each op. The launch needs a kernel for
 the model and the device; where there is none, every number of rows goes op by op. `jllama info` and `Engine.ways` show
 the way that each number of rows takes, and why.
 """
@@ -31,8 +31,8 @@ class Way:
 # The launch multiplies tiles of 8 columns, so 9 rows would be two passes over the weights, which ops read once for any
 # number of rows. No shape or format is known for which another number is right; a sharded model counts a device's rows.
 TABLE = (
-    Way(8, "launch", "up to 8 rows, one launch reads the weights faster than a launch an op"),
-    Way(None, "ops", "from 9 rows on, a launch an op is faster"),
+    Way(8, "launch", "up to 8 rows, one launch is faster than one for each op"),
+    Way(None, "ops", "the one launch of a step takes up to 8 rows"),
 )
 LAUNCH_ROWS = max(way.rows or 0 for way in TABLE if way.name == "launch")
 

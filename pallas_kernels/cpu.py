@@ -80,8 +80,9 @@ def _dot(x: jax.Array, w: jax.Array, dtype: jnp.dtype | type) -> jax.Array:
 
 @dataclass(frozen=True)
 class Entry:
-    """``run`` is the faster product for weights in ``form`` with ``size`` elements at most and ``inner`` inputs at
-    least, while it multiplies ``least`` to ``rows`` rows (the two limbs of each group count as rows of their own)."""
+    """``run`` is the faster product for weights in ``form`` with more than ``above`` elements, ``size`` at most, and
+    ``inner`` inputs at least, while it multiplies ``least`` to ``rows`` rows (the two limbs of each group count as rows
+    of their own)."""
 
     form: str
     size: float
@@ -89,6 +90,7 @@ class Entry:
     run: Product
     least: int = 1
     inner: int = 0
+    above: int = 0
 
 
 # Measured on two cores with AVX512-VNNI (docs/log-products.md, "CPU"). The first entry of the form and size counts.
@@ -99,7 +101,7 @@ TABLE = (
     Entry("int8-groups", math.inf, 512, by_blocks),
     Entry("int4-groups", 2**22, 0, by_blocks),  # never: unpacking takes longer than the whole product
     Entry("int4-groups", math.inf, 512, by_blocks),
-    Entry("bfloat16", math.inf, 1, by_two_rows),
+    Entry("bfloat16", math.inf, 1, by_two_rows, above=2**18),  # a call of the library costs more than a small product
     Entry("float32", math.inf, 16, by_sums, least=2, inner=1024),
     Entry("float32", math.inf, 2, by_sums, least=2),
 )
@@ -116,7 +118,7 @@ def choose(x: jax.Array, w: jax.Array | QuantizedTensor) -> Product | None:
     """The entry of `TABLE` for x [..., in] and w [out, in]; None: the product in floats."""
     form, rows = form_of(x.dtype, w), math.prod(x.shape[:-1])
     multiplied = 2 * rows * w.scale.shape[-1] if isinstance(w, QuantizedTensor) else rows
-    fits = (e for e in TABLE if e.form == form and w.size <= e.size and e.inner <= w.shape[-1] <= _INNER_MAX)
+    fits = (e for e in TABLE if e.form == form and e.above < w.size <= e.size and e.inner <= w.shape[-1] <= _INNER_MAX)
     entry = next(fits, None)
     if entry is None or not entry.least <= multiplied <= entry.rows:
         return None

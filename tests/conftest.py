@@ -11,6 +11,7 @@ from pathlib import Path
 import interpreter
 import jax
 import pytest
+import quick
 
 # The warpgroups of Pallas's GPU interpreter wait for one another in the CPU client's thread pool, which has one thread
 # per core. On two cores all threads may wait at once. jax reads this when it makes its first device.
@@ -18,19 +19,24 @@ os.environ.setdefault("PJRT_NPROC", "32")
 # Several test processes share a GPU, so none may reserve most of its memory at start.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-# Many tests compile the same programs, and so do the processes that they start, which read these variables. Every
-# worker has a cache of its own, because JAX does not write entries atomically.
+# XLA reads its flags once, for the first device. Processes that tests start do not inherit these: most compute longer
+# than they compile.
+with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("XLA_FLAGS", quick.xla_flags())
+    PLATFORM = jax.default_backend()
+
+# Processes that tests start compile the same programs, and read these variables. Every worker has a cache of its own,
+# because JAX does not write entries atomically. This process has no cache on disk: of the 2,600 programs
+# that it compiles, it would have found only 26 there.
 CACHE = tempfile.mkdtemp(prefix="jllama-tests-xla-")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 # A test compiles far longer than it computes: LLVM does not optimise, except for a GPU.
-if jax.default_backend() == "cpu":
+if PLATFORM == "cpu":
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     jax.config.update("jax_disable_most_optimizations", True)
 # Tracing makes many small objects that live on: the collector would go through all of them again and again.
 gc.set_threshold(100_000, 50, 50)
-jax.config.update("jax_compilation_cache_dir", CACHE)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 ROOT = Path(__file__).parents[1]
 LONGEST = ("tests/mesh/", "tests/cli/test_readme_commands.py")

@@ -1,5 +1,6 @@
 """jllama itself, with the backend that the job names. It is also the reference that checks all others."""
 
+import argparse
 import functools
 import os
 import time
@@ -200,25 +201,19 @@ class Ours:
 
 
 def _mesh(tp: int, dp: int) -> Any:
-    """A mesh of the first devices; None for one device."""
-    if tp * dp == 1:
-        return None
-    import jax
+    """The mesh that a command makes of ``--tp`` and ``--dp``; None for one device."""
+    from jllama.cli.mesh import mesh_of
 
-    kinds = (jax.sharding.AxisType.Auto,) * 2
-    return jax.make_mesh((dp, tp), ("data", "model"), axis_types=kinds, devices=jax.devices()[: tp * dp])
+    return mesh_of(argparse.Namespace(tp=tp, dp=dp))
 
 
 def _refused(config: Any, tp: int, dp: int) -> str | None:
-    import jax
-
     from jllama.errors import InputError
     from jllama.mesh.layout import check_mesh
 
-    if tp * dp > (found := jax.device_count()):
-        return f"--tp {tp} --dp {dp}: expected {tp * dp} devices, found {found}"
     try:
-        check_mesh(config, jax.sharding.AbstractMesh((dp, tp), ("data", "model")))
+        if (mesh := _mesh(tp, dp)) is not None:
+            check_mesh(config, mesh)
     except InputError as reason:
         return str(reason)
     return None

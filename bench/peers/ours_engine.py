@@ -20,7 +20,7 @@ class OursEngine(Ours):
         from jllama import Engine
         from jllama.kernels import PAGE
 
-        slots, pages = job["batch"], None  # where it is not known what is asked at a time: as many pages as fit
+        slots, pages = job["batch"], job.get("pages")  # None: as many as fit
         if "tokens" in job:
             pages = -(-job["tokens"] // PAGE) + -(-slots // SPARE)
         budget = job.get("budget", BUDGET)

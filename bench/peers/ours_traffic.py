@@ -44,8 +44,11 @@ class OursUnderTraffic(UnderTraffic):
     """It also says how many programs were compiled while it was timed, which should be none, and what the cache did."""
 
     def __init__(self, job: dict[str, Any]) -> None:
+        from jllama.engine.request import SamplingSettings
+
         ours = OursEngine(job)
         self.engine = ours.engine
+        self.engine.warm_up([SamplingSettings(job["traffic"]["temperature"]).kind], scores=False)
         super().__init__(Server(self.engine, job["traffic"]["temperature"]), job, ours.settings)
         self.settings |= {"pages": self.engine.statistics.pages}
 

@@ -183,9 +183,11 @@ def as_text(found: dict[str, Any]) -> str:
             by_choice.setdefault(f"{choice['impl']}: {choice['why']}", []).append(op)
         for choice, names in by_choice.items():
             lines.append(f"{phase:<10} {', '.join(names)}: {choice}")
+    by_way: dict[str, list[str]] = {}
     for rows, way in found["ways"].items():
-        how = "one launch" if way["impl"] == "pallas" else "a launch an op"
-        lines.append(f"{rows:>4} rows  {how}: {way['why']}")
+        how = "one launch" if way["impl"] == "pallas" else "one launch for each op"
+        by_way.setdefault(f"{how}: {way['why']}", []).append(str(rows))
+    lines += [f"{'step':<10} of {', '.join(rows)} rows: {way}" for way, rows in by_way.items()]
     return "\n".join(lines)
 
 

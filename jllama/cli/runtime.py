@@ -19,7 +19,7 @@ from jllama.formats import open_source
 from jllama.formats.lora import lora_spec, with_lora
 from jllama.formats.source import Source
 from jllama.kernels import QuantizedTensor, Unsupported, require_kernels
-from jllama.mesh.layout import MODEL, axis_size
+from jllama.mesh.layout import DATA, MODEL, axis_size
 from jllama.params import Params, weight_bytes
 from jllama.stream import Timings
 from jllama.text.lm import LM
@@ -96,7 +96,8 @@ def device_line(backend: Backend, params: Params) -> str:
         require_kernels()
     except Unsupported:
         return f"XLA on {kind}"
-    return f"kernels on {kind}" + (", one launch a step" if params.stacked else "")
+    whole = params.stacked and 1 in (axis_size(mesh, MODEL), axis_size(mesh, DATA))
+    return f"kernels on {kind}" + (", one launch a step" if whole else "")
 
 
 def _times(devices: int) -> str:

@@ -145,6 +145,7 @@ class Device:
                     one.result()
                     bar.update()
             finally:
+                pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C, those that wait need not be compiled
                 self._compile = None
                 self._state, self._logits = state, logits
             for job in jobs:

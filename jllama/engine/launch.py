@@ -76,7 +76,8 @@ def tokens_of(launch: Launch, outputs: Sequence[Sequence[StepOutput]]) -> tuple[
 
 
 def places[T](parts: Sequence[Sequence[T]], size: int) -> Iterator[tuple[int, T]]:
-    """The items of every part, with their places in an array that has ``size`` places for each part."""
+    """Every item with its index in a program's arrays. A part is what one group of devices runs: it has ``size``
+    indices there, and its items take the first of them."""
     return ((part * size + i, item) for part, items in enumerate(parts) for i, item in enumerate(items))
 
 

@@ -14,7 +14,7 @@ from jllama.config import LlamaConfig
 from jllama.engine.request import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_BIAS, MAX_STOP_IDS, Request
 from jllama.mesh.layout import DATA, AnyMesh, named, spec
 from jllama.paged import init_pages, pages_spec
-from jllama.sampling import NO_ID, NOTHING, History, Sampling, bias_table, word_table
+from jllama.sampling import NO_ID, NOTHING, History, Sampling, bias_table, seed_words, word_table
 
 
 @struct.dataclass
@@ -27,7 +27,7 @@ class Rows:
     limit: jax.Array  # [S] int32: how many it may draw
     done: jax.Array  # [S] bool
     stop_ids: jax.Array  # [S, MAX_STOP_IDS] int32; NO_ID is none
-    seed: jax.Array  # [S] uint32: of the row's random key
+    seed: jax.Array  # [S, 2] uint32: the words of the row's seed: see `jllama.sampling.seed_words`
     temperature: jax.Array  # [S] float32
     top_k: jax.Array  # [S] int32
     top_p: jax.Array  # [S] float32
@@ -101,12 +101,12 @@ def rows_of(requests: Sequence[tuple[Request, Sequence[int], int]], stops: Seque
         **{name: np.zeros(count, np.float32) for name in ("temperature", "top_p", "min_p")},
         "done": np.ones(count, bool),
         "stop_ids": np.full((count, MAX_STOP_IDS), NO_ID, np.int32),
-        "seed": np.zeros(count, np.uint32),
+        "seed": np.zeros((count, 2), np.uint32),
     }
     for i, (request, tokens, drawn) in enumerate(requests):
         row = dict(token=tokens[-1], length=len(tokens) - 1, drawn=drawn, limit=request.max_new_tokens, done=False)
         row |= {name: getattr(request.sampling, name) for name in ("temperature", "top_k", "top_p", "min_p")}
-        row |= dict(seed=request.sampling.seed % 2**32)
+        row |= dict(seed=seed_words([request.sampling.seed])[0])
         for name, value in row.items():
             fields[name][i] = value
         fields["stop_ids"][i, : len(stops[i])] = stops[i]

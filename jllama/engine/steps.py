@@ -24,7 +24,7 @@ from jllama.mesh.run import on_shards, over
 from jllama.model import forward
 from jllama.paged import PagedCache
 from jllama.params import Params
-from jllama.sampling import History, Sampling, sample, top_logprobs
+from jllama.sampling import History, Sampling, keys_of, sample, top_logprobs
 from jllama.step import last_token
 
 # How tokens are drawn, each with more than the one before: the largest logit; temperature; top-k, top-p and min-p;
@@ -247,7 +247,7 @@ def advance(rows: Rows, token: jax.Array) -> Rows:
 
 def drawing(state: EngineState, slots: jax.Array, rows: Rows, kind: str) -> tuple[Sampling, History]:
     """The sampling settings and the history of the rows at the indices ``slots``, as far as the kind needs them."""
-    keys = jax.vmap(jax.random.key)(rows.seed)
+    keys = keys_of(rows.seed)
     if kind != "full":
         return sampling_of(rows, keys, None, kind), History()
     assert state.extras is not None

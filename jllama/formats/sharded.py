@@ -50,10 +50,7 @@ class Shards:
         config = source.config
         check_mesh(config, mesh)
         stored = source.tensors["layers.0.w_down"].quant
-        if quant != "none":
-            group = quant_group(config.hidden_dim, quant, group)
-        else:
-            group = None if stored is None else stored.group
+        group = quant_group(config.hidden_dim, quant, group) if stored is None else stored.group
         shards = cls(widened(config, axis_size(mesh, MODEL), group), mesh, dtype)
         for i in range(config.n_layers):
             for field in ("wo", "w_down"):  # the others are divided along their rows

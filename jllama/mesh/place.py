@@ -61,8 +61,7 @@ def abstract_params(
     stacked: bool = False,
 ) -> Params:
     """The shapes and dtypes of a model's arrays on a mesh with so many shards. Nothing is allocated."""
-    if quant != "none":
-        config = widened(config, shards, quant_group(config.hidden_dim, quant, group))
+    config = widened(config, shards, quant_group(config.hidden_dim, quant, group))
 
     def weight(field: str, shape: tuple[int, ...], lead: tuple[int, ...] = ()) -> Any:
         whole = jax.ShapeDtypeStruct((*lead, *shape), dtype)

@@ -129,7 +129,7 @@ def _request(
         top_k=max(0, body.top_k or 0),
         top_p=1.0 if body.top_p is None else body.top_p,
         min_p=body.min_p or 0.0,
-        seed=secrets.randbits(32) if body.seed is None else body.seed,
+        seed=secrets.randbits(63) if body.seed is None else body.seed,
         repetition_penalty=body.repetition_penalty or 1.0,
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,

@@ -13,6 +13,7 @@ import pytest
 
 from bench import client, record, serve
 from bench.peers import ours_traffic
+from bench.process import PeerFailed
 from bench.traffic import Ask
 from jllama.errors import InputError
 
@@ -96,14 +97,16 @@ def test_a_server_under_traffic(
     in_process: None, endpoint: Endpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = [*SMALL, "--most", "6", "--url", endpoint.url, "--results", str(tmp_path), "--rate", "200", "--streams", "2"]
-    argv += ["--impl-version", "0.26"]
+    argv += ["--impl-version", "0.26", "--arrivals", "3", "--also", f"sh -c 'echo {{url}} > {tmp_path}/also'"]
     serve.main(argv)
+    assert (tmp_path / "also").read_text().strip() == endpoint.url
     found = {r["case"]: r for r in record.read(tmp_path)}
     for case in ("http-mixed", "http-mixed-poisson", "http-streams"):
         assert (found[case]["impl"], found[case]["versions"]["vllm-serve"]) == ("vllm-serve", "0.26")
         assert found[case]["value"] > 0
         assert found[f"{case}, first"]["p99"] > 0
-    assert found["http-mixed-poisson"]["traffic"]["rate"] == 200
+    poisson, mixed = (found[case]["traffic"] for case in ("http-mixed-poisson", "http-mixed"))
+    assert (poisson["rate"], poisson["requests"], mixed["requests"]) == (200, 3, 5)
     assert {body["max_tokens"] for body in endpoint.bodies[-2:]} == {6}  # of the streams: all of one length
     assert "| http-mixed | at once | vLLM serve |" in capsys.readouterr().out
 
@@ -140,6 +143,18 @@ def test_what_http_costs(
     assert found["serve", "http-streams"]["value"] > 0
     assert "HTTP costs 100.0 % at 2 streams" in capsys.readouterr().out
 
+    class Broken:
+        def __init__(self, job: dict[str, Any]) -> None:
+            raise PeerFailed("no such device")
+
+    monkeypatch.setattr(ours_traffic, "PEER", dataclasses.replace(ours_traffic.PEER, open=Broken))
+    (folder := tmp_path / "broken").mkdir()
+    serve.main([*SMALL, "--most", "6", "--results", str(folder), "--rate", "200"])
+    found = {(r["impl"], r["case"]): r for r in record.read(folder)}
+    assert "no such device" in found["engine", "http-streams"]["why"]
+    assert found["serve", "http-streams"]["value"] > 0  # the server is measured all the same
+    assert "HTTP costs nan %" in capsys.readouterr().out
+
 
 def test_jllama_serve_is_started_and_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake, said = tmp_path / "python", tmp_path / "said"
@@ -148,13 +163,13 @@ def test_jllama_serve_is_started_and_ended(tmp_path: Path, monkeypatch: pytest.M
     fake.chmod(0o755)
     monkeypatch.setattr("sys.executable", str(fake))
     args = serve.parser().parse_args(["--flags", "--tokenizer 'a b'"])
-    job = {"dtype": "bf16", "model": "folder", "batch": 3, "max_len": 99, "compiled": "cache"}
+    job = {"dtype": "bf16", "model": "folder", "batch": 3, "max_len": 99, "compiled": "cache", "pages": 7}
     with serve.served(args, job) as url:
         assert url == "http://host:1"
     command, ended = said.read_text().splitlines()
     assert "serve --model folder" in command
     assert "--slots 3 --max-seq-len 99" in command
-    assert command.endswith("--tokenizer a b")
+    assert command.endswith("--pages 7 --tokenizer a b")
     assert ended == "ended"
     fake.write_text("#!/bin/sh\necho 'jllama serve: error: no model' >&2\nexit 2\n")
     expected = pytest.raises(InputError, match="expected its ready line, found jllama serve: error: no model")

@@ -165,12 +165,12 @@ def test_places_that_cannot_be_written(model: Path, capsys: pytest.CaptureFixtur
 
 # A suite that runs in the background of a shell is told to ignore interrupts, and its children inherit that.
 SLOW = """
-import os, signal, sys, time
+import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
 real = os.pwrite
 def pwrite(handle, data, at):
     print("writing", flush=True)
-    time.sleep(0.2)
+    sys.stdin.readline()  # goes on when it is told to
     return real(handle, data, at)
 os.pwrite = pwrite
 from convert.__main__ import main
@@ -182,10 +182,14 @@ sys.exit(main(sys.argv[1:]))
 def test_an_interrupted_run_leaves_nothing_under_the_name(number: int, code: int, model: Path) -> None:
     parent, out = model.parent, model.parent / "out"
     command = [sys.executable, "-c", SLOW, str(model), str(out)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(command, cwd=ROOT, text=True, bufsize=1, **pipes)
+    assert process.stdin is not None
     assert process.stdout is not None
-    for _ in range(3):
+    for _ in range(2):
         assert process.stdout.readline() == "writing\n"
+        process.stdin.write("\n")
+    assert process.stdout.readline() == "writing\n"
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code

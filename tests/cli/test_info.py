@@ -33,7 +33,7 @@ def test_it_says_what_the_demo_is(capsys: pytest.CaptureFixture[str]) -> None:
         "fits",
     ):
         assert part in text
-    assert "   1 rows  a launch an op: needs an NVIDIA Hopper GPU, found platform 'cpu'" in text
+    assert "of 1, 4, 16, 64 rows: one launch for each op: needs an NVIDIA Hopper GPU, found platform 'cpu'" in text
     assert "decode_step, attend_and_write, finish_layer: ops: needs an NVIDIA Hopper GPU, found platform 'cpu'" in text
 
 

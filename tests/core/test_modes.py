@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import quick
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,9 +55,8 @@ for mode, found in modes():
 @pytest.mark.timeout(300)
 def test_forward_and_generate() -> None:
     path = os.pathsep.join((str(ROOT), str(ROOT / "tests" / "support")))
-    env = os.environ | {
-        "PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-    }  # fmt: skip
+    flags = quick.xla_flags("--xla_force_host_platform_device_count=4")
+    env = os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     run = subprocess.run([sys.executable, "-c", PROGRAM], env=env, capture_output=True, text=True, check=False)
     wanted = ["disable_jit", "rank_promotion", "shard_map Auto", "shard_map Explicit"]
     assert run.stdout.splitlines() == wanted, run.stderr

@@ -122,7 +122,7 @@ def test_the_engine_decodes_up_to_8_rows_in_one_launch() -> None:
         for rows in (1, 2, 8):
             assert choices(rows)["decode_step"] == Choice("pallas", "kernel runs here")
             assert choices(rows).keys() == {"decode_step", "draw"}
-        assert choices(16)["decode_step"] == Choice("ops", "16 rows: from 9 rows on, a launch an op is faster")
+        assert choices(16)["decode_step"] == Choice("ops", "16 rows: the one launch of a step takes up to 8 rows")
 
 
 def test_the_engines_step_lowers_to_one_launch_that_changes_the_pool_in_place() -> None:

@@ -186,8 +186,19 @@ def test_the_same_seed_gives_the_same_draws_wherever_the_row_stands() -> None:
     assert tokens[0][0] == tokens[1][1]
     assert tokens[0][1] == tokens[1][0]
     assert tokens[0][2] == tokens[1][2]
-    single = make_sampling(3, seed=2**32 - 1)
-    assert (jax.random.key_data(single.key) == jax.random.key_data(make_sampling(3, seed=(-1, 0, 1)).key)).all()
+
+
+@pytest.mark.parametrize("seed", [0, 5, 2**32 - 2, 2**40 + 3, 2**63 - 1, -1, 2**64 - 1, -(2**33)])
+def test_all_64_bits_of_a_seed_count(seed: int) -> None:
+    data = jax.random.key_data(make_sampling(3, seed=seed).key)
+    rows = [(seed + i) % 2**64 for i in range(3)]
+    assert data.tolist() == [[row >> 32, row % 2**32] for row in rows]
+    assert (data == jax.random.key_data(make_sampling(3, seed=rows).key)).all()
+    if -(2**31) <= seed < 2**32:  # what jax holds in 32 bits
+        traced = jax.jit(lambda s: make_sampling(3, seed=s))(np.asarray(seed, np.int32 if seed < 2**31 else np.uint32))
+        assert (data == jax.random.key_data(traced.key)).all()
+    if 0 <= seed < 2**31:
+        assert (data[0] == jax.random.key_data(jax.random.key(seed))).all()
 
 
 def test_greedy_rows_among_sampled_rows_take_the_largest() -> None:

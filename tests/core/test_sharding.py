@@ -5,12 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import quick
+
 ROOT = Path(__file__).parents[2]
 
 
 def test_the_example_trains_and_samples_on_four_devices() -> None:
     # Devices are counted when jax starts, so this needs a process of its own.
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "PYTHONPATH": str(ROOT)}
+    flags = quick.xla_flags("--xla_force_host_platform_device_count=4")
+    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "examples" / "sharding.py")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr

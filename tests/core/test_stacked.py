@@ -183,7 +183,7 @@ def test_why_a_step_goes_op_by_op() -> None:
     assert not runs_whole(SMALL, "bfloat16")
     with jax.sharding.use_abstract_mesh(H200):
         assert choice(params) == Choice("pallas", "kernel runs here")
-        assert choice(params, batch=9) == Choice("ops", "9 rows: from 9 rows on, a launch an op is faster")
+        assert choice(params, batch=9) == Choice("ops", "9 rows: the one launch of a step takes up to 8 rows")
         for backend in ("auto", "pallas"):  # the smaller ops are kernels, too, as requested
             apart = choice(unstack(params), backend=backend)
             assert apart == Choice("ops", "weights are held layer by layer: jllama.stack joins them")

@@ -177,10 +177,12 @@ def test_an_interrupt_in_a_step_changes_no_constrained_text(monkeypatch: pytest.
 
 
 def test_the_device_looks_ahead_before_the_host_reads_and_a_warm_engine_compiles_nothing_more(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     e, order = engine(), []
-    e.warm_up(("greedy",), constraints=True)
+    e.warm_up(("greedy",), constraints=True, scores=False)
+    assert capsys.readouterr().err == ""
+    assert not any(name == "score" for name, *_ in e.programs)
     compiled = [f._cache_size() for f in (masked.jit_look_ahead, masked.jit_draw_allowed, steps.jit_decode)]
 
     def noted(owner: object, name: str) -> None:

@@ -183,8 +183,8 @@ def crossings(hlo: str) -> list[tuple[str, int]]:
 def test_init_on_a_mesh_gives_the_weights_of_one_device(kind: str, how: dict[str, Any]) -> None:
     found = init(CONFIG, jax.random.key(5), mesh=mesh(kind=kind), **how)
     wanted = shard(init(CONFIG, jax.random.key(5), **how), mesh(kind=kind))
-    if how:  # a scale of a row that several devices share may differ where two are equally good
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(np.float32(a), np.float32(b)), found, wanted)
+    if how:  # a program for several devices may divide by multiplying: scales differ in the last bit
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=2e-7), found, wanted)
     else:
         same(found, wanted)
     jax.tree.map(lambda a, b: a.sharding == b.sharding or pytest.fail(f"{a.sharding}"), found, wanted)
@@ -344,7 +344,8 @@ def test_rollout_gives_one_devices_text() -> None:
     alone = jax.jit(run)(model(), TOKENS, LENGTHS, sampling)
     traced = jax.jit(run).trace(shard(model(), mesh()), TOKENS, LENGTHS, sampling)
     same_text(traced.lower().compile()(shard(model(), mesh()), TOKENS, LENGTHS, sampling), alone)
-    # The groups of ``data`` end together: a launch of the persistent step is one of all devices.
+    # All groups along ``data`` leave the loop at the same step, because a persistent step starts on all devices of the
+    # mesh at once. So a group asks the others whether any goes on: once before the loop, and once in it.
     assert str(traced.jaxpr).count("pmax[axes=('data',)") == 2
 
 

@@ -7,13 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import quick
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.timeout(280)
 def test_on_eight_devices() -> None:
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    flags = quick.xla_flags("--xla_force_host_platform_device_count=8")
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "--durations=5", "-p", "no:cacheprovider"]
     file = str(Path(__file__).with_name("on_eight_devices.py"))

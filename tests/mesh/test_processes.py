@@ -16,6 +16,7 @@ from typing import Any
 
 import checkpoints
 import pytest
+import quick
 
 import jllama
 
@@ -33,7 +34,7 @@ def start(command: str, model: Path, *flags: str, devices: int = 4) -> subproces
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+        "XLA_FLAGS": quick.xla_flags(f"--xla_force_host_platform_device_count={devices}"),
     }
     words = [sys.executable, "-m", "jllama", command, "-m", str(model), "--no-compilation-cache"]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -43,7 +43,10 @@ def test_samples_are_drawn_from_seeds_that_follow_each_other(live: Live) -> None
     assert [choice["text"] for choice in several["choices"]] == alone
     assert len(set(alone)) == 3
     assert alone[1] == demo().generate(PROMPT, max_new_tokens=12, temperature=1.0, seed=41).text
-    assert live.complete(PROMPT, seed=-1, **how) is not None
+    for seed in (-1, 40 + 2**33):  # all 64 bits count
+        text = live.complete(PROMPT, seed=seed, **how)["choices"][0]["text"]
+        assert text not in alone
+        assert text == demo().generate(PROMPT, max_new_tokens=12, temperature=1.0, seed=seed).text
     assert len({live.complete(PROMPT, **how)["choices"][0]["text"] for _ in range(3)}) > 1  # no seed: a new one each
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from attack import KEY, figures
-from load import Client, Load, jobs, run, settled, unchunked
-from serving import Live, http, wait_for
+from load import Client, Load, jobs, run, settled
+from serving import Live, wait_for
 
 
 def test_every_answer_under_load_is_the_models_own_also_beside_clients_that_are_killed(
@@ -38,13 +38,3 @@ def test_another_text_and_a_lost_answer_are_seen(make_live: Callable[..., Live])
 
         asyncio.run(once())
         assert says in client.wrong[0]
-
-
-def test_chunks_are_joined(live: Live) -> None:
-    body = {"prompt": "The cat", "max_tokens": 3, "stream": True}
-    with live.raw(http("/v1/completions", body, "connection: close")) as connection:
-        received = b""
-        while part := connection.recv(4096):
-            received += part
-    content = received.partition(b"\r\n\r\n")[2]
-    assert unchunked(content).endswith(b"data: [DONE]\n\n")

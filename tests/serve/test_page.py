@@ -36,7 +36,7 @@ def slow_down(engine: EngineThread, monkeypatch: pytest.MonkeyPatch) -> None:
     step = engine._engine.step
 
     def slowly() -> Any:
-        time.sleep(0.3)
+        time.sleep(0.2)
         return step()
 
     monkeypatch.setattr(engine._engine, "step", slowly)
@@ -94,7 +94,7 @@ def test_a_conversation(live: Live, open_chat: Callable[..., Chat]) -> None:
 
 def test_settings_are_sent_and_kept(live: Live, open_chat: Callable[..., Chat]) -> None:
     chat = open_chat().open()
-    settings = {"temperature": 1.5, "top_p": 0.5, "max_tokens": 6, "seed": 2**40}
+    settings = {"temperature": 1.5, "top_p": 1, "max_tokens": 6, "seed": 2**40}
     chat.button("Settings").click()
     chat.page.get_by_label("System prompt").fill("Be brief.")
     for label, value in zip(("Temperature", "Top p", "Tokens at most", "Seed"), settings.values(), strict=True):
@@ -150,7 +150,7 @@ def test_stop_and_a_reload_in_the_middle(
 
 def test_waiting_in_the_queue_and_leaving_it(live: Live, open_chat: Callable[..., Chat]) -> None:
     chat = open_chat().open()
-    body = {"prompt": "a", "n": 20, "max_tokens": 400, "ignore_eos": True, "stream": True}
+    body = {"prompt": "a", "n": 20, "max_tokens": 400, "ignore_eos": True, "stream": True, "temperature": 0}
     with live.raw(http("/v1/completions", body)) as held:
         assert held.recv(1)
         chat.ask(QUESTION)

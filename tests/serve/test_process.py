@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx2
 import pytest
 from process import KEY, Process
-from serving import demo
+from serving import demo, wait_for
 
 from jllama.cli import serve
 
@@ -76,9 +76,9 @@ def test_a_second_signal_ends_at_once(process: Process) -> None:
     with httpx2.stream("POST", f"{process.url}/v1/completions", json=body, headers=headers, timeout=60) as answer:
         events = answer.iter_lines()  # held: the client leaves when it is collected
         next(events)
-        for _ in range(2):
-            process.process.send_signal(signal.SIGTERM)
-            time.sleep(0.2)
+        process.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: "takes no new requests" in process.err)
+        process.process.send_signal(signal.SIGTERM)
         assert process.end() == 128 + signal.SIGTERM, process.err
     assert process.err.endswith("ends at once\n")
 

@@ -23,6 +23,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hostile_http import KEY
+
+from bench.client import events
+from jllama.errors import InputError
+
 PROMPTS = (
     "Once upon a time",
     "The cat",
@@ -146,7 +151,7 @@ def settled(port: int, files: float) -> list[str]:
 
 
 class Client:
-    """Many clients in one process, each on a connection of its own, without libraries."""
+    """Many clients in one process, each on a connection of its own."""
 
     def __init__(self, port: int, jobs: list[dict[str, Any]], seed: int) -> None:
         self.port, self.jobs, self.random = port, jobs, random.Random(seed)
@@ -181,7 +186,7 @@ class Client:
             try:
                 async with asyncio.timeout(WAIT):
                     text, events = await self._ask(job["body"])
-            except (OSError, EOFError, ValueError) as error:
+            except (InputError, TimeoutError) as error:
                 self.wrong.append(f"lost: {type(error).__name__}: {error}: {job['body']}")
                 continue
             self.done.update({"ok": 1, "tokens": events})
@@ -189,42 +194,17 @@ class Client:
                 self.wrong.append(f"another text: {text!r}, expected {job['text']!r}: {job['body']}")
 
     async def _ask(self, body: dict[str, Any]) -> tuple[str, int]:
-        from hostile_http import request
-
-        begin = time.monotonic()
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-        try:
-            writer.write(request("/v1/completions", json.dumps(body).encode()))
-            received = await reader.readuntil(b"data: ")
-            if self.random.random() < 0.1:
+        begin, parts = time.monotonic(), []
+        async for event in events(f"http://127.0.0.1:{self.port}", json.dumps(body).encode(), KEY):
+            if not parts and self.random.random() < 0.1:
                 self.first.append(round(time.monotonic() - begin, 3))
-            received += await reader.read()
-        finally:
-            writer.close()
-        head, _, content = received.partition(b"\r\n\r\n")
-        if not head.startswith(b"HTTP/1.1 200 "):
-            raise ValueError(received[-300:])
-        events = [e.removeprefix("data: ") for e in unchunked(content).decode().split("\n\n")]
-        if events[-2:] != ["[DONE]", ""]:
-            raise ValueError(f"the stream ends with {events[-2:]}")
-        choices = [json.loads(event)["choices"][0] for event in events[:-2]]
-        return "".join(choice["text"] for choice in choices), len(choices)
-
-
-def unchunked(content: bytes) -> bytes:
-    """The body in chunks; `ValueError` where it is cut."""
-    parts = []
-    while True:
-        size, _, content = content.partition(b"\r\n")
-        if (count := int(size, 16)) == 0:
-            return b"".join(parts)
-        parts.append(content[:count])
-        content = content[count + 2 :]
+            parts.append(event["choices"][0]["text"])
+        return "".join(parts), len(parts)
 
 
 def main() -> int:
     """Run against a process. Returns the exit code."""
-    from attack import KEY, Process, answer, complaints, figures
+    from attack import Process, answer, complaints, figures
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=600)
