@@ -140,8 +140,8 @@ def measured(params: Any, slots: int, prompts: Prompts, args: argparse.Namespace
 
 def turns_to_fill(slots: int, prompt_len: int, budget: int, tuning: "Tuning") -> int:
     """After how many turns all slots draw."""
-    pieces = slots * -(-prompt_len // tuning.piece)
-    return -(-pieces // (budget // tuning.piece)) + 2
+    pieces, first = slots * -(-prompt_len // tuning.piece), max(budget, tuning.alone) // tuning.piece
+    return 1 - (-max(0, pieces - first) // (budget // tuning.piece)) + 2
 
 
 def complete(engine: "Engine", prompts: Sequence[Sequence[int]], new_tokens: int) -> float:

@@ -128,10 +128,11 @@ def blocks(
     h = norm(x, norms[0])
     for i, layer in enumerate(layers):
         out, cache = attend(h, layer, i, cache, start, (cos, sin), params.config, backend)
+        if last_only and x.shape[1] > 1 and i + 1 == len(layers):  # the rest, and the head, for one token of each row
+            out, x = (last_token(a, lengths)[:, None] for a in (out, x))
         x, h = finish(out, x, layer, norms[i + 1], params, backend)
 
-    if last_only:  # select before the head, which is the largest matmul, and before its norm: XLA drops the other
-        h = norm(last_token(x, lengths), params.norm)
+    h = h[:, 0] if last_only else h
     return matmul(h, params.head, out_dtype=jnp.float32, backend=backend), cache
 
 

@@ -17,7 +17,7 @@ from jllama.config import Backend
 from jllama.decode import StepOutput
 from jllama.engine import masked, steps
 from jllama.engine.constraint import Progress, masks_of
-from jllama.engine.launch import Launch, fitting, places
+from jllama.engine.launch import Drawn, Launch, Scored, cut, fitting, places
 from jllama.engine.request import Request
 from jllama.engine.scheduler import Piece, Plan
 from jllama.engine.scheduler import Sequence as Scheduled
@@ -61,6 +61,7 @@ class Device:
         self.ways: dict[int, Choice] = {}  # of each number of rows that has been compiled: how its step runs
         self._compile: Callable[[jax.stages.Lowered], None] | None = None  # while steps are compiled ahead
         self._static = {"backend": backend, "arch": known(params)}
+        pieces = min(pieces, tuning.pieces[-1])  # more are several launches
         self._width, self._of_pieces, self._of_rows = width, sizes(tuning.pieces, pieces), sizes(tuning.rows, slots)
         self.reset()
 
@@ -90,28 +91,38 @@ class Device:
         copies, pieces, joins, rows, ahead = ([getattr(plan, name) for plan in plans] for name in names)
         for at in range(0, max(map(len, copies)), COPIES):
             self._copy([part[at : at + COPIES] for part in copies])
-        scores, scored, drawing = None, [], []
-        outputs: list[StepOutput] = []
-        if any(pieces):
-            size = fitting(self._of_pieces, pieces)
-            scored = [(i, p) for i, p in places(pieces, size) if p.sequence.limit == 0]
-            scores = self._feed(pieces, size, bool(scored))
+        launched, fed = Launch(masked=any(plan.rows and not plan.steps for plan in plans)), []
+        for size, part in cut(self._of_pieces, pieces) if any(pieces) else ():
+            scored = [(i, p) for i, p in places(part, size) if p.sequence.limit == 0]
+            logits, scores = self._feed(part, size, bool(scored))
+            fed.append((part, size, logits))
+            if scores is not None:
+                launched.scored.append(Scored(scored, scores))
         if any(joins):
             self._join(joins, requests)
-        one_by_one = [plan.rows if not plan.steps else [] for plan in plans]
+        for part, size, logits in fed:
+            if firsts := [(i, p.sequence) for i, p in places(part, size) if p.ends]:
+                output = self._first(part, size, logits, self._kind(firsts, requests))
+                launched.drawn.append(Drawn(firsts, [output], decoded=False))
         if any(rows):
             size = fitting(self._of_rows, rows)
             drawing = list(places(rows, size))
-            kind = max((requests[s].sampling.kind for _, s in drawing), key=steps.KINDS.index)
+            kind = self._kind(drawing, requests)
             outputs = self._decode(rows, size, kind, [plan.steps for plan in plans])
-            if any(one_by_one):
+            if launched.masked:
+                one_by_one = [plan.rows if not plan.steps else [] for plan in plans]
                 outputs.append(self._draw(one_by_one, size, kind, matchers))
+            launched.drawn.append(Drawn(drawing, outputs))
         if any(ahead):
             self._look_ahead(ahead, fitting(self._of_rows, ahead))
         if jax.process_count() == 1:
-            for array in jax.tree.leaves((scores, outputs)):
+            for array in jax.tree.leaves(launched.arrays):
                 array.copy_to_host_async()
-        return Launch(drawing, outputs, scored, scores, any(one_by_one))
+        return launched
+
+    def _kind(self, rows: Sequence[tuple[int, Scheduled]], requests: Requests) -> str:
+        """The simplest kind of drawing that serves all these rows."""
+        return max((requests[s].sampling.kind for _, s in rows), key=steps.KINDS.index)
 
     def warm_up(self, kinds: Sequence[str], *, constraints: bool, scores: bool, progress: bool) -> None:
         """Compile every step for every number of rows, and run each once without any real row. Python lowers one
@@ -146,6 +157,7 @@ class Device:
         jobs: list[Callable[[], Any]] = [partial(self._copy, nothing), partial(self._join, nothing, {})]
         for size in self._of_pieces:
             jobs += [partial(self._feed, nothing, size, scored) for scored in ((False, True) if scores else (False,))]
+            jobs += [partial(self._first, nothing, size, self._zeros(size), kind) for kind in kinds]
         for size in self._of_rows:
             for kind in kinds:
                 jobs.append(partial(self._decode, nothing, size, kind, [self.tuning.steps[0]] * self.parts))
@@ -169,21 +181,36 @@ class Device:
             source[i], target[i] = a, b
         self._state = self._run(("copy", COPIES, ""), steps.jit_copy, self._state, source, target, mesh=self.mesh)
 
-    def _feed(self, parts: list[list[Piece]], size: int, scored: bool) -> steps.Scores | None:
+    def _feed(self, parts: Sequence[Sequence[Piece]], size: int, scored: bool) -> tuple[jax.Array, steps.Scores | None]:
         total = size * self.parts
-        tokens, start = np.zeros((total, self.tuning.piece + 1), np.int32), np.zeros(total, np.int32)
+        tokens = np.zeros((total, self.tuning.piece + 1), np.int32)
+        start, count = np.zeros(total, np.int32), np.zeros(total, np.int32)
         for i, p in places(parts, size):
             real = p.sequence.tokens[p.start : p.start + p.count + 1]
-            tokens[i, : len(real)], start[i] = real, p.start
+            tokens[i, : len(real)], start[i], count[i] = real, p.start, p.count
         table = self._table([[p.sequence for p in pieces] for pieces in parts], size)
-        where, scores = (self.params, self._state, tokens[:, :-1], start, table), None
+        where, scores = (self.params, self._state, tokens[:, :-1], start, table, count), None
         if scored:
-            found, ran = self._run(("score", size, ""), steps.jit_score, *where, tokens[:, 1:], **self._static)
-            self._state, scores = found
+            program = ("score", size, "")
+            found, ran = self._run(program, steps.jit_score, *where, tokens[:, 1:], **self._static)
+            self._state, logits, scores = found
         else:
-            self._state, ran = self._run(("feed", size, ""), steps.jit_feed, *where, **self._static)
+            found, ran = self._run(("feed", size, ""), steps.jit_feed, *where, **self._static)
+            self._state, logits = found
         self._record("prefill", ran)
-        return scores
+        return logits, scores
+
+    def _first(self, parts: Sequence[Sequence[Piece]], size: int, logits: jax.Array, kind: str) -> StepOutput:
+        slots = np.full(size * self.parts, self.slots, np.int32)
+        for i, p in places(parts, size):
+            if p.ends:
+                assert p.sequence.slot is not None
+                slots[i] = p.sequence.slot
+        how = dict(kind=kind, mesh=self.mesh, **self._static)
+        found, ran = self._run(("first", size, kind), steps.jit_first, self._state, logits, slots, **how)
+        self._state, output = found
+        self._record("prefill", ran)
+        return output
 
     def _join(self, parts: list[list[Scheduled]], requests: Requests) -> None:
         config = self.params.config
@@ -243,10 +270,13 @@ class Device:
 
     def _known_logits(self) -> jax.Array:
         if self._logits is None:  # made at the first request with a constraint
-            lies = None if self.mesh is None else NamedSharding(self.mesh, masked.logits_spec(self.mesh))
-            shape = (self.slots * self.parts, self.params.config.vocab_size)
-            self._logits = jnp.zeros(shape, jnp.float32, device=lies)
+            self._logits = self._zeros(self.slots)
         return self._logits
+
+    def _zeros(self, size: int) -> jax.Array:
+        """Logits of so many places of each part."""
+        lies = None if self.mesh is None else NamedSharding(self.mesh, steps.logits_spec(self.mesh))
+        return jnp.zeros((size * self.parts, self.params.config.vocab_size), jnp.float32, device=lies)
 
     def _record(self, phase: str, ran: Recorded) -> None:
         self.backends.setdefault(phase, {}).update(ran.choices)

@@ -4,7 +4,6 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import numpy as np
@@ -13,14 +12,14 @@ from jllama.config import Backend
 from jllama.device import default_device
 from jllama.engine.constraint import Constraint, Progress
 from jllama.engine.device import Device
-from jllama.engine.launch import Launch
+from jllama.engine.launch import Launch, Tokens, tokens_of
 from jllama.engine.memory import pages_in_memory
 from jllama.engine.pages import Pages
 from jllama.engine.parts import Parts
 from jllama.engine.request import Completion, Event, Handle, Request, SamplingSettings, per_prompt
 from jllama.engine.scheduler import Piece, Scheduler
 from jllama.engine.scheduler import Sequence as Scheduled
-from jllama.engine.steps import KINDS, NO_TOKEN
+from jllama.engine.steps import KINDS
 from jllama.engine.tuning import Tuning, tuning_for
 from jllama.errors import InputError
 from jllama.kernels import PAGE, START_MULTIPLE, Choice
@@ -59,8 +58,9 @@ class Engine:
 
     The cache has ``pages`` pages of 64 positions. By default it takes the part ``memory`` of the device's free memory
     (on a CPU, at most what all slots can use). A request has at most ``max_len`` tokens, prompt included (default: the
-    model's context). A turn feeds at most ``budget`` tokens of prompts. ``tuning`` are the sizes of launches (default:
-    those for the device). An engine must not be used by two threads at a time."""
+    model's context). A turn feeds at most ``budget`` tokens of prompts, or ``tuning.alone`` if that is more and no row
+    draws that they would delay. ``tuning`` are the sizes of launches (default: those of the device). An engine must not
+    be used by two threads at a time."""
 
     def __init__(
         self,
@@ -90,11 +90,14 @@ class Engine:
             count = min(fits, slots * width) if default_device().platform == "cpu" else fits
         self.slots, self.backend = slots, backend
         parts = axis_size(params.mesh, DATA)
-        count, slots, pieces = (-(-n // parts) for n in (count, slots, budget // tuning.piece))  # of each part
-        sizes = dict(slots=slots, max_len=self.max_len, pieces=pieces)
-        self._device = Device(params, pages=count, width=width, tuning=tuning, backend=backend, **sizes)
+        alone = max(budget, tuning.alone) // tuning.piece
+        count, slots, pieces, alone = (
+            -(-n // parts) for n in (count, slots, budget // tuning.piece, alone)
+        )  # of each part
+        sizes = dict(slots=slots, max_len=self.max_len)
+        self._device = Device(params, pages=count, width=width, pieces=alone, tuning=tuning, backend=backend, **sizes)
         pools = [Pages(count, PAGE, multiple=START_MULTIPLE) for _ in range(parts)]
-        how = dict(piece=tuning.piece, **sizes)
+        how = dict(piece=tuning.piece, pieces=pieces, alone=alone, **sizes)
         self._scheduler = Parts([Scheduler(pool, steps=tuning.steps, **how) for pool in pools])
         self._handles: dict[Scheduled, Handle] = {}
         self._in_flight: Launch | None = None
@@ -316,44 +319,43 @@ class Engine:
         return [h.completion for h in handles]
 
     def _read(self, launch: Launch) -> list[Event]:
-        parts, scores = fetch((launch.outputs, launch.scores), self.params.mesh)  # blocks
-        events: list[Event] = []
-        if parts:
-            events = self._read_output(launch.rows, jax.tree.map(lambda *part: np.concatenate(part), *parts))
-        for place, piece in launch.pieces:
-            self._read_scores(piece, *(found[place] for found in scores))
+        outputs, scores = fetch(launch.arrays, self.params.mesh)  # blocks
+        drawn, steps = tokens_of(launch, outputs)
+        self._decode_steps += steps
+        events = self._read_tokens(drawn)
+        pieces = [
+            (piece, place, found) for g, found in zip(launch.scored, scores, strict=True) for place, piece in g.pieces
+        ]
+        for piece, place, found in pieces:
+            self._read_scores(piece, *(array[place] for array in found))
             if piece.sequence.finish and (handle := self._handles.get(piece.sequence)):
                 events.append(Event(handle, [], [], piece.sequence.finish))  # pyright: ignore[reportArgumentType]
-        seen = {*(s for _, s in launch.rows), *(piece.sequence for _, piece in launch.pieces)}
-        for s in seen:
+        for s in {*drawn, *(piece.sequence for piece, _, _ in pieces)}:
             if s.finish is not None and s in self._handles:
                 self._finish(self._handles[s])
         if self._nan:
             self._restart()  # the cache may hold NaN, which masks do not remove
         return [e for e in events if e.ids or e.finish_reason]
 
-    def _read_output(self, rows: list[tuple[int, Scheduled]], output: Any) -> list[Event]:
+    def _read_tokens(self, drawn: dict[Scheduled, Tokens]) -> list[Event]:
         events: list[Event] = []
-        self._decode_steps += int((output.tokens != NO_TOKEN).any(axis=1).sum())
-        for i, s in rows:
-            came = output.tokens[:, i] != NO_TOKEN
-            ids, logprobs, count = output.tokens[came, i].tolist(), output.logprobs[came, i].tolist(), int(came.sum())
+        for s, new in drawn.items():
             handle = self._handles.get(s)
-            if handle is None or self._broken(s, output.logprobs[came, i]):
+            if handle is None or self._broken(s, new.logprobs):
                 s.unread -= 1
                 events += [Event(handle, [], [], "error")] if handle is not None else []
                 continue
-            self._scheduler.read(s, ids)
+            self._scheduler.read(s, new.ids)
             if handle.progress:
-                self._check_constraint(s, handle.progress, count)
+                self._check_constraint(s, handle.progress, len(new.ids))
             completion, asked = handle.completion, handle.request.sampling.top_logprobs
-            completion.ids += ids
-            completion.logprobs += logprobs
-            self._new_tokens += count
+            completion.ids += new.ids
+            completion.logprobs += new.logprobs
+            self._new_tokens += len(new.ids)
             if asked:
-                names, values = (a[came, i, :asked].tolist() for a in output.top)
-                completion.top_logprobs += [dict(zip(*pair, strict=True)) for pair in zip(names, values, strict=True)]
-            events.append(Event(handle, ids, logprobs, s.finish))  # pyright: ignore[reportArgumentType]
+                pairs = ([a[:asked].tolist() for a in pair] for pair in new.top)
+                completion.top_logprobs += [dict(zip(*pair, strict=True)) for pair in pairs]
+            events.append(Event(handle, new.ids, new.logprobs, s.finish))  # pyright: ignore[reportArgumentType]
         return events
 
     def _read_scores(self, piece: Piece, logprobs: np.ndarray, best: np.ndarray, values: np.ndarray) -> None:
@@ -367,7 +369,7 @@ class Engine:
                 handle.completion.top_logprobs[place] = {int(best[i]): float(values[i])}
         self._scheduler.read_scores(s, 1)
 
-    def _broken(self, sequence: Scheduled, logprobs: np.ndarray) -> bool:
+    def _broken(self, sequence: Scheduled, logprobs: Sequence[float] | np.ndarray) -> bool:
         if not np.isnan(logprobs).any():
             return False
         self._scheduler.finish(sequence, "error")

@@ -1,24 +1,78 @@
-"""What a turn launches: the places of its items in the arrays of a program, and the results."""
+"""What a turn launches: how pieces of prompts are divided over programs of a few sizes, and the results."""
 
+import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from jllama.decode import StepOutput
+import jax
+import numpy as np
+
+from jllama.decode import NO_TOKEN, StepOutput
 from jllama.engine.scheduler import Piece
 from jllama.engine.scheduler import Sequence as Scheduled
-from jllama.engine.steps import Scores
+
+LAUNCH = 1  # what a launch of pieces costs beside its pieces, in pieces: one reads all weights for any number of them
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Rows that draw, with their places in ``outputs``, which are in the order of launches."""
+
+    rows: list[tuple[int, Scheduled]]
+    outputs: list[StepOutput]  # arrays [steps, places]
+    decoded: bool = True  # whether by decode steps; else from the logits of pieces
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Pieces that are scored, with their places in ``scores``."""
+
+    pieces: list[tuple[int, Piece]]
+    scores: tuple[jax.Array, jax.Array, jax.Array]
 
 
 @dataclass(frozen=True)
 class Launch:
     """The results of a plan, which are there once it has run."""
 
-    rows: list[tuple[int, Scheduled]]  # the sequences that draw, with their places in the outputs
-    outputs: list[StepOutput]  # one for each program, in the order of launches
-    pieces: list[tuple[int, Piece]]  # the pieces that are scored, with their places in the scores
-    scores: Scores | None
+    drawn: list[Drawn] = field(default_factory=list)
+    scored: list[Scored] = field(default_factory=list)
     masked: bool = False  # whether the next masks depend on what is drawn
+
+    @property
+    def arrays(self) -> tuple[list[list[StepOutput]], list[tuple[jax.Array, ...]]]:
+        """All results."""
+        return [group.outputs for group in self.drawn], [group.scores for group in self.scored]
+
+
+@dataclass
+class Tokens:
+    """What a turn drew for one row."""
+
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    top: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)  # for each token: tokens, log-probabilities
+
+    def add(self, output: StepOutput, place: int) -> None:
+        """Add what some steps drew for the row at a place. A row that has ended draws nothing."""
+        came = output.tokens[:, place] != NO_TOKEN
+        self.ids += output.tokens[came, place].tolist()
+        self.logprobs += output.logprobs[came, place].tolist()
+        if output.top is not None:
+            self.top += zip(*(a[came, place] for a in output.top), strict=True)
+
+
+def tokens_of(launch: Launch, outputs: Sequence[Sequence[StepOutput]]) -> tuple[dict[Scheduled, Tokens], int]:
+    """What a launch drew for every row, and how many decode steps drew anything; ``outputs`` are its results, read."""
+    found: dict[Scheduled, Tokens] = {}
+    steps = 0
+    for group, parts in zip(launch.drawn, outputs, strict=True):
+        output: Any = jax.tree.map(lambda *part: np.concatenate(part), *parts)
+        steps += int((output.tokens != NO_TOKEN).any(axis=1).sum()) if group.decoded else 0
+        for place, sequence in group.rows:
+            found.setdefault(sequence, Tokens()).add(output, place)
+    return found, steps
 
 
 def places[T](parts: Sequence[Sequence[T]], size: int) -> Iterator[tuple[int, T]]:
@@ -30,3 +84,22 @@ def places[T](parts: Sequence[Sequence[T]], size: int) -> Iterator[tuple[int, T]
 def fitting(known: Sequence[int], parts: Sequence[Sequence[Any]]) -> int:
     """The first size that holds the items of every part."""
     return next(size for size in known if size >= max(map(len, parts)))
+
+
+def cut[T](known: Sequence[int], parts: Sequence[Sequence[T]]) -> Iterator[tuple[int, list[Sequence[T]]]]:
+    """The items of every part in order, divided over launches: the size of each, and its items."""
+    at = 0
+    for size in launches(tuple(known), max(map(len, parts))):
+        yield size, [items[at : at + size] for items in parts]
+        at += size
+
+
+@functools.cache
+def launches(known: tuple[int, ...], count: int) -> tuple[int, ...]:
+    """The sizes of the launches that run ``count`` pieces at the least cost, largest first: padding costs as much as
+    real pieces, and a launch as much as `LAUNCH` more."""
+    best: list[tuple[int, int, tuple[int, ...]]] = [(0, 0, ())]  # cost, number of launches, sizes
+    for n in range(1, count + 1):
+        options = ((best[max(0, n - size)], size) for size in known)
+        best.append(min((cost + size + LAUNCH, many + 1, (*of, size)) for (cost, many, of), size in options))
+    return tuple(sorted(best[count][2], reverse=True))

@@ -11,15 +11,15 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from jllama.config import Backend
 from jllama.decode import NO_TOKEN, StepOutput
 from jllama.engine.request import MAX_TOP_LOGPROBS
 from jllama.engine.state import EngineState
-from jllama.engine.steps import advance, drawing, put_history
+from jllama.engine.steps import advance, drawing, logits_spec, put_history
 from jllama.kernels import log_probability, recorded
-from jllama.mesh.layout import DATA, MODEL, AnyMesh, model_axis, spec
+from jllama.mesh.layout import DATA, model_axis, spec
 from jllama.mesh.run import on_shards, over
 from jllama.mesh.vocabulary import gather
 from jllama.model import forward
@@ -83,11 +83,6 @@ def draw_allowed(
     if kind == "full":
         state = put_history(state, slots, history.add(token, alive))
     return replace(state, rows=state.rows.put(slots, advance(rows, token))), output
-
-
-def logits_spec(mesh: AnyMesh) -> PartitionSpec:
-    """How the logits of all slots are divided."""
-    return spec(mesh, DATA, MODEL)
 
 
 def unpack(mask: jax.Array, vocab: int) -> jax.Array:

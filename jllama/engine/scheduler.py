@@ -1,9 +1,10 @@
 """Who runs next: plain Python, no tensors, no device, the same decisions for the same arrivals on every host.
 
 A turn of the engine is one `Plan`: copies of pages, pieces of prompts within a budget of tokens, rows that begin to
-draw, and a few decode steps of all rows that draw. The last token of a prompt is never fed as prompt: a decode step
-feeds it and draws what follows. So a prompt that the pool holds whole needs no prefill at all, and a request that was
-preempted comes back in the same way as a new one.
+draw, and a few decode steps of all rows that draw. The piece that ends a prompt gives the logits from which the first
+token is drawn. If only the last token of a prompt is not in the cache, a decode step feeds it and draws what follows:
+a prompt that the pool holds needs no prefill at all. A request that was preempted comes back in the same way as a new
+one.
 
 Plans run ahead of results. How many tokens a row will have drawn is known beforehand, unless it draws a stop token. A
 row that has stopped draws nothing more on the device. Its pages become free when the host reads the stop token. A
@@ -64,6 +65,7 @@ class Piece:
     sequence: Sequence
     start: int
     count: int
+    ends: bool = False  # its last token is the prompt's last one, so that the next is drawn from its logits
 
 
 @dataclass
@@ -77,6 +79,11 @@ class Plan:
     steps: int = 0  # 0: draw one token from logits that are computed already
     ahead: list[Sequence] = field(default_factory=list)  # rows whose last token is fed, without a draw
 
+    @property
+    def firsts(self) -> list[Sequence]:
+        """Rows whose first token is drawn from the logits of a piece, before the decode steps."""
+        return [piece.sequence for piece in self.pieces if piece.ends]
+
     def __bool__(self) -> bool:
         return bool(self.copies or self.pieces or self.joins or self.rows or self.ahead)
 
@@ -84,14 +91,24 @@ class Plan:
 class Scheduler:
     """First come, first served, with priorities, on ``slots`` rows and a pool of pages.
 
-    A turn feeds at most ``pieces`` pieces of ``piece`` tokens, then decodes. ``steps`` are three numbers of decode
-    steps a turn: where all rows have just joined; while requests wait or prompts are being fed; otherwise."""
+    A turn feeds at most ``pieces`` pieces of ``piece`` tokens, or ``alone`` pieces where no row draws that they would
+    delay; then it decodes. ``steps`` are three numbers of decode steps a turn: where all rows have just joined; while
+    requests wait or prompts are being fed; otherwise."""
 
     def __init__(
-        self, pages: Pages, *, slots: int, max_len: int, piece: int, pieces: int, steps: tuple[int, int, int]
+        self,
+        pages: Pages,
+        *,
+        slots: int,
+        max_len: int,
+        piece: int,
+        pieces: int,
+        steps: tuple[int, int, int],
+        alone: int = 0,
     ) -> None:
         self.pages, self.slots, self.max_len = pages, slots, max_len
-        self.piece, self.pieces, self.steps = piece, pieces, steps
+        self.piece, self.pieces, self.alone, self.steps = piece, pieces, max(alone, pieces), steps
+        self._room = pieces  # pieces of this turn
         self.waiting: list[Sequence] = []  # the next first
         self.running: list[Sequence] = []  # in the same order
         self._slots = list(reversed(range(slots)))
@@ -138,22 +155,30 @@ class Scheduler:
         one_by_one = self._one_by_one
         steps = 1 if one_by_one else self.steps[1] if busy else self.steps[2]
         self._grow(steps)
+        self._room = self.pieces if any(s.joined and s.left > 0 for s in self.running) else self.alone
         for sequence in self.running:
             self._feed(sequence, plan)
-        self._admit(plan, steps)
+        self._admit(plan)
         if one_by_one or self._one_by_one:  # a row may have joined, or may have been preempted
             self._draw_one(plan)
-            return plan
+        else:
+            self._draw_some(plan, steps)
+        for sequence in dict.fromkeys((*plan.firsts, *plan.rows)):
+            sequence.unread += 1
+        return plan
+
+    def _draw_some(self, plan: Plan, steps: int) -> None:
+        """Decode steps for all rows that draw. Where all have just joined, only first tokens, so that they come out at
+        once."""
         plan.rows = [s for s in self.running if s.joined and s.left > 0]
-        if len(plan.rows) == len(plan.joins):  # only first tokens
-            steps = self.steps[0]
+        if {*plan.rows} <= {*plan.joins}:
+            drawn, steps = {*plan.firsts}, self.steps[0]
+            plan.rows = [s for s in plan.rows if s not in drawn]
         plan.steps = steps if plan.rows else 0
         for sequence in plan.rows:
             new = min(steps, sequence.left)
             sequence.drawn += new
             sequence.fed += new
-            sequence.unread += 1
-        return plan
 
     @property
     def _one_by_one(self) -> bool:
@@ -166,7 +191,6 @@ class Scheduler:
         for sequence in plan.rows:
             sequence.ahead = False
             sequence.drawn += 1
-            sequence.unread += 1
         draws = [s for s in self.running if s.joined and s.left > 0]
         if any(s.constrained for s in draws):
             plan.ahead = draws
@@ -248,8 +272,8 @@ class Scheduler:
                     break
                 self._preempt(self.running[-1])
 
-    def _admit(self, plan: Plan, steps: int) -> None:
-        while self.waiting and self._slots and len(plan.pieces) < self.pieces:
+    def _admit(self, plan: Plan) -> None:
+        while self.waiting and self._slots and len(plan.pieces) < self._room:
             sequence = self.waiting[0]
             if sequence.unread:  # preempted, and its last tokens have not been read yet
                 return
@@ -262,8 +286,8 @@ class Scheduler:
                 return
             self.pages.use(prefix.pages)
             sequence.drawn = len(sequence.tokens) - sequence.prompt
-            # It may join in a later turn, with the steps of a busy one, and takes no further pages before that.
-            ahead = len(sequence.tokens) - 1 + min(max(steps, self.steps[1]), sequence.left)
+            # In the turn in which it joins, it may draw a first token and then take the steps of a busy turn.
+            ahead = len(sequence.tokens) - 1 + min(1 + max(self.steps[:2]), sequence.left)
             missing = self.pages.needed(ahead) - len(prefix.pages)
             # Leave room for the pages that running rows will soon need. Otherwise the next turns would preempt.
             if missing + -(-len(self.running) // RESERVE) > self.pages.free:
@@ -286,17 +310,21 @@ class Scheduler:
         bisect.insort(self.running, sequence, key=lambda s: s.order)
 
     def _feed(self, sequence: Sequence, plan: Plan) -> None:
-        """Plan pieces of a prompt, as many as are left in the turn's budget."""
+        """Plan pieces of a prompt, as many as are left in the turn's budget. No piece has the last token alone, which
+        would cost as much as a whole piece. The last token of a text that is only scored is not fed; that of one with a
+        constraint is fed apart, because its first token needs a mask."""
         if sequence.joined:
             return
-        end = len(sequence.tokens) - 1
-        while sequence.fed < end and len(plan.pieces) < self.pieces:
+        last = len(sequence.tokens) - 1
+        end = last + (sequence.limit > 0 and not sequence.constrained)
+        while sequence.fed < last and len(plan.pieces) < self._room:
             count = min(self.piece, end - sequence.fed)
-            plan.pieces.append(Piece(sequence, sequence.fed, count))
+            plan.pieces.append(Piece(sequence, sequence.fed, count, ends=sequence.fed + count > last))
             sequence.fed += count
             sequence.unread += sequence.limit == 0
-        if sequence.fed == end:
+        if sequence.fed >= last:
             sequence.joined = True
+            sequence.drawn += sequence.fed > last
             if sequence.limit:
                 plan.joins.append(sequence)
         self._remember(sequence, tail=sequence.joined)

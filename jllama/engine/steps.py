@@ -1,5 +1,5 @@
 """The compiled steps of an engine: pure functions of params and state. A step is compiled once for each of a few
-numbers of rows or pieces, and `decode` for each kind of drawing.
+numbers of rows or pieces, `decode` and `first` for each kind of drawing.
 
 The table of pages is an argument of every call, because the scheduler on the host decides it. It has some kilobytes.
 """
@@ -19,12 +19,13 @@ from jllama.engine.request import MAX_TOP_LOGPROBS, Request
 from jllama.engine.state import EngineState, Extras, Rows, extra_settings
 from jllama.kernels import log_probability, recorded, vary_with
 from jllama.mesh import vocabulary
-from jllama.mesh.layout import DATA, spec
+from jllama.mesh.layout import DATA, MODEL, AnyMesh, model_axis, spec
 from jllama.mesh.run import on_shards, over
 from jllama.model import forward
 from jllama.paged import PagedCache
 from jllama.params import Params
 from jllama.sampling import History, Sampling, keys_of, sample, top_logprobs
+from jllama.step import last_token
 
 # How tokens are drawn, each with more than the one before: the largest logit; temperature; top-k, top-p and min-p;
 # all settings.
@@ -40,18 +41,19 @@ def feed(
     tokens: jax.Array,  # [B, T]: pieces of prompts; several may be of the same prompt
     start: jax.Array,  # [B]: the position of each piece's first token
     table: jax.Array,  # [B, P]: the pages of each piece's sequence
+    count: jax.Array,  # [B]: how many of its tokens are real
     *,
     backend: Backend = "auto",
-) -> EngineState:
+) -> tuple[EngineState, jax.Array]:
     """Write the keys and values of prompts to the cache. The padding of a piece is written past its sequence's end,
-    where it is overwritten before it is read."""
+    where it is overwritten before it is read. Also returns the logits [B, V] of the token after each piece."""
     if params.mesh is not None:
-        of_shard, arguments = functools.partial(feed, backend=backend), (state, tokens, start, table)
-        return on_shards(of_shard, params, *arguments, out=state.specs(params.mesh))
+        of_shard, arguments = functools.partial(feed, backend=backend), (state, tokens, start, table, count)
+        return on_shards(of_shard, params, *arguments, out=(state.specs(params.mesh), logits_spec(params.mesh)))
     cache = PagedCache(state.k, state.v, table, start, aligned=True)
     with jax.named_scope("jllama.feed"):
-        _, cache = forward(params, tokens, cache, last_only=True, backend=backend)
-    return replace(state, k=cache.k, v=cache.v)
+        logits, cache = forward(params, tokens, cache, lengths=count, last_only=True, backend=backend)
+    return replace(state, k=cache.k, v=cache.v), logits
 
 
 def score(
@@ -60,15 +62,16 @@ def score(
     tokens: jax.Array,  # [B, T]
     start: jax.Array,  # [B]
     table: jax.Array,  # [B, P]
+    count: jax.Array,  # [B]
     targets: jax.Array,  # [B, T]: the token that follows each
     *,
     backend: Backend = "auto",
-) -> tuple[EngineState, Scores]:
+) -> tuple[EngineState, jax.Array, Scores]:
     """`feed`. Also returns, each as [B, T], the log-probability of every target, the likeliest token, and its
     log-probability."""
     if params.mesh is not None:
-        of_shard, arguments = functools.partial(score, backend=backend), (state, tokens, start, table, targets)
-        out = state.specs(params.mesh), spec(params.mesh, DATA)
+        of_shard, arguments = functools.partial(score, backend=backend), (state, tokens, start, table, count, targets)
+        out = state.specs(params.mesh), logits_spec(params.mesh), spec(params.mesh, DATA)
         return on_shards(of_shard, params, *arguments, out=out)
     logits, cache = forward(params, tokens, PagedCache(state.k, state.v, table, start, aligned=True), backend=backend)
     flat, wanted = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
@@ -77,7 +80,33 @@ def score(
         found = log_probability(flat, wanted), best, log_probability(flat, best)
     else:
         found = vocabulary.log_probability(flat, wanted, params.axis), *vocabulary.greedy(flat, params.axis)
-    return replace(state, k=cache.k, v=cache.v), jax.tree.map(lambda a: a.reshape(targets.shape), found)
+    found = jax.tree.map(lambda a: a.reshape(targets.shape), found)
+    return replace(state, k=cache.k, v=cache.v), last_token(logits, count), found
+
+
+def first(
+    state: EngineState,
+    logits: jax.Array,  # [B, V] float32: what `feed` gives
+    slots: jax.Array,  # [B]: the slot of the prompt that ends with each piece; past the last slot, it does not end
+    *,
+    kind: str,  # one of KINDS
+    mesh: Mesh | None = None,  # that of the params
+    axis: str | None = None,
+    backend: Backend = "auto",
+) -> tuple[EngineState, StepOutput]:
+    """Draw the first token of every row whose prompt has been fed whole. The rows have joined. The arrays of the
+    `StepOutput` are [1, B]."""
+    if mesh is not None:
+        of_shard = functools.partial(first, kind=kind, axis=model_axis(mesh), backend=backend)
+        out, layout = (state.specs(mesh), spec(mesh, None, DATA)), {1: logits_spec(mesh)}
+        return over(mesh, of_shard, state, logits, slots, out=out, layout=layout)
+    rows = state.rows.take(slots)
+    sampling, history = drawing(state, slots, rows, kind)
+    rows = replace(rows, length=rows.length + ~rows.done)  # a row joins as if its last token were not fed yet
+    rows, history, output = drawn(logits, rows, sampling, history, kind=kind, axis=axis, backend=backend)
+    if kind == "full":
+        state = put_history(state, slots, history)
+    return replace(state, rows=state.rows.put(slots, rows)), jax.tree.map(lambda a: a[None], output)
 
 
 def join(state: EngineState, slots: jax.Array, rows: Rows, *, mesh: Mesh | None = None) -> EngineState:
@@ -163,16 +192,9 @@ def decode(
             logits, cache = forward(
                 params, rows.token[:, None], cache, lengths=alive.astype(jnp.int32), last_only=True, backend=backend
             )
-        with jax.named_scope("jllama.draw"):
-            axis = params.axis
-            if axis is not None and kind == "full":
-                logits, axis = vocabulary.gather(logits, axis), None
-            how: dict[str, Any] = dict(stop_ids=rows.stop_ids, axis=axis, backend=backend)
-            token, logprob = sample(logits, sampling, rows.drawn, history, **how)
-        likeliest = top_logprobs(logits, MAX_TOP_LOGPROBS) if kind == "full" else None
-        output = StepOutput(jnp.where(alive, token, NO_TOKEN), jnp.where(alive, logprob, 0.0), likeliest)
-        rows = advance(replace(rows, length=cache.lengths), token)
-        return ((cache.k, cache.v), rows, history.add(token, alive)), output
+        rows, how = replace(rows, length=cache.lengths), functools.partial(drawn, kind=kind, backend=backend)
+        rows, history, output = how(logits, rows, sampling, history, axis=params.axis)
+        return ((cache.k, cache.v), rows, history), output
 
     begin = (state.k, state.v), rows, history
     begin = vary_with(begin, rows.token)  # under shard_map, a carry must have the type of the result
@@ -180,6 +202,33 @@ def decode(
     if kind == "full":
         state = put_history(state, slots, history)
     return replace(state, k=k, v=v, rows=state.rows.put(slots, rows)), outputs
+
+
+def drawn(
+    logits: jax.Array,  # [R, V] float32, of this shard's part of the vocabulary
+    rows: Rows,
+    sampling: Sampling,
+    history: History,
+    *,
+    kind: str,
+    axis: str | None,
+    backend: Backend,
+) -> tuple[Rows, History, StepOutput]:
+    """Draw a token for every row that is not done. The arrays of the `StepOutput` are [R]."""
+    alive = ~rows.done
+    with jax.named_scope("jllama.draw"):
+        if axis is not None and kind == "full":
+            logits, axis = vocabulary.gather(logits, axis), None
+        how: dict[str, Any] = dict(stop_ids=rows.stop_ids, axis=axis, backend=backend)
+        token, logprob = sample(logits, sampling, rows.drawn, history, **how)
+    likeliest = top_logprobs(logits, MAX_TOP_LOGPROBS) if kind == "full" else None
+    output = StepOutput(jnp.where(alive, token, NO_TOKEN), jnp.where(alive, logprob, 0.0), likeliest)
+    return advance(rows, token), history.add(token, alive), output
+
+
+def logits_spec(mesh: AnyMesh) -> PartitionSpec:
+    """How the logits of rows or pieces are divided."""
+    return spec(mesh, DATA, MODEL)
 
 
 def put_history(state: EngineState, slots: jax.Array, history: History) -> EngineState:
@@ -218,12 +267,21 @@ def sampling_of(rows: Rows, keys: jax.Array, extras: Extras | None, kind: str) -
     return replace(extras.settings, key=keys, **cuts)
 
 
-def _jit(function, *static: str):
-    return jax.jit(function, static_argnames=static, donate_argnames="state")
+def _jit(function, *static: str, **how: Any):
+    return jax.jit(function, static_argnames=static, donate_argnames="state", **how)
+
+
+# XLA makes one graph of a program's kernels, and updates it before a launch where an array has moved. An idle device
+# waits for that: a trace shows 3 ms before the first of 230 kernels (not taken apart further). A prompt's kernels are
+# long enough to be launched one by one while others run.
+_ONE_BY_ONE = {"xla_gpu_graph_min_graph_size": 1 << 20}
 
 
 # Those that run the model also take ``arch``, the device to compile for, and return the choices of their trace for
 # every op (see `recorded`). A profile shows them under their names: ``jit_feed``, ``jit_decode`` and so on.
-jit_feed, jit_score = (_jit(recorded(function), "backend", "arch") for function in (feed, score))
+jit_feed, jit_score = (
+    _jit(recorded(function), "backend", "arch", compiler_options=_ONE_BY_ONE) for function in (feed, score)
+)
+jit_first = _jit(recorded(first), "kind", "mesh", "axis", "backend", "arch")
 jit_decode = _jit(recorded(decode), "steps", "kind", "backend", "arch")
 jit_join, jit_join_extras, jit_copy = (_jit(function, "mesh") for function in (join, join_extras, copy))

@@ -16,7 +16,8 @@ class Tuning:
     # wait; while none do. A compiled program has the first number of steps, which divides the others.
     steps: tuple[int, int, int]
     rows: tuple[int, ...]
-    pieces: tuple[int, ...]
+    pieces: tuple[int, ...]  # of a launch; more are several launches
+    alone: int = 0  # tokens of prompts that a turn may feed where no row draws that they would delay
 
 
 # A row or piece that is padding costs almost as much as a real one, and a compilation some seconds: powers of four.
@@ -26,7 +27,8 @@ _CPU = Tuning(piece=32, steps=(4, 4, 16), rows=(1, 4, 16, 64), pieces=(1, 4, 16,
 # 128 queries are one item of the attention kernel. Up to `LAUNCH_ROWS` are one persistent launch. Above, a step reads
 # all weights for any number of rows, and its products have tiles of 64 rows: padding costs little, and a compilation
 # of a large model 10 to 30 seconds. Padding of pieces costs as much as real ones, so these are powers of two.
-_GPU = Tuning(piece=128, steps=(1, 4, 16), rows=(1, LAUNCH_ROWS, 64, 128), pieces=(1, 2, 4, 8, 16, 32))
+# From 2,048 rows on, products gain nothing by more (two launches of 16 pieces for one of 32).
+_GPU = Tuning(piece=128, steps=(1, 4, 16), rows=(1, LAUNCH_ROWS, 64, 128), pieces=(1, 2, 4, 8, 16), alone=4096)
 
 
 def tuning_for(device: Device) -> Tuning:

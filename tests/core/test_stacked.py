@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from greedy_text import worst_choice
 from h200 import H200
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -255,16 +256,6 @@ def test_a_chunk_lowers_to_one_launch_a_step_and_one_a_draw(
 # On a GPU
 
 
-def agree(params: Params, prompt: list[int], ids: list[int], rounding: float) -> None:
-    """Each of ``ids`` is XLA's draw after the previous ids, or differs from it only by rounding. On the 7B, logits have
-    a spread of 1.3 and the two ways differ by 0.03. Of 256 draws, 22 differed, the worst by 0.14."""
-    tokens = jnp.asarray([prompt + ids])
-    logits = jax.jit(functools.partial(forward, backend="xla"))(params, tokens)[0][0, len(prompt) - 1 : -1]
-    drawn = np.take_along_axis(np.asarray(logits), np.asarray(ids)[:, None], axis=1)[:, 0]
-    behind = np.asarray(logits.max(axis=1)) - drawn
-    assert behind.max() < rounding, f"token {behind.argmax()} is {behind.max()} behind"
-
-
 def run(params: Params, prompt: list[int], new: int, backend: str = "auto") -> list[int]:
     session = Session(params, len(prompt) + new, backend=backend)
     return [token for tokens in session.run(prompt, new) for token in tokens.ids]
@@ -291,4 +282,4 @@ def test_greedy_text_on_gpu(name: str, quant: str) -> None:
     ids = run(params, prompt, new)
     assert len(ids) == new
     assert ids == run(params, prompt, new)
-    agree(params, prompt, ids, rounding=0.5)
+    assert worst_choice(params, prompt, ids) < 0.5

@@ -201,7 +201,7 @@ FULL = {
 def test_every_setting_holds_row_by_row_also_after_a_preemption() -> None:
     e = engine(pages=5)
     handles = [
-        e.submit(Request(tiny.prompt(30 + 9 * i), 40, SamplingSettings(**how), stop_ids=tuple(range(60, 66))))
+        e.submit(Request(tiny.prompt(30 + 9 * i), 60, SamplingSettings(**how), stop_ids=(60,)))
         for i, how in enumerate([*FULL.values(), {}])
     ]
     drain(e)

@@ -116,8 +116,8 @@ def test_rows_beside_a_constrained_one_draw_a_token_a_turn_and_go_on_faster_once
     drawn = []
     while device.turn():
         drawn.append((len(free.tokens) - 3, len(bound.tokens) - 3))
-    assert drawn[1:8] == [(n, n) for n in range(7)]
-    assert [a for a, _ in drawn[8:]] == [11, 16, 20]
+    assert drawn[1:8] == [(n + 1, n) for n in range(7)]  # the other one's first token needs no mask
+    assert [a for a, _ in drawn[8:]] == [12, 17, 20]
     assert_as_alone([free, bound])
 
 
@@ -137,12 +137,24 @@ def test_a_request_admitted_beside_a_constrained_one_has_the_pages_of_the_turn_i
     assert_as_alone([free, bound, late])
 
 
-def test_first_tokens_come_after_one_step_where_no_other_row_waits_for_them() -> None:
+@pytest.mark.parametrize(("prompt", "steps"), [(3, 0), (1, 1), (4, 0), (5, 1), (6, 0)])
+def test_first_tokens_are_drawn_from_the_last_piece_or_else_after_one_step(prompt: int, steps: int) -> None:
     s = scheduler()
-    s.add(Sequence(text(3), 20))
-    assert [s.plan().steps for _ in range(2)] == [1, 5]
+    s.add(first := Sequence(text(prompt), 20))
+    plan = s.plan()
+    assert (plan.steps, first.drawn) == (steps, 1)
+    assert plan.firsts == ([] if steps else [first])  # no piece of 4 has only the last token
+    assert s.plan().steps == 5
     s.add(Sequence(text(3, seed=1), 20))
-    assert [s.plan().steps for _ in range(2)] == [2, 5]
+    plans = [s.plan() for _ in range(2)]
+    assert [(len(p.firsts), len(p.rows), p.steps) for p in plans] == [(1, 2, 2), (0, 2, 5)]
+
+
+def test_more_is_fed_where_no_row_draws() -> None:
+    s = scheduler(pages=100, max_len=200, pieces=2, alone=7)
+    s.add(Sequence(text(40), 20))
+    s.add(Sequence(text(40, seed=1), 20))
+    assert [len(s.plan().pieces) for _ in range(7)] == [7, 7, 2, 2, 2, 0, 0]
 
 
 def test_samples_of_one_prompt_share_its_full_pages_and_copy_the_last() -> None:
@@ -155,7 +167,7 @@ def test_samples_of_one_prompt_share_its_full_pages_and_copy_the_last() -> None:
     assert len({tuple(s.pages[:2]) for s in group}) == 1  # 10 tokens are fed: two full pages
     assert len({s.pages[2] for s in group}) == 8
     run(device)
-    assert device.fed == 10  # once for all
+    assert device.fed == 11  # once for all
     assert_as_alone(group)
 
 
@@ -180,7 +192,7 @@ def test_a_next_turn_of_a_conversation_finds_question_and_answer() -> None:
     fed, second = device.fed, Sequence([*first.tokens, 1, 2, 3], 9)
     device.scheduler.add(second)
     run(device)
-    assert device.fed - fed <= 3  # the last one drawn, and the new ones but the last
+    assert device.fed - fed <= 4  # the last one drawn, and the new ones
     assert_as_alone([first, second])
 
 

@@ -41,7 +41,7 @@ def lowered(function: Any, *args: Any) -> Any:
 
 def feed(layers: int) -> Any:
     """16 pieces of 128 tokens of prompts."""
-    return lowered(steps.feed, *arguments(layers), ints(16, 128), ints(16), ints(16, WIDTH))
+    return lowered(steps.feed, *arguments(layers), ints(16, 128), ints(16), ints(16, WIDTH), ints(16))
 
 
 def decode(layers: int, name: str, quant: str, rows: int) -> Any:

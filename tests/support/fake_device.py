@@ -63,7 +63,14 @@ class FakeDevice:
                 self.write(piece.sequence, at, piece.sequence.tokens[at])
         for s in plan.joins:
             self.rows[s.slot] = [s, len(s.tokens) - 1, s.tokens[-1], len(s.tokens) - s.prompt, False]
-        out = []
+        out: list[tuple[Sequence, list[int]]] = []
+        for s in plan.firsts:
+            row = self.rows[s.slot]
+            assert row[0] is s, "it has joined"
+            _, position, _, drawn, _ = row
+            token = next_token(self.read(s, position + 1))
+            row[1:] = [position + 1, token, drawn + 1, token in s.stop_ids or drawn + 1 == s.limit]
+            out.append((s, [token]))
         assert plan.steps in (0, *self.scheduler.steps)
         for s in plan.rows:
             row = self.rows[s.slot]
@@ -81,7 +88,10 @@ class FakeDevice:
                 token = next_token(self.read(s, position + 1))
                 tokens.append(token)
                 row[1:] = [position + 1, token, drawn + 1, token in s.stop_ids or drawn + 1 == s.limit]
-            out.append((s, tokens))
+            first = next((tokens for of, tokens in out if of is s), None)
+            out += [] if first is not None else [(s, tokens)]
+            if first is not None:
+                first += tokens
         for s in plan.ahead:
             row = self.rows[s.slot]
             assert row[0] is s
