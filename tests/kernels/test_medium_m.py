@@ -20,8 +20,7 @@ from pallas_kernels import LayerView, QuantizedTensor, Unsupported, dequantize, 
 from pallas_kernels.finish_layer import CASES, check_finish_layer, finish_layer_kernel
 from pallas_kernels.hopper.add_norm import add_norm
 from pallas_kernels.hopper.common.tiles import format_of
-from pallas_kernels.hopper.common.widen import shuffle_inputs
-from pallas_kernels.hopper.gemm.medium_m import check_medium_m, medium_m_gemm, medium_m_sums
+from pallas_kernels.hopper.gemm.medium_m import check_medium_m, medium_m_gemm
 from pallas_kernels.hopper.gemm.medium_m_plan import EXACT_COLUMNS, MediumMProblem, MediumMTiles, make_plan
 from pallas_kernels.rms_norm import rms_norm_reference
 
@@ -160,12 +159,6 @@ def test_products_of_a_batch_are_one_launch(rows: int, out_dtype: Any) -> None:
             text = run.trace(x, w).lower(lowering_platforms=("cuda",)).as_text()
         assert text.count("@mosaic_gpu") == 1
         assert not re.search(r"stablehlo\.(add|convert|transpose|pad|concatenate|multiply)", text)
-
-
-def test_shuffled_inputs_lower() -> None:
-    for fmt in ("int8", "int4-g128"):
-        x, w = jax.ShapeDtypeStruct((64, 4096), jnp.bfloat16), abstract(fmt, 12288, 4096)
-        lower(lambda x, w: medium_m_sums(shuffle_inputs(x), w, shuffled=True), x, w)
 
 
 @pytest.mark.parametrize("rows", [9, 32, 64])

@@ -69,19 +69,15 @@ def medium_m_sums(
     swiglu: bool = False,
     out_dtype: Any = jnp.float32,
     splittable: bool = True,
-    shuffled: bool = False,
     tiles: MediumMTiles | None = None,
     sms: int | None = None,
     interpret: Any = False,
 ) -> jax.Array:
     """The product [k_splits, rows, out] in float32 K splits. If it is not ``splittable``, the plan avoids K splits, and
-    a product without them is finished in ``out_dtype``.
-
-    With ``shuffled``, x comes in the order of inputs that `shuffle_inputs` gives, in which integers are widened with
-    fewer instructions."""
+    a product without them is finished in ``out_dtype``."""
     problem = _problem(x, w, swiglu, out_dtype, splittable)
     p = make_plan(problem, tiles, sms or planned().sms, interpret=bool(interpret))
-    return _launch(x, w, None if layer is None else layer_index(layer), p=p, shuffled=shuffled, interpret=interpret)
+    return _launch(x, w, None if layer is None else layer_index(layer), p=p, interpret=interpret)
 
 
 def _problem(x: jax.Array, w: Weight, swiglu: bool, out_dtype: Any, splittable: bool = False) -> MediumMProblem:
@@ -98,16 +94,14 @@ def _problem(x: jax.Array, w: Weight, swiglu: bool, out_dtype: Any, splittable: 
 
 
 # A jit of its own: all layers of a model share one trace and one lowering.
-@functools.partial(jax.jit, static_argnames=("p", "shuffled", "interpret"))
-def _launch(
-    x: jax.Array, w: Weight, layer: jax.Array | None, *, p: MediumMPlan, shuffled: bool, interpret: Any
-) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("p", "interpret"))
+def _launch(x: jax.Array, w: Weight, layer: jax.Array | None, *, p: MediumMPlan, interpret: Any) -> jax.Array:
     data, scale = data_and_scale(w)
     arguments = {"layer": layer, "x": pad_rows(x, 0), "w": data, "scale": scale}
     arguments = {name: a for name, a in arguments.items() if a is not None}
     problem = p.problem
     return plgpu.kernel(
-        functools.partial(_block, names=tuple(arguments), p=p, shuffled=shuffled and problem.fmt.quantized),
+        functools.partial(_block, names=tuple(arguments), p=p),
         out_type=jax.ShapeDtypeStruct((p.k_splits, problem.rows, problem.outputs), p.result_dtype),
         scratch_types=(scratch_of(p),),
         grid=(p.clusters,),
@@ -122,7 +116,7 @@ def _launch(
     )(*arguments.values())
 
 
-def _block(*refs: Any, names: tuple[str, ...], p: MediumMPlan, shuffled: bool) -> None:
+def _block(*refs: Any, names: tuple[str, ...], p: MediumMPlan) -> None:
     """What one block does. ``refs`` are the arguments of these ``names``, the result and the scratch."""
     *arguments, out_ref, scratch = refs
     given = dict(zip(names, arguments, strict=True))
@@ -131,7 +125,7 @@ def _block(*refs: Any, names: tuple[str, ...], p: MediumMPlan, shuffled: bool) -
     scale = given["scale"].at[layer] if "scale" in given else None
     me = lax.axis_index("warpgroup")
     cluster, member = lax.axis_index("cluster"), lax.axis_index(MEMBER) if p.cluster > 1 else 0
-    block = Block(p, me, cluster, member, shuffled, given["x"], given["w"].at[layer], scale, out_ref, scratch)
+    block = Block(p, me, cluster, member, given["x"], given["w"].at[layer], scale, out_ref, scratch)
     warp_specialize(
         me,
         lambda: _produce(block),

@@ -65,7 +65,6 @@ class Block:
     me: Any  # index of this warpgroup
     cluster: Any  # index of this block's cluster
     member: Any  # index of this block in its cluster
-    shuffled: bool  # whether x has the order of inputs of `widen.shuffle_inputs`
     x: Ref  # [rows, inputs]
     w: Ref  # [rows of the weight, inputs], of one layer
     scale: Ref | None  # [rows of the weight, groups], of one layer
@@ -80,9 +79,9 @@ class Block:
 
     @property
     def scales_packed(self) -> bool:
-        """Whether `widen_scaled` widens and scales 4-bit integers. It takes scales of 11 bits, and no shuffled x."""
+        """Whether `widen_scaled` widens and scales 4-bit integers. It takes scales of 11 bits."""
         fmt, scale = self.plan.problem.fmt, self.scale
-        ours = not self.plan.interpret and not self.shuffled and fmt.bits == 4
+        ours = not self.plan.interpret and fmt.bits == 4
         return ours and scale is not None and scale.dtype.itemsize == 2
 
     @property

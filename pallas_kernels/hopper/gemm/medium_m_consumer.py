@@ -26,7 +26,7 @@ from ..common.thread_ops import (
     store_per_thread,
 )
 from ..common.tiles import WGMMA_ROWS, broadcast_rows
-from ..common.widen import load_integers, load_shuffled, widen, widen_scaled, widen_shuffled
+from ..common.widen import load_integers, widen, widen_scaled
 from .medium_m_block import Block, WorkTile
 
 WIDENED = 64  # inputs that are widened at a time, while the products of those before run
@@ -167,7 +167,7 @@ def _load(block: Block, slot: Any) -> Any:
     weights = scratch.w_ring.at[slot, pl.ds(block.first_row, WGMMA_ROWS)]
     if scratch.widened is not None:
         return weights[...]
-    return load_shuffled(weights) if block.shuffled else load_integers(weights, p.problem.fmt)
+    return load_integers(weights, p.problem.fmt)
 
 
 def _release(block: Block, slot: Any) -> None:
@@ -190,7 +190,7 @@ def _operand(block: Block, integers: jax.Array, begin: int, end: int, scale: jax
     if scale is not None and block.scales_packed:
         return widen_scaled(integers, scale, dtype)
     if widened is None:
-        weights = (widen_shuffled if block.shuffled else widen)(integers, dtype)
+        weights = widen(integers, dtype)
     else:
         weights = integers.astype(dtype)
     if scale is not None:  # as the reference does it: a product in float32, and one rounding
