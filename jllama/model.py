@@ -222,8 +222,8 @@ def finish(
     params: Params,
     backend: str,
 ) -> tuple[jax.Array, jax.Array | SplitRows]:
-    """The rest of a block: x [B, T, dim] after it, and the norm of x, with ``split`` also in limbs. Kernels have all of it for the
-    rows of a batched step; else it runs op by op, as on a shard, or with biases."""
+    """The rest of a block: x [B, T, dim] after it, and the norm of x, with ``split`` also in limbs. Kernels have all of
+    it for the rows of a batched step; else it runs op by op, as on a shard, or with biases."""
     by_ops = functools.partial(_finish_by_ops, layer=layer, params=params, backend=backend)
     arguments = out, x, layer.wo, layer.ffn_norm, layer.w_gate_up, layer.w_down, norm
     if params.axis is not None or params.config.attention_bias or params.config.mlp_bias:
