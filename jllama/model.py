@@ -131,7 +131,7 @@ def blocks(
     h = split_rows(h) if split[0] else h
     for i, layer in enumerate(layers):
         out, cache = attend(h, layer, i, cache, start, (cos, sin), params.config, backend)
-        x, h = finish(out, x, layer, norms[i + 1], split[i + 1], params, backend)
+        x, h = finish(out, x, layer, norms[i + 1], params, backend, split=split[i + 1])
 
     if last_only:  # select before the head, which is the largest matmul, and before its norm: XLA drops the other
         h = norm(last_token(x, lengths), params.norm)
@@ -218,9 +218,10 @@ def finish(
     x: jax.Array,  # [B, T, dim]
     layer: Layer,
     norm: jax.Array,  # of the next layer, or of the head
-    split: bool,
     params: Params,
     backend: str,
+    *,
+    split: bool = False,
 ) -> tuple[jax.Array, jax.Array | SplitRows]:
     """The rest of a block: x [B, T, dim] after it, and the norm of x, with ``split`` also in limbs. Kernels have all of
     it for the rows of a batched step; else it runs op by op, as on a shard, or with biases."""
