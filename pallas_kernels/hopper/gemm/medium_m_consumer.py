@@ -43,7 +43,7 @@ def consume(block: Block) -> None:
         stages = tile.end - tile.start
         if p.problem.limbs:
             scales = _scales(block, tile, 0), row_scales(block)  # loaded before the products, used after them
-            sums = [joined_limbs(total, *scales) for total in _as_they_are(block, count, stages)]
+            sums = [joined_limbs(_as_they_are(block, count, stages), *scales)]
         elif not p.problem.fmt.quantized:
             sums = _as_they_are(block, count, stages)
         elif p.problem.fmt.grouped and not p.scales_weights:
@@ -248,8 +248,8 @@ def _write(block: Block, tile: WorkTile, sums: list[jax.Array]) -> None:
     """Transpose the sums [64, columns] of all consumers through shared memory, and write them as parts of the result's
     rows."""
     p, staged = block.plan, block.scratch.staged
-    out = block.out.at[tile.k_split if p.k_splits > 1 else 0]
-    for (first, _), total in zip(p.accumulators, sums, strict=True):
+    out, first = block.out.at[tile.k_split if p.k_splits > 1 else 0], 0
+    for total in sums:
         columns = total.shape[1]
         for begin in range(0, columns, staged.shape[0]):
             width = min(staged.shape[0], columns - begin)
@@ -258,6 +258,7 @@ def _write(block: Block, tile: WorkTile, sums: list[jax.Array]) -> None:
             _store_transposed(block, values)
             consumer_barrier(block.scratch.consumers_meet)
             _write_rows(block, out, tile.out, first + begin, min(width, p.problem.rows - first - begin))
+        first += columns
 
 
 def _store_transposed(block: Block, values: jax.Array) -> None:

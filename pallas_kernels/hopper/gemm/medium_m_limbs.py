@@ -21,9 +21,10 @@ def row_scales(block: Block) -> jax.Array:
     return plgpu.load(block.x_scale, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
 
 
-def joined_limbs(sums: jax.Array, of_weights: jax.Array, of_rows: jax.Array) -> jax.Array:
-    """The product [64, rows] of int32 sums [64, 2 * rows], those of the upper limbs first."""
+def joined_limbs(sums: list[jax.Array], of_weights: jax.Array, of_rows: jax.Array) -> jax.Array:
+    """The product [64, rows] of int32 sums [64, 2 * rows], those of the upper limbs first, in one accumulator or two."""
     rows = of_rows.shape[0]
-    upper, lower = (sums[:, first : first + rows].astype(jnp.float32) for first in (0, rows))
+    upper, lower = sums if len(sums) == 2 else (sums[0][:, :rows], sums[0][:, rows:])
+    upper, lower = upper.astype(jnp.float32), lower.astype(jnp.float32)
     total = (upper + lower * (1 / LIMB_STEPS)) * broadcast_rows(of_weights, upper.shape)
     return total * lax.broadcast_in_dim(of_rows, total.shape, (1,))

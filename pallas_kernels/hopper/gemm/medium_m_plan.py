@@ -34,7 +34,7 @@ OTHER_REGISTERS = 28  # of a consumer's thread, besides its sums and weights
 STAGED_ROWS = 64  # rows of the result that are transposed at a time
 WGMMA_COLUMNS = 192  # ptxas refuses more in a block of four warpgroups: one wgmma would need too many registers
 HALF_COLUMNS = 128
-LIMB_ROWS = WGMMA_COLUMNS // 2  # rows of x in two limbs. From about as many on, operations bound the product, not bytes
+LIMB_ROWS = 96  # rows of x in two limbs. From about as many on, operations bound the product, not bytes
 EXACT_COLUMNS = 64  # of more columns, sums of one group are not kept apart
 SCRATCH_RESERVE = 3072  # bytes of shared memory for barriers, and for scratch that the compiler adds
 MIN_DEPTH = 3
@@ -161,7 +161,8 @@ class MediumMPlan:
     def accumulators(self) -> list[tuple[int, int]]:
         """First column and number of columns of each accumulator: one, or two of more columns than wgmma takes."""
         columns = self.problem.x_rows
-        most = columns if columns <= WGMMA_COLUMNS else HALF_COLUMNS
+        parts = self.problem.columns if self.problem.limbs else HALF_COLUMNS
+        most = columns if columns <= WGMMA_COLUMNS else parts
         return [(first, min(most, columns - first)) for first in range(0, columns, most)]
 
     @property
