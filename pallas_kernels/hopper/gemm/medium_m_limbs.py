@@ -22,7 +22,7 @@ def row_scales(block: Block) -> jax.Array:
 
 
 def joined_limbs(sums: list[jax.Array], of_weights: jax.Array, of_rows: jax.Array) -> jax.Array:
-    """The product [64, rows] of int32 sums [64, 2 * rows], those of the upper limbs first, in one accumulator or two."""
+    """The product [64, rows] of int32 sums [64, 2 * rows], those of the upper limbs first, in one array or two."""
     rows = of_rows.shape[0]
     upper, lower = sums if len(sums) == 2 else (sums[0][:, :rows], sums[0][:, rows:])
     upper, lower = upper.astype(jnp.float32), lower.astype(jnp.float32)
