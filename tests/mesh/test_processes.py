@@ -1,4 +1,4 @@
-"""One command in two processes with four CPU devices each, or in four with one each, which exchange sums through
+"""One command in two processes with two CPU devices each, or in four with one each, which exchange sums through
 gloo."""
 
 import json
