@@ -84,7 +84,8 @@ def join(args: argparse.Namespace) -> str | None:
 
 def leave(code: int, message: str) -> NoReturn:
     """End this process now, without waiting for others."""
-    print(message, file=sys.stderr, flush=True)
+    if message:
+        print(message, file=sys.stderr, flush=True)
     with suppress(BrokenPipeError):
         sys.stdout.flush()
     os._exit(code)

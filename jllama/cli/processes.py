@@ -19,7 +19,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -31,6 +31,7 @@ from jllama.errors import InputError
 BEAT = 2.0  # seconds between two signs of life
 SILENCE = 15.0  # after so many seconds without one, a process counts as ended
 _ALIVE, _DONE, _ENDED, _TOLD = b"a", b"d", b"e", b"t"
+_GRACE = 0.5  # seconds: as soon as process 0 is gone, jax aborts the others, which should have ended by then
 _INDEX = 2  # bytes of a process's number
 # _ENDED is followed by a process's number; _TOLD by 4 bytes, a number, and so many more.
 
@@ -41,6 +42,7 @@ class Channel:
     def __init__(self, peers: dict[int, socket.socket]) -> None:
         self.peers = peers
         self._lock = threading.Lock()  # two threads' messages must not mix
+        self._leaving = threading.Lock()
         self._heard: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         for connection in peers.values():  # a message is small, and waits for no other
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -61,6 +63,13 @@ class Channel:
                     connection.sendall(message)
                 except OSError:  # that one has ended: the thread that listens to it says so
                     continue
+
+    def leave(self, code: int, message: str, who: int | None = None) -> NoReturn:
+        """End this process, after all others have heard who has ended first: this one, or ``who``."""
+        with self._leaving:  # only the first thread that comes here says why; then the process is gone
+            self.send(_ENDED + (jax.process_index() if who is None else who).to_bytes(_INDEX))
+            time.sleep(_GRACE)
+            leave(code, message)
 
     def listen(self, connection: socket.socket) -> bytes:
         """Take what arrives. Returns at the first message that is neither a sign of life nor told."""
@@ -92,24 +101,28 @@ def together(args: argparse.Namespace) -> Iterator[Channel | None]:
         yield None
         return
     host = cluster.join(args)
+    _divert(args)
+    channel: Channel | None = None
+    # A process must not leave by the normal way while others compute: jax would wait for them.
     try:
-        _divert(args)
         channel = _watch(host, cluster.alike(args))
         yield channel
-    # A process must not leave by the normal way while others compute: jax would wait for them.
+        channel.send(_DONE)
+        return
     except InputError as error:
-        leave(2, f"jllama: error: process {jax.process_index()}: {error}")
+        code, reason = 2, f"jllama: error: process {jax.process_index()}: {error}"
     except jax.errors.JaxRuntimeError:
-        reason = traceback.format_exc()
+        code, reason = 1, traceback.format_exc()
         time.sleep(SILENCE + 2 * BEAT)  # if another process has ended, the thread that watches it says so first
-        leave(1, reason)
     except KeyboardInterrupt:
-        leave(130, "jllama: interrupted")
-    except BrokenPipeError:  # `| head` has ended
-        leave(141, "")
+        code, reason = 130, "jllama: interrupted"
+    except BrokenPipeError:  # the reader of the pipe has ended, such as `head`
+        code, reason = 141, ""
     except BaseException:
-        leave(1, traceback.format_exc())
-    channel.send(_DONE)
+        code, reason = 1, traceback.format_exc()
+    if channel is None:
+        leave(code, reason)
+    channel.leave(code, reason)
 
 
 def _divert(args: argparse.Namespace) -> None:
@@ -179,8 +192,8 @@ def _start(peers: dict[int, socket.socket]) -> Channel:
     channel = Channel(peers)
 
     def end(index: int) -> None:
-        channel.send(_ENDED + index.to_bytes(_INDEX))
-        leave(3, f"jllama: error: process {index} of {jax.process_count()} has ended, so all others end, too")
+        reason = f"process {index} of {jax.process_count()} has ended, so all others end, too"
+        channel.leave(3, f"jllama: error: {reason}", who=index)
 
     def listen(index: int, connection: socket.socket) -> None:
         connection.settimeout(SILENCE)

@@ -105,7 +105,6 @@ def hosts(host: str, allowed: list[str], *, local: bool) -> tuple[str, ...]:
 
 def run(args: argparse.Namespace, keys: tuple[str, ...]) -> int:
     """Load the model, compile, and serve; or run a part of the model for the process that serves."""
-    from jllama.cli.cluster import leave
     from jllama.cli.processes import together
     from jllama.cli.runtime import as_input_error
 
@@ -118,7 +117,7 @@ def run(args: argparse.Namespace, keys: tuple[str, ...]) -> int:
     with together(args) as channel:
         as_input_error(go)
         if channel is not None and code:  # jax would wait for the others, which wait for this process
-            leave(code, "")
+            channel.leave(code, "")
     return code
 
 
