@@ -104,17 +104,19 @@ def _initialize(args: argparse.Namespace) -> None:
 
 
 def _initialize_in_cluster(args: argparse.Namespace) -> None:
-    try:
-        with warnings.catch_warnings(record=True, action="always") as warned:  # such as: Kubernetes needs a package
+    with warnings.catch_warnings(record=True, action="always") as warned:  # such as: Kubernetes needs a package
+        try:
             jax.distributed.initialize(initialization_timeout=_LONGER)
-    except JaxRuntimeError:
-        raise
-    except (*RAISED, ImportError, OSError) as error:  # from the environment's variables, which jax does not check
-        none = isinstance(error, ValueError) and "be defined" in str(error)
-        if none and "SLURM_JOB_ID" in os.environ:
-            found = "a Slurm job without its step (srun starts one)"
-        else:
-            found = "none" if none else f"one that jax cannot use: {type(error).__name__}: {error}"
-        expected = "Slurm, Open MPI, Kubernetes or a TPU pod, as jax detects it"
-        notes = "".join(f"; {warning.message}" for warning in warned)
-        raise InputError(f"--coordinator {args.coordinator}: expected {expected}, found {found}{notes}") from None
+        except JaxRuntimeError:
+            raise
+        except (*RAISED, ImportError, OSError) as error:  # from the environment's variables, which jax does not check
+            notes = "".join(f"; {warning.message}" for warning in warned)
+            expected = "expected Slurm, Open MPI, Kubernetes or a TPU pod, as jax detects it, found "
+            raise InputError(f"--coordinator {args.coordinator}: {expected}{_found(error)}{notes}") from None
+
+
+def _found(error: Exception) -> str:
+    """The cluster that jax has not found, or could not use."""
+    if not isinstance(error, ValueError) or "be defined" not in str(error):
+        return f"one that jax cannot use: {type(error).__name__}: {error}"
+    return "a Slurm job without its step (srun starts one)" if "SLURM_JOB_ID" in os.environ else "none"

@@ -26,6 +26,7 @@ import numpy as np
 
 from jllama.cli import cluster
 from jllama.cli.cluster import leave
+from jllama.cli.runtime import set_up
 from jllama.errors import InputError
 
 BEAT = 2.0  # seconds between two signs of life
@@ -100,6 +101,7 @@ def together(args: argparse.Namespace) -> Iterator[Channel | None]:
     if args.coordinator is None:
         yield None
         return
+    set_up(args, quiet=True)  # `open_model` comes after the first use of a device, which is to join
     host = cluster.join(args)
     _divert(args)
     channel: Channel | None = None
