@@ -186,5 +186,5 @@ def test_process_0_needs_a_port_that_is_free(capsys: pytest.CaptureFixture[str])
     with socket.create_server(("", 0)) as other:
         where = f"localhost:{other.getsockname()[1]}"
         with pytest.raises(SystemExit):
-            main(["the", "--coordinator", where, "--num-processes", "2", "--process-id", "0"])
+            main(["the", "--no-compilation-cache", "--coordinator", where, "--num-processes", "2", "--process-id", "0"])
     assert f"--coordinator {where}: expected a free port of this host, found: " in capsys.readouterr().err
