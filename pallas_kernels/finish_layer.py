@@ -15,10 +15,11 @@ from .hopper.add_norm import add_norm, warpgroups_for
 from .hopper.common.tiles import Weight, pad_rows
 from .hopper.gemm.medium_m import MEDIUM_M_MAX, check_medium_m, medium_m_sums
 from .layer_view import LayerView
-from .matmul import SMALL_M_MAX, matmul_reference
+from .matmul import SMALL_M_MAX, matmul_reference, takes_limbs
 from .rms_norm import rms_norm_reference
+from .split_rows import SplitRows, split_rows
 
-Result = tuple[jax.Array, jax.Array]
+Result = tuple[jax.Array, jax.Array | SplitRows]
 
 
 def finish_layer_reference(
@@ -31,13 +32,15 @@ def finish_layer_reference(
     next_norm: jax.Array,
     *,
     eps: float,
+    split: bool = False,
 ) -> Result:
     """out [..., q_width] of attention, x [..., dim], wo [dim, q_width], w_gate_up [2 * hidden, dim], w_down
     [dim, hidden], norms [dim] -> x [..., dim] after the layer, and its norm with ``next_norm``: that of the next layer,
-    or of the head."""
+    or of the head. With ``split`` the norm comes with its limbs, for a product that takes them."""
     x = matmul_reference(out, wo, residual=x)
     x = ffn_reference(x, ffn_norm, w_gate_up, w_down, eps=eps)
-    return x, rms_norm_reference(x, next_norm, eps=eps)
+    h = rms_norm_reference(x, next_norm, eps=eps)
+    return x, split_rows(h) if split else h
 
 
 def check_finish_layer(
@@ -57,7 +60,7 @@ def check_finish_layer(
     if {ffn_norm.shape, next_norm.shape} != {(dim,)}:
         raise Unsupported(f"norms have shapes {ffn_norm.shape} and {next_norm.shape}, activations have {dim} features")
     if warpgroups_for(dim) is None:
-        raise Unsupported(f"{dim} features: too many, or not a multiple of 128")
+        raise Unsupported(f"{dim} features: too many, or not a multiple of 256")
     for width, w, swiglu in ((out.shape[-1], wo, False), (dim, w_gate_up, True), (w_down.shape[-1], w_down, False)):
         w = w.stacked if isinstance(w, LayerView) else w
         check_medium_m(jax.ShapeDtypeStruct((rows, width), x.dtype), w, swiglu=swiglu)
@@ -73,6 +76,7 @@ def finish_layer_kernel(
     next_norm: jax.Array,
     *,
     eps: float,
+    split: bool = False,
     interpret: Any = False,
     **options: Any,
 ) -> Result:
@@ -82,13 +86,13 @@ def finish_layer_kernel(
     # TMA takes 8 rows at a time. Padded here, no kernel has to do it again.
     out, x = (pad_rows(a.reshape(rows, -1), 0) for a in (out, x))
     sums = _sums(out, wo, options)
-    x, h = add_norm(sums, x, ffn_norm, eps=eps, interpret=interpret)
+    x, h = add_norm(sums, x, ffn_norm, eps=eps, split=takes_limbs(x, w_gate_up), interpret=interpret)
     gated = _sums(h, w_gate_up, options | dict(swiglu=True, splittable=False, out_dtype=x.dtype))[0]
-    x, h = add_norm(_sums(gated, w_down, options), x, next_norm, eps=eps, interpret=interpret)
+    x, h = add_norm(_sums(gated, w_down, options), x, next_norm, eps=eps, split=split, interpret=interpret)
     return x[:rows].reshape(shape), h[:rows].reshape(shape)
 
 
-def _sums(x: jax.Array, w: Weight | LayerView, options: dict[str, Any]) -> jax.Array:
+def _sums(x: jax.Array | SplitRows, w: Weight | LayerView, options: dict[str, Any]) -> jax.Array:
     w, layer = (w.stacked, w.index) if isinstance(w, LayerView) else (w, None)
     return medium_m_sums(x, w, layer=layer, **options)
 

@@ -53,9 +53,11 @@ def decode(layers: int, name: str, quant: str, rows: int) -> Any:
     )
 
 
-# Where query heads share keys, the QKV product is so small that its plan has K splits: attention adds them.
+# Where query heads share keys, the QKV product is so small that its plan has K splits: attention adds them. With int8
+# weights, norms write limbs of what wqkv and w_gate_up multiply.
 DECODE = [
     ("7b", "none", 256),
+    ("7b", "int8", 64),
     ("llama3-8b", "none", 64),
     ("llama3.2-1b", "int8", 64),
     ("tinyllama-1.1b", "none", 64),

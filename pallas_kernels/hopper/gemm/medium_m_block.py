@@ -36,13 +36,13 @@ class Scratch:
     staged: Ref  # [columns, n_tile and more], sums on their way to global memory
     w_ring: Ref  # [depth, n_tile, step]
     widened: Ref | None  # [consumers, 64, step], only for the interpreter
-    x_ring: Ref  # [depth, columns, step]
+    x_ring: Ref  # [depth, x_rows, step]
 
 
 def scratch_of(p: MediumMPlan) -> Scratch:
     """Shared memory and barriers for a plan."""
     problem, fmt = p.problem, p.problem.fmt
-    widened = p.interpret and fmt.quantized
+    widened = p.interpret and problem.widens
     free: Any = plgpu.Barrier(num_arrivals=p.consumers, num_barriers=p.depth)
     if p.cluster > 1:  # a copy of one block arrives in all of them, so all must have room
         free = plgpu.ClusterBarrier(collective_axes=(MEMBER,), num_arrivals=p.consumers, num_barriers=p.depth)
@@ -53,7 +53,7 @@ def scratch_of(p: MediumMPlan) -> Scratch:
         staged=plgpu.SMEM(p.staged_shape, p.result_dtype),
         w_ring=swizzled((p.depth, p.n_tile, p.step), fmt.dtype),
         widened=swizzled((p.consumers, WGMMA_ROWS, p.step), problem.dtype, fmt.group) if widened else None,
-        x_ring=swizzled((p.depth, problem.columns, p.step), problem.dtype, fmt.group),
+        x_ring=swizzled((p.depth, problem.x_rows, p.step), problem.dtype, fmt.group),
     )
 
 
@@ -65,8 +65,8 @@ class Block:
     me: Any  # index of this warpgroup
     cluster: Any  # index of this block's cluster
     member: Any  # index of this block in its cluster
-    shuffled: bool  # whether x has the order of inputs of `widen.shuffle_inputs`
-    x: Ref  # [rows, inputs]
+    x: Ref  # [rows, inputs], or its limbs [2 * rows, inputs]
+    x_scale: Ref | None  # [rows], of limbs
     w: Ref  # [rows of the weight, inputs], of one layer
     scale: Ref | None  # [rows of the weight, groups], of one layer
     out: Ref  # [rows, outputs], or [k_splits, rows, outputs]
@@ -80,9 +80,9 @@ class Block:
 
     @property
     def scales_packed(self) -> bool:
-        """Whether `widen_scaled` widens and scales 4-bit integers. It takes scales of 11 bits, and no shuffled x."""
+        """Whether `widen_scaled` widens and scales 4-bit integers. It takes scales of 11 bits."""
         fmt, scale = self.plan.problem.fmt, self.scale
-        ours = not self.plan.interpret and not self.shuffled and fmt.bits == 4
+        ours = not self.plan.interpret and fmt.bits == 4
         return ours and scale is not None and scale.dtype.itemsize == 2
 
     @property
@@ -103,7 +103,7 @@ class Block:
     def release(self, slot: Any) -> None:
         """This consumer is done with the stage in a slot of the ring."""
         p = self.plan
-        if p.cluster > 1 and p.problem.fmt.quantized:
+        if p.cluster > 1 and p.problem.widens:
             # One thread arrives at the barrier of a cluster for its warpgroup. First all must have read their integers.
             plgpu.commit_smem()
         plgpu.barrier_arrive(self.scratch.free.at[slot])

@@ -34,6 +34,7 @@ OTHER_REGISTERS = 28  # of a consumer's thread, besides its sums and weights
 STAGED_ROWS = 64  # rows of the result that are transposed at a time
 WGMMA_COLUMNS = 192  # ptxas refuses more in a block of four warpgroups: one wgmma would need too many registers
 HALF_COLUMNS = 128
+LIMB_ROWS = 96  # rows of x in two limbs. From about as many on, operations bound the product, not bytes
 EXACT_COLUMNS = 64  # of more columns, sums of one group are not kept apart
 SCRATCH_RESERVE = 3072  # bytes of shared memory for barriers, and for scratch that the compiler adds
 MIN_DEPTH = 3
@@ -62,11 +63,22 @@ class MediumMProblem:
     dtype: Any  # of x
     out_dtype: Any
     splittable: bool = False  # whether a kernel follows that adds K splits, however many there are
+    limbs: bool = False  # whether x comes as two int8 limbs, which int8 weights multiply as they are
 
     @property
     def columns(self) -> int:
         """Rows of x, rounded up to what wgmma takes as columns of its right operand."""
         return 8 * math.ceil(self.rows / 8)
+
+    @property
+    def x_rows(self) -> int:
+        """Columns of wgmma's right operand in all: the lower limbs follow the upper ones."""
+        return self.columns * (2 if self.limbs else 1)
+
+    @property
+    def widens(self) -> bool:
+        """Whether integer weights become floats."""
+        return self.fmt.quantized and not self.limbs
 
     @property
     def outputs(self) -> int:
@@ -148,8 +160,9 @@ class MediumMPlan:
     @property
     def accumulators(self) -> list[tuple[int, int]]:
         """First column and number of columns of each accumulator: one, or two of more columns than wgmma takes."""
-        columns = self.problem.columns
-        most = columns if columns <= WGMMA_COLUMNS else HALF_COLUMNS
+        columns = self.problem.x_rows
+        parts = self.problem.columns if self.problem.limbs else HALF_COLUMNS
+        most = columns if columns <= WGMMA_COLUMNS else parts
         return [(first, min(most, columns - first)) for first in range(0, columns, most)]
 
     @property
@@ -161,10 +174,10 @@ class MediumMPlan:
     def registers(self) -> int:
         """Registers of a consumer's thread: sums, those of one group, this stage's weights, and the next one's."""
         fmt, threads = self.problem.fmt, 128
-        sums = WGMMA_ROWS * self.problem.columns // threads
+        sums = WGMMA_ROWS * self.problem.x_rows // threads
         if fmt.grouped and not self.scales_weights:
             sums *= 2
-        weights = WGMMA_ROWS * self.step * (16 + 2 * fmt.bits) // 32 // threads if fmt.quantized else 0
+        weights = WGMMA_ROWS * self.step * (16 + 2 * fmt.bits) // 32 // threads if self.problem.widens else 0
         return sums + weights + OTHER_REGISTERS
 
     @property
@@ -184,7 +197,7 @@ class MediumMPlan:
     def depth(self) -> int:
         """Stages of the ring: as many as shared memory has room for."""
         p = self.problem
-        stage = nbytes((self.n_tile, self.step), p.fmt.bits) + nbytes((p.columns, self.step), 16)
+        stage = nbytes((self.n_tile, self.step), p.fmt.bits) + nbytes((p.columns, self.step), 16)  # two limbs: 16 bits
         room = planned().shared_bytes - SCRATCH_RESERVE
         room -= nbytes(self.staged_shape, 8 * jnp.dtype(self.result_dtype).itemsize)
         return min(self.tiles.depth, room // stage)
@@ -198,7 +211,7 @@ class MediumMPlan:
         share = min(CACHE_BYTES, MEMORY_BYTES * self.sms / self.blocks)
         numbers = WGMMA_ROWS * self.consumers * self.step
         stage = max(weights / share, loaded / CACHE_BYTES, numbers * p.columns / PRODUCTS)
-        if p.fmt.quantized:
+        if p.widens:
             stage = max(stage, numbers / WIDENED[p.fmt.bits])
         sums = self.k_splits * nbytes((p.rows, p.out), 2 * 32) / SUM_BYTES if self.k_splits > 1 else 0
         sums += FUSION_NS if self.k_splits > 1 and not p.splittable else 0
@@ -223,7 +236,7 @@ def _candidates(problem: MediumMProblem, sms: int) -> list[MediumMPlan]:
     steps = steps[-1:] if fmt.quantized and problem.columns <= EXACT_COLUMNS else steps
     splits = [1] if problem.swiglu else range(1, 9)
     # Multicast copies whole tiles of 8 rows of x.
-    clusters = [c for c in range(1, MAX_CLUSTER + 1) if problem.columns % (8 * c) == 0 and sms >= c]
+    clusters = [c for c in range(1, MAX_CLUSTER + 1) if problem.x_rows % (8 * c) == 0 and sms >= c]
     tiles = itertools.product(clusters, n_tiles, steps, splits)
     made = [MediumMPlan(problem, MediumMTiles(n, s, k, cluster=c), sms) for c, n, s, k in tiles]
     return [p for p in made if _fits(p)]
