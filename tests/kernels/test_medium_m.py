@@ -98,8 +98,8 @@ def test_add_norm_interpreted_with_limbs() -> None:
 
 
 def test_finish_layer_interpreted() -> None:
-    out, x, norms = normal(0, 10, 1, 128), normal(1, 10, 1, 128), [normal(i, 128) for i in (2, 3)]
-    wo, gate_up, down = weight("int8", 128, 128), weight("int8", 256, 128, seed=4), weight("bf16", 128, 128, seed=5)
+    out, x, norms = normal(0, 10, 1, 128), normal(1, 10, 1, 256), [normal(i, 256) for i in (2, 3)]
+    wo, gate_up, down = weight("int8", 256, 128), weight("int8", 256, 256, seed=4), weight("bf16", 256, 128, seed=5)
     assert takes_limbs(x, gate_up)
     y, h = finish_layer_kernel(
         out, x, wo, norms[0], gate_up, down, norms[1], eps=EPS, sms=2, interpret=plgpu.InterpretGPUParams()
