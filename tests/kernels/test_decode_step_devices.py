@@ -23,9 +23,8 @@ from test_decode_step import abstract
 
 from jllama.config import preset
 from jllama.mesh.layout import widened
-from pallas_kernels import StepWeights, Unsupported, decode_step, peers
+from pallas_kernels import StepWeights, decode_step, peers
 from pallas_kernels.decode_step import CASES
-from pallas_kernels.hopper.decode_step import checks
 from pallas_kernels.hopper.decode_step.checks import shape_of
 from pallas_kernels.hopper.decode_step.interpreted import launch_per_phase
 from pallas_kernels.hopper.decode_step.plan import StepTiles
@@ -116,12 +115,9 @@ def test_real_shapes_lower(case: str, fmt: str, devices: int, batch: int) -> Non
     assert "uses_xla_collective_metadata = true" in text
 
 
-def test_groups_of_devices_lower_and_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_groups_of_devices_lower() -> None:
     """Rows over ``data``, and in each group the model over ``model``."""
     args, mesh = abstract("bf16", 4, 1, 256, **CASES["tinyllama"]), several(data=2, model=2)
-    with jax.sharding.use_abstract_mesh(mesh), pytest.raises(Unsupported, match="of a mesh with data: not tried"):
-        jax.eval_shape(on_mesh(args, mesh), *args)
-    monkeypatch.setattr(checks, "IN_GROUPS", True)
     text = lower(on_mesh(args, mesh), *args, mesh=mesh)
     assert text.count("@mosaic_gpu") == 1
     assert "all_reduce" not in text
@@ -169,8 +165,7 @@ def test_step_on_several_gpus(fmt: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(jax.device_count() < 4, reason="needs four GPUs")
-def test_step_in_groups_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "IN_GROUPS", True)
+def test_step_in_groups_of_gpus() -> None:
     compare_with_psum("bf16", 2, (5, 0, 300, 64))
 
 

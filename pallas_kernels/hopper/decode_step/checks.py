@@ -19,9 +19,6 @@ from .tuned import plan_for_device, ring_fits, tiles_for
 
 PRODUCTS = tuple(phase for phase in (*LAYER_PHASES, HEAD) if isinstance(phase, ProductPhase))
 RAGGED = {16: 64, 8: 64, 4: 128}  # what inputs must be a multiple of, by the bits of weights: at least 64 bytes
-# Whether the step may run in groups of devices, each of which adds up on its own. XLA starts a launch that uses other
-# devices' memory on all devices of the mesh together. If a group ran it more often, it would wait forever.
-IN_GROUPS = False  # it lowers for groups, and has not run on GPUs yet
 SIZES = {"q_width": "heads * head_dim", "qkv_width": "(heads + 2 * kv_heads) * head_dim"}  # as errors name them
 
 
@@ -71,7 +68,6 @@ def check(
 ) -> None:
     """Raise `Unsupported` where the kernel cannot run these arguments."""
     _check_processes()
-    _check_mesh(axis)
     shape = shape_of(x, weights, k, eps, table, axis)
     tiles_here = tiles or tiles_for(shape.fmt)
     _check_dtypes(x, weights, k, v)
@@ -91,12 +87,6 @@ def _check_processes() -> None:
     for name in os.environ:
         if name.startswith("CUDA_MPS_"):
             raise Unsupported(f"{name} is set: under MPS not all blocks may be on the device at once")
-
-
-def _check_mesh(axis: str | None) -> None:
-    others = {name: size for name, size in jax.sharding.get_abstract_mesh().shape.items() if size > 1 and name != axis}
-    if axis is not None and others and not IN_GROUPS:
-        raise Unsupported(f"groups along {axis!r} of a mesh with {', '.join(others)}: not tried on GPUs yet")
 
 
 def _check_dtypes(x: jax.Array, weights: StepWeights, k: jax.Array, v: jax.Array) -> None:
