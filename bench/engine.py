@@ -170,11 +170,26 @@ def steady(
             spent, steps = time.perf_counter() - begin, engine.statistics.decode_steps - before.decode_steps
             assert drawing == engine.slots, f"{drawing} of {engine.slots} slots draw"
             samples += [1e3 * spent / steps] if turn else []  # the first turn may read a smaller launch
-        return samples, traced(lambda: [engine.step() for _ in range(turns)])
+        settle(engine)
+
+        def launch() -> bool:
+            for _ in range(turns):
+                engine.step()
+            settle(engine)
+            return True
+
+        return samples, traced(launch)  # all of these launches, and nothing of one before
     finally:
         for handle in handles:
             engine.abort(handle)
         engine.step()
+
+
+def settle(engine: "Engine") -> None:
+    """Read what has been launched, so that the device is idle."""
+    engine.pause()
+    engine.step()
+    engine.resume()
 
 
 def of_trace(found: Any) -> dict[str, Any]:
