@@ -150,7 +150,8 @@ def _produce(block: Block) -> None:
                 place = scratch.w_ring.at[slot, pl.ds(projection * p.n_out, p.n_out)]
                 plgpu.copy_gmem_to_smem(source, place, full)
             everyone = MEMBER if p.cluster > 1 else None  # each block copies its part of x to all of the cluster
-            plgpu.copy_gmem_to_smem(block.x.at[:, inputs], scratch.x_ring.at[slot], full, collective_axes=everyone)
+            x = scratch.x_ring.at[slot, pl.ds(0, p.problem.columns)]
+            plgpu.copy_gmem_to_smem(block.x.at[:, inputs], x, full, collective_axes=everyone)
             return count + 1
 
         return lax.fori_loop(tile.start, tile.end, stage, count)

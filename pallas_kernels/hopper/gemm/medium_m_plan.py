@@ -48,6 +48,7 @@ class MediumMTiles:
     k_splits: int = 1
     depth: int = 12  # stages in flight, at most
     cluster: int = 1  # blocks that share x
+    rows_first: bool = False  # whether wgmma takes x's rows, not the weight's, 64 at a time: only for floats
 
 
 @dataclass(frozen=True)
@@ -137,8 +138,23 @@ class MediumMPlan:
     @property
     def consumers(self) -> int:
         """Warpgroups that multiply: each has 64 rows of every stage. The last one's are moved up if they would pass the
-        end of the N tile: some rows are then computed twice."""
-        return math.ceil(self.n_tile / WGMMA_ROWS)
+        end: some rows are then computed twice."""
+        return math.ceil(self.left_rows / WGMMA_ROWS)
+
+    @property
+    def x_rows(self) -> int:
+        """Rows of x in a stage. wgmma's left operand has no fewer than 64; of those past the end nothing is written."""
+        return max(self.problem.columns, WGMMA_ROWS) if self.tiles.rows_first else self.problem.columns
+
+    @property
+    def left_rows(self) -> int:
+        """Rows of wgmma's left operand, of all consumers."""
+        return self.x_rows if self.tiles.rows_first else self.n_tile
+
+    @property
+    def columns(self) -> int:
+        """Columns of the sums: rows of wgmma's right operand."""
+        return self.n_tile if self.tiles.rows_first else self.problem.columns
 
     @property
     def group(self) -> int:
@@ -148,7 +164,7 @@ class MediumMPlan:
     @property
     def accumulators(self) -> list[tuple[int, int]]:
         """First column and number of columns of each accumulator: one, or two of more columns than wgmma takes."""
-        columns = self.problem.columns
+        columns = self.columns
         most = columns if columns <= WGMMA_COLUMNS else HALF_COLUMNS
         return [(first, min(most, columns - first)) for first in range(0, columns, most)]
 
@@ -161,7 +177,7 @@ class MediumMPlan:
     def registers(self) -> int:
         """Registers of a consumer's thread: sums, those of one group, this stage's weights, and the next one's."""
         fmt, threads = self.problem.fmt, 128
-        sums = WGMMA_ROWS * self.problem.columns // threads
+        sums = WGMMA_ROWS * self.columns // threads
         if fmt.grouped and not self.scales_weights:
             sums *= 2
         weights = WGMMA_ROWS * self.step * (16 + 2 * fmt.bits) // 32 // threads if fmt.quantized else 0
@@ -184,9 +200,10 @@ class MediumMPlan:
     def depth(self) -> int:
         """Stages of the ring: as many as shared memory has room for."""
         p = self.problem
-        stage = nbytes((self.n_tile, self.step), p.fmt.bits) + nbytes((p.columns, self.step), 16)
+        stage = nbytes((self.n_tile, self.step), p.fmt.bits) + nbytes((self.x_rows, self.step), 16)
         room = planned().shared_bytes - SCRATCH_RESERVE
-        room -= nbytes(self.staged_shape, 8 * jnp.dtype(self.result_dtype).itemsize)
+        if not self.tiles.rows_first:
+            room -= nbytes(self.staged_shape, 8 * jnp.dtype(self.result_dtype).itemsize)
         return min(self.tiles.depth, room // stage)
 
     @property
