@@ -42,7 +42,7 @@ class Scratch:
 def scratch_of(p: MediumMPlan) -> Scratch:
     """Shared memory and barriers for a plan."""
     problem, fmt = p.problem, p.problem.fmt
-    widened, transposed = p.interpret and fmt.quantized, not p.tiles.rows_first
+    widened, transposed = p.interpret and fmt.quantized, not p.rows_first
     free: Any = plgpu.Barrier(num_arrivals=p.consumers, num_barriers=p.depth)
     if p.cluster > 1:  # a copy of one block arrives in all of them, so all must have room
         free = plgpu.ClusterBarrier(collective_axes=(MEMBER,), num_arrivals=p.consumers, num_barriers=p.depth)
@@ -86,8 +86,9 @@ class Block:
 
     @property
     def first_row(self) -> Any:
-        """The first of this consumer's 64 rows of a stage."""
-        return pl.multiple_of(jnp.minimum(self.me * WGMMA_ROWS, self.plan.left_rows - WGMMA_ROWS), 8)
+        """The first of this consumer's rows of a stage."""
+        p = self.plan
+        return pl.multiple_of(jnp.minimum(self.me * p.consumer_rows, p.left_rows - p.consumer_rows), 8)
 
     def work_tile(self, turn: Any) -> WorkTile:
         """The work tile that this block takes at this turn."""

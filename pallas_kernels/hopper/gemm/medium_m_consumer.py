@@ -1,4 +1,4 @@
-"""Consumers of a medium-M GEMM. Each multiplies 64 rows of every stage: of the weight or, with `rows_first`, of x.
+"""Consumers of a medium-M GEMM. Each multiplies 64 rows of every stage: of the weight or, with rows first, of x.
 Integers are widened on their way to wgmma."""
 
 import functools
@@ -29,7 +29,7 @@ from ..common.thread_ops import (
 from ..common.tiles import WGMMA_ROWS, broadcast_rows
 from ..common.widen import load_integers, widen, widen_scaled
 from .medium_m_block import Block, WorkTile
-from .medium_m_rows_first import write_rows_first
+from .medium_m_rows_first import multiply_rows_first, write_rows_first
 
 WIDENED = 64  # inputs that are widened at a time, while the products of those before run
 AT_A_TIME = 4  # rows of the result that a thread writes at a time
@@ -48,17 +48,17 @@ def consume(block: Block) -> None:
             sums = _one_scale_a_group(block, tile, count, stages)
         else:
             sums = _one_sum(block, tile, count, stages)
-        (write_rows_first if p.tiles.rows_first else _write)(block, tile, sums)
+        (write_rows_first if p.rows_first else _write)(block, tile, sums)
         return count + stages
 
     lax.fori_loop(0, block.turns, turn, jnp.int32(0))
 
 
-def _multiply(block: Block, accs: Any, left: Any, right: Any, begin: int = 0, end: int | None = None) -> None:
-    """Add the products of 64 rows of one operand [64, inputs], and of some inputs of all rows of the other, to the
-    accumulators."""
+def _multiply(block: Block, accs: Any, weights: Any, slot: Any, begin: int = 0, end: int | None = None) -> None:
+    """Add the products of weights [64, inputs] and some inputs of a stage's x to the accumulators."""
     for (first, columns), acc in zip(block.plan.accumulators, accs, strict=True):
-        plgpu.wgmma(acc, left, right.at[pl.ds(first, columns), begin : end or block.plan.step].T)
+        x = block.scratch.x_ring.at[slot, pl.ds(first, columns), begin : end or block.plan.step]
+        plgpu.wgmma(acc, weights, x.T)
 
 
 def _accumulate(block: Block, scoped: Any) -> Any:
@@ -70,15 +70,15 @@ def _accumulate(block: Block, scoped: Any) -> Any:
 def _floats(block: Block, count: Any, stages: Any) -> list[jax.Array]:
     """The products of one stage run while those of the next are issued."""
     scratch, depth = block.scratch, block.plan.depth
-    left, right = scratch.w_ring, scratch.x_ring
-    if block.plan.tiles.rows_first:
-        left, right = right, left
 
     def scoped(*accs: Any) -> list[jax.Array]:
         def stage(i: Any, _: Any) -> None:
             slot = lax.rem(count + i, depth)
             plgpu.barrier_wait(scratch.full.at[slot])
-            _multiply(block, accs, left.at[slot, pl.ds(block.first_row, WGMMA_ROWS)], right.at[slot])
+            if block.plan.rows_first:
+                multiply_rows_first(block, accs, slot)
+            else:
+                _multiply(block, accs, scratch.w_ring.at[slot, pl.ds(block.first_row, WGMMA_ROWS)], slot)
             plgpu.wgmma_wait(len(accs))
 
             @pl.when(i > 0)
@@ -186,8 +186,7 @@ def _multiply_integers(
     """Add the products of these inputs of a stage. Some run while the inputs after them are widened."""
     for begin in range(first, last, WIDENED):
         end = min(begin + WIDENED, last)
-        weights = _operand(block, integers, begin, end, scale)
-        _multiply(block, accs, weights, block.scratch.x_ring.at[slot], begin, end)
+        _multiply(block, accs, _operand(block, integers, begin, end, scale), slot, begin, end)
 
 
 def _operand(block: Block, integers: jax.Array, begin: int, end: int, scale: jax.Array | None = None) -> Any:

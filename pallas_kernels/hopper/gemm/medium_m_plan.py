@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from ...arch import planned
 from ...dispatch import Unsupported
 from ..common.tiles import WGMMA_ROWS, Format, nbytes
-from ..common.warp_specialize import MAX_REGISTERS, consumer_registers
+from ..common.warp_specialize import MAX_REGISTERS, consumer_registers, launch_registers
 
 # Rates of one multiprocessor of an H200, a nanosecond.
 MEMORY_BYTES = 31  # its share of the memory bus
@@ -32,7 +32,7 @@ MAX_CLUSTER = 2  # blocks that share x
 PRODUCER_REGISTERS = 24
 OTHER_REGISTERS = 28  # of a consumer's thread, besides its sums and weights
 STAGED_ROWS = 64  # rows of the result that are transposed at a time
-WGMMA_COLUMNS = 192  # ptxas refuses more in a block of four warpgroups: one wgmma would need too many registers
+WGMMA_REGISTERS = 32  # that one wgmma needs besides its sums
 HALF_COLUMNS = 128
 EXACT_COLUMNS = 64  # of more columns, sums of one group are not kept apart
 SCRATCH_RESERVE = 3072  # bytes of shared memory for barriers, and for scratch that the compiler adds
@@ -48,7 +48,7 @@ class MediumMTiles:
     k_splits: int = 1
     depth: int = 12  # stages in flight, at most
     cluster: int = 1  # blocks that share x
-    rows_first: bool = False  # whether wgmma takes x's rows, not the weight's, 64 at a time: only for floats
+    consumer_rows: int = 0  # rows of x of each consumer, 64 or 128; with 0 each has 64 rows of the weight
 
 
 @dataclass(frozen=True)
@@ -136,25 +136,31 @@ class MediumMPlan:
         return math.ceil(self.cluster_tiles / self.clusters)
 
     @property
-    def consumers(self) -> int:
-        """Warpgroups that multiply: each has 64 rows of every stage. The last one's are moved up if they would pass the
-        end: some rows are then computed twice."""
-        return math.ceil(self.left_rows / WGMMA_ROWS)
+    def rows_first(self) -> bool:
+        """Whether rows of x, not those of the weight, are wgmma's left operand, of which it takes 64 at a time. The
+        weight must then consist of floats, because only the left operand may come from registers."""
+        return self.tiles.consumer_rows > 0
 
     @property
     def x_rows(self) -> int:
-        """Rows of x in a stage. wgmma's left operand has no fewer than 64; of those past the end nothing is written."""
-        return max(self.problem.columns, WGMMA_ROWS) if self.tiles.rows_first else self.problem.columns
+        """Rows of x in a stage: all, and as many as a consumer has. Of those past the end nothing is written."""
+        return max(self.problem.columns, self.tiles.consumer_rows)
+
+    @property
+    def consumers(self) -> int:
+        """Warpgroups that multiply: each has its rows of every stage. The last one's are moved up if they would pass the
+        end: some rows are then computed twice."""
+        return math.ceil(self.left_rows / self.consumer_rows)
 
     @property
     def left_rows(self) -> int:
         """Rows of wgmma's left operand, of all consumers."""
-        return self.x_rows if self.tiles.rows_first else self.n_tile
+        return self.x_rows if self.rows_first else self.n_tile
 
     @property
-    def columns(self) -> int:
-        """Columns of the sums: rows of wgmma's right operand."""
-        return self.n_tile if self.tiles.rows_first else self.problem.columns
+    def consumer_rows(self) -> int:
+        """Those of one consumer."""
+        return self.tiles.consumer_rows or WGMMA_ROWS
 
     @property
     def group(self) -> int:
@@ -163,10 +169,17 @@ class MediumMPlan:
 
     @property
     def accumulators(self) -> list[tuple[int, int]]:
-        """First column and number of columns of each accumulator: one, or two of more columns than wgmma takes."""
-        columns = self.columns
-        most = columns if columns <= WGMMA_COLUMNS else HALF_COLUMNS
+        """First column and number of columns of each accumulator of 64 rows: one for all columns, or two if one wgmma
+        would need more registers than a thread has; with rows of x, one for each 64 of them."""
+        if self.rows_first:
+            return [(0, self.n_tile)] * (self.consumer_rows // WGMMA_ROWS)
+        columns = self.problem.columns
+        most = columns if self._issuable(columns) else HALF_COLUMNS
         return [(first, min(most, columns - first)) for first in range(0, columns, most)]
+
+    def _issuable(self, columns: int) -> bool:
+        """Whether ptxas has registers for a wgmma of so many columns."""
+        return columns // 2 + WGMMA_REGISTERS <= launch_registers(self.consumers)
 
     @property
     def scales_weights(self) -> bool:
@@ -177,7 +190,7 @@ class MediumMPlan:
     def registers(self) -> int:
         """Registers of a consumer's thread: sums, those of one group, this stage's weights, and the next one's."""
         fmt, threads = self.problem.fmt, 128
-        sums = WGMMA_ROWS * self.columns // threads
+        sums = sum(WGMMA_ROWS * columns // threads for _, columns in self.accumulators)
         if fmt.grouped and not self.scales_weights:
             sums *= 2
         weights = WGMMA_ROWS * self.step * (16 + 2 * fmt.bits) // 32 // threads if fmt.quantized else 0
@@ -202,7 +215,7 @@ class MediumMPlan:
         p = self.problem
         stage = nbytes((self.n_tile, self.step), p.fmt.bits) + nbytes((self.x_rows, self.step), 16)
         room = planned().shared_bytes - SCRATCH_RESERVE
-        if not self.tiles.rows_first:
+        if not self.rows_first:
             room -= nbytes(self.staged_shape, 8 * jnp.dtype(self.result_dtype).itemsize)
         return min(self.tiles.depth, room // stage)
 
@@ -250,6 +263,7 @@ def _fits(p: MediumMPlan) -> bool:
     """Whether a plan has enough shared memory, registers and stages."""
     registers = consumer_registers(p.consumers, PRODUCER_REGISTERS) if p.consumers > 1 else MAX_REGISTERS
     enough = p.depth >= MIN_DEPTH and p.registers <= registers
+    enough = enough and all(p._issuable(columns) for _, columns in p.accumulators)
     return enough and p.steps >= p.k_splits and p.k_splits <= p.sms // p.cluster
 
 
