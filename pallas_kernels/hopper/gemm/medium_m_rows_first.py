@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu.utils import bitcast, bitwidth, c, shfl_bfly, when
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -44,19 +43,20 @@ def _chunks(total: jax.Array) -> list[jax.Array]:
 
 
 def _store(block: Block, out: Any, first_out: Any, skipped: int, parts: list[jax.Array]) -> None:
-    """Write neighbouring parts [64, columns] of the result, after the ``skipped`` first of this consumer's rows. Left out
-    are rows past the result's end, and those that the consumer before this one has, too."""
+    """Write neighbouring parts [64, columns] of the result, after the ``skipped`` first of this consumer's rows. Left
+    out are rows past the result's end, and those that the consumer before this one has, too."""
     p, rows = block.plan, block.plan.problem.rows
-    first_row, own = block.first_row + skipped, block.me * p.consumer_rows
     if p.interpret:
         values = jnp.concatenate(parts, axis=1)
+        for me in range(p.consumers):
+            begin = min(me * p.consumer_rows, p.x_rows - p.consumer_rows) + skipped
+            first, n = max(begin, me * p.consumer_rows), min(begin + WGMMA_ROWS, rows)
 
-        def write(i: Any, _: Any) -> None:
-            @pl.when((first_row + i >= own) & (first_row + i < rows))
-            def _() -> None:
-                out[first_row + i, pl.ds(first_out, values.shape[1])] = values[i]
+            @pl.when(block.me == me)
+            def _(begin: int = begin, first: int = first, n: int = n - first) -> None:
+                if n > 0:
+                    out[pl.ds(first, n), pl.ds(first_out, values.shape[1])] = values[first - begin :][:n]
 
-        lax.fori_loop(0, WGMMA_ROWS, write, None)
         return
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *[SCALAR] * 3, (plgpu.Layout.WGMMA,) * len(parts)))
@@ -76,7 +76,8 @@ def _store(block: Block, out: Any, first_out: Any, skipped: int, parts: list[jax
                     place = arith.addi(arith.addi(column_index, own_column), c(column, column_index.type))
                     aligned_store(numbers, out, [row_index, place])
 
-    put(out, first_out, first_row, own, tuple(parts))  # type: ignore[call-arg]
+    own = block.me * p.consumer_rows
+    put(out, first_out, block.first_row + skipped, own, tuple(parts))  # type: ignore[call-arg]
 
 
 def _widest(registers: Sequence[Any], quad: Any) -> list[tuple[tuple[int, Any], Any]]:
