@@ -266,8 +266,9 @@ def _candidates(problem: MediumMProblem, sms: int) -> list[MediumMPlan]:
     steps = [s for s in (64, 128) if problem.inner % s == 0 and 0 in (s % (fmt.group or s), (fmt.group or s) % s)]
     steps = steps[-1:] if fmt.quantized and problem.columns <= EXACT_COLUMNS else steps
     splits = [1] if problem.swiglu else range(1, 9)
-    # Multicast copies whole tiles of 8 rows of x.
-    clusters = [c for c in range(1, MAX_CLUSTER + 1) if problem.columns % (8 * c) == 0 and sms >= c]
+    # Clusters gain nothing with integers, nor with few rows of x. Multicast copies whole tiles of 8 rows of x.
+    most = 1 if fmt.quantized or problem.columns <= WGMMA_ROWS else MAX_CLUSTER
+    clusters = [c for c in range(1, most + 1) if problem.columns % (8 * c) == 0 and sms >= c]
     made = []
     for consumer_rows in (0,) if fmt.quantized else (0, _consumer_rows(problem)):
         fewest = MIN_COLUMNS if consumer_rows else WGMMA_ROWS
