@@ -2,8 +2,9 @@
 
 The output is divided into work tiles: an N tile over one K split (see `medium_m_plan`). Inside a block the producer
 warpgroup copies stages of weights and of x into a ring by TMA; in a cluster of two blocks each copies half of x, and
-TMA writes it to both. Every consumer multiplies 64 rows of each stage, so nothing is added up between consumers, and
-the kernel writes finished rows: [rows, out] in the result's dtype, after SwiGLU where it is asked for. With K splits it
+TMA writes it to both. Every consumer multiplies some rows of each stage, of the weight or (only with float weights) of
+x. So nothing is added up between consumers, and the kernel writes finished rows: [rows, out] in the result's dtype,
+after SwiGLU where it is asked for. With K splits it
 writes float32 sums [k_splits, rows, out], for `add_norm` or for a fusion that adds them in a fixed order. So the same
 arguments always give the same bits.
 """

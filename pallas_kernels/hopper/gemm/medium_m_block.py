@@ -30,10 +30,10 @@ class WorkTile(NamedTuple):
 class Scratch:
     """Shared memory and barriers of a block. Pallas lays them out in the order of the fields."""
 
-    consumers_meet: Ref | None  # barrier of all consumers
+    consumers_meet: Ref  # barrier of all consumers; None with rows of x first, as `staged`
     free: Ref  # a barrier a stage: all consumers are done with it, of all blocks of a cluster
     full: Ref  # a barrier a stage: its copies have arrived
-    staged: Ref | None  # [columns, n_tile and more], sums on their way to global memory
+    staged: Ref  # [columns, n_tile and more], sums on their way to global memory
     w_ring: Ref  # [depth, n_tile, step]
     widened: Ref | None  # [consumers, 64, step], only for the interpreter
     x_ring: Ref  # [depth, x_rows, step]

@@ -1,9 +1,10 @@
 """How a medium-M GEMM is divided among the multiprocessors: plain arithmetic, no kernel.
 
 A work tile is an N tile (a range of rows of the weight) over one K split (a range of its inputs), for all rows of x.
+wgmma takes the rows of its left operand 64 at a time. If those are the weight's, an N tile of 96 costs as much as one
+of 128; if they are x's, the rows of x are rounded up instead, and an N tile may be any multiple of 8.
 Two blocks may form a cluster: they have neighbouring N tiles of one K split, and each fetches half of x for both. The
-plan is the cheapest candidate of a cost model: what bounds the busiest block, and what every work tile and every K
-split adds.
+plan is the cheapest candidate of a cost model: what bounds the busiest block, the launch, and what K splits add.
 """
 
 import functools

@@ -96,12 +96,8 @@ def _widest(registers: Sequence[Any], quad: Any) -> list[tuple[tuple[int, Any], 
         kept, sent = arith.select(odd, second, first), arith.select(odd, first, second)
         received = shfl_bfly(sent, 1)
         words = arith.select(odd, received, kept), arith.select(odd, kept, received)
-        vectors.append(((16 * i, own), _joined([bitcast(word, pair[0].type) for word in words])))
+        low, high = (bitcast(word, pair[0].type) for word in words)
+        vectors.append(((16 * i, own), vector.shuffle(low, high, [0, 1, 2, 3])))
     [own] = as_indices(mul(quad, 2))
     vectors += [((8 * i, own), registers[i]) for i in range(2 * pairs, len(registers))]
     return vectors
-
-
-def _joined(pairs: Sequence[Any]) -> Any:
-    """Two vectors of two as one of four."""
-    return vector.shuffle(*pairs, [0, 1, 2, 3])
