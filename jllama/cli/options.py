@@ -119,7 +119,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
 def add_process_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags for a run of several processes, each with some of the devices."""
     group = parser.add_argument_group("several processes (all run the same command, and process 0 prints)")
-    help_coordinator = "address of process 0, or auto: jax finds it in a cluster that it knows, such as Slurm"
+    help_coordinator = "where process 0 listens for the others: a free port of its host; auto: jax asks the cluster, "
+    help_coordinator += "such as Slurm, for all three flags"
     group.add_argument("--coordinator", metavar="HOST:PORT", help=help_coordinator)
     group.add_argument("--num-processes", type=int, metavar="N", help="how many processes there are")
     group.add_argument("--process-id", type=int, metavar="I", help="which of them this is, from 0")

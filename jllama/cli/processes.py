@@ -19,17 +19,22 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
 
+from jllama.cli import cluster
+from jllama.cli.cluster import leave
+from jllama.cli.runtime import set_up
 from jllama.errors import InputError
 
 BEAT = 2.0  # seconds between two signs of life
 SILENCE = 15.0  # after so many seconds without one, a process counts as ended
 _ALIVE, _DONE, _ENDED, _TOLD = b"a", b"d", b"e", b"t"
-# _ENDED is followed by one byte: which process; _TOLD by 4 bytes, a number, and so many more.
+_GRACE = 0.5  # seconds: as soon as process 0 is gone, jax aborts the others, which should have ended by then
+_INDEX = 2  # bytes of a process's number
+# _ENDED is followed by a process's number; _TOLD by 4 bytes, a number, and so many more.
 
 
 class Channel:
@@ -38,6 +43,7 @@ class Channel:
     def __init__(self, peers: dict[int, socket.socket]) -> None:
         self.peers = peers
         self._lock = threading.Lock()  # two threads' messages must not mix
+        self._leaving = threading.Lock()
         self._heard: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         for connection in peers.values():  # a message is small, and waits for no other
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -59,6 +65,13 @@ class Channel:
                 except OSError:  # that one has ended: the thread that listens to it says so
                     continue
 
+    def leave(self, code: int, message: str, who: int | None = None) -> NoReturn:
+        """End this process, after all others have heard who has ended first: this one, or ``who``."""
+        with self._leaving:  # only the first thread that comes here says why; then the process is gone
+            self.send(_ENDED + (jax.process_index() if who is None else who).to_bytes(_INDEX))
+            time.sleep(_GRACE)
+            leave(code, message)
+
     def listen(self, connection: socket.socket) -> bytes:
         """Take what arrives. Returns at the first message that is neither a sign of life nor told."""
         while (message := _receive(connection, 1)) in (_ALIVE, _TOLD):
@@ -66,39 +79,6 @@ class Channel:
                 size = int.from_bytes(_receive(connection, 4))
                 self._heard.put(_receive(connection, size))
         return message
-
-
-def _join(args: argparse.Namespace) -> Channel:
-    """Join the processes, before any device is used."""
-    _initialize(args)
-    first = jax.process_index() == 0
-    # Libraries such as gloo write to descriptor 1: that becomes stderr, and stdout gets a descriptor of its own.
-    sys.stdout = os.fdopen(os.dup(1), "w") if first else open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
-    os.dup2(2, 1)
-    args.quiet = args.quiet or not first
-    return _watch(None if args.coordinator == "auto" else args.coordinator.rpartition(":")[0])
-
-
-def _initialize(args: argparse.Namespace) -> None:
-    if args.coordinator == "auto":
-        try:
-            jax.distributed.initialize()
-        except (ValueError, RuntimeError) as error:
-            raise InputError(f"--coordinator auto: expected a cluster that jax detects, found none: {error}") from None
-        return
-    host, _, port = args.coordinator.rpartition(":")
-    if not host or not port.isdigit():
-        raise InputError(f"--coordinator: expected HOST:PORT or auto, found {args.coordinator!r}")
-    count, index = args.num_processes, args.process_id
-    if count is None or index is None or not 0 <= index < count or count > 255:
-        found = f"{count} and {index}"
-        raise InputError(
-            f"--coordinator: expected --num-processes and a --process-id from 0 to one less, found {found}"
-        )
-    try:
-        jax.distributed.initialize(args.coordinator, count, index, initialization_timeout=60)
-    except (ValueError, RuntimeError) as error:
-        raise InputError(f"--coordinator {args.coordinator}: {error}") from None
 
 
 def from_first[T](read: Callable[[], T]) -> T:
@@ -117,55 +97,86 @@ def from_first[T](read: Callable[[], T]) -> T:
 def together(args: argparse.Namespace) -> Iterator[Channel | None]:
     """Run the body of a command in all processes that the flags name; in this one alone without ``--coordinator``, and
     then there is no channel."""
+    cluster.check(args)
     if args.coordinator is None:
-        if args.num_processes is not None or args.process_id is not None:
-            raise InputError("--num-processes, --process-id: expected --coordinator with them, found none")
         yield None
         return
-    channel = _join(args)
-    try:
-        yield channel
+    set_up(args, quiet=True)  # `open_model` comes after the first use of a device, which is to join
+    host = cluster.join(args)
+    _divert(args)
+    channel: Channel | None = None
     # A process must not leave by the normal way while others compute: jax would wait for them.
+    try:
+        channel = _watch(host, cluster.alike(args))
+        yield channel
+        channel.send(_DONE)
+        return
     except InputError as error:
-        leave(2, f"jllama: error: process {jax.process_index()}: {error}")
+        code, reason = 2, f"jllama: error: process {jax.process_index()}: {error}"
     except jax.errors.JaxRuntimeError:
-        reason = traceback.format_exc()
+        code, reason = 1, traceback.format_exc()
         time.sleep(SILENCE + 2 * BEAT)  # if another process has ended, the thread that watches it says so first
-        leave(1, reason)
+    except KeyboardInterrupt:
+        code, reason = 130, "jllama: interrupted"
+    except BrokenPipeError:  # the reader of the pipe has ended, such as `head`
+        code, reason = 141, ""
     except BaseException:
-        leave(1, traceback.format_exc())
-    channel.send(_DONE)
+        code, reason = 1, traceback.format_exc()
+    if channel is None:
+        leave(code, reason)
+    channel.leave(code, reason)
 
 
-def leave(code: int, message: str) -> NoReturn:
-    """End this process now, without waiting for others."""
-    print(message, file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    os._exit(code)
-
-
-def _watch(host: str | None) -> Channel:
-    """Connect every process to process 0, and watch every connection."""
+def _divert(args: argparse.Namespace) -> None:
+    """Keep stdout for what process 0 prints. Libraries such as gloo write to descriptor 1: that becomes stderr."""
     first = jax.process_index() == 0
-    server = socket.create_server(("", 0)) if first else None
-    own = (host or socket.gethostname(), 0 if server is None else server.getsockname()[1], secrets.token_hex(16))
-    where, port, token = from_first(lambda: own)
+    out = os.dup(1) if first else os.open(os.devnull, os.O_WRONLY)
+    sys.stdout = os.fdopen(out, "w", errors="replace")
+    os.dup2(2, 1)
+    args.quiet = args.quiet or not first
+
+
+def _watch(host: str | None, alike: dict[str, Any]) -> Channel:
+    """Connect every process to process 0, and watch every connection. ``alike`` must be the same in all."""
+    index, count = jax.process_index(), jax.process_count()
+    server = socket.create_server(("", 0)) if index == 0 else None
+    names = [host] if host else list(dict.fromkeys((socket.gethostname(), socket.getfqdn())))
+    port = 0 if server is None else server.getsockname()[1]
+    names, port, token, expected = from_first(lambda: (names, port, secrets.token_hex(16), alike))
     if server is None:
-        to_first = socket.create_connection((where, port), timeout=60)
-        to_first.sendall(token.encode() + bytes([jax.process_index()]))
+        to_first = _connect(names, port)
+        to_first.sendall(token.encode() + index.to_bytes(_INDEX))
+        for name, value in expected.items():
+            if alike[name] != value:
+                raise InputError(f"{name}: expected {value}, as in process 0, found {alike[name]}")
         return _start({0: to_first})
     peers: dict[int, socket.socket] = {}
     server.settimeout(60)
-    while len(peers) < jax.process_count() - 1:
-        connection, _ = server.accept()
+    while len(peers) < count - 1:
+        try:
+            connection, _ = server.accept()
+        except TimeoutError:
+            missing = ", ".join(str(i) for i in range(1, count) if i not in peers)
+            raise InputError(f"--coordinator: expected connections to port {port}, found none of {missing}") from None
         connection.settimeout(5)
-        hello = _receive(connection, len(token) + 1)
-        if hmac.compare_digest(hello[:-1], token.encode()):
-            peers[hello[-1]] = connection
+        hello = _receive(connection, len(token) + _INDEX)
+        if hmac.compare_digest(hello[:-_INDEX], token.encode()):
+            peers[int.from_bytes(hello[-_INDEX:])] = connection
         else:
             connection.close()
     server.close()
     return _start(peers)
+
+
+def _connect(names: list[str], port: int) -> socket.socket:
+    """A connection to process 0, whose host has these names."""
+    found = ""
+    for name in names:
+        try:
+            return socket.create_connection((name, port), timeout=30)
+        except OSError as error:
+            found = f"{name} port {port}: {error}"
+    raise InputError(f"--coordinator: expected to reach process 0, found {found}")
 
 
 def _receive(connection: socket.socket, count: int) -> bytes:
@@ -183,14 +194,14 @@ def _start(peers: dict[int, socket.socket]) -> Channel:
     channel = Channel(peers)
 
     def end(index: int) -> None:
-        channel.send(_ENDED + bytes([index]))
-        leave(3, f"jllama: error: process {index} of {jax.process_count()} has ended, so all others end, too")
+        reason = f"process {index} of {jax.process_count()} has ended, so all others end, too"
+        channel.leave(3, f"jllama: error: {reason}", who=index)
 
     def listen(index: int, connection: socket.socket) -> None:
         connection.settimeout(SILENCE)
         message = channel.listen(connection)
         if message == _ENDED:
-            end(_receive(connection, 1)[0])
+            end(int.from_bytes(_receive(connection, _INDEX)))
         if message != _DONE:
             end(index)
 

@@ -11,6 +11,8 @@ from jllama.errors import InputError, reported
 
 if TYPE_CHECKING:
     from jllama.cli.processes import Channel
+    from jllama.cli.runtime import Opened
+    from jllama.engine.engine import Engine
 
 KEY = "JLLAMA_API_KEY"
 EPILOG = f"""\
@@ -103,7 +105,7 @@ def hosts(host: str, allowed: list[str], *, local: bool) -> tuple[str, ...]:
 
 def run(args: argparse.Namespace, keys: tuple[str, ...]) -> int:
     """Load the model, compile, and serve; or run a part of the model for the process that serves."""
-    from jllama.cli.processes import leave, together
+    from jllama.cli.processes import together
     from jllama.cli.runtime import as_input_error
 
     code = 0
@@ -115,31 +117,29 @@ def run(args: argparse.Namespace, keys: tuple[str, ...]) -> int:
     with together(args) as channel:
         as_input_error(go)
         if channel is not None and code:  # jax would wait for the others, which wait for this process
-            leave(code, "")
+            channel.leave(code, "")
     return code
 
 
 def _run(args: argparse.Namespace, keys: tuple[str, ...], channel: "Channel | None") -> int:
     import jax
 
-    from jllama.cli.runtime import device_line, open_model
-    from jllama.engine.engine import Engine
+    from jllama.cli.runtime import device_line
     from jllama.serve.server import bind, say
     from jllama.serve.settings import Settings
     from jllama.serve.start import compile_ahead, follow
     from jllama.serve.start import run as serve
-    from jllama.text.lm import default_slots
 
-    first = channel is None or jax.process_index() == 0
-    with bind(args.host, args.port if first else 0) as bound:
+    if channel is not None and jax.process_index() > 0:
+        opened, engine = _engine(args)
+        if not args.no_warm_up:
+            compile_ahead(engine, progress=False)
+        follow(opened.lm, engine, channel.hear)
+        return 0
+    with bind(args.host, args.port) as bound:
         local = ipaddress.ip_address(bound.getsockname()[0]).is_loopback
-        opened = open_model(args, quiet=args.quiet)
-        lm = opened.lm
-        slots = default_slots() if args.slots is None else args.slots
-        engine = Engine(
-            lm.params, slots=slots, pages=args.pages, memory=args.memory, max_len=lm.max_len, backend=lm.backend
-        )
-        path = opened.source.path
+        opened, engine = _engine(args)
+        lm, path = opened.lm, opened.source.path
         name = path.stem if path.is_file() else path.name
         settings = Settings(
             names=tuple(args.served_model_name) or (name,),
@@ -149,6 +149,7 @@ def _run(args: argparse.Namespace, keys: tuple[str, ...], channel: "Channel | No
             queue=args.max_queue,
             access_log=not args.no_access_log,
         )
+        slots = engine.slots
         if not args.quiet:
             pages, what = engine.statistics.pages, device_line(args.backend, lm.params)
             say(f"{settings.names[0]}, {what}, context {lm.max_len:,} tokens, {slots} slots, {pages:,} pages")
@@ -160,10 +161,21 @@ def _run(args: argparse.Namespace, keys: tuple[str, ...], channel: "Channel | No
             if not args.quiet:
                 say("compiles all programs ahead")
             compile_ahead(engine, progress=not args.quiet and sys.stderr.isatty())
-        if channel is not None and not first:
-            follow(lm, engine, channel.hear)
-            return 0
         return serve(lm, engine, settings, bound, slots=slots, tell=None if channel is None else channel.tell)
+
+
+def _engine(args: argparse.Namespace) -> "tuple[Opened, Engine]":
+    from jllama.cli.runtime import open_model
+    from jllama.engine.engine import Engine
+    from jllama.text.lm import default_slots
+
+    opened = open_model(args, quiet=args.quiet)
+    lm = opened.lm
+    slots = default_slots() if args.slots is None else args.slots
+    engine = Engine(
+        lm.params, slots=slots, pages=args.pages, memory=args.memory, max_len=lm.max_len, backend=lm.backend
+    )
+    return opened, engine
 
 
 if __name__ == "__main__":

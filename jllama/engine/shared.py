@@ -79,8 +79,10 @@ def follow(engine: Engine, hear: Callable[[], bytes], constraint_of: Constraints
             if (handle := handles.pop(value, None)) is not None:  # else it has just ended
                 engine.abort(handle)
         else:
+            # Process 0 has compiled these grammars. If one fails here, this process cannot do the same: it must end.
+            requests = [_decoded(request, constraint_of) for request in value]
             try:
-                taken = engine.submit_all([_decoded(request, constraint_of) for request in value])
+                taken = engine.submit_all(requests)
             except InputError:  # as in process 0, which tells its client
                 continue
             handles |= {count + i: handle for i, handle in enumerate(taken)}
