@@ -13,6 +13,7 @@ from jllama.cache import KVCache, cached_attention
 from jllama.config import Backend, LlamaConfig
 from jllama.kernels import (
     DECODE_QUERIES,
+    SplitRows,
     Weight,
     affine,
     attend_and_write,
@@ -27,6 +28,8 @@ from jllama.kernels import (
     rms_norm,
     rotate,
     split_heads,
+    split_rows,
+    takes_limbs,
 )
 from jllama.mesh.layout import DATA, MODEL, spec
 from jllama.mesh.run import meshed, on_shards, specs
@@ -123,18 +126,28 @@ def blocks(
     norm = functools.partial(rms_norm, eps=params.config.norm_eps, backend=backend)
     layers = [params.layer(i) for i in range(params.config.n_layers)]
     norms = [layer.attn_norm for layer in layers] + [params.norm]
+    split = [wants_limbs(x, layer, cache, params, backend) for layer in layers] + [False]
     h = norm(x, norms[0])
+    h = split_rows(h) if split[0] else h
     for i, layer in enumerate(layers):
         out, cache = attend(h, layer, i, cache, start, (cos, sin), params.config, backend)
-        x, h = finish(out, x, layer, norms[i + 1], params, backend)
+        x, h = finish(out, x, layer, norms[i + 1], params, backend, split=split[i + 1])
 
     if last_only:  # select before the head, which is the largest matmul, and before its norm: XLA drops the other
         h = norm(last_token(x, lengths), params.norm)
     return matmul(h, params.head, out_dtype=jnp.float32, backend=backend), cache
 
 
+def wants_limbs(x: jax.Array, layer: Layer, cache: Cache | None, params: Params, backend: str) -> bool:
+    """Whether a kernel multiplies wqkv with the limbs of its input [B, T, dim], in a step. On a shard the norm before
+    it is no kernel that could write them."""
+    stepped = cache is not None and x.shape[1] <= DECODE_QUERIES and params.axis is None
+    backend = "auto" if backend == "pallas" else backend  # where the kernel is refused, the product itself says so
+    return stepped and takes_limbs(x, layer.wqkv) and matmul.choose(backend, x, layer.wqkv).impl == "pallas"
+
+
 def attend(
-    h: jax.Array,  # [B, T, dim], normed
+    h: jax.Array | SplitRows,  # [B, T, dim], normed
     layer: Layer,
     index: int,
     cache: Cache | None,
@@ -147,6 +160,7 @@ def attend(
     B, T, _ = h.shape
     if cache is not None and T <= DECODE_QUERIES:
         return attend_new(h, layer, index, cache, rotation, backend)
+    assert not isinstance(h, SplitRows)  # see `wants_limbs`
     q, new, cache = project(h, layer, index, cache, start, rotation, config, backend)
     if cache is None:
         out = attention(q, *new, start, backend=backend)
@@ -157,7 +171,7 @@ def attend(
 
 
 def attend_new(
-    h: jax.Array,  # [B, T, dim]
+    h: jax.Array | SplitRows,  # [B, T, dim]
     layer: Layer,
     index: int,
     cache: Cache,
@@ -206,14 +220,16 @@ def finish(
     norm: jax.Array,  # of the next layer, or of the head
     params: Params,
     backend: str,
-) -> tuple[jax.Array, jax.Array]:
-    """The rest of a block: x [B, T, dim] after it, and the norm of x. Kernels have all of it for the rows of a batched
-    step; else it runs op by op, as on a shard, or with biases."""
+    *,
+    split: bool = False,
+) -> tuple[jax.Array, jax.Array | SplitRows]:
+    """The rest of a block: x [B, T, dim] after it, and the norm of x, with ``split`` also in limbs. Kernels have all of
+    it for the rows of a batched step; else it runs op by op, as on a shard, or with biases."""
     by_ops = functools.partial(_finish_by_ops, layer=layer, params=params, backend=backend)
     arguments = out, x, layer.wo, layer.ffn_norm, layer.w_gate_up, layer.w_down, norm
     if params.axis is not None or params.config.attention_bias or params.config.mlp_bias:
-        return by_ops(*arguments, eps=params.config.norm_eps)
-    return finish_layer.try_kernel(by_ops, *arguments, eps=params.config.norm_eps, backend=backend)
+        return by_ops(*arguments, eps=params.config.norm_eps, split=split)
+    return finish_layer.try_kernel(by_ops, *arguments, eps=params.config.norm_eps, split=split, backend=backend)
 
 
 def _finish_by_ops(
@@ -226,17 +242,19 @@ def _finish_by_ops(
     norm: jax.Array,
     *,
     eps: float,
+    split: bool,
     layer: Layer,  # its biases
     params: Params,
     backend: str,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array | SplitRows]:
     product = functools.partial(matmul, backend=backend)
     if params.axis is not None:
         product = functools.partial(summed, axis=params.axis, backend=backend)
     x = affine(product, out, wo, layer.bo, residual=x)
     layer = replace(layer, ffn_norm=ffn_norm, w_gate_up=w_gate_up, w_down=w_down)
     x = feed_forward(x, layer, params, backend)
-    return x, rms_norm(x, norm, eps=eps, backend=backend)
+    h = rms_norm(x, norm, eps=eps, backend=backend)
+    return x, split_rows(h) if split else h
 
 
 def feed_forward(x: jax.Array, layer: Layer, params: Params, backend: str) -> jax.Array:

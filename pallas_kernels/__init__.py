@@ -10,12 +10,13 @@ from .ffn import ffn, ffn_reference
 from .finish_layer import finish_layer
 from .formats import WeightFormat
 from .layer_view import LayerView, materialize
-from .matmul import NO_BIAS, Weight, affine, matmul
+from .matmul import NO_BIAS, Weight, affine, matmul, takes_limbs
 from .paged_attention import PAGE, paged_attention
 from .peers import why_apart
 from .qkv import START_MULTIPLE, qkv, qkv_reference, rotate, split_heads, write, write_pages
 from .quantized import GROUPS, QuantizedTensor, dequantize, group_size, quantize
 from .rms_norm import rms_norm
+from .split_rows import SplitRows, split_rows
 from .transforms import vary_with
 
 OPS: dict[str, Op] = {
@@ -50,6 +51,7 @@ __all__ = [
     "Op",
     "QuantizedTensor",
     "Recorded",
+    "SplitRows",
     "StepWeights",
     "Unsupported",
     "Weight",
@@ -81,6 +83,8 @@ __all__ = [
     "rms_norm",
     "rotate",
     "split_heads",
+    "split_rows",
+    "takes_limbs",
     "vary_with",
     "why_apart",
     "write",

@@ -23,23 +23,10 @@ from jax import lax
 
 from .arch import target
 from .quantized import QuantizedTensor
+from .split_rows import LIMB_INPUTS, LIMB_STEPS, limbs
 from .transforms import with_rules
 
 Product = Callable[..., jax.Array]
-_STEPS = 254  # of the second limb in one step of the first: both stay in [-127, 127]
-_INNER_MAX = 2**17  # 127 * 128 * inner must stay below 2 ** 31
-
-
-def limbs(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """x [M, in] as int8 [2 * M, in], all first digits before all second ones, and float32 scales [M, 1]: x is about
-    ``(first + second / 254) * scale``."""
-    x = x.astype(jnp.float32)
-    scale = jnp.max(jnp.abs(x), axis=-1, keepdims=True) / 127
-    tiny = jnp.finfo(jnp.float32).tiny
-    steps = x * jnp.where(scale >= tiny, 1 / jnp.maximum(scale, tiny), 0)
-    first = jnp.round(steps)
-    second = jnp.round((steps - first) * _STEPS)
-    return jnp.concatenate([first, second]).astype(jnp.int8), scale
 
 
 def by_limbs(x: jax.Array, w: QuantizedTensor) -> jax.Array:
@@ -71,7 +58,7 @@ def by_sums(x: jax.Array, w: jax.Array) -> jax.Array:
 def _joined(sums: jax.Array) -> jax.Array:
     """float32 [M, ...] of the int32 sums [2 * M, ...] of both limbs."""
     first, second = jnp.split(sums.astype(jnp.float32), 2)
-    return first + second / _STEPS
+    return first + second / LIMB_STEPS
 
 
 def _dot(x: jax.Array, w: jax.Array, dtype: jnp.dtype | type) -> jax.Array:
@@ -118,7 +105,7 @@ def choose(x: jax.Array, w: jax.Array | QuantizedTensor) -> Product | None:
     """The entry of `TABLE` for x [..., in] and w [out, in]; None: the product in floats."""
     form, rows = form_of(x.dtype, w), math.prod(x.shape[:-1])
     multiplied = 2 * rows * w.scale.shape[-1] if isinstance(w, QuantizedTensor) else rows
-    fits = (e for e in TABLE if e.form == form and e.above < w.size <= e.size and e.inner <= w.shape[-1] <= _INNER_MAX)
+    fits = (e for e in TABLE if e.form == form and e.above < w.size <= e.size and e.inner <= w.shape[-1] <= LIMB_INPUTS)
     entry = next(fits, None)
     if entry is None or not entry.least <= multiplied <= entry.rows:
         return None

@@ -15,10 +15,11 @@ from .hopper.add_norm import add_norm, warpgroups_for
 from .hopper.common.tiles import Weight, pad_rows
 from .hopper.gemm.medium_m import MEDIUM_M_MAX, check_medium_m, medium_m_sums
 from .layer_view import LayerView
-from .matmul import SMALL_M_MAX, check_product, matmul_reference, product
+from .matmul import SMALL_M_MAX, check_product, matmul_reference, product, takes_limbs
 from .rms_norm import rms_norm_reference
+from .split_rows import SplitRows, split_rows
 
-Result = tuple[jax.Array, jax.Array]
+Result = tuple[jax.Array, jax.Array | SplitRows]
 
 
 def finish_layer_reference(
@@ -31,13 +32,15 @@ def finish_layer_reference(
     next_norm: jax.Array,
     *,
     eps: float,
+    split: bool = False,
 ) -> Result:
     """out [..., q_width] of attention, x [..., dim], wo [dim, q_width], w_gate_up [2 * hidden, dim], w_down
     [dim, hidden], norms [dim] -> x [..., dim] after the layer, and its norm with ``next_norm``: that of the next layer,
-    or of the head."""
+    or of the head. With ``split`` the norm comes with its limbs, for a product that takes them."""
     x = matmul_reference(out, wo, residual=x)
     x = ffn_reference(x, ffn_norm, w_gate_up, w_down, eps=eps)
-    return x, rms_norm_reference(x, next_norm, eps=eps)
+    h = rms_norm_reference(x, next_norm, eps=eps)
+    return x, split_rows(h) if split else h
 
 
 def check_finish_layer(
@@ -74,6 +77,7 @@ def finish_layer_kernel(
     next_norm: jax.Array,
     *,
     eps: float,
+    split: bool = False,
     interpret: Any = False,
     **options: Any,
 ) -> Result:
@@ -83,13 +87,13 @@ def finish_layer_kernel(
     # TMA takes 8 rows at a time. Padded here, no kernel has to do it again.
     out, x = (pad_rows(a.reshape(rows, -1), 0) for a in (out, x))
     sums = _sums(out, wo, options)
-    x, h = add_norm(sums, x, ffn_norm, eps=eps, interpret=interpret)
+    x, h = add_norm(sums, x, ffn_norm, eps=eps, split=takes_limbs(x, w_gate_up), interpret=interpret)
     gated = product(h, w_gate_up, swiglu=True, **options)
-    x, h = add_norm(_sums(gated, w_down, options), x, next_norm, eps=eps, interpret=interpret)
+    x, h = add_norm(_sums(gated, w_down, options), x, next_norm, eps=eps, split=split, interpret=interpret)
     return x[:rows].reshape(shape), h[:rows].reshape(shape)
 
 
-def _sums(x: jax.Array, w: Weight | LayerView, options: dict[str, Any]) -> jax.Array:
+def _sums(x: jax.Array | SplitRows, w: Weight | LayerView, options: dict[str, Any]) -> jax.Array:
     w, layer = (w.stacked, w.index) if isinstance(w, LayerView) else (w, None)
     return medium_m_sums(x, w, layer=layer, **options)
 

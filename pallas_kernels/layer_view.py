@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from .quantized import QuantizedTensor
+from .split_rows import SplitRows
 
 
 @jax.tree_util.register_dataclass
@@ -33,12 +34,14 @@ class LayerView:
 
 
 def materialize(tree: Any) -> Any:
-    """A tree of arguments with every `LayerView` replaced by the slice that it stands for."""
+    """A tree of arguments with every `LayerView` and `SplitRows` replaced by the array that it stands for."""
 
-    def slice_of(a: Any) -> Any:
+    def array_of(a: Any) -> Any:
+        if isinstance(a, SplitRows):
+            return a.x
         return a.stacked[a.index] if isinstance(a, LayerView) else a
 
-    return jax.tree.map(slice_of, tree, is_leaf=lambda a: isinstance(a, LayerView))
+    return jax.tree.map(array_of, tree, is_leaf=lambda a: isinstance(a, (LayerView, SplitRows)))
 
 
 def as_stacked(array: jax.Array | LayerView) -> tuple[jax.Array, jax.Array]:

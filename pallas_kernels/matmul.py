@@ -14,13 +14,16 @@ from jax import lax
 from . import cpu
 from .arch import planned
 from .dispatch import Kernel, Op
-from .hopper.common.tiles import Weight, format_of
+from .formats import WeightFormat
+from .hopper.common.tiles import Format, Weight, format_of
 from .hopper.gemm.large_m import check_large_m, large_m_gemm
 from .hopper.gemm.large_m_plan import tiles_for as large_m_tiles_for
 from .hopper.gemm.medium_m import MEDIUM_M_MAX, check_medium_m, medium_m_gemm
+from .hopper.gemm.medium_m_plan import LIMB_ROWS
 from .hopper.gemm.small_m import SMALL_M_MAX, check_small_m, small_m_gemm
 from .layer_view import LayerView
 from .quantized import QuantizedTensor, dequantize
+from .split_rows import LIMB_INPUTS, SplitRows
 
 INTEGERS_MEDIUM_M_MAX = 192  # rows of which the medium-M GEMM keeps the sums of three consumers of integers
 
@@ -53,7 +56,7 @@ def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
 
 def affine(
     product: Callable[..., jax.Array],
-    x: jax.Array,
+    x: jax.Array | SplitRows,
     w: Any,
     bias: jax.Array | None,
     *,
@@ -66,7 +69,14 @@ def affine(
     return y if residual is None else residual + y
 
 
-def check_product(x: jax.Array, w: Weight | LayerView, *, swiglu: bool = False, **_: Any) -> None:
+def takes_limbs(x: jax.Array | SplitRows, w: Weight | LayerView) -> bool:
+    """Whether `product` multiplies the limbs of x [..., in] where it gets them: in batches of few rows."""
+    w = w.stacked if isinstance(w, LayerView) else w
+    rows, whole = math.prod(x.shape[:-1]), Format(WeightFormat.INT8)  # one scale a row
+    return SMALL_M_MAX < rows <= LIMB_ROWS and format_of(w) == whole and x.shape[-1] <= LIMB_INPUTS
+
+
+def check_product(x: jax.Array | SplitRows, w: Weight | LayerView, *, swiglu: bool = False, **_: Any) -> None:
     """Raise `Unsupported` where `product` cannot run."""
     w = w.stacked if isinstance(w, LayerView) else w
     x = jax.ShapeDtypeStruct((math.prod(x.shape[:-1]), x.shape[-1]), x.dtype)
@@ -93,7 +103,7 @@ def _large_m_pays(rows: int, w: Weight, swiglu: bool) -> bool:
 
 
 def product(
-    x: jax.Array,
+    x: jax.Array | SplitRows,
     w: Weight | LayerView,
     *,
     residual: jax.Array | None = None,
@@ -102,12 +112,14 @@ def product(
 ) -> jax.Array:
     """`matmul_reference`, or a feed-forward block's first product with ``swiglu``, by the small-M, medium-M or large-M
     GEMM, depending on the number of rows. ``options`` are those of that kernel."""
+    if isinstance(x, SplitRows) and not takes_limbs(x, w):
+        x = x.x
     w, layer = (w.stacked, w.index) if isinstance(w, LayerView) else (w, None)
     lead = x.shape[:-1]
     x = x.reshape(-1, x.shape[-1])
     if residual is not None:
         residual = residual.reshape(-1, residual.shape[-1])
-    kernel = small_m_gemm
+    kernel: Any = small_m_gemm
     if x.shape[0] > SMALL_M_MAX:
         kernel = large_m_gemm if _large_m_pays(x.shape[0], w, swiglu) else medium_m_gemm
     return kernel(x, w, layer=layer, residual=residual, swiglu=swiglu, **options).reshape(*lead, -1)

@@ -11,8 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from ..split_rows import SplitRows, digits, scale_and_inverse
 from .common.ring import consumer_barrier
 from .common.thread_ops import WARPGROUP_SIZE
 
@@ -30,22 +32,25 @@ def warpgroups_for(dim: int) -> int | None:
 
 
 # A jit of its own: all layers of a model share one trace and one lowering.
-@functools.partial(jax.jit, static_argnames=("eps", "interpret"))
+@functools.partial(jax.jit, static_argnames=("eps", "split", "interpret"))
 def add_norm(
-    sums: jax.Array, residual: jax.Array, weight: jax.Array, *, eps: float, interpret: Any = False
-) -> tuple[jax.Array, jax.Array]:
+    sums: jax.Array, residual: jax.Array, weight: jax.Array, *, eps: float, split: bool = False, interpret: Any = False
+) -> tuple[jax.Array, jax.Array | SplitRows]:
     """sums [k_splits, rows, dim] in float32, residual [rows, dim], weight [dim] of a norm -> x = residual + sums, added
-    in the order of the splits, and the norm of x; both [rows, dim] in the residual's dtype."""
+    in the order of the splits, and the norm of x; both [rows, dim] in the residual's dtype. With ``split``, the norm
+    comes with its limbs: as `split_rows` would give it."""
     rows, dim = residual.shape
     warpgroups = warpgroups_for(dim)
     assert warpgroups is not None
     vector = math.gcd(dim // (warpgroups * WARPGROUP_SIZE), MAX_VECTOR)
     columns = (dim // (WARPGROUP_SIZE * vector), WARPS, LANES, vector)  # a thread takes those that lie together
     result = jax.ShapeDtypeStruct((rows, *columns), residual.dtype)
-    outputs = plgpu.kernel(
+    of_limbs = jax.ShapeDtypeStruct((2, rows, *columns), jnp.int8), jax.ShapeDtypeStruct((rows,), jnp.float32)
+    of_warps = plgpu.SMEM((warpgroups, WARPS), jnp.float32)
+    x, normed, *split_into = plgpu.kernel(
         functools.partial(_body, eps=eps, dim=dim),
-        out_type=(result, result),
-        scratch_types=(plgpu.SMEM((warpgroups, WARPS), jnp.float32), plgpu.Barrier(num_arrivals=warpgroups)),
+        out_type=(result, result, *(of_limbs if split else ())),
+        scratch_types=(of_warps, of_warps, plgpu.Barrier(num_arrivals=warpgroups)),
         grid=(rows,),
         grid_names=("row",),
         num_threads=warpgroups,
@@ -53,13 +58,17 @@ def add_norm(
         interpret=interpret,
         kernel_name="add_norm",
     )(sums.reshape(-1, rows, *columns), residual.reshape(rows, *columns), weight.reshape(columns))
-    x, normed = (a.reshape(rows, dim) for a in outputs)
-    return x, normed
+    x, normed = (a.reshape(rows, dim) for a in (x, normed))
+    if not split_into:
+        return x, normed
+    limbs, scale = split_into
+    return x, SplitRows(normed, limbs.reshape(2, rows, dim), scale)
 
 
-def _body(sums: Any, residual: Any, weight: Any, x_out: Any, normed_out: Any, squares: Any, summed: Any, *,
-          eps: float, dim: int) -> None:  # fmt: skip
-    """One warpgroup's columns of one row: a list of units [warps, lanes, vector]."""
+def _body(sums: Any, residual: Any, weight: Any, x_out: Any, normed_out: Any, *rest: Any, eps: float, dim: int) -> None:
+    """One warpgroup's columns of one row: a list of units [warps, lanes, vector]. ``rest``: limbs and scales, where
+    they are wanted, and the scratch."""
+    *of_limbs, squares, largest, summed = rest
     row, me, warpgroups = lax.axis_index("row"), lax.axis_index("warpgroup"), squares.shape[0]
     own = [me + i * warpgroups for i in range(weight.shape[0] // warpgroups)]
     layout = plgpu.Layout.TILED(plgpu.Tiling((weight.shape[1:],)), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
@@ -78,9 +87,28 @@ def _body(sums: Any, residual: Any, weight: Any, x_out: Any, normed_out: Any, sq
     rounded = [(a + b.astype(jnp.float32)).astype(x_out.dtype) for a, b in zip(totals, before, strict=True)]
     store(x_out.at[row], rounded)
     x = [a.astype(jnp.float32) for a in rounded]
+    gained = [a * gain.astype(jnp.float32) for a, gain in zip(x, gains, strict=True)]
     squares.at[me][...] = functools.reduce(jnp.add, [a * a for a in x]).sum(axis=2).sum(axis=1)
+    if of_limbs:
+        largest.at[me][...] = functools.reduce(jnp.maximum, [jnp.abs(a) for a in gained]).max(axis=2).max(axis=1)
     consumer_barrier(summed)
-    of_warps = [squares[i, j] for i in range(warpgroups) for j in range(WARPS)]
-    inv_rms = lax.rsqrt(functools.reduce(jnp.add, of_warps) / dim + eps)
-    normed = [a * inv_rms * gain.astype(jnp.float32) for a, gain in zip(x, gains, strict=True)]
-    store(normed_out.at[row], [a.astype(normed_out.dtype) for a in normed])
+
+    def reduced(function: Any, of_warps: Any) -> jax.Array:
+        return functools.reduce(function, [of_warps[i, j] for i in range(warpgroups) for j in range(WARPS)])
+
+    inv_rms = lax.rsqrt(reduced(jnp.add, squares) / dim + eps)
+    normed = [(a * inv_rms).astype(normed_out.dtype) for a in gained]
+    store(normed_out.at[row], normed)
+    if not of_limbs:
+        return
+    limbs_out, scale_out = of_limbs
+    # Rounding keeps the order of numbers. So this is the largest of the rounded ones, before they are known.
+    most = (reduced(jnp.maximum, largest) * inv_rms).astype(normed_out.dtype).astype(jnp.float32)
+    scale, inverse = scale_and_inverse(most)
+    both = [digits(a.astype(jnp.float32) * inverse) for a in normed]
+    for limb, units in enumerate(zip(*both, strict=True)):
+        store(limbs_out.at[limb, row], [a.astype(jnp.int32).astype(jnp.int8) for a in units])
+
+    @pl.when(me == 0)
+    def _() -> None:
+        scale_out[row] = scale

@@ -18,6 +18,7 @@ KERNEL_BASE = (
     "formats",
     "layer_view",
     "quantized",
+    "split_rows",
     "step_weights",
 )  # the modules of the op layer that a kernel may use
 OURS = ("pallas_kernels", "jllama", "convert", "bench", "tests", "examples")

@@ -94,7 +94,7 @@ def example(name: str) -> tuple[Op, tuple[Any, ...], dict[str, Any]]:
         "finish_layer": (
             OPS["finish_layer"],
             (normal(2, 2, 16), x, normal(32, 16), normal(32), normal(96, 32), normal(32, 48), normal(32)),
-            eps,
+            eps | dict(split=True),
         ),
         "draw": (OPS["draw"], (normal(2, 64), jnp.asarray([0.3, 0.7])), dict(temperature=jnp.ones(2))),
     }[name]
@@ -148,6 +148,21 @@ def test_transforms_of_an_op_with_a_kernel_are_the_references(name: str) -> None
     assert choices[op.name] == Choice("xla", "differentiated: the reference's rule")
     # On a CPU the reference multiplies integer weights by two limbs of x: errors go with the largest sum, about 13.
     same(found, through(op, "xla"), scale=13.0 if name in ("matmul-int8", "matmul-int4") else 1.0)
+
+
+def test_limbs_of_activations_do_not_stop_derivatives() -> None:
+    """A step hands them from one op to the next. What is differentiated is the product of what they stand for."""
+    layer, (out, *rest), eps = example("finish_layer")
+    w = quantize(jax.random.normal(jax.random.key(1), (16, 32)), "int8")
+
+    def f(out: jax.Array, backend: str) -> jax.Array:
+        _, h = faked(layer)(out, *rest, **eps, backend=backend)
+        return total(faked(OPS["matmul"])(h, w, backend=backend))
+
+    with pinned(HOPPER):
+        found = jax.jit(jax.grad(lambda out: f(out, "pallas")))(out)
+        same(found, jax.jit(jax.grad(lambda out: f(out, "xla")))(out))
+    assert float(jnp.abs(found).max()) > 0.1
 
 
 def test_the_fake_kernel_has_no_rules_of_its_own() -> None:

@@ -26,10 +26,10 @@ def ints(*shape: int) -> Any:
     return jax.ShapeDtypeStruct(shape, jnp.int32)
 
 
-def arguments(layers: int) -> tuple[Any, Any]:
+def arguments(layers: int, quant: Any = "none") -> tuple[Any, Any]:
     """Weights and state of a 7B with so many layers."""
     config = dataclasses.replace(preset("7b"), n_layers=layers)
-    params = jax.eval_shape(lambda: init(config, jax.random.key(0), dtype=jnp.bfloat16, stacked=True))
+    params = jax.eval_shape(lambda: init(config, jax.random.key(0), dtype=jnp.bfloat16, quant=quant, stacked=True))
     return params, jax.eval_shape(lambda: init_state(config, 16, PAGES, jnp.bfloat16))
 
 
@@ -43,16 +43,21 @@ def feed(layers: int) -> Any:
     return lowered(steps.feed, *arguments(layers), ints(16, 128), ints(16), ints(16, WIDTH))
 
 
-def decode(layers: int) -> Any:
+def decode(layers: int, quant: Any = "none") -> Any:
     """A new token of each of 64 rows."""
-    params, state = arguments(layers)
+    params, state = arguments(layers, quant)
     cache = PagedCache(state.k, state.v, ints(64, WIDTH), ints(64))
     return lowered(
         lambda params, tokens, cache: forward(params, tokens, cache, last_only=True), params, ints(64, 1), cache
     )
 
 
-@pytest.mark.parametrize("step", [feed, decode])
+def decode_int8(layers: int) -> Any:
+    """The same with int8 weights: norms write limbs of what wqkv and w_gate_up multiply."""
+    return decode(layers, "int8")
+
+
+@pytest.mark.parametrize("step", [feed, decode, decode_int8])
 def test_a_layer_lowers_to_seven_kernels_and_nothing_between_them(step: Any) -> None:
     """Prompts: norm, qkv, attention, o, norm, gate and up, down. A decode step: qkv, attention, o, norm, gate and up,
     down, norm. The gains of the two norms are slices of all layers'."""

@@ -16,7 +16,17 @@ from jax.experimental.mosaic.gpu.fragmented_array import FragmentedArray
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from test_products import FORMATS, abstract, error, exact, interpreter, normal, race_free, weight
 
-from pallas_kernels import LayerView, QuantizedTensor, Unsupported, dequantize, finish_layer, matmul
+from pallas_kernels import (
+    LayerView,
+    QuantizedTensor,
+    SplitRows,
+    Unsupported,
+    dequantize,
+    finish_layer,
+    matmul,
+    split_rows,
+    takes_limbs,
+)
 from pallas_kernels.finish_layer import CASES, check_finish_layer, finish_layer_kernel
 from pallas_kernels.hopper.add_norm import add_norm
 from pallas_kernels.hopper.common.tiles import format_of
@@ -66,6 +76,17 @@ def test_medium_m_interpreted(fmt: str, case: tuple[int, int, MediumMTiles, int]
     assert error(race_free(y) if detects else y, wanted) < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("case", "swiglu"), [(SPLIT, False), (CLUSTER, False), ((12, 384, MediumMTiles(192, depth=2), 1), True)]
+)
+def test_medium_m_interpreted_with_limbs(case: tuple[int, int, MediumMTiles, int], swiglu: bool) -> None:
+    rows, out, tiles, sms = case
+    x, w = normal(0, rows, 256), weight("int8", out, 256)
+    how = dict(swiglu=swiglu, out_dtype=jnp.float32, tiles=tiles, sms=sms, interpret=interpreter())
+    y = race_free(medium_m_gemm(split_rows(x), w, **how))
+    assert 1e-6 < error(y, exact(x, w, swiglu=swiglu)) < 1e-4  # less would say that nothing was split
+
+
 @pytest.mark.parametrize(("fmt", "consumer_rows"), [("bf16", 0), ("int4-g128", 0), ("bf16", 64)])
 def test_medium_m_interpreted_with_everything_after_it(fmt: str, consumer_rows: int) -> None:
     """SwiGLU, whose gate and up lie across the consumers, a layer of a stack, float16, several work tiles a block."""
@@ -77,17 +98,21 @@ def test_medium_m_interpreted_with_everything_after_it(fmt: str, consumer_rows: 
     assert error(y, exact(x, w[2], swiglu=True, residual=residual)) < 1e-5
 
 
-def test_add_norm_interpreted() -> None:
+def test_add_norm_interpreted_with_limbs() -> None:
     sums, x, w = normal(0, 3, 5, 512, dtype=jnp.float32), normal(1, 5, 512), normal(2, 512)
-    y, h = add_norm(sums, x, w, eps=EPS, interpret=interpreter())
+    y, h = add_norm(sums, x, w, eps=EPS, split=True, interpret=interpreter())
     wanted = (sums[0] + sums[1] + sums[2] + x.astype(jnp.float32)).astype(x.dtype)  # in the order of the splits
     np.testing.assert_array_equal(race_free(y), wanted)
-    assert error(h, rms_norm_reference(wanted, w, eps=EPS)) < 1e-3
+    assert isinstance(h, SplitRows)
+    assert error(h.x, rms_norm_reference(wanted, w, eps=EPS)) < 1e-3
+    for found, expected in zip(jax.tree.leaves(h), jax.tree.leaves(split_rows(h.x)), strict=True):
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_finish_layer_interpreted() -> None:
     out, x, norms = normal(0, 10, 1, 128), normal(1, 10, 1, 128), [normal(i, 128) for i in (2, 3)]
     wo, gate_up, down = weight("int8", 128, 128), weight("int8", 256, 128, seed=4), weight("bf16", 128, 128, seed=5)
+    assert takes_limbs(x, gate_up)
     y, h = finish_layer_kernel(
         out, x, wo, norms[0], gate_up, down, norms[1], eps=EPS, sms=2, interpret=plgpu.InterpretGPUParams()
     )
@@ -214,6 +239,17 @@ def test_refused_layers() -> None:
         check_finish_layer(*most, jax.ShapeDtypeStruct((8,), norm.dtype))
 
 
+def test_limbs_are_for_batches_and_for_int8_with_one_scale_a_row() -> None:
+    def taken(rows: int, fmt: str = "int8", inner: int = 4096) -> bool:
+        x = jax.ShapeDtypeStruct((rows, 1, inner), jnp.bfloat16)
+        return takes_limbs(x, LayerView(abstract(fmt, 3, 12288, inner), 1))
+
+    assert [taken(rows) for rows in (8, 9, 96, 97)] == [False, True, True, False]
+    assert not any(taken(64, fmt) for fmt in FORMATS if fmt != "int8")
+    assert taken(64, inner=2**17)
+    assert not taken(64, inner=2**17 + 64)  # int32 sums could overflow
+
+
 # Compiled, on a Hopper GPU
 
 
@@ -259,3 +295,26 @@ def test_rows_first_on_gpu(rows: int, tiles: MediumMTiles) -> None:
     for swiglu in [False] if tiles.k_splits > 1 else [False, True]:
         y = jax.jit(lambda x, w, s=swiglu: medium_m_gemm(x, w, swiglu=s, tiles=tiles))(x, w)
         assert error(y, exact(x, w, swiglu=swiglu)) < 3e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [9, 40, 64, 96])
+@pytest.mark.parametrize("swiglu", [False, True])
+def test_limbs_on_gpu(rows: int, swiglu: bool) -> None:
+    x, w = normal(0, rows, 4096), jax.jit(lambda: weight("int8", 12288, 4096))()
+    run = jax.jit(lambda x, w: medium_m_gemm(split_rows(x), w, swiglu=swiglu, out_dtype=jnp.float32))
+    y = run(x, w)
+    assert error(y, exact(x, w, swiglu=swiglu)) < 1e-4
+    np.testing.assert_array_equal(run(x, w), y)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [2048, 4096, 5120, 8192])
+def test_add_norm_with_limbs_on_gpu(dim: int) -> None:
+    sums, x, w = normal(0, 3, 64, dim, dtype=jnp.float32), normal(1, 64, dim), normal(2, dim)
+    y, h = jax.jit(functools.partial(add_norm, eps=EPS, split=True))(sums, x, w)
+    assert error(h.x, rms_norm_reference(y, w, eps=EPS)) < 1e-3
+    expected = split_rows(h.x)
+    np.testing.assert_allclose(h.scale, expected.scale, rtol=1e-6)
+    whole, wanted = (254 * a[0].astype(jnp.int32) + a[1] for a in (h.limbs, expected.limbs))
+    assert int(jnp.abs(whole - wanted).max()) <= 1

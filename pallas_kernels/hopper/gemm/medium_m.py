@@ -21,6 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from ...arch import planned
 from ...dispatch import Unsupported
 from ...layer_view import layer_index
+from ...split_rows import SplitRows
 from ..common.ring import acquire, drain
 from ..common.tiles import Weight, check_operands, data_and_scale, format_of, pad_rows
 from ..common.warp_specialize import warp_specialize
@@ -40,7 +41,7 @@ def check_medium_m(x: jax.Array, w: Weight, *, swiglu: bool = False) -> None:
 
 
 def medium_m_gemm(
-    x: jax.Array,
+    x: jax.Array | SplitRows,
     w: Weight,
     *,
     layer: jax.Array | int | None = None,
@@ -51,7 +52,8 @@ def medium_m_gemm(
 ) -> jax.Array:
     """x [rows, in] · w [out, in] -> [rows, out] (+ residual), or silu(gate) * up of w [2 * out, in] with ``swiglu``.
 
-    With ``layer``, w is stacked [layers, out, in] and read in place. ``options`` are those of `medium_m_sums`.
+    With ``layer``, w is stacked [layers, out, in] and read in place. If x is `SplitRows`, w is int8 with one scale a
+    row, and multiplies its limbs. ``options`` are those of `medium_m_sums`.
     """
     out_dtype = jnp.dtype(out_dtype or x.dtype)
     y = medium_m_sums(x, w, layer=layer, swiglu=swiglu, out_dtype=out_dtype, splittable=False, **options)
@@ -63,7 +65,7 @@ def medium_m_gemm(
 
 
 def medium_m_sums(
-    x: jax.Array,
+    x: jax.Array | SplitRows,
     w: Weight,
     *,
     layer: jax.Array | int | None = None,
@@ -78,27 +80,39 @@ def medium_m_sums(
     a product without them is finished in ``out_dtype``."""
     problem = _problem(x, w, swiglu, out_dtype, splittable)
     p = make_plan(problem, tiles, sms or planned().sms, interpret=bool(interpret))
-    return _launch(x, w, None if layer is None else layer_index(layer), p=p, interpret=interpret)
+    x, x_scale = (_padded_limbs(x), pad_rows(x.scale, 0)) if isinstance(x, SplitRows) else (pad_rows(x, 0), None)
+    return _launch(x, x_scale, w, None if layer is None else layer_index(layer), p=p, interpret=interpret)
 
 
-def _problem(x: jax.Array, w: Weight, swiglu: bool, out_dtype: Any, splittable: bool = False) -> MediumMProblem:
+def _padded_limbs(x: SplitRows) -> jax.Array:
+    """The limbs [2 * rows, in], those of the upper limbs first, of rows up to a multiple of 8."""
+    return pad_rows(x.limbs, 1).reshape(-1, x.shape[-1])
+
+
+def _problem(
+    x: jax.Array | SplitRows, w: Weight, swiglu: bool, out_dtype: Any, splittable: bool = False
+) -> MediumMProblem:
+    limbs = isinstance(x, SplitRows)
     return MediumMProblem(
         fmt=format_of(w),
         rows=x.shape[0],
         inner=x.shape[1],
         out=w.shape[-2],
         swiglu=swiglu,
-        dtype=jnp.dtype(x.dtype),
+        dtype=jnp.dtype(jnp.int8 if limbs else x.dtype),
         out_dtype=jnp.dtype(out_dtype),
         splittable=splittable,
+        limbs=limbs,
     )
 
 
 # A jit of its own: all layers of a model share one trace and one lowering.
 @functools.partial(jax.jit, static_argnames=("p", "interpret"))
-def _launch(x: jax.Array, w: Weight, layer: jax.Array | None, *, p: MediumMPlan, interpret: Any) -> jax.Array:
+def _launch(
+    x: jax.Array, x_scale: jax.Array | None, w: Weight, layer: jax.Array | None, *, p: MediumMPlan, interpret: Any
+) -> jax.Array:
     data, scale = data_and_scale(w)
-    arguments = {"layer": layer, "x": pad_rows(x, 0), "w": data, "scale": scale}
+    arguments = {"layer": layer, "x": x, "x_scale": x_scale, "w": data, "scale": scale}
     arguments = {name: a for name, a in arguments.items() if a is not None}
     problem = p.problem
     return plgpu.kernel(
@@ -126,7 +140,8 @@ def _block(*refs: Any, names: tuple[str, ...], p: MediumMPlan) -> None:
     scale = given["scale"].at[layer] if "scale" in given else None
     me = lax.axis_index("warpgroup")
     cluster, member = lax.axis_index("cluster"), lax.axis_index(MEMBER) if p.cluster > 1 else 0
-    block = Block(p, me, cluster, member, given["x"], given["w"].at[layer], scale, out_ref, scratch)
+    x, x_scale = given["x"], given.get("x_scale")
+    block = Block(p, me, cluster, member, x, x_scale, given["w"].at[layer], scale, out_ref, scratch)
     warp_specialize(
         me,
         lambda: _produce(block),
@@ -151,7 +166,7 @@ def _produce(block: Block) -> None:
                 place = scratch.w_ring.at[slot, pl.ds(projection * p.n_out, p.n_out)]
                 plgpu.copy_gmem_to_smem(source, place, full)
             everyone = MEMBER if p.cluster > 1 else None  # each block copies its part of x to all of the cluster
-            x = scratch.x_ring.at[slot, pl.ds(0, p.problem.columns)]
+            x = scratch.x_ring.at[slot, pl.ds(0, p.problem.x_rows)]
             plgpu.copy_gmem_to_smem(block.x.at[:, inputs], x, full, collective_axes=everyone)
             return count + 1
 

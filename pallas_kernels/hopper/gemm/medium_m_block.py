@@ -42,7 +42,7 @@ class Scratch:
 def scratch_of(p: MediumMPlan) -> Scratch:
     """Shared memory and barriers for a plan."""
     problem, fmt = p.problem, p.problem.fmt
-    widened, transposed = p.interpret and fmt.quantized, not p.rows_first
+    widened, transposed = p.interpret and problem.widens, not p.rows_first
     free: Any = plgpu.Barrier(num_arrivals=p.consumers, num_barriers=p.depth)
     if p.cluster > 1:  # a copy of one block arrives in all of them, so all must have room
         free = plgpu.ClusterBarrier(collective_axes=(MEMBER,), num_arrivals=p.consumers, num_barriers=p.depth)
@@ -65,7 +65,8 @@ class Block:
     me: Any  # index of this warpgroup
     cluster: Any  # index of this block's cluster
     member: Any  # index of this block in its cluster
-    x: Ref  # [rows, inputs]
+    x: Ref  # [rows, inputs], or its limbs [2 * rows, inputs]
+    x_scale: Ref | None  # [rows], of limbs
     w: Ref  # [rows of the weight, inputs], of one layer
     scale: Ref | None  # [rows of the weight, groups], of one layer
     out: Ref  # [rows, outputs], or [k_splits, rows, outputs]
@@ -103,7 +104,7 @@ class Block:
     def release(self, slot: Any) -> None:
         """This consumer is done with the stage in a slot of the ring."""
         p = self.plan
-        if p.cluster > 1 and p.problem.fmt.quantized:
+        if p.cluster > 1 and p.problem.widens:
             # One thread arrives at the barrier of a cluster for its warpgroup. First all must have read their integers.
             plgpu.commit_smem()
         plgpu.barrier_arrive(self.scratch.free.at[slot])

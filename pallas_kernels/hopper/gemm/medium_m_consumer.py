@@ -29,6 +29,7 @@ from ..common.thread_ops import (
 from ..common.tiles import WGMMA_ROWS, broadcast_rows
 from ..common.widen import load_integers, widen, widen_scaled
 from .medium_m_block import Block, WorkTile
+from .medium_m_limbs import joined_limbs, row_scales
 from .medium_m_rows_first import multiply_rows_first, write_rows_first
 
 WIDENED = 64  # inputs that are widened at a time, while the products of those before run
@@ -42,8 +43,11 @@ def consume(block: Block) -> None:
     def turn(t: Any, count: Any) -> Any:
         tile = block.work_tile(t)
         stages = tile.end - tile.start
-        if not p.problem.fmt.quantized:
-            sums = _floats(block, count, stages)
+        if p.problem.limbs:
+            scales = _scales(block, tile, 0), row_scales(block)  # loaded before the products, used after them
+            sums = [joined_limbs(_as_they_are(block, count, stages), *scales)]
+        elif not p.problem.fmt.quantized:
+            sums = _as_they_are(block, count, stages)
         elif p.problem.fmt.grouped and not p.scales_weights:
             sums = _one_scale_a_group(block, tile, count, stages)
         else:
@@ -64,11 +68,13 @@ def _multiply(block: Block, accs: Any, weights: Any, slot: Any, begin: int = 0, 
 def _accumulate(block: Block, scoped: Any) -> Any:
     """What ``scoped`` gives, whose arguments are accumulators of all columns."""
     shapes = [(WGMMA_ROWS, columns) for _, columns in block.plan.accumulators]
-    return pl.run_scoped(scoped, *[plgpu.ACC(shape, jnp.float32) for shape in shapes])
+    dtype = jnp.int32 if block.plan.problem.limbs else jnp.float32
+    return pl.run_scoped(scoped, *[plgpu.ACC(shape, dtype) for shape in shapes])
 
 
-def _floats(block: Block, count: Any, stages: Any) -> list[jax.Array]:
-    """The products of one stage run while those of the next are issued."""
+def _as_they_are(block: Block, count: Any, stages: Any) -> list[jax.Array]:
+    """The sums of weights that wgmma reads from shared memory. The products of one stage run while those of the next
+    are issued."""
     scratch, depth = block.scratch, block.plan.depth
 
     def scoped(*accs: Any) -> list[jax.Array]:
@@ -247,8 +253,9 @@ def _write(block: Block, tile: WorkTile, sums: list[jax.Array]) -> None:
     """Transpose the sums [64, columns] of all consumers through shared memory, and write them as parts of the result's
     rows."""
     p, staged = block.plan, block.scratch.staged
-    out = block.out.at[tile.k_split if p.k_splits > 1 else 0]
-    for (first, columns), total in zip(p.accumulators, sums, strict=True):
+    out, first = block.out.at[tile.k_split if p.k_splits > 1 else 0], 0
+    for total in sums:
+        columns = total.shape[1]
         for begin in range(0, columns, staged.shape[0]):
             width = min(staged.shape[0], columns - begin)
             values = total[:, begin : begin + width].astype(staged.dtype)
@@ -256,6 +263,7 @@ def _write(block: Block, tile: WorkTile, sums: list[jax.Array]) -> None:
             _store_transposed(block, values)
             consumer_barrier(block.scratch.consumers_meet)
             _write_rows(block, out, tile.out, first + begin, min(width, p.problem.rows - first - begin))
+        first += columns
 
 
 def _store_transposed(block: Block, values: jax.Array) -> None:

@@ -41,6 +41,7 @@ STAGED_ROWS = 64  # rows of the result that are transposed at a time
 WGMMA_REGISTERS = 32  # that one wgmma needs besides its sums
 HALF_COLUMNS = 128
 MIN_COLUMNS = 32  # of an N tile, where the weight's rows are wgmma's columns
+LIMB_ROWS = 96  # rows of x in two limbs. From about as many on, operations bound the product, not bytes
 EXACT_COLUMNS = 64  # of more columns, sums of one group are not kept apart
 SCRATCH_RESERVE = 3072  # bytes of shared memory for barriers, and for scratch that the compiler adds
 MIN_DEPTH = 3
@@ -70,11 +71,22 @@ class MediumMProblem:
     dtype: Any  # of x
     out_dtype: Any
     splittable: bool = False  # whether a kernel follows that adds K splits, however many there are
+    limbs: bool = False  # whether x comes as two int8 limbs, which int8 weights multiply as they are
 
     @property
     def columns(self) -> int:
         """Rows of x, rounded up to what wgmma takes as columns of its right operand."""
         return 8 * math.ceil(self.rows / 8)
+
+    @property
+    def x_rows(self) -> int:
+        """Columns of wgmma's right operand in all: the lower limbs follow the upper ones."""
+        return self.columns * (2 if self.limbs else 1)
+
+    @property
+    def widens(self) -> bool:
+        """Whether integer weights become floats."""
+        return self.fmt.quantized and not self.limbs
 
     @property
     def outputs(self) -> int:
@@ -151,7 +163,7 @@ class MediumMPlan:
     @property
     def x_rows(self) -> int:
         """Rows of x in a stage: all, and as many as a consumer has. Of those past the end nothing is written."""
-        return max(self.problem.columns, self.tiles.consumer_rows)
+        return max(self.problem.x_rows, self.tiles.consumer_rows)
 
     @property
     def consumers(self) -> int:
@@ -180,8 +192,9 @@ class MediumMPlan:
         would need more registers than a thread has; with rows of x, one for each 64 of them."""
         if self.rows_first:
             return [(0, self.n_tile)] * (self.consumer_rows // WGMMA_ROWS)
-        columns = self.problem.columns
-        most = columns if self._issuable(columns) else HALF_COLUMNS
+        columns = self.problem.x_rows
+        parts = self.problem.columns if self.problem.limbs else HALF_COLUMNS
+        most = columns if self._issuable(columns) else parts
         return [(first, min(most, columns - first)) for first in range(0, columns, most)]
 
     def _issuable(self, columns: int) -> bool:
@@ -200,7 +213,7 @@ class MediumMPlan:
         sums = sum(WGMMA_ROWS * columns // threads for _, columns in self.accumulators)
         if fmt.grouped and not self.scales_weights:
             sums *= 2
-        weights = WGMMA_ROWS * self.step * (16 + 2 * fmt.bits) // 32 // threads if fmt.quantized else 0
+        weights = WGMMA_ROWS * self.step * (16 + 2 * fmt.bits) // 32 // threads if self.problem.widens else 0
         return sums + weights + OTHER_REGISTERS
 
     @property
@@ -220,7 +233,7 @@ class MediumMPlan:
     def depth(self) -> int:
         """Stages of the ring: as many as shared memory has room for."""
         p = self.problem
-        stage = nbytes((self.n_tile, self.step), p.fmt.bits) + nbytes((self.x_rows, self.step), 16)
+        stage = nbytes((self.n_tile, self.step), p.fmt.bits) + nbytes((self.x_rows, self.step), 8 if p.limbs else 16)
         room = planned().shared_bytes - SCRATCH_RESERVE
         if not self.rows_first:
             room -= nbytes(self.staged_shape, 8 * jnp.dtype(self.result_dtype).itemsize)
@@ -234,7 +247,7 @@ class MediumMPlan:
         loaded = weights + nbytes((p.columns, self.step), 16) / self.cluster
         numbers = self.consumers * self.consumer_rows * self.step  # of wgmma's left operand
         products = numbers * (self.n_tile if self.rows_first else p.columns) / PRODUCTS
-        widening = numbers / WIDENED if p.fmt.quantized else 0
+        widening = numbers / WIDENED if p.widens else 0
         if self.consumers == 1:  # no other one multiplies while it widens
             products, widening = products + widening, 0
         memory = weights * self.blocks / (MEMORY_BYTES * self.sms)
