@@ -15,7 +15,7 @@ from .hopper.add_norm import add_norm, warpgroups_for
 from .hopper.common.tiles import Weight, pad_rows
 from .hopper.gemm.medium_m import MEDIUM_M_MAX, check_medium_m, medium_m_sums
 from .layer_view import LayerView
-from .matmul import SMALL_M_MAX, matmul_reference, takes_limbs
+from .matmul import SMALL_M_MAX, check_product, matmul_reference, product, takes_limbs
 from .rms_norm import rms_norm_reference
 from .split_rows import SplitRows, split_rows
 
@@ -61,9 +61,10 @@ def check_finish_layer(
         raise Unsupported(f"norms have shapes {ffn_norm.shape} and {next_norm.shape}, activations have {dim} features")
     if warpgroups_for(dim) is None:
         raise Unsupported(f"{dim} features: too many, or not a multiple of 256")
-    for width, w, swiglu in ((out.shape[-1], wo, False), (dim, w_gate_up, True), (w_down.shape[-1], w_down, False)):
+    for width, w in ((out.shape[-1], wo), (w_down.shape[-1], w_down)):
         w = w.stacked if isinstance(w, LayerView) else w
-        check_medium_m(jax.ShapeDtypeStruct((rows, width), x.dtype), w, swiglu=swiglu)
+        check_medium_m(jax.ShapeDtypeStruct((rows, width), x.dtype), w)
+    check_product(jax.ShapeDtypeStruct((rows, dim), x.dtype), w_gate_up, swiglu=True)
 
 
 def finish_layer_kernel(
@@ -80,14 +81,14 @@ def finish_layer_kernel(
     interpret: Any = False,
     **options: Any,
 ) -> Result:
-    """`finish_layer_reference` in five launches; ``options`` are those of `medium_m_sums`."""
+    """`finish_layer_reference` in five launches; ``options`` are those of the kernels of products."""
     shape, options = x.shape, options | {"interpret": interpret}
     rows = math.prod(shape[:-1])
     # TMA takes 8 rows at a time. Padded here, no kernel has to do it again.
     out, x = (pad_rows(a.reshape(rows, -1), 0) for a in (out, x))
     sums = _sums(out, wo, options)
     x, h = add_norm(sums, x, ffn_norm, eps=eps, split=takes_limbs(x, w_gate_up), interpret=interpret)
-    gated = _sums(h, w_gate_up, options | dict(swiglu=True, splittable=False, out_dtype=x.dtype))[0]
+    gated = product(h, w_gate_up, swiglu=True, **options)
     x, h = add_norm(_sums(gated, w_down, options), x, next_norm, eps=eps, split=split, interpret=interpret)
     return x[:rows].reshape(shape), h[:rows].reshape(shape)
 

@@ -12,16 +12,20 @@ import jax.numpy as jnp
 from jax import lax
 
 from . import cpu
+from .arch import planned
 from .dispatch import Kernel, Op
 from .formats import WeightFormat
 from .hopper.common.tiles import Format, Weight, format_of
 from .hopper.gemm.large_m import check_large_m, large_m_gemm
+from .hopper.gemm.large_m_plan import tiles_for as large_m_tiles_for
 from .hopper.gemm.medium_m import MEDIUM_M_MAX, check_medium_m, medium_m_gemm
 from .hopper.gemm.medium_m_plan import LIMB_ROWS
 from .hopper.gemm.small_m import SMALL_M_MAX, check_small_m, small_m_gemm
 from .layer_view import LayerView
 from .quantized import QuantizedTensor, dequantize
 from .split_rows import LIMB_INPUTS, SplitRows
+
+INTEGERS_MEDIUM_M_MAX = 192  # rows of which the medium-M GEMM keeps the sums of three consumers of integers
 
 
 def matmul_reference(
@@ -78,17 +82,36 @@ def check_product(x: jax.Array | SplitRows, w: Weight | LayerView, *, swiglu: bo
     x = jax.ShapeDtypeStruct((math.prod(x.shape[:-1]), x.shape[-1]), x.dtype)
     if x.shape[0] <= SMALL_M_MAX:
         check_small_m(x, w)
-    elif x.shape[0] <= MEDIUM_M_MAX:
-        check_medium_m(x, w, swiglu=swiglu)
-    else:
+    elif _large_m_pays(x.shape[0], w, swiglu):
         check_large_m(x, w, swiglu=swiglu)
+    else:
+        check_medium_m(x, w, swiglu=swiglu)
+
+
+def _large_m_pays(rows: int, w: Weight, swiglu: bool) -> bool:
+    """Whether the large-M GEMM takes less time than the medium-M GEMM.
+
+    Of up to `MEDIUM_M_MAX` rows it does so for gate and up as integers. They leave the medium-M GEMM registers for two
+    consumers, so that it may need a second wave, where the large-M GEMM halves the tiles of its last one."""
+    fmt = format_of(w)
+    if rows > MEDIUM_M_MAX:
+        return True
+    if rows <= INTEGERS_MEDIUM_M_MAX or not (swiglu and fmt.quantized):
+        return False
+    tiles = large_m_tiles_for(fmt, rows, w.shape[-2] // 2, swiglu, planned().sms)
+    return tiles.row_splits > 1 and w.shape[-2] % (2 * tiles.out) == 0
 
 
 def product(
-    x: jax.Array | SplitRows, w: Weight | LayerView, *, residual: jax.Array | None = None, **options: Any
+    x: jax.Array | SplitRows,
+    w: Weight | LayerView,
+    *,
+    residual: jax.Array | None = None,
+    swiglu: bool = False,
+    **options: Any,
 ) -> jax.Array:
-    """`matmul_reference` by the small-M, medium-M or large-M GEMM, depending on the number of rows. ``options`` are
-    those of that kernel."""
+    """`matmul_reference`, or a feed-forward block's first product with ``swiglu``, by the small-M, medium-M or large-M
+    GEMM, depending on the number of rows. ``options`` are those of that kernel."""
     if isinstance(x, SplitRows) and not takes_limbs(x, w):
         x = x.x
     w, layer = (w.stacked, w.index) if isinstance(w, LayerView) else (w, None)
@@ -96,9 +119,10 @@ def product(
     x = x.reshape(-1, x.shape[-1])
     if residual is not None:
         residual = residual.reshape(-1, residual.shape[-1])
-    few = small_m_gemm if x.shape[0] <= SMALL_M_MAX else medium_m_gemm
-    kernel: Any = few if x.shape[0] <= MEDIUM_M_MAX else large_m_gemm
-    return kernel(x, w, layer=layer, residual=residual, **options).reshape(*lead, -1)
+    kernel: Any = small_m_gemm
+    if x.shape[0] > SMALL_M_MAX:
+        kernel = large_m_gemm if _large_m_pays(x.shape[0], w, swiglu) else medium_m_gemm
+    return kernel(x, w, layer=layer, residual=residual, swiglu=swiglu, **options).reshape(*lead, -1)
 
 
 matmul = Op("matmul", matmul_reference, {"hopper": Kernel(product, check_product)})

@@ -47,21 +47,33 @@ SPLIT = (33, 192, MediumMTiles(64, k_splits=2, depth=3), 3)  # K splits, added b
 TWO_CONSUMERS = (9, 128, MediumMTiles(128, depth=2), 1)
 OVERLAPPING = (200, 80, MediumMTiles(80, depth=2), 1)  # wgmma tiles that overlap, and columns of two accumulators
 CLUSTER = (16, 256, MediumMTiles(64, depth=2, cluster=2), 2)  # two blocks share x, for two work tiles each
+# wgmma takes rows of x first: fewer than it takes, in a cluster; the last consumer's rows moved up, and K splits.
+FEW_ROWS = (17, 192, MediumMTiles(48, depth=2, cluster=2, consumer_rows=64), 2)
+MOVED_UP = (200, 96, MediumMTiles(96, k_splits=2, depth=2, consumer_rows=128), 2)
 
 
 @pytest.mark.parametrize(
     ("fmt", "case"),
-    [("bf16", SPLIT), ("int8", TWO_CONSUMERS), ("int8-g32", OVERLAPPING), ("int4-g128", SPLIT), ("bf16", CLUSTER)],
+    [
+        ("bf16", SPLIT),
+        ("int8", TWO_CONSUMERS),
+        ("int8-g32", OVERLAPPING),
+        ("int4-g128", SPLIT),
+        ("bf16", CLUSTER),
+        ("bf16", FEW_ROWS),
+        ("bf16", MOVED_UP),
+    ],
 )
 def test_medium_m_interpreted(fmt: str, case: tuple[int, int, MediumMTiles, int]) -> None:
     rows, out, tiles, sms = case
     x, w = normal(0, rows, 256), weight(fmt, out, 256)
     # Where tiles overlap, two warpgroups write the same values to one place: the detector would call that a race.
-    params = interpreter() if tiles.n_tile % 64 == 0 else plgpu.InterpretGPUParams()
+    detects = tiles.consumer_rows > 0 or tiles.n_tile % 64 == 0
+    params = interpreter() if detects else plgpu.InterpretGPUParams()
     y = medium_m_gemm(x, w, out_dtype=jnp.float32, tiles=tiles, sms=sms, interpret=params)
     # Of more columns, scaled weights are rounded, as the reference rounds them.
     wanted = exact(x, w, rounded=rows > EXACT_COLUMNS)
-    assert error(race_free(y) if tiles.n_tile % 64 == 0 else y, wanted) < 1e-5
+    assert error(race_free(y) if detects else y, wanted) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -75,12 +87,12 @@ def test_medium_m_interpreted_with_limbs(case: tuple[int, int, MediumMTiles, int
     assert 1e-6 < error(y, exact(x, w, swiglu=swiglu)) < 1e-4  # less would say that nothing was split
 
 
-@pytest.mark.parametrize("fmt", ["bf16", "int4-g128"])
-def test_medium_m_interpreted_with_everything_after_it(fmt: str) -> None:
+@pytest.mark.parametrize(("fmt", "consumer_rows"), [("bf16", 0), ("int4-g128", 0), ("bf16", 64)])
+def test_medium_m_interpreted_with_everything_after_it(fmt: str, consumer_rows: int) -> None:
     """SwiGLU, whose gate and up lie across the consumers, a layer of a stack, float16, several work tiles a block."""
     x, w = normal(0, 17, 256, dtype=jnp.float16), weight(fmt, 3, 384, 256)
     w = w if isinstance(w, QuantizedTensor) else w.astype(jnp.float16)
-    residual, tiles = normal(2, 17, 192, dtype=jnp.float16), MediumMTiles(192, depth=2)
+    residual, tiles = normal(2, 17, 192, dtype=jnp.float16), MediumMTiles(192, depth=2, consumer_rows=consumer_rows)
     how = dict(swiglu=True, out_dtype=jnp.float32, tiles=tiles, sms=1, interpret=interpreter())
     y = race_free(medium_m_gemm(x, w, layer=2, residual=residual, **how))
     assert error(y, exact(x, w[2], swiglu=True, residual=residual)) < 1e-5
@@ -128,6 +140,7 @@ def arguments(case: str, fmt: str, rows: int) -> tuple[Any, ...]:
     [
         ("7b", "bf16", 256),
         ("7b", "int8", 16),
+        ("7b", "int8", 256),
         ("7b", "int4-g128", 64),
         ("7b", "int8-g32", 32),
         ("llama3-8b", "bf16", 16),
@@ -149,6 +162,8 @@ def test_a_layer_is_five_launches(case: str, fmt: str, rows: int) -> None:
     main = functions.pop("main")
     assert all(kernel.pop("custom_call") == 1 and set(kernel) <= {"reshape"} for kernel in functions.values())
     assert main["call"] == 5
+    # Of so many rows, the large-M GEMM is faster for gate and up as integers: it halves the tiles of its last wave.
+    assert sum("large_m" in name for name in functions) == (rows > 192 and fmt != "bf16")
     assert set(main) <= {"call", "constant", "reshape"}
 
 
@@ -264,6 +279,23 @@ def test_swiglu_on_gpu(fmt: str, rows: int) -> None:
     x, w = normal(0, rows, 4096), jax.jit(lambda: weight(fmt, 22016, 4096))()
     y = jax.jit(lambda x, w: medium_m_gemm(x, w, swiglu=True, out_dtype=jnp.float32))(x, w)
     assert error(y, exact(x, w, swiglu=True, rounded=rows > EXACT_COLUMNS)) < 1e-4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("rows", "tiles"),
+    [
+        (17, MediumMTiles(48, consumer_rows=64)),
+        (128, MediumMTiles(176, 64, consumer_rows=64)),
+        (200, MediumMTiles(176, 64, consumer_rows=128)),
+        (256, MediumMTiles(96, 64, k_splits=2, consumer_rows=128)),
+    ],
+)
+def test_rows_first_on_gpu(rows: int, tiles: MediumMTiles) -> None:
+    x, w = normal(0, rows, 4096), jax.jit(lambda: weight("bf16", 4400, 4096))()
+    for swiglu in [False] if tiles.k_splits > 1 else [False, True]:
+        y = jax.jit(lambda x, w, s=swiglu: medium_m_gemm(x, w, swiglu=s, tiles=tiles))(x, w)
+        assert error(y, exact(x, w, swiglu=swiglu)) < 3e-3
 
 
 @pytest.mark.gpu

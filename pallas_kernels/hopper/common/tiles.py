@@ -1,7 +1,8 @@
 """What the GEMM kernels share: weights as arguments, tiles of them in shared memory, and their scales.
 
-All of them make the weight wgmma's left operand: ``acc [out, rows] += w [out, in] · x [rows, in]ᵀ``. Only the left
-operand may come from registers, and registers are where an integer weight becomes a float (`widen`).
+They make the weight wgmma's left operand: ``acc [out, rows] += w [out, in] · x [rows, in]ᵀ``. Only the left operand may
+come from registers, and registers are where an integer weight becomes a float (`widen`). With float weights, the
+medium-M GEMM may do it the other way round.
 """
 
 from dataclasses import dataclass

@@ -45,5 +45,10 @@ def warp_specialize(
 
 def consumer_registers(consumers: int, producer: int) -> int:
     """Registers of a consumer's thread once the producer keeps ``producer`` of its own."""
-    at_launch = REGISTER_FILE // (WARPGROUP_SIZE * (consumers + 1)) // 8 * 8
+    at_launch = launch_registers(consumers)
     return min(MAX_REGISTERS, (at_launch + (at_launch - producer) // consumers) // 8 * 8)
+
+
+def launch_registers(consumers: int) -> int:
+    """Registers of every thread at the launch. ptxas refuses a single instruction that needs more."""
+    return min(MAX_REGISTERS, REGISTER_FILE // (WARPGROUP_SIZE * (consumers + 1)) // 8 * 8)

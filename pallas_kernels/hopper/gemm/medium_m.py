@@ -2,10 +2,10 @@
 
 The output is divided into work tiles: an N tile over one K split (see `medium_m_plan`). Inside a block the producer
 warpgroup copies stages of weights and of x into a ring by TMA; in a cluster of two blocks each copies half of x, and
-TMA writes it to both. Every consumer multiplies 64 rows of each stage, so nothing is added up between consumers, and
-the kernel writes finished rows: [rows, out] in the result's dtype, after SwiGLU where it is asked for. With K splits it
-writes float32 sums [k_splits, rows, out], for a kernel or a fusion that adds them in a fixed order. So the same
-arguments always give the same bits.
+TMA writes it to both. Every consumer multiplies some rows of each stage, of the weight or (only with float weights) of
+x. So nothing is added up between consumers, and the kernel writes finished rows: [rows, out] in the result's dtype,
+after SwiGLU where it is asked for. With K splits it writes float32 sums [k_splits, rows, out], for a kernel or a fusion
+that adds them in a fixed order. So the same arguments always give the same bits.
 """
 
 import functools
@@ -165,7 +165,8 @@ def _produce(block: Block) -> None:
                 place = scratch.w_ring.at[slot, pl.ds(projection * p.n_out, p.n_out)]
                 plgpu.copy_gmem_to_smem(source, place, full)
             everyone = MEMBER if p.cluster > 1 else None  # each block copies its part of x to all of the cluster
-            plgpu.copy_gmem_to_smem(block.x.at[:, inputs], scratch.x_ring.at[slot], full, collective_axes=everyone)
+            x = scratch.x_ring.at[slot, pl.ds(0, p.problem.x_rows)]
+            plgpu.copy_gmem_to_smem(block.x.at[:, inputs], x, full, collective_axes=everyone)
             return count + 1
 
         return lax.fori_loop(tile.start, tile.end, stage, count)

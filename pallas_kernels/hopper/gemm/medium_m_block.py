@@ -30,7 +30,7 @@ class WorkTile(NamedTuple):
 class Scratch:
     """Shared memory and barriers of a block. Pallas lays them out in the order of the fields."""
 
-    consumers_meet: Ref  # barrier of all consumers
+    consumers_meet: Ref  # barrier of all consumers; None with rows of x first, as `staged`
     free: Ref  # a barrier a stage: all consumers are done with it, of all blocks of a cluster
     full: Ref  # a barrier a stage: its copies have arrived
     staged: Ref  # [columns, n_tile and more], sums on their way to global memory
@@ -42,18 +42,18 @@ class Scratch:
 def scratch_of(p: MediumMPlan) -> Scratch:
     """Shared memory and barriers for a plan."""
     problem, fmt = p.problem, p.problem.fmt
-    widened = p.interpret and problem.widens
+    widened, transposed = p.interpret and problem.widens, not p.rows_first
     free: Any = plgpu.Barrier(num_arrivals=p.consumers, num_barriers=p.depth)
     if p.cluster > 1:  # a copy of one block arrives in all of them, so all must have room
         free = plgpu.ClusterBarrier(collective_axes=(MEMBER,), num_arrivals=p.consumers, num_barriers=p.depth)
     return Scratch(
-        consumers_meet=plgpu.Barrier(num_arrivals=p.consumers),
+        consumers_meet=plgpu.Barrier(num_arrivals=p.consumers) if transposed else None,
         free=free,
         full=plgpu.Barrier(num_arrivals=3 if problem.swiglu else 2, num_barriers=p.depth),
-        staged=plgpu.SMEM(p.staged_shape, p.result_dtype),
+        staged=plgpu.SMEM(p.staged_shape, p.result_dtype) if transposed else None,
         w_ring=swizzled((p.depth, p.n_tile, p.step), fmt.dtype),
         widened=swizzled((p.consumers, WGMMA_ROWS, p.step), problem.dtype, fmt.group) if widened else None,
-        x_ring=swizzled((p.depth, problem.x_rows, p.step), problem.dtype, fmt.group),
+        x_ring=swizzled((p.depth, p.x_rows, p.step), problem.dtype, fmt.group),
     )
 
 
@@ -87,8 +87,9 @@ class Block:
 
     @property
     def first_row(self) -> Any:
-        """The first of this consumer's 64 rows of a stage."""
-        return pl.multiple_of(jnp.minimum(self.me * WGMMA_ROWS, self.plan.n_tile - WGMMA_ROWS), 8)
+        """The first of this consumer's rows of a stage."""
+        p = self.plan
+        return pl.multiple_of(jnp.minimum(self.me * p.consumer_rows, p.left_rows - p.consumer_rows), 8)
 
     def work_tile(self, turn: Any) -> WorkTile:
         """The work tile that this block takes at this turn."""

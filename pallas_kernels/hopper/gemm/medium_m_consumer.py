@@ -1,4 +1,5 @@
-"""Consumers of a medium-M GEMM. Each multiplies 64 rows of every stage; integers are widened on their way to wgmma."""
+"""Consumers of a medium-M GEMM. Each multiplies 64 rows of every stage: of the weight or, with rows first, of x.
+Integers are widened on their way to wgmma."""
 
 import functools
 import math
@@ -29,6 +30,7 @@ from ..common.tiles import WGMMA_ROWS, broadcast_rows
 from ..common.widen import load_integers, widen, widen_scaled
 from .medium_m_block import Block, WorkTile
 from .medium_m_limbs import joined_limbs, row_scales
+from .medium_m_rows_first import multiply_rows_first, write_rows_first
 
 WIDENED = 64  # inputs that are widened at a time, while the products of those before run
 AT_A_TIME = 4  # rows of the result that a thread writes at a time
@@ -50,7 +52,7 @@ def consume(block: Block) -> None:
             sums = _one_scale_a_group(block, tile, count, stages)
         else:
             sums = _one_sum(block, tile, count, stages)
-        _write(block, tile, sums)
+        (write_rows_first if p.rows_first else _write)(block, tile, sums)
         return count + stages
 
     lax.fori_loop(0, block.turns, turn, jnp.int32(0))
@@ -79,7 +81,10 @@ def _as_they_are(block: Block, count: Any, stages: Any) -> list[jax.Array]:
         def stage(i: Any, _: Any) -> None:
             slot = lax.rem(count + i, depth)
             plgpu.barrier_wait(scratch.full.at[slot])
-            _multiply(block, accs, scratch.w_ring.at[slot, pl.ds(block.first_row, WGMMA_ROWS)], slot)
+            if block.plan.rows_first:
+                multiply_rows_first(block, accs, slot)
+            else:
+                _multiply(block, accs, scratch.w_ring.at[slot, pl.ds(block.first_row, WGMMA_ROWS)], slot)
             plgpu.wgmma_wait(len(accs))
 
             @pl.when(i > 0)

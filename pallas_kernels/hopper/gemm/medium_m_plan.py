@@ -1,11 +1,13 @@
 """How a medium-M GEMM is divided among the multiprocessors: plain arithmetic, no kernel.
 
 A work tile is an N tile (a range of rows of the weight) over one K split (a range of its inputs), for all rows of x.
+wgmma takes the rows of its left operand 64 at a time. If those are the weight's, an N tile of 96 costs as much as one
+of 128; if they are x's, the rows of x are rounded up instead, and an N tile may be any multiple of 8.
 Two blocks may form a cluster: they have neighbouring N tiles of one K split, and each fetches half of x for both. The
-plan is the cheapest candidate of a cost model: what bounds the busiest block, and what every work tile and every K
-split adds.
+plan is the cheapest candidate of a cost model: what bounds the busiest block, the launch, and what K splits add.
 """
 
+import functools
 import itertools
 import math
 from dataclasses import dataclass, replace
@@ -13,18 +15,22 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from ...arch import planned
+from ...arch import Arch, planned
 from ...dispatch import Unsupported
 from ..common.tiles import WGMMA_ROWS, Format, nbytes
-from ..common.warp_specialize import MAX_REGISTERS, consumer_registers
+from ..common.warp_specialize import MAX_REGISTERS, consumer_registers, launch_registers
 
-# Rates of one multiprocessor of an H200, a nanosecond.
-MEMORY_BYTES = 31  # its share of the memory bus
-CACHE_BYTES = 45  # its share of the L2 cache, from which x comes once for every N tile, or for two in a cluster
-PRODUCTS = 3500  # multiply-adds of 16-bit numbers
-WIDENED = {4: 75, 8: 60}  # integers of so many bits that become floats
-WORK_TILE_NS = 700  # to finish a work tile of up to 64 rows
-SUM_BYTES = 4000  # of float32 K splits, written and read again by all multiprocessors
+# Rates of one multiprocessor of an H200, a nanosecond. They are fitted to measurements, of which they miss 6 % (rms).
+MEMORY_BYTES = 34  # its share of the memory bus
+CACHE_BYTES = 110  # from the L2 cache, from which x comes once for every N tile, or for two in a cluster
+PRODUCTS = 3000  # multiply-adds of 16-bit numbers
+WIDENED = 29  # integers that become floats
+BOUNDS_NORM = 4  # what bounds a stage by itself hinders the rest: their norm of this order is the time of the stage
+LATENCY_NS = 1050  # until a stage has arrived; as many are on their way as the ring has, but one
+STAGE_NS = 40  # of a stage, besides
+START_NS = 2600  # from the launch to the first products, and after the last ones
+CLUSTER_NS = 1000  # until all blocks of a cluster have started
+SUM_BYTES = 5000  # of float32 K splits, written and read again by all multiprocessors
 FUSION_NS = 4000  # the XLA fusion that adds K splits where no kernel does
 
 MAX_CONSUMERS = 4
@@ -32,8 +38,9 @@ MAX_CLUSTER = 2  # blocks that share x
 PRODUCER_REGISTERS = 24
 OTHER_REGISTERS = 28  # of a consumer's thread, besides its sums and weights
 STAGED_ROWS = 64  # rows of the result that are transposed at a time
-WGMMA_COLUMNS = 192  # ptxas refuses more in a block of four warpgroups: one wgmma would need too many registers
+WGMMA_REGISTERS = 32  # that one wgmma needs besides its sums
 HALF_COLUMNS = 128
+MIN_COLUMNS = 32  # of an N tile, where the weight's rows are wgmma's columns
 LIMB_ROWS = 96  # rows of x in two limbs. From about as many on, operations bound the product, not bytes
 EXACT_COLUMNS = 64  # of more columns, sums of one group are not kept apart
 SCRATCH_RESERVE = 3072  # bytes of shared memory for barriers, and for scratch that the compiler adds
@@ -49,6 +56,7 @@ class MediumMTiles:
     k_splits: int = 1
     depth: int = 12  # stages in flight, at most
     cluster: int = 1  # blocks that share x
+    consumer_rows: int = 0  # rows of x of each consumer, 64 or 128; with 0 each has 64 rows of the weight
 
 
 @dataclass(frozen=True)
@@ -147,10 +155,31 @@ class MediumMPlan:
         return math.ceil(self.cluster_tiles / self.clusters)
 
     @property
+    def rows_first(self) -> bool:
+        """Whether rows of x, not those of the weight, are wgmma's left operand, of which it takes 64 at a time. The
+        weight must then consist of floats, because only the left operand may come from registers."""
+        return self.tiles.consumer_rows > 0
+
+    @property
+    def x_rows(self) -> int:
+        """Rows of x in a stage: all, and as many as a consumer has. Of those past the end nothing is written."""
+        return max(self.problem.x_rows, self.tiles.consumer_rows)
+
+    @property
     def consumers(self) -> int:
-        """Warpgroups that multiply: each has 64 rows of every stage. The last one's are moved up if they would pass the
-        end of the N tile: some rows are then computed twice."""
-        return math.ceil(self.n_tile / WGMMA_ROWS)
+        """Warpgroups that multiply: each has its rows of every stage. The last one's are moved up if they would pass
+        the end: some rows are then computed twice."""
+        return math.ceil(self.left_rows / self.consumer_rows)
+
+    @property
+    def left_rows(self) -> int:
+        """Rows of wgmma's left operand, of all consumers."""
+        return self.x_rows if self.rows_first else self.n_tile
+
+    @property
+    def consumer_rows(self) -> int:
+        """Those of one consumer."""
+        return self.tiles.consumer_rows or WGMMA_ROWS
 
     @property
     def group(self) -> int:
@@ -159,11 +188,18 @@ class MediumMPlan:
 
     @property
     def accumulators(self) -> list[tuple[int, int]]:
-        """First column and number of columns of each accumulator: one, or two of more columns than wgmma takes."""
+        """First column and number of columns of each accumulator of 64 rows: one for all columns, or two if one wgmma
+        would need more registers than a thread has; with rows of x, one for each 64 of them."""
+        if self.rows_first:
+            return [(0, self.n_tile)] * (self.consumer_rows // WGMMA_ROWS)
         columns = self.problem.x_rows
         parts = self.problem.columns if self.problem.limbs else HALF_COLUMNS
-        most = columns if columns <= WGMMA_COLUMNS else parts
+        most = columns if self._issuable(columns) else parts
         return [(first, min(most, columns - first)) for first in range(0, columns, most)]
+
+    def _issuable(self, columns: int) -> bool:
+        """Whether ptxas has registers for a wgmma of so many columns."""
+        return columns // 2 + WGMMA_REGISTERS <= launch_registers(self.consumers)
 
     @property
     def scales_weights(self) -> bool:
@@ -174,7 +210,7 @@ class MediumMPlan:
     def registers(self) -> int:
         """Registers of a consumer's thread: sums, those of one group, this stage's weights, and the next one's."""
         fmt, threads = self.problem.fmt, 128
-        sums = WGMMA_ROWS * self.problem.x_rows // threads
+        sums = sum(WGMMA_ROWS * columns // threads for _, columns in self.accumulators)
         if fmt.grouped and not self.scales_weights:
             sums *= 2
         weights = WGMMA_ROWS * self.step * (16 + 2 * fmt.bits) // 32 // threads if self.problem.widens else 0
@@ -197,9 +233,10 @@ class MediumMPlan:
     def depth(self) -> int:
         """Stages of the ring: as many as shared memory has room for."""
         p = self.problem
-        stage = nbytes((self.n_tile, self.step), p.fmt.bits) + nbytes((p.columns, self.step), 16)  # two limbs: 16 bits
+        stage = nbytes((self.n_tile, self.step), p.fmt.bits) + nbytes((self.x_rows, self.step), 8 if p.limbs else 16)
         room = planned().shared_bytes - SCRATCH_RESERVE
-        room -= nbytes(self.staged_shape, 8 * jnp.dtype(self.result_dtype).itemsize)
+        if not self.rows_first:
+            room -= nbytes(self.staged_shape, 8 * jnp.dtype(self.result_dtype).itemsize)
         return min(self.tiles.depth, room // stage)
 
     @property
@@ -208,44 +245,63 @@ class MediumMPlan:
         p = self.problem
         weights = nbytes((self.n_tile, self.step), p.fmt.bits)
         loaded = weights + nbytes((p.columns, self.step), 16) / self.cluster
-        share = min(CACHE_BYTES, MEMORY_BYTES * self.sms / self.blocks)
-        numbers = WGMMA_ROWS * self.consumers * self.step
-        stage = max(weights / share, loaded / CACHE_BYTES, numbers * p.columns / PRODUCTS)
-        if p.widens:
-            stage = max(stage, numbers / WIDENED[p.fmt.bits])
+        numbers = self.consumers * self.consumer_rows * self.step  # of wgmma's left operand
+        products = numbers * (self.n_tile if self.rows_first else p.columns) / PRODUCTS
+        widening = numbers / WIDENED if p.widens else 0
+        if self.consumers == 1:  # no other one multiplies while it widens
+            products, widening = products + widening, 0
+        memory = weights * self.blocks / (MEMORY_BYTES * self.sms)
+        bounds = memory, loaded / CACHE_BYTES, products, widening, LATENCY_NS / (self.depth - 1)
+        stage = STAGE_NS + sum(bound**BOUNDS_NORM for bound in bounds) ** (1 / BOUNDS_NORM)
+        start = START_NS + (CLUSTER_NS if self.cluster > 1 else 0)
         sums = self.k_splits * nbytes((p.rows, p.out), 2 * 32) / SUM_BYTES if self.k_splits > 1 else 0
         sums += FUSION_NS if self.k_splits > 1 and not p.splittable else 0
-        finish = WORK_TILE_NS * max(1, p.rows / 64)
-        return self.turns * (math.ceil(self.steps / self.k_splits) * stage + finish) + sums
+        return start + self.turns * math.ceil(self.steps / self.k_splits) * stage + sums
 
 
 def make_plan(problem: MediumMProblem, tiles: MediumMTiles | None, sms: int, *, interpret: bool = False) -> MediumMPlan:
     """The plan with these tiles, or with the cheapest."""
     if tiles is not None:
         return MediumMPlan(problem, tiles, sms, interpret)
-    best = min(_candidates(problem, sms), key=lambda p: p.nanoseconds, default=None)
+    best = _cheapest(problem, sms, planned())
     if best is None:
         raise Unsupported(f"no tiles for {problem.out} outputs of {problem.inner} inputs")
     return replace(best, interpret=interpret)
 
 
+@functools.lru_cache(maxsize=256)  # check and launch of a product ask for the same plan
+def _cheapest(problem: MediumMProblem, sms: int, _: Arch) -> MediumMPlan | None:
+    """The cheapest plan on a device, whose sizes plans take from `planned`."""
+    return min(_candidates(problem, sms), key=lambda p: p.nanoseconds, default=None)
+
+
 def _candidates(problem: MediumMProblem, sms: int) -> list[MediumMPlan]:
     fmt, unit = problem.fmt, 16 if problem.swiglu else 8
-    n_tiles = range(WGMMA_ROWS, min(WGMMA_ROWS * MAX_CONSUMERS, problem.out) + 1, unit)
     steps = [s for s in (64, 128) if problem.inner % s == 0 and 0 in (s % (fmt.group or s), (fmt.group or s) % s)]
     steps = steps[-1:] if fmt.quantized and problem.columns <= EXACT_COLUMNS else steps
     splits = [1] if problem.swiglu else range(1, 9)
-    # Multicast copies whole tiles of 8 rows of x.
-    clusters = [c for c in range(1, MAX_CLUSTER + 1) if problem.x_rows % (8 * c) == 0 and sms >= c]
-    tiles = itertools.product(clusters, n_tiles, steps, splits)
-    made = [MediumMPlan(problem, MediumMTiles(n, s, k, cluster=c), sms) for c, n, s, k in tiles]
+    # Clusters gain nothing with integers, nor with few rows of x. Multicast copies whole tiles of 8 rows of x.
+    most = 1 if fmt.quantized or problem.columns <= WGMMA_ROWS else MAX_CLUSTER
+    clusters = [c for c in range(1, most + 1) if problem.columns % (8 * c) == 0 and sms >= c]
+    made = []
+    for consumer_rows in (0,) if fmt.quantized else (0, _consumer_rows(problem)):
+        fewest = MIN_COLUMNS if consumer_rows else WGMMA_ROWS
+        n_tiles = range(fewest, min(WGMMA_ROWS * MAX_CONSUMERS, problem.out) + 1, unit)
+        for c, n, s, k in itertools.product(clusters, n_tiles, steps, splits):
+            made.append(MediumMPlan(problem, MediumMTiles(n, s, k, cluster=c, consumer_rows=consumer_rows), sms))
     return [p for p in made if _fits(p)]
+
+
+def _consumer_rows(problem: MediumMProblem) -> int:
+    """Rows of x of each consumer: with four consumers, ptxas would allow only short rows of sums."""
+    return 2 * WGMMA_ROWS if problem.columns > (MAX_CONSUMERS - 1) * WGMMA_ROWS else WGMMA_ROWS
 
 
 def _fits(p: MediumMPlan) -> bool:
     """Whether a plan has enough shared memory, registers and stages."""
     registers = consumer_registers(p.consumers, PRODUCER_REGISTERS) if p.consumers > 1 else MAX_REGISTERS
     enough = p.depth >= MIN_DEPTH and p.registers <= registers
+    enough = enough and all(p._issuable(columns) for _, columns in p.accumulators)
     return enough and p.steps >= p.k_splits and p.k_splits <= p.sms // p.cluster
 
 
