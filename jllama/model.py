@@ -137,6 +137,7 @@ def blocks(
             out, x = (last_token(a, lengths)[:, None] for a in (out, x))
         x, h = finish(out, x, layer, norms[i + 1], params, backend, split=split[i + 1])
 
+    assert not isinstance(h, SplitRows)  # the head takes no limbs
     h = h[:, 0] if last_only else h
     return matmul(h, params.head, out_dtype=jnp.float32, backend=backend), cache
 
