@@ -20,17 +20,17 @@ from ...dispatch import Unsupported
 from ..common.tiles import WGMMA_ROWS, Format, nbytes
 from ..common.warp_specialize import MAX_REGISTERS, consumer_registers, launch_registers
 
-# Rates of one multiprocessor of an H200, a nanosecond. They are fitted to measurements, of which they miss 6 % (rms).
-MEMORY_BYTES = 34  # its share of the memory bus
-CACHE_BYTES = 110  # from the L2 cache, from which x comes once for every N tile
-PRODUCTS = 3000  # multiply-adds of 16-bit numbers
-WIDENED = 29  # integers that become floats
+# Rates of one multiprocessor of an H200, a nanosecond. They are fitted to measurements, of which they miss 6 % (rms). No
+# bound by the L2 cache, from which x comes once for every N tile, explained any of them.
+MEMORY_BYTES = 33.6  # its share of the memory bus
+WRITTEN_BYTES = 140  # its share of what the kernel writes, which the L2 cache takes
+PRODUCTS = 2760  # multiply-adds of 16-bit numbers, or half of those of limbs
+WIDENED = 31.5  # integers that become floats
 BOUNDS_NORM = 4  # what bounds a stage by itself hinders the rest: their norm of this order is the time of the stage
-LATENCY_NS = 1050  # until a stage has arrived; as many are on their way as the ring has, but one
-STAGE_NS = 40  # of a stage, besides
-START_NS = 2600  # from the launch to the first products, and after the last ones
-SUM_BYTES = 5000  # of float32 K splits, written and read again by all multiprocessors
-FUSION_NS = 4000  # the XLA fusion that adds K splits where no kernel does
+LATENCY_NS = 1170  # until a stage has arrived; as many are on their way as the ring has, but one
+STAGE_NS = 6  # of a stage, besides
+START_NS = 3250  # from the launch to the first products, and after the last ones
+FUSION_NS = 4000  # the launch of the XLA fusion that adds K splits where no kernel does
 
 MAX_CONSUMERS = 4
 PRODUCER_REGISTERS = 24
@@ -205,13 +205,13 @@ class MediumMPlan:
     @property
     def result_dtype(self) -> Any:
         """The dtype in which the kernel writes: K splits stay float32."""
-        return jnp.dtype(jnp.float32) if self.k_splits > 1 else self.problem.out_dtype
+        return jnp.dtype(jnp.float32 if self.k_splits > 1 else self.problem.out_dtype)
 
     @property
     def staged_shape(self) -> tuple[int, int]:
         """Of the buffer in which sums are transposed. Rows are a multiple of 16 and 8 long, so that the threads of a
         warp, which write 8 rows at a time, meet different banks."""
-        many = self.problem.columns > STAGED_ROWS and jnp.dtype(self.result_dtype).itemsize > 2
+        many = self.problem.columns > STAGED_ROWS and self.result_dtype.itemsize > 2
         rows = STAGED_ROWS // 2 if many else STAGED_ROWS
         return min(self.problem.columns, rows), 16 * math.ceil((self.n_tile - 8) / 16) + 8
 
@@ -222,27 +222,25 @@ class MediumMPlan:
         stage = nbytes((self.n_tile, self.step), p.fmt.bits) + nbytes((self.x_rows, self.step), 8 if p.limbs else 16)
         room = planned().shared_bytes - SCRATCH_RESERVE
         if not self.problem.rows_first:
-            room -= nbytes(self.staged_shape, 8 * jnp.dtype(self.result_dtype).itemsize)
+            room -= nbytes(self.staged_shape, 8 * self.result_dtype.itemsize)
         return min(self.tiles.depth, room // stage)
 
     @property
     def nanoseconds(self) -> float:
-        """The cost model: what the busiest block takes, and the K splits."""
+        """The cost model: what the busiest block takes, and what K splits cost whoever adds them."""
         p = self.problem
-        weights = nbytes((self.n_tile, self.step), p.fmt.bits)
-        loaded = weights + nbytes((p.columns, self.step), 16) / self.cluster
         numbers = self.consumers * self.consumer_rows * self.step  # of wgmma's left operand
-        products = numbers * (self.n_tile if self.rows_first else p.columns) / PRODUCTS
+        products = numbers * (self.n_tile if p.rows_first else p.columns) / PRODUCTS
         widening = numbers / WIDENED if p.widens else 0
         if self.consumers == 1:  # no other one multiplies while it widens
             products, widening = products + widening, 0
-        memory = weights * self.blocks / (MEMORY_BYTES * self.sms)
-        bounds = memory, loaded / CACHE_BYTES, products, widening, LATENCY_NS / (self.depth - 1)
+        memory = nbytes((self.n_tile, self.step), p.fmt.bits) * self.blocks / (MEMORY_BYTES * self.sms)
+        bounds = memory, products, widening, LATENCY_NS / (self.depth - 1)
         stage = STAGE_NS + sum(bound**BOUNDS_NORM for bound in bounds) ** (1 / BOUNDS_NORM)
-        start = START_NS + (CLUSTER_NS if self.cluster > 1 else 0)
-        sums = self.k_splits * nbytes((p.rows, p.out), 2 * 32) / SUM_BYTES if self.k_splits > 1 else 0
+        result = self.k_splits * nbytes((p.rows, p.outputs), 8 * self.result_dtype.itemsize) / self.sms
+        sums = result / MEMORY_BYTES if self.k_splits > 1 else 0  # read again
         sums += FUSION_NS if self.k_splits > 1 and not p.splittable else 0
-        return start + self.turns * math.ceil(self.steps / self.k_splits) * stage + sums
+        return START_NS + self.turns * math.ceil(self.steps / self.k_splits) * stage + result / WRITTEN_BYTES + sums
 
 
 def make_plan(problem: MediumMProblem, tiles: MediumMTiles | None, sms: int, *, interpret: bool = False) -> MediumMPlan:
