@@ -20,16 +20,16 @@ from ...dispatch import Unsupported
 from ..common.tiles import WGMMA_ROWS, Format, nbytes
 from ..common.warp_specialize import MAX_REGISTERS, consumer_registers, launch_registers
 
-# Rates of one multiprocessor of an H200, a nanosecond. They are fitted to measurements, of which they miss 6 % (rms). No
-# bound by the L2 cache, from which x comes once for every N tile, explained any of them.
-MEMORY_BYTES = 33.6  # its share of the memory bus
-WRITTEN_BYTES = 140  # its share of what the kernel writes, which the L2 cache takes
-PRODUCTS = 2760  # multiply-adds of 16-bit numbers, or half of those of limbs
-WIDENED = 31.5  # integers that become floats
+# Rates of one multiprocessor of an H200, a nanosecond. They are fitted to measurements, of which they miss 6 % (rms).
+MEMORY_BYTES = 35  # its share of the memory bus
+CACHE_BYTES = 130  # from the L2 cache, from which x comes once for every N tile
+WRITTEN_BYTES = 66  # its share of what the kernel writes, which the L2 cache takes
+PRODUCTS = 2900  # multiply-adds of 16-bit numbers, or half of those of limbs
+WIDENED = 32  # integers that become floats
 BOUNDS_NORM = 4  # what bounds a stage by itself hinders the rest: their norm of this order is the time of the stage
-LATENCY_NS = 1170  # until a stage has arrived; as many are on their way as the ring has, but one
-STAGE_NS = 6  # of a stage, besides
-START_NS = 3250  # from the launch to the first products, and after the last ones
+LATENCY_NS = 600  # until a stage has arrived; as many are on their way as the ring has, but two that are multiplied
+STAGE_NS = 20  # of a stage, besides
+START_NS = 3000  # from the launch to the first products, and after the last ones
 FUSION_NS = 4000  # the launch of the XLA fusion that adds K splits where no kernel does
 
 MAX_CONSUMERS = 4
@@ -43,6 +43,7 @@ LIMB_ROWS = 96  # rows of x in two limbs. From about as many on, operations boun
 EXACT_COLUMNS = 64  # of more columns, sums of one group are not kept apart
 SCRATCH_RESERVE = 3072  # bytes of shared memory for barriers, and for scratch that the compiler adds
 MIN_DEPTH = 3
+UNCROWDED_DEPTH = 5  # of a ring whose stages are the same for all blocks
 
 
 @dataclass(frozen=True)
@@ -234,8 +235,10 @@ class MediumMPlan:
         widening = numbers / WIDENED if p.widens else 0
         if self.consumers == 1:  # no other one multiplies while it widens
             products, widening = products + widening, 0
-        memory = nbytes((self.n_tile, self.step), p.fmt.bits) * self.blocks / (MEMORY_BYTES * self.sms)
-        bounds = memory, products, widening, LATENCY_NS / (self.depth - 1)
+        weights = nbytes((self.n_tile, self.step), p.fmt.bits)
+        memory = weights * self.blocks / (MEMORY_BYTES * self.sms)
+        cache = (weights + nbytes((p.columns, self.step), 16)) / CACHE_BYTES
+        bounds = memory, cache, products, widening, LATENCY_NS / (self.depth - 2)
         stage = STAGE_NS + sum(bound**BOUNDS_NORM for bound in bounds) ** (1 / BOUNDS_NORM)
         result = self.k_splits * nbytes((p.rows, p.outputs), 8 * self.result_dtype.itemsize) / self.sms
         sums = result / MEMORY_BYTES if self.k_splits > 1 else 0  # read again
@@ -267,7 +270,15 @@ def _candidates(problem: MediumMProblem, sms: int) -> list[MediumMPlan]:
     fewest = MIN_COLUMNS if problem.rows_first else WGMMA_ROWS
     n_tiles = range(fewest, min(WGMMA_ROWS * MAX_CONSUMERS, problem.out) + 1, unit)
     candidates = itertools.product(n_tiles, steps, splits)
-    return [p for tiles in candidates if _fits(p := MediumMPlan(problem, MediumMTiles(*tiles), sms))]
+    made = [p for tiles in candidates if _fits(p := MediumMPlan(problem, MediumMTiles(*tiles), sms))]
+    return [p for p in made if not _crowds(p)] or made
+
+
+def _crowds(p: MediumMPlan) -> bool:
+    """Whether all blocks load the same long stages of many rows of x, and have few on their way. The QKV product of 128
+    rows took 30.3 us so, and 28.2 with stages half as long. Blocks of other K splits load other inputs."""
+    long = p.step > 64 and p.problem.columns >= 2 * WGMMA_ROWS
+    return long and p.depth < UNCROWDED_DEPTH and p.k_splits == 1
 
 
 def _fits(p: MediumMPlan) -> bool:
