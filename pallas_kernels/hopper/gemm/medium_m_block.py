@@ -29,10 +29,10 @@ class WorkTile(NamedTuple):
 class Scratch:
     """Shared memory and barriers of a block. Pallas lays them out in the order of the fields."""
 
-    consumers_meet: Ref | None  # barrier of all consumers, where sums are transposed
+    consumers_meet: Ref  # barrier of all consumers; None with float weights, as `staged`
     free: Ref  # a barrier a stage: all consumers are done with it
     full: Ref  # a barrier a stage: its copies have arrived
-    staged: Ref | None  # [columns, n_tile and more], sums that are transposed on their way to global memory
+    staged: Ref  # [columns, n_tile and more], sums on their way to global memory, transposed
     w_ring: Ref  # [depth, n_tile, step]
     widened: Ref | None  # [consumers, 64, step], only for the interpreter
     x_ring: Ref  # [depth, x_rows, step]
