@@ -1,11 +1,11 @@
 """Medium-M GEMM: products for 9 to 256 rows of x. The weight is read once, at the speed of memory, by every SM.
 
 The output is divided into work tiles: an N tile over one K split (see `medium_m_plan`). Inside a block the producer
-warpgroup copies stages of weights and of x into a ring by TMA; in a cluster of two blocks each copies half of x, and
-TMA writes it to both. Every consumer multiplies some rows of each stage, of the weight or (only with float weights) of
-x. So nothing is added up between consumers, and the kernel writes finished rows: [rows, out] in the result's dtype,
-after SwiGLU where it is asked for. With K splits it writes float32 sums [k_splits, rows, out], for a kernel or a fusion
-that adds them in a fixed order. So the same arguments always give the same bits.
+warpgroup copies stages of weights and of x into a ring by TMA. Every consumer multiplies some rows of each stage: of x
+with float weights, of the weight with integers. So nothing is added up between consumers, and the kernel writes
+finished rows: [rows, out] in the result's dtype, after SwiGLU where it is asked for. With K splits it writes float32
+sums [k_splits, rows, out], for a kernel or a fusion that adds them in a fixed order. So the same arguments always give
+the same bits.
 """
 
 import functools
@@ -24,7 +24,7 @@ from ...split_rows import SplitRows
 from ..common.ring import acquire, drain
 from ..common.tiles import Weight, check_operands, data_and_scale, format_of, pad_rows
 from ..common.warp_specialize import warp_specialize
-from .medium_m_block import MEMBER, Block, scratch_of
+from .medium_m_block import Block, scratch_of
 from .medium_m_consumer import consume
 from .medium_m_plan import PRODUCER_REGISTERS, MediumMPlan, MediumMProblem, MediumMTiles, check_problem, make_plan
 
@@ -118,10 +118,8 @@ def _launch(
         functools.partial(_block, names=tuple(arguments), p=p),
         out_type=jax.ShapeDtypeStruct((p.k_splits, problem.rows, problem.outputs), p.result_dtype),
         scratch_types=(scratch_of(p),),
-        grid=(p.clusters,),
-        grid_names=("cluster",),
-        cluster=(p.cluster,) if p.cluster > 1 else (),
-        cluster_names=(MEMBER,) if p.cluster > 1 else (),
+        grid=(p.blocks,),
+        grid_names=("block",),
         num_threads=p.consumers + 1,
         thread_name="warpgroup",
         interpret=interpret,
@@ -138,9 +136,8 @@ def _block(*refs: Any, names: tuple[str, ...], p: MediumMPlan) -> None:
     layer = given["layer"][0] if "layer" in given else 0
     scale = given["scale"].at[layer] if "scale" in given else None
     me = lax.axis_index("warpgroup")
-    cluster, member = lax.axis_index("cluster"), lax.axis_index(MEMBER) if p.cluster > 1 else 0
     x, x_scale = given["x"], given.get("x_scale")
-    block = Block(p, me, cluster, member, x, x_scale, given["w"].at[layer], scale, out_ref, scratch)
+    block = Block(p, me, lax.axis_index("block"), x, x_scale, given["w"].at[layer], scale, out_ref, scratch)
     warp_specialize(
         me,
         lambda: _produce(block),
@@ -164,9 +161,7 @@ def _produce(block: Block) -> None:
                 source = block.w.at[pl.ds(projection * p.problem.outputs + tile.out, p.n_out), inputs]
                 place = scratch.w_ring.at[slot, pl.ds(projection * p.n_out, p.n_out)]
                 plgpu.copy_gmem_to_smem(source, place, full)
-            everyone = MEMBER if p.cluster > 1 else None  # each block copies its part of x to all of the cluster
-            x = scratch.x_ring.at[slot, pl.ds(0, p.problem.x_rows)]
-            plgpu.copy_gmem_to_smem(block.x.at[:, inputs], x, full, collective_axes=everyone)
+            plgpu.copy_gmem_to_smem(block.x.at[:, inputs], scratch.x_ring.at[slot, pl.ds(0, p.problem.x_rows)], full)
             return count + 1
 
         return lax.fori_loop(tile.start, tile.end, stage, count)

@@ -13,7 +13,6 @@ from ..common.tiles import WGMMA_ROWS, swizzled
 from .medium_m_plan import MediumMPlan
 
 Ref = Any  # Pallas has no public type for a reference
-MEMBER = "member"  # the axis of a cluster's blocks
 
 
 class WorkTile(NamedTuple):
@@ -30,10 +29,10 @@ class WorkTile(NamedTuple):
 class Scratch:
     """Shared memory and barriers of a block. Pallas lays them out in the order of the fields."""
 
-    consumers_meet: Ref  # barrier of all consumers; None with rows of x first, as `staged`
-    free: Ref  # a barrier a stage: all consumers are done with it, of all blocks of a cluster
+    consumers_meet: Ref  # barrier of all consumers; None with float weights, as `staged`
+    free: Ref  # a barrier a stage: all consumers are done with it
     full: Ref  # a barrier a stage: its copies have arrived
-    staged: Ref  # [columns, n_tile and more], sums on their way to global memory
+    staged: Ref  # [columns, n_tile and more], sums on their way to global memory, transposed
     w_ring: Ref  # [depth, n_tile, step]
     widened: Ref | None  # [consumers, 64, step], only for the interpreter
     x_ring: Ref  # [depth, x_rows, step]
@@ -42,13 +41,10 @@ class Scratch:
 def scratch_of(p: MediumMPlan) -> Scratch:
     """Shared memory and barriers for a plan."""
     problem, fmt = p.problem, p.problem.fmt
-    widened, transposed = p.interpret and problem.widens, not p.rows_first
-    free: Any = plgpu.Barrier(num_arrivals=p.consumers, num_barriers=p.depth)
-    if p.cluster > 1:  # a copy of one block arrives in all of them, so all must have room
-        free = plgpu.ClusterBarrier(collective_axes=(MEMBER,), num_arrivals=p.consumers, num_barriers=p.depth)
+    widened, transposed = p.interpret and problem.widens, not problem.rows_first
     return Scratch(
         consumers_meet=plgpu.Barrier(num_arrivals=p.consumers) if transposed else None,
-        free=free,
+        free=plgpu.Barrier(num_arrivals=p.consumers, num_barriers=p.depth),
         full=plgpu.Barrier(num_arrivals=3 if problem.swiglu else 2, num_barriers=p.depth),
         staged=plgpu.SMEM(p.staged_shape, p.result_dtype) if transposed else None,
         w_ring=swizzled((p.depth, p.n_tile, p.step), fmt.dtype),
@@ -63,8 +59,7 @@ class Block:
 
     plan: MediumMPlan
     me: Any  # index of this warpgroup
-    cluster: Any  # index of this block's cluster
-    member: Any  # index of this block in its cluster
+    index: Any  # of this block
     x: Ref  # [rows, inputs], or its limbs [2 * rows, inputs]
     x_scale: Ref | None  # [rows], of limbs
     w: Ref  # [rows of the weight, inputs], of one layer
@@ -74,9 +69,9 @@ class Block:
 
     @property
     def turns(self) -> Any:
-        """Work tiles of this block, as many as of the others in its cluster."""
+        """Work tiles of this block."""
         p = self.plan
-        return (p.cluster_tiles - self.cluster + p.clusters - 1) // p.clusters
+        return (p.work_tiles - self.index + p.blocks - 1) // p.blocks
 
     @property
     def scales_packed(self) -> bool:
@@ -94,8 +89,8 @@ class Block:
     def work_tile(self, turn: Any) -> WorkTile:
         """The work tile that this block takes at this turn."""
         p = self.plan
-        index = turn * p.clusters + self.cluster
-        n_tile, split = index // p.k_splits * p.cluster + self.member, lax.rem(index, p.k_splits)
+        index = turn * p.blocks + self.index
+        n_tile, split = index // p.k_splits, lax.rem(index, p.k_splits)
         # If the last N tile would pass the end, it begins earlier. It then overlaps the tile before it, and both write
         # the same values to the shared outputs.
         out = pl.multiple_of(jnp.minimum(n_tile * p.n_out, p.problem.outputs - p.n_out), 8)
@@ -103,8 +98,4 @@ class Block:
 
     def release(self, slot: Any) -> None:
         """This consumer is done with the stage in a slot of the ring."""
-        p = self.plan
-        if p.cluster > 1 and p.problem.widens:
-            # One thread arrives at the barrier of a cluster for its warpgroup. First all must have read their integers.
-            plgpu.commit_smem()
         plgpu.barrier_arrive(self.scratch.free.at[slot])

@@ -1,5 +1,5 @@
-"""Consumers of a medium-M GEMM. Each multiplies 64 rows of every stage: of the weight or, with rows first, of x.
-Integers are widened on their way to wgmma."""
+"""Consumers of a medium-M GEMM. Each multiplies some rows of every stage: of x with float weights, of the weight with
+integers. These are widened on their way to wgmma, or multiply limbs of x as they are."""
 
 import functools
 import math
@@ -52,7 +52,7 @@ def consume(block: Block) -> None:
             sums = _one_scale_a_group(block, tile, count, stages)
         else:
             sums = _one_sum(block, tile, count, stages)
-        (write_rows_first if p.rows_first else _write)(block, tile, sums)
+        (write_rows_first if p.problem.rows_first else _write)(block, tile, sums)
         return count + stages
 
     lax.fori_loop(0, block.turns, turn, jnp.int32(0))
@@ -81,7 +81,7 @@ def _as_they_are(block: Block, count: Any, stages: Any) -> list[jax.Array]:
         def stage(i: Any, _: Any) -> None:
             slot = lax.rem(count + i, depth)
             plgpu.barrier_wait(scratch.full.at[slot])
-            if block.plan.rows_first:
+            if block.plan.problem.rows_first:
                 multiply_rows_first(block, accs, slot)
             else:
                 _multiply(block, accs, scratch.w_ring.at[slot, pl.ds(block.first_row, WGMMA_ROWS)], slot)

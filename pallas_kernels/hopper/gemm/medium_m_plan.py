@@ -1,10 +1,10 @@
 """How a medium-M GEMM is divided among the multiprocessors: plain arithmetic, no kernel.
 
 A work tile is an N tile (a range of rows of the weight) over one K split (a range of its inputs), for all rows of x.
-wgmma takes the rows of its left operand 64 at a time. If those are the weight's, an N tile of 96 costs as much as one
-of 128; if they are x's, the rows of x are rounded up instead, and an N tile may be any multiple of 8.
-Two blocks may form a cluster: they have neighbouring N tiles of one K split, and each fetches half of x for both. The
-plan is the cheapest candidate of a cost model: what bounds the busiest block, the launch, and what K splits add.
+wgmma takes the rows of its left operand 64 at a time. With float weights those are rows of x, so an N tile may be any
+multiple of 8. Integers are widened in registers, from which wgmma takes only its left operand, so there those are rows
+of the weight, and an N tile of 96 costs as much as one of 128.
+The plan is the cheapest candidate of a cost model: what bounds the busiest block, the launch, and what K splits add.
 """
 
 import functools
@@ -21,20 +21,18 @@ from ..common.tiles import WGMMA_ROWS, Format, nbytes
 from ..common.warp_specialize import MAX_REGISTERS, consumer_registers, launch_registers
 
 # Rates of one multiprocessor of an H200, a nanosecond. They are fitted to measurements, of which they miss 6 % (rms).
-MEMORY_BYTES = 34  # its share of the memory bus
-CACHE_BYTES = 110  # from the L2 cache, from which x comes once for every N tile, or for two in a cluster
-PRODUCTS = 3000  # multiply-adds of 16-bit numbers
-WIDENED = 29  # integers that become floats
+MEMORY_BYTES = 35  # its share of the memory bus
+CACHE_BYTES = 130  # from the L2 cache, from which x comes once for every N tile
+WRITTEN_BYTES = 66  # its share of what the kernel writes, which the L2 cache takes
+PRODUCTS = 2900  # multiply-adds of 16-bit numbers, or half of those of limbs
+WIDENED = 32  # integers that become floats
 BOUNDS_NORM = 4  # what bounds a stage by itself hinders the rest: their norm of this order is the time of the stage
-LATENCY_NS = 1050  # until a stage has arrived; as many are on their way as the ring has, but one
-STAGE_NS = 40  # of a stage, besides
-START_NS = 2600  # from the launch to the first products, and after the last ones
-CLUSTER_NS = 1000  # until all blocks of a cluster have started
-SUM_BYTES = 5000  # of float32 K splits, written and read again by all multiprocessors
-FUSION_NS = 4000  # the XLA fusion that adds K splits where no kernel does
+LATENCY_NS = 600  # until a stage has arrived; as many are on their way as the ring has, but two that are multiplied
+STAGE_NS = 20  # of a stage, besides
+START_NS = 3000  # from the launch to the first products, and after the last ones
+FUSION_NS = 4000  # the launch of the XLA fusion that adds K splits where no kernel does
 
 MAX_CONSUMERS = 4
-MAX_CLUSTER = 2  # blocks that share x
 PRODUCER_REGISTERS = 24
 OTHER_REGISTERS = 28  # of a consumer's thread, besides its sums and weights
 STAGED_ROWS = 64  # rows of the result that are transposed at a time
@@ -45,6 +43,7 @@ LIMB_ROWS = 96  # rows of x in two limbs. From about as many on, operations boun
 EXACT_COLUMNS = 64  # of more columns, sums of one group are not kept apart
 SCRATCH_RESERVE = 3072  # bytes of shared memory for barriers, and for scratch that the compiler adds
 MIN_DEPTH = 3
+UNCROWDED_DEPTH = 5  # of a ring whose stages are the same for all blocks
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,6 @@ class MediumMTiles:
     step: int = 128  # inputs of a stage
     k_splits: int = 1
     depth: int = 12  # stages in flight, at most
-    cluster: int = 1  # blocks that share x
-    consumer_rows: int = 0  # rows of x of each consumer, 64 or 128; with 0 each has 64 rows of the weight
 
 
 @dataclass(frozen=True)
@@ -87,6 +84,11 @@ class MediumMProblem:
     def widens(self) -> bool:
         """Whether integer weights become floats."""
         return self.fmt.quantized and not self.limbs
+
+    @property
+    def rows_first(self) -> bool:
+        """Whether rows of x, not those of the weight, are wgmma's left operand."""
+        return not self.fmt.quantized
 
     @property
     def outputs(self) -> int:
@@ -129,41 +131,24 @@ class MediumMPlan:
         return self.n_tile // 2 if self.problem.swiglu else self.n_tile
 
     @property
-    def cluster(self) -> int:
-        """Blocks of a cluster."""
-        return self.tiles.cluster
-
-    @property
-    def cluster_tiles(self) -> int:
-        """Work tiles of clusters. Blocks of a cluster take neighbouring N tiles; N tiles that would pass the end are
-        moved up, so that all blocks of a cluster take part in every stage."""
-        return math.ceil(self.problem.outputs / (self.n_out * self.cluster)) * self.k_splits
-
-    @property
-    def clusters(self) -> int:
-        """Clusters, at most one block a multiprocessor."""
-        return min(self.sms // self.cluster, self.cluster_tiles)
+    def work_tiles(self) -> int:
+        """N tiles times K splits."""
+        return math.ceil(self.problem.outputs / self.n_out) * self.k_splits
 
     @property
     def blocks(self) -> int:
-        """Blocks of all clusters."""
-        return self.clusters * self.cluster
+        """At most one a multiprocessor."""
+        return min(self.sms, self.work_tiles)
 
     @property
     def turns(self) -> int:
         """Work tiles of the busiest block."""
-        return math.ceil(self.cluster_tiles / self.clusters)
-
-    @property
-    def rows_first(self) -> bool:
-        """Whether rows of x, not those of the weight, are wgmma's left operand, of which it takes 64 at a time. The
-        weight must then consist of floats, because only the left operand may come from registers."""
-        return self.tiles.consumer_rows > 0
+        return math.ceil(self.work_tiles / self.blocks)
 
     @property
     def x_rows(self) -> int:
         """Rows of x in a stage: all, and as many as a consumer has. Of those past the end nothing is written."""
-        return max(self.problem.x_rows, self.tiles.consumer_rows)
+        return max(self.problem.x_rows, self.consumer_rows) if self.problem.rows_first else self.problem.x_rows
 
     @property
     def consumers(self) -> int:
@@ -174,12 +159,14 @@ class MediumMPlan:
     @property
     def left_rows(self) -> int:
         """Rows of wgmma's left operand, of all consumers."""
-        return self.x_rows if self.rows_first else self.n_tile
+        return self.x_rows if self.problem.rows_first else self.n_tile
 
     @property
     def consumer_rows(self) -> int:
-        """Those of one consumer."""
-        return self.tiles.consumer_rows or WGMMA_ROWS
+        """Those of one consumer: 64, or 128 where those of x would need more than three consumers, to which ptxas would
+        give too few registers for long rows of sums."""
+        many = self.problem.rows_first and self.problem.columns > (MAX_CONSUMERS - 1) * WGMMA_ROWS
+        return 2 * WGMMA_ROWS if many else WGMMA_ROWS
 
     @property
     def group(self) -> int:
@@ -190,7 +177,7 @@ class MediumMPlan:
     def accumulators(self) -> list[tuple[int, int]]:
         """First column and number of columns of each accumulator of 64 rows: one for all columns, or two if one wgmma
         would need more registers than a thread has; with rows of x, one for each 64 of them."""
-        if self.rows_first:
+        if self.problem.rows_first:
             return [(0, self.n_tile)] * (self.consumer_rows // WGMMA_ROWS)
         columns = self.problem.x_rows
         parts = self.problem.columns if self.problem.limbs else HALF_COLUMNS
@@ -219,13 +206,13 @@ class MediumMPlan:
     @property
     def result_dtype(self) -> Any:
         """The dtype in which the kernel writes: K splits stay float32."""
-        return jnp.dtype(jnp.float32) if self.k_splits > 1 else self.problem.out_dtype
+        return jnp.dtype(jnp.float32 if self.k_splits > 1 else self.problem.out_dtype)
 
     @property
     def staged_shape(self) -> tuple[int, int]:
         """Of the buffer in which sums are transposed. Rows are a multiple of 16 and 8 long, so that the threads of a
         warp, which write 8 rows at a time, meet different banks."""
-        many = self.problem.columns > STAGED_ROWS and jnp.dtype(self.result_dtype).itemsize > 2
+        many = self.problem.columns > STAGED_ROWS and self.result_dtype.itemsize > 2
         rows = STAGED_ROWS // 2 if many else STAGED_ROWS
         return min(self.problem.columns, rows), 16 * math.ceil((self.n_tile - 8) / 16) + 8
 
@@ -235,28 +222,28 @@ class MediumMPlan:
         p = self.problem
         stage = nbytes((self.n_tile, self.step), p.fmt.bits) + nbytes((self.x_rows, self.step), 8 if p.limbs else 16)
         room = planned().shared_bytes - SCRATCH_RESERVE
-        if not self.rows_first:
-            room -= nbytes(self.staged_shape, 8 * jnp.dtype(self.result_dtype).itemsize)
+        if not self.problem.rows_first:
+            room -= nbytes(self.staged_shape, 8 * self.result_dtype.itemsize)
         return min(self.tiles.depth, room // stage)
 
     @property
     def nanoseconds(self) -> float:
-        """The cost model: what the busiest block takes, and the K splits."""
+        """The cost model: what the busiest block takes, and what K splits cost whoever adds them."""
         p = self.problem
-        weights = nbytes((self.n_tile, self.step), p.fmt.bits)
-        loaded = weights + nbytes((p.columns, self.step), 16) / self.cluster
         numbers = self.consumers * self.consumer_rows * self.step  # of wgmma's left operand
-        products = numbers * (self.n_tile if self.rows_first else p.columns) / PRODUCTS
+        products = numbers * (self.n_tile if p.rows_first else p.columns) / PRODUCTS
         widening = numbers / WIDENED if p.widens else 0
         if self.consumers == 1:  # no other one multiplies while it widens
             products, widening = products + widening, 0
+        weights = nbytes((self.n_tile, self.step), p.fmt.bits)
         memory = weights * self.blocks / (MEMORY_BYTES * self.sms)
-        bounds = memory, loaded / CACHE_BYTES, products, widening, LATENCY_NS / (self.depth - 1)
+        cache = (weights + nbytes((p.columns, self.step), 16)) / CACHE_BYTES
+        bounds = memory, cache, products, widening, LATENCY_NS / (self.depth - 2)
         stage = STAGE_NS + sum(bound**BOUNDS_NORM for bound in bounds) ** (1 / BOUNDS_NORM)
-        start = START_NS + (CLUSTER_NS if self.cluster > 1 else 0)
-        sums = self.k_splits * nbytes((p.rows, p.out), 2 * 32) / SUM_BYTES if self.k_splits > 1 else 0
+        result = self.k_splits * nbytes((p.rows, p.outputs), 8 * self.result_dtype.itemsize) / self.sms
+        sums = result / MEMORY_BYTES if self.k_splits > 1 else 0  # read again
         sums += FUSION_NS if self.k_splits > 1 and not p.splittable else 0
-        return start + self.turns * math.ceil(self.steps / self.k_splits) * stage + sums
+        return START_NS + self.turns * math.ceil(self.steps / self.k_splits) * stage + result / WRITTEN_BYTES + sums
 
 
 def make_plan(problem: MediumMProblem, tiles: MediumMTiles | None, sms: int, *, interpret: bool = False) -> MediumMPlan:
@@ -280,21 +267,18 @@ def _candidates(problem: MediumMProblem, sms: int) -> list[MediumMPlan]:
     steps = [s for s in (64, 128) if problem.inner % s == 0 and 0 in (s % (fmt.group or s), (fmt.group or s) % s)]
     steps = steps[-1:] if fmt.quantized and problem.columns <= EXACT_COLUMNS else steps
     splits = [1] if problem.swiglu else range(1, 9)
-    # Clusters gain nothing with integers, nor with few rows of x. Multicast copies whole tiles of 8 rows of x.
-    most = 1 if fmt.quantized or problem.columns <= WGMMA_ROWS else MAX_CLUSTER
-    clusters = [c for c in range(1, most + 1) if problem.columns % (8 * c) == 0 and sms >= c]
-    made = []
-    for consumer_rows in (0,) if fmt.quantized else (0, _consumer_rows(problem)):
-        fewest = MIN_COLUMNS if consumer_rows else WGMMA_ROWS
-        n_tiles = range(fewest, min(WGMMA_ROWS * MAX_CONSUMERS, problem.out) + 1, unit)
-        for c, n, s, k in itertools.product(clusters, n_tiles, steps, splits):
-            made.append(MediumMPlan(problem, MediumMTiles(n, s, k, cluster=c, consumer_rows=consumer_rows), sms))
-    return [p for p in made if _fits(p)]
+    fewest = MIN_COLUMNS if problem.rows_first else WGMMA_ROWS
+    n_tiles = range(fewest, min(WGMMA_ROWS * MAX_CONSUMERS, problem.out) + 1, unit)
+    candidates = itertools.product(n_tiles, steps, splits)
+    made = [p for tiles in candidates if _fits(p := MediumMPlan(problem, MediumMTiles(*tiles), sms))]
+    return [p for p in made if not _crowds(p)] or made
 
 
-def _consumer_rows(problem: MediumMProblem) -> int:
-    """Rows of x of each consumer: with four consumers, ptxas would allow only short rows of sums."""
-    return 2 * WGMMA_ROWS if problem.columns > (MAX_CONSUMERS - 1) * WGMMA_ROWS else WGMMA_ROWS
+def _crowds(p: MediumMPlan) -> bool:
+    """Whether all blocks load the same long stages of many rows of x, and have few on their way. The QKV product of 128
+    rows took 30.3 us so, and 28.2 with stages half as long. Blocks of other K splits load other inputs."""
+    long = p.step > 64 and p.problem.columns >= 2 * WGMMA_ROWS
+    return long and p.depth < UNCROWDED_DEPTH and p.k_splits == 1
 
 
 def _fits(p: MediumMPlan) -> bool:
@@ -302,7 +286,7 @@ def _fits(p: MediumMPlan) -> bool:
     registers = consumer_registers(p.consumers, PRODUCER_REGISTERS) if p.consumers > 1 else MAX_REGISTERS
     enough = p.depth >= MIN_DEPTH and p.registers <= registers
     enough = enough and all(p._issuable(columns) for _, columns in p.accumulators)
-    return enough and p.steps >= p.k_splits and p.k_splits <= p.sms // p.cluster
+    return enough and p.steps >= p.k_splits and p.k_splits <= p.sms
 
 
 def check_problem(problem: MediumMProblem, sms: int) -> None:

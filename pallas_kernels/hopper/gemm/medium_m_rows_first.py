@@ -1,4 +1,5 @@
-"""Epilogue of a medium-M GEMM whose accumulators have rows of x: sums go from registers to the result's rows."""
+"""Products and epilogue of a medium-M GEMM with float weights. Accumulators have rows of x, so sums go from registers
+to the result's rows."""
 
 import contextlib
 from collections.abc import Sequence
