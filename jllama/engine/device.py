@@ -72,6 +72,8 @@ class Device:
 
     def reset(self, *, extras: bool = False) -> None:
         """Empty the cache and all slots."""
+        for array in jax.tree.leaves(getattr(self, "_state", None)):
+            array.delete()  # memory may not hold the old cache beside the new one
         sizes = self.slots * self.parts, self.pages * self.parts
         self._state: EngineState = init_state(self.params.config, *sizes, self.params.dtype, mesh=self.mesh)
         self._logits: jax.Array | None = None  # [slots, vocabulary]: of next tokens, while there are constraints

@@ -13,7 +13,7 @@ from jllama.device import default_device
 from jllama.engine.constraint import Constraint, Progress
 from jllama.engine.device import Device
 from jllama.engine.launch import Launch, Tokens, tokens_of
-from jllama.engine.memory import pages_in_memory
+from jllama.engine.memory import page_count
 from jllama.engine.pages import Pages
 from jllama.engine.parts import Parts
 from jllama.engine.request import Completion, Event, Handle, Request, SamplingSettings, per_prompt
@@ -84,10 +84,7 @@ class Engine:
         if not 2 <= self.max_len <= context:
             raise InputError(f"max_len: expected 2 to {context} (the model's context), found {max_len}")
         width, params = pages_for(self.max_len), placed(params)
-        count = pages
-        if count is None:
-            fits = pages_in_memory(params, memory)
-            count = min(fits, slots * width) if default_device().platform == "cpu" else fits
+        count = page_count(params, pages, memory, slots * width)
         self.slots, self.backend = slots, backend
         parts = axis_size(params.mesh, DATA)
         alone = max(budget, tuning.alone) // tuning.piece

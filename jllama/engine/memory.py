@@ -1,6 +1,6 @@
 """How many pages fit into the memory of the devices."""
 
-from jllama.device import free_on
+from jllama.device import default_device, free_on
 from jllama.errors import InputError
 from jllama.mesh.layout import DATA, MODEL, axis_size, shard_config
 from jllama.mesh.run import least
@@ -24,3 +24,15 @@ def pages_in_memory(params: Params, memory: float) -> int:
         raise InputError(f"memory: expected room for a page of {one} bytes, found {free} bytes free")
     pages = int(free * memory) // one
     return (pages if mesh is None else least(pages)) * axis_size(mesh, DATA)
+
+
+def page_count(params: Params, pages: int | None, memory: float, enough: int) -> int:
+    """How many pages a cache gets: ``pages`` if they fit, by default what fits into this part of free memory. On a CPU
+    that is at most ``enough`` for all rows, because other programs need the memory, too. Pages that do not fit are
+    refused here: a GPU would run out of memory only in the first request."""
+    if pages is None:
+        fits = pages_in_memory(params, memory)
+        return min(fits, enough) if default_device().platform == "cpu" else fits
+    if free_on(params.mesh) is not None and pages > (fits := pages_in_memory(params, 1.0)):
+        raise InputError(f"pages: expected at most {fits} (what fits into the device's free memory), found {pages}")
+    return pages
