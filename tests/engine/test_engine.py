@@ -369,7 +369,10 @@ def test_a_bad_prompt_among_others_is_named_and_nothing_stays() -> None:
         (dict(budget=8), "budget: expected at least 32 tokens, found 8"),
         (dict(memory=1.5), "memory: expected a part of the device's"),
         (dict(pages=0), "pages: expected at least 1, found 0"),
-        (dict(pages=10**9), r"pages: expected at most \d+ \(what fits into the device.s free memory\), found 1000000000"),
+        (
+            dict(pages=10**9),
+            r"pages: expected at most \d+ \(what fits into the device.s free memory\), found 1000000000",
+        ),
     ],
 )
 def test_an_engine_that_cannot_be_is_one_line(how: dict[str, float], message: str) -> None:
