@@ -20,8 +20,8 @@ def rates(records: Sequence[Record]) -> list[Record]:
 
 
 def series(records: Sequence[Record]) -> dict[tuple[str, str, str, int], list[Record]]:
-    """Rates that a line joins, by the way of dividing, the implementation, the format and the rows: all rows where the
-    devices divide the model, those of one device where they divide the rows."""
+    """Rates of one model that a line joins, by the way of dividing, the implementation, the format and the rows: all
+    rows where the devices divide the model, those of one device where they divide the rows."""
     found: dict[tuple[str, str, str, int], list[Record]] = {}
     for r in sorted(records, key=lambda r: r["devices"]):
         for way, other in (("tp", "dp"), ("dp", "tp")):
@@ -33,8 +33,8 @@ def series(records: Sequence[Record]) -> dict[tuple[str, str, str, int], list[Re
 def table(records: Sequence[Record]) -> str:
     """The rates of meshes, with the percent of the floor and how many times they are that of one device."""
     found = rates(records)
-    lines = series(found)
-    alone = {id(r): line[0] for line in lines.values() for r in line if line[0]["devices"] == 1}
+    lines = [line for of_model in grouped(found, ("device", "model")) for line in series(of_model).values()]
+    alone = {id(r): line[0] for line in lines for r in line if line[0]["devices"] == 1}
     rows = []
     order = ("device", "model", "dtype", "impl", "devices", "tp", "batch")
     for r in sorted(found, key=lambda r: [r[k] for k in order]):
@@ -54,7 +54,8 @@ def draw(records: Sequence[Record], folder: Path) -> Iterator[Path]:
     from bench.plots import save, short_device
 
     for group in grouped(rates(records), ("device", "model")):
-        if lines := series(group):
+        lines = series(group)
+        if any(len(line) > 1 for line in lines.values()):  # else points above one number of devices, which the table has
             first = group[0]
             yield save(_chart(lines), folder, f"mesh-{model_name(first['model'])}-{short_device(first)}")
 

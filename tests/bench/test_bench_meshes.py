@@ -12,6 +12,7 @@ from bench.entries import Entry
 from bench.meshes import Shape
 from bench.record import Record
 from bench.rows import table
+from bench.tables import TABLES
 from jllama.config import preset
 
 
@@ -74,6 +75,9 @@ def test_the_table_of_meshes() -> None:
         ("--tp 2 --dp 2", "2"): ("700", "58", ""),
     }
     assert "4 × NVIDIA H200" in rows["--tp 4", "1"][0]
+    other = scaling.table([*RATES, a_rate(100, 4, model="70b")]).splitlines()
+    assert [line.split(" | ")[10] for line in other if "| 70b |" in line] == [""]  # one device had another model
+    assert "500" not in TABLES["published"](RATES)  # others publish rates of one device
     assert "7b, --tp 4 " in table(RATES[:-1])
 
 
