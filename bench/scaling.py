@@ -55,7 +55,7 @@ def draw(records: Sequence[Record], folder: Path) -> Iterator[Path]:
 
     for group in grouped(rates(records), ("device", "model")):
         lines = series(group)
-        if any(len(line) > 1 for line in lines.values()):  # else there is only one number of devices: the table is enough
+        if any(len(line) > 1 for line in lines.values()):  # else the table is enough
             first = group[0]
             yield save(_chart(lines), folder, f"mesh-{model_name(first['model'])}-{short_device(first)}")
 
