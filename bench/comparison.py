@@ -69,9 +69,9 @@ class Comparison:
         self.reference.worker.close()
 
     @property
-    def default_order(self) -> str:
-        """In turns on a CPU, where all implementations can be open at once."""
-        return "turns" if self.platform == "cpu" else "one-by-one"
+    def order(self) -> str:
+        """The order of runs: by default in turns on a CPU, where all implementations can be open at once."""
+        return self.settings.order or ("turns" if self.platform == "cpu" else "one-by-one")
 
     @property
     def memory(self) -> float:
@@ -178,9 +178,8 @@ class Comparison:
 
     def record(self, group: list[Entry]) -> None:
         """Append what was measured to the records at once, so that an interrupted run loses nothing."""
-        order = self.settings.order or self.default_order
         where = self.run, self.name, self.dtype, self.dims, self.shape
-        made = [r | {"order": order} for e in group for r in records_of(e, self.loads_of(e), *where)]
+        made = [r | {"order": self.order} for e in group for r in records_of(e, self.loads_of(e), *where)]
         append(results(self.settings) / f"{'mesh' if self.shape else 'compare'}.jsonl", made)
         self.records += made
 
@@ -189,7 +188,8 @@ class Comparison:
         self.settings.clock.check()
         say(f"  {entry.impl} {self.dtype}: opening")
         limit_s = self.settings.time_limit
-        entry.worker = Worker(entry.peer, entry.python)
+        # Where all make their weights themselves, the reference has left the device.
+        entry.worker = Worker(entry.peer, entry.python, alone=self.drawn and self.order == "one-by-one")
         entry.worker.ask(
             "available", limit_s
         )  # imports nothing heavy, so that the next request times the peer's own start

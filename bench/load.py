@@ -174,7 +174,7 @@ def measured(
     if where is None:
         yield from ((traffic, {"why": why}) for traffic in loads)
         return
-    with Worker(ENGINES[engine], where) as worker:
+    with Worker(ENGINES[engine], where, alone=True) as worker:
         try:
             opened = worker.ask("open", args.time_limit, job=job)
         except PeerFailed as error:

@@ -50,9 +50,10 @@ class Budget:
 
 
 class Worker:
-    """A running peer. After a crash or a hang its process is gone, and every further request raises `PeerFailed`."""
+    """A running peer. After a crash or a hang its process is gone, and every further request raises `PeerFailed`.
+    ``alone`` says that no other process uses the device meanwhile."""
 
-    def __init__(self, peer: str, python: str = sys.executable) -> None:
+    def __init__(self, peer: str, python: str = sys.executable, *, alone: bool = False) -> None:
         self.peer, self.python = peer, python
         self._stderr = _log(peer)
         self._buffer = b""
@@ -65,7 +66,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self._stderr,
             cwd=ROOT,
-            env=_environment(),
+            env=_environment(alone),
             start_new_session=True,  # so that a hang takes its children with it
         )
 
@@ -166,9 +167,11 @@ def _log(peer: str) -> IO[bytes]:
     return tempfile.NamedTemporaryFile(prefix=f"{peer}-", suffix=".log", dir=folder, delete=False)
 
 
-def _environment() -> dict[str, str]:
+def _environment(alone: bool) -> dict[str, str]:
     quiet = {
-        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # several processes share the device, so none may reserve its memory
+        # Processes that share a device must not reserve its memory. One that is alone should: otherwise what it frees
+        # while it draws weights is of no use for a large cache.
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "true" if alone else "false",
         "XLA_PYTHON_CLIENT_MEM_FRACTION": ".95",
         "TF_CPP_MIN_LOG_LEVEL": "2",
         "HF_HUB_OFFLINE": "1",

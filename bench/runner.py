@@ -33,7 +33,7 @@ def run(settings: argparse.Namespace) -> int:
         else:
             for comparison in _comparisons(settings):
                 with comparison:
-                    one_by_one(comparison, turns=(settings.order or comparison.default_order) == "turns")
+                    one_by_one(comparison, turns=comparison.order == "turns")
                 records += comparison.records
     _show(settings, records)
     return int(any(is_ours(r["impl"]) and r.get("failed") for r in records))

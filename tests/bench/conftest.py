@@ -27,7 +27,7 @@ class InProcess:
 
     dead = None
 
-    def __init__(self, peer: str, python: str = "") -> None:
+    def __init__(self, peer: str, python: str = "", *, alone: bool = False) -> None:
         self.peer, self.state = peer, dict[str, Any]()
 
     def ask(self, do: str, limit_s: float, **fields: Any) -> dict[str, Any]:
