@@ -169,8 +169,9 @@ def _log(peer: str) -> IO[bytes]:
 
 def _environment(alone: bool) -> dict[str, str]:
     quiet = {
-        # Processes that share a device must not reserve its memory. One that is alone should: otherwise what it frees
-        # while it draws weights is of no use for a large cache.
+        # By default JAX reserves most of a device's memory when it starts. Several processes on one device would then
+        # leave nothing for each other. A process that has the device to itself should reserve it: then all of it is one
+        # piece. Otherwise drawing weights leaves many free pieces, none of which is large enough for a cache.
         "XLA_PYTHON_CLIENT_PREALLOCATE": "true" if alone else "false",
         "XLA_PYTHON_CLIENT_MEM_FRACTION": ".95",
         "TF_CPP_MIN_LOG_LEVEL": "2",

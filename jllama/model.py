@@ -143,8 +143,9 @@ def blocks(
 
 
 def wants_limbs(x: jax.Array, layer: Layer, cache: Cache | None, params: Params, backend: str) -> bool:
-    """Whether a kernel multiplies wqkv with the limbs of its input [B, T, dim], in a step. On a shard the norm before
-    it is no kernel that could write them."""
+    """Whether the norm before a layer should also write its result as two int8 limbs. It should where a kernel then
+    multiplies the layer's wqkv with these limbs: in a decode step, with few rows and int8 weights. On a shard no kernel
+    writes limbs. x [B, T, dim] is what is normed."""
     stepped = cache is not None and x.shape[1] <= DECODE_QUERIES and params.axis is None
     backend = "auto" if backend == "pallas" else backend  # where the kernel is refused, the product itself says so
     return stepped and takes_limbs(x, layer.wqkv) and matmul.choose(backend, x, layer.wqkv).impl == "pallas"

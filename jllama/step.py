@@ -116,9 +116,9 @@ def step_choice(
     max_len: int = 1024,
     mesh: Mesh | None = None,
 ) -> Choice:
-    """Which way a decode step of such a model takes, and why, if its layers are stacked: "pallas" is one launch, "ops"
-    is one for each op. The step is that of this machine, or that of every device of a mesh; ``batch`` counts the rows
-    of all devices. Only shapes are traced: no array is allocated."""
+    """How a decode step of a model of this shape would run here, with stacked layers, and why: "pallas" is one kernel
+    for the whole step, "ops" is a launch for each operation. With a mesh, it is how the step runs on each of its
+    devices, and ``batch`` counts the rows of all of them. Only shapes are traced: no array is allocated."""
     try:
         require_kernels()
     except Unsupported as reason:

@@ -18,7 +18,7 @@ from .dispatch import Kernel, Op, Unsupported
 from .hopper.attention.decode import check_and_write, flash_decode_and_write
 from .hopper.common.tiles import Weight
 from .hopper.gemm.medium_m import MEDIUM_M_MAX, check_medium_m, medium_m_sums
-from .layer_view import LayerView
+from .layer_view import LayerView, stack_of
 from .matmul import NO_BIAS, SMALL_M_MAX, affine, matmul_reference
 from .paged_attention import PAGE, paged_attention_reference
 from .qkv import rotate, split_heads, write_cache
@@ -91,7 +91,7 @@ def check_project_and_attend(
     """Raise `Unsupported` where `project_and_attend_kernel` cannot run."""
     if bias is not None:
         raise Unsupported(NO_BIAS)
-    w = w.stacked if isinstance(w, LayerView) else w
+    w, _ = stack_of(w)
     (B, T, inner), rows = x.shape, math.prod(x.shape[:2])
     if not SMALL_M_MAX < rows <= MEDIUM_M_MAX:
         raise Unsupported(f"{rows} rows: from {SMALL_M_MAX + 1} to {MEDIUM_M_MAX} gain")
@@ -112,7 +112,7 @@ def project_and_attend_kernel(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`project_and_attend_reference` in two launches; ``options`` are those of `medium_m_sums`."""
     del bias  # see `check_project_and_attend`
-    w, index = (w.stacked, w.index) if isinstance(w, LayerView) else (w, None)
+    w, index = stack_of(w)
     rows = x.reshape(-1, x.shape[-1])
     sums = medium_m_sums(rows, w, layer=index, out_dtype=x.dtype, interpret=interpret or False, **options)
     return flash_decode_and_write(sums, *arguments, layer=layer, interpret=interpret)

@@ -14,7 +14,7 @@ from .ffn import ffn_reference
 from .hopper.add_norm import add_norm, warpgroups_for
 from .hopper.common.tiles import Weight, pad_rows
 from .hopper.gemm.medium_m import MEDIUM_M_MAX, check_medium_m, medium_m_sums
-from .layer_view import LayerView
+from .layer_view import LayerView, stack_of
 from .matmul import SMALL_M_MAX, check_product, matmul_reference, product, takes_limbs
 from .rms_norm import rms_norm_reference
 from .split_rows import SplitRows, split_rows
@@ -62,7 +62,7 @@ def check_finish_layer(
     if warpgroups_for(dim) is None:
         raise Unsupported(f"{dim} features: too many, or not a multiple of 256")
     for width, w in ((out.shape[-1], wo), (w_down.shape[-1], w_down)):
-        w = w.stacked if isinstance(w, LayerView) else w
+        w, _ = stack_of(w)
         check_medium_m(jax.ShapeDtypeStruct((rows, width), x.dtype), w)
     check_product(jax.ShapeDtypeStruct((rows, dim), x.dtype), w_gate_up, swiglu=True)
 
@@ -94,7 +94,7 @@ def finish_layer_kernel(
 
 
 def _sums(x: jax.Array | SplitRows, w: Weight | LayerView, options: dict[str, Any]) -> jax.Array:
-    w, layer = (w.stacked, w.index) if isinstance(w, LayerView) else (w, None)
+    w, layer = stack_of(w)
     return medium_m_sums(x, w, layer=layer, **options)
 
 

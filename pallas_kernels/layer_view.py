@@ -44,6 +44,11 @@ def materialize(tree: Any) -> Any:
     return jax.tree.map(array_of, tree, is_leaf=lambda a: isinstance(a, (LayerView, SplitRows)))
 
 
+def stack_of(w: Any) -> tuple[Any, jax.Array | None]:
+    """The whole array of a `LayerView` and the layer that it stands for; any other weight as it is, and None."""
+    return (w.stacked, w.index) if isinstance(w, LayerView) else (w, None)
+
+
 def as_stacked(array: jax.Array | LayerView) -> tuple[jax.Array, jax.Array]:
     """The two arguments that a kernel takes for an array: [layers, ...], and int32 [1], the layer to read."""
     stacked, index = (array.stacked, array.index) if isinstance(array, LayerView) else (array[None], None)

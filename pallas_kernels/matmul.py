@@ -21,7 +21,7 @@ from .hopper.gemm.large_m_plan import tiles_for as large_m_tiles_for
 from .hopper.gemm.medium_m import MEDIUM_M_MAX, check_medium_m, medium_m_gemm
 from .hopper.gemm.medium_m_plan import LIMB_ROWS
 from .hopper.gemm.small_m import SMALL_M_MAX, check_small_m, small_m_gemm
-from .layer_view import LayerView
+from .layer_view import LayerView, stack_of
 from .quantized import QuantizedTensor, dequantize
 from .split_rows import LIMB_INPUTS, SplitRows
 
@@ -71,14 +71,14 @@ def affine(
 
 def takes_limbs(x: jax.Array | SplitRows, w: Weight | LayerView) -> bool:
     """Whether `product` multiplies the limbs of x [..., in] where it gets them: in batches of few rows."""
-    w = w.stacked if isinstance(w, LayerView) else w
+    w, _ = stack_of(w)
     rows, whole = math.prod(x.shape[:-1]), Format(WeightFormat.INT8)  # one scale a row
     return SMALL_M_MAX < rows <= LIMB_ROWS and format_of(w) == whole and x.shape[-1] <= LIMB_INPUTS
 
 
 def check_product(x: jax.Array | SplitRows, w: Weight | LayerView, *, swiglu: bool = False, **_: Any) -> None:
     """Raise `Unsupported` where `product` cannot run."""
-    w = w.stacked if isinstance(w, LayerView) else w
+    w, _ = stack_of(w)
     x = jax.ShapeDtypeStruct((math.prod(x.shape[:-1]), x.shape[-1]), x.dtype)
     if x.shape[0] <= SMALL_M_MAX:
         check_small_m(x, w)
@@ -89,10 +89,11 @@ def check_product(x: jax.Array | SplitRows, w: Weight | LayerView, *, swiglu: bo
 
 
 def _large_m_pays(rows: int, w: Weight, swiglu: bool) -> bool:
-    """Whether the large-M GEMM takes less time than the medium-M GEMM.
+    """Whether the large-M GEMM should do this product, and not the medium-M GEMM, which takes `MEDIUM_M_MAX` rows.
 
-    Of up to `MEDIUM_M_MAX` rows it does so for gate and up as integers. They leave the medium-M GEMM registers for two
-    consumers, so that it may need a second wave, where the large-M GEMM halves the tiles of its last one."""
+    It is also faster with 193 to 256 rows if the weights are gate and up in integers, and its tiles can be halved so
+    that all multiprocessors finish together. The medium-M GEMM has registers for small tiles only there: it needs a
+    second round of tiles, in which most multiprocessors idle."""
     fmt = format_of(w)
     if rows > MEDIUM_M_MAX:
         return True
@@ -114,7 +115,7 @@ def product(
     GEMM, depending on the number of rows. ``options`` are those of that kernel."""
     if isinstance(x, SplitRows) and not takes_limbs(x, w):
         x = x.x
-    w, layer = (w.stacked, w.index) if isinstance(w, LayerView) else (w, None)
+    w, layer = stack_of(w)
     lead = x.shape[:-1]
     x = x.reshape(-1, x.shape[-1])
     if residual is not None:

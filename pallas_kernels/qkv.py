@@ -13,7 +13,7 @@ from .hopper.common.tiles import Weight
 from .hopper.gemm.large_m import check_large_m
 from .hopper.gemm.large_m_plan import LargeMTiles
 from .hopper.gemm.large_m_qkv import large_m_qkv
-from .layer_view import LayerView
+from .layer_view import LayerView, stack_of
 from .matmul import NO_BIAS, affine, matmul_reference
 
 Result = tuple[jax.Array, jax.Array, jax.Array]
@@ -138,7 +138,7 @@ def check_qkv(
     """Raise `Unsupported` where `qkv_kernel` cannot run."""
     if bias is not None:
         raise Unsupported(NO_BIAS)
-    w = w.stacked if isinstance(w, LayerView) else w
+    w, _ = stack_of(w)
     (B, T, inner), (cached, kv_heads, size, D) = x.shape, k.shape[-4:]
     cached = cached if table is None else table.shape[0]
     rows, chunk = math.prod(x.shape[:2]), LargeMTiles.chunk
@@ -181,7 +181,7 @@ def qkv_kernel(
 ) -> Result:
     """`qkv_reference` in one launch; ``options`` are those of `large_m_qkv`."""
     del aligned  # see `check_qkv`
-    w, index = (w.stacked, w.index) if isinstance(w, LayerView) else (w, None)
+    w, index = stack_of(w)
     return large_m_qkv(x, w, k, v, start, cos, sin, layer=index, cache_layer=layer, table=table, **options)
 
 

@@ -159,7 +159,8 @@ class Device:
         jobs: list[Callable[[], Any]] = [partial(self._copy, nothing), partial(self._join, nothing, {})]
         for size in self._of_pieces:
             jobs += [partial(self._feed, nothing, size, scored) for scored in ((False, True) if scores else (False,))]
-            jobs += [partial(self._first, nothing, size, self._zeros(size), kind) for kind in kinds]
+            logits = self._zeros(size)
+            jobs += [partial(self._first, nothing, size, logits, kind) for kind in kinds]
         for size in self._of_rows:
             for kind in kinds:
                 jobs.append(partial(self._decode, nothing, size, kind, [self.tuning.steps[0]] * self.parts))

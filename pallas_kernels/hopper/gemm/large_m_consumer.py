@@ -174,7 +174,8 @@ class Products:
             weights = (weights.astype(jnp.float32) * broadcast_rows(scale, weights.shape)).astype(dtype)
         if widened is None:
             return weights
-        # The interpreter has no wgmma with an operand in registers, and does not run `widen`.
+        # Only the interpreter comes here. On a GPU, wgmma takes these weights from registers. The interpreter's wgmma
+        # reads shared memory, so they are put there.
         part = self.tiles.consumer_out
         place = widened.at[self.block.me, pl.ds(i * part, part), pl.ds(0, self.group)]
         place[...] = weights

@@ -195,7 +195,8 @@ class MediumMPlan:
 
     @property
     def registers(self) -> int:
-        """Registers of a consumer's thread: sums, those of one group, this stage's weights, and the next one's."""
+        """How many registers a thread of a consumer needs. It keeps its sums, and a second set where each group of
+        inputs is added up on its own. Of integer weights it also keeps those of this stage and of the next."""
         fmt, threads = self.problem.fmt, 128
         sums = sum(WGMMA_ROWS * columns // threads for _, columns in self.accumulators)
         if fmt.grouped and not self.scales_weights:
