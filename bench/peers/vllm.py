@@ -19,7 +19,11 @@ ENVIRONMENT = {
     "VLLM_LOOPBACK_IP": "127.0.0.1",
     "GLOO_SOCKET_IFNAME": "lo",
     "TRANSFORMERS_OFFLINE": "1",
-    "NCCL_NVLS_ENABLE": "0",  # no multicast: it needs rights that a container may lack
+    # No multicast over NVLink: it needs rights that a container may lack. vLLM's own all-reduce does without.
+    "NCCL_NVLS_ENABLE": "0",
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+    "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
+    "NCCL_SOCKET_IFNAME": "lo",
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # of the processes of several GPUs
 }
 MEMORY = 0.9  # of the device's
