@@ -18,6 +18,7 @@ from jllama.decode import StepOutput
 from jllama.engine import masked, steps
 from jllama.engine.constraint import Progress, masks_of
 from jllama.engine.launch import Drawn, Launch, Scored, cut, fitting, places
+from jllama.engine.memory import in_memory
 from jllama.engine.request import Request
 from jllama.engine.scheduler import Piece, Plan
 from jllama.engine.scheduler import Sequence as Scheduled
@@ -35,7 +36,8 @@ Matchers = dict[Scheduled, Progress]
 
 
 class Device:
-    """The state of ``slots`` rows over a pool of ``pages``, and the weights of every step.
+    """The state of ``slots`` rows over a pool of ``pages``, or ``fewer`` where so many find no room, and the weights of
+    every step.
 
     On a mesh, each part along the axis ``data`` has ``slots`` rows and ``pages`` pages of its own. The arrays of a
     launch have the same number of places for each part, one part after the other. Slots and pages are numbered from 0
@@ -47,13 +49,14 @@ class Device:
         *,
         slots: int,
         pages: int,
+        fewer: bool,
         width: int,
         max_len: int,
         pieces: int,
         tuning: Tuning,
         backend: Backend,
     ) -> None:
-        self.params, self.slots, self.pages = params, slots, pages
+        self.params, self.slots = params, slots
         self.mesh, self.parts = params.mesh, axis_size(params.mesh, DATA)
         self.max_len, self.tuning, self.backend = max_len, tuning, backend
         self.programs: set[tuple[str, int, str]] = set()  # used so far: name, rows or pieces, kind
@@ -63,7 +66,8 @@ class Device:
         self._static = {"backend": backend, "arch": known(params)}
         pieces = min(pieces, tuning.pieces[-1])  # more are several launches
         self._width, self._of_pieces, self._of_rows = width, sizes(tuning.pieces, pieces), sizes(tuning.rows, slots)
-        self.reset()
+        self.pages, self._state = in_memory(self._empty, pages, fewer=fewer)
+        self._logits: jax.Array | None = None  # [slots, vocabulary]: of next tokens, while there are constraints
 
     @property
     def lost(self) -> bool:
@@ -72,13 +76,16 @@ class Device:
 
     def reset(self, *, extras: bool = False) -> None:
         """Empty the cache and all slots."""
-        for array in jax.tree.leaves(getattr(self, "_state", None)):
+        for array in jax.tree.leaves(self._state):
             array.delete()  # memory may not hold the old cache beside the new one
-        sizes = self.slots * self.parts, self.pages * self.parts
-        self._state: EngineState = init_state(self.params.config, *sizes, self.params.dtype, mesh=self.mesh)
-        self._logits: jax.Array | None = None  # [slots, vocabulary]: of next tokens, while there are constraints
+        _, self._state = in_memory(self._empty, self.pages, fewer=False)
+        self._logits = None
         if extras:
             self.add_extras()
+
+    def _empty(self, pages: int) -> EngineState:
+        sizes = self.slots * self.parts, pages * self.parts
+        return init_state(self.params.config, *sizes, self.params.dtype, mesh=self.mesh)
 
     def add_extras(self) -> None:
         """Allocate what only requests of the kind "full" need, at the first of them."""

@@ -92,8 +92,11 @@ class Engine:
             -(-n // parts) for n in (count, slots, budget // tuning.piece, alone)
         )  # of each part
         sizes = dict(slots=slots, max_len=self.max_len)
-        self._device = Device(params, pages=count, width=width, pieces=alone, tuning=tuning, backend=backend, **sizes)
-        pools = [Pages(count, PAGE, multiple=START_MULTIPLE) for _ in range(parts)]
+        fewer = pages is None and jax.process_count() == 1  # several processes must have as many
+        self._device = Device(
+            params, pages=count, fewer=fewer, width=width, pieces=alone, tuning=tuning, backend=backend, **sizes
+        )
+        pools = [Pages(self._device.pages, PAGE, multiple=START_MULTIPLE) for _ in range(parts)]
         how = dict(piece=tuning.piece, pieces=pieces, alone=alone, **sizes)
         self._scheduler = Parts([Scheduler(pool, steps=tuning.steps, **how) for pool in pools])
         self._handles: dict[Scheduled, Handle] = {}

@@ -1,5 +1,9 @@
 """How many pages fit into the memory of the devices."""
 
+from collections.abc import Callable
+
+import jax
+
 from jllama.device import default_device, free_on
 from jllama.errors import InputError
 from jllama.mesh.layout import DATA, MODEL, axis_size, shard_config
@@ -7,6 +11,7 @@ from jllama.mesh.run import least
 from jllama.paged import page_bytes
 from jllama.params import Params
 
+LESS = 0.9  # of the pages, where memory has no room for all
 UNKNOWN_MEMORY = 4 << 30  # bytes for pages where the device does not say what is free
 
 
@@ -36,3 +41,22 @@ def page_count(params: Params, pages: int | None, memory: float, enough: int) ->
     if free_on(params.mesh) is not None and pages > (fits := pages_in_memory(params, 1.0)):
         raise InputError(f"pages: expected at most {fits} (what fits into the device's free memory), found {pages}")
     return pages
+
+
+def in_memory[T](make: Callable[[int], T], pages: int, *, fewer: bool) -> tuple[int, T]:
+    """Wait until ``make(pages)`` is in memory; with ``fewer``, take fewer pages where so many find no room. Returns how
+    many they are, too.
+
+    Free memory need not be in one piece: where JAX does not reserve all of it at the start
+    (``XLA_PYTHON_CLIENT_PREALLOCATE=false``), it takes pieces, and other arrays lie between. An allocation that fails
+    is not reported before its result is used, which here would be the first request."""
+    while True:
+        try:
+            return pages, jax.block_until_ready(make(pages))
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+        # Not inside the except block: there, the error keeps alive what was made.
+        if not fewer or pages < 2:
+            raise InputError(f"pages: expected a number that fits into free memory in two pieces, found {pages}")
+        pages = int(pages * LESS)
