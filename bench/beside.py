@@ -108,5 +108,5 @@ def _foot(lines: Sequence[Line]) -> str:
     parts = [", ".join(devices)]
     parts.append(", ".join(versions_of(shown, "jax", "vllm", "torch", "transformers")))
     parts.append(f"the {MODEL} shape with random weights, a prompt of {PROMPT} tokens, greedy")
-    parts.append(f"rows of one time are one run on one card: {', '.join(sorted(on))}")
+    parts.append(f"rows of one time are one run on one machine: {', '.join(sorted(on))}")
     return f"\n\n<sub>{'; '.join(parts)}.</sub>"

@@ -70,6 +70,7 @@ for part in "${@:-models}"; do
       ;;
     rows-quant)
       compare "${ROWS_QUANT_S:-340}" rows-quant --in-memory --dtype int8,int4 --batch "${BATCH:-1,8,64,256}" \
+        --order one-by-one \
         --prefill "${PREFILL-512,2048}" --backends "${BACKENDS:-engine}" --peers none
       ;;
     static)

@@ -94,7 +94,7 @@ def _figures(
     if load.sampled:  # the greedy workload has the other figures
         return
     yield "ttft-warm", "s", ttft, None
-    if "peak_bytes" in outcome["warm"]:
+    if outcome["warm"].get("peak_bytes"):  # 0: the devices belong to other processes, those of vLLM on several GPUs
         yield "memory", "bytes_peak", [outcome["warm"]["peak_bytes"]], None
     warm_s = statistics.median([r["first_s"] + r["decode_s"] for r in runs])
     yield "compile", "s", [max(cold["first_s"] + cold["decode_s"] - warm_s, 1e-6)], None
