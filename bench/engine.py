@@ -106,8 +106,7 @@ def measured(params: Any, slots: int, prompts: Prompts, args: argparse.Namespace
     from bench.trace import per
     from jllama import Engine
     from jllama.device import default_device
-    from jllama.engine.engine import BUDGET
-    from jllama.engine.tuning import tuning_for
+    from jllama.engine.tuning import BUDGET, tuning_for
     from jllama.paged import pages_for
 
     tuning = dataclasses.replace(tuning_for(default_device()), rows=(slots,))  # one program, whatever number draws

@@ -61,7 +61,8 @@ def add_traffic_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--longest", type=int, metavar="N", help="of a prompt (default: 1024 on a GPU)")
     p.add_argument("--least", type=int, metavar="N", help="new tokens (default: 16 on a GPU)")
     p.add_argument("--most", type=int, metavar="N", help="new tokens (default: 512 on a GPU)")
-    p.add_argument("--budget", type=int, metavar="N", help="tokens of prompts a turn (default: 8192 on a GPU)")
+    help_budget = "tokens of prompts a turn (default: 8192 on a GPU; of jllama serve: its own)"
+    p.add_argument("--budget", type=int, metavar="N", help=help_budget)
     p.add_argument("--temperature", type=float, default=1.0, help="0: the likeliest token (default: 1)")
     p.add_argument("--runs", type=int, default=1, help="measured runs of each traffic (default: 1)")
     p.add_argument("--time-limit", type=float, default=600, metavar="S", help="of each step (default: 600)")

@@ -29,7 +29,7 @@ from jllama.errors import InputError, reported
 
 NAME = "bench"  # the served model's
 STREAM_RUNS = 3  # of the streams, which are short, and whose rates differ by little
-BUDGET = 512  # tokens of prompts a turn of `jllama serve`
+BUDGET = {"cpu": 512, "gpu": 4096}  # tokens of prompts a turn: the defaults of `jllama serve`
 
 
 def parser() -> argparse.ArgumentParser:
@@ -64,7 +64,8 @@ def run(args: argparse.Namespace) -> None:
     args.in_memory = False  # a server reads a checkpoint
     place = prepare(args)
     mixed, slots, _ = traffic_of(args, place.platform)
-    job = place.job(mixed, slots, BUDGET) | {"pages": args.pages}
+    budget = args.budget or BUDGET["cpu" if place.platform == "cpu" else "gpu"]
+    job = place.job(mixed, slots, budget) | {"pages": args.pages}
     # As many streams as asked for, all of one length, so that all run from the first step to the last.
     even = dict(requests=min(args.streams, slots), longest=mixed.prompt, least=mixed.most)
     streams = dataclasses.replace(mixed, name="streams", **even)
@@ -79,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
     if args.url is None:  # first: what it compiles is there when the server starts
         keep(alone(args, place, job, streams))
     with served(args, job) if args.url is None else contextlib.nullcontext(args.url) as url:
-        for asks in rehearsals(mixed, slots, BUDGET):
+        for asks in rehearsals(mixed, slots, budget):
             drive(args, url, asks)
 
         def measure(traffic: Traffic, runs: int) -> float:
@@ -141,7 +142,7 @@ def served(args: argparse.Namespace, job: dict[str, Any]) -> Iterator[str]:
     dtype = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}[job["dtype"]]
     command = [sys.executable, "-m", "jllama", "serve", "--model", job["model"], "--port", "0", "--dtype", dtype]
     command += ["--served-model-name", NAME, "--slots", str(job["batch"]), "--max-seq-len", str(job["max_len"])]
-    command += ["--no-access-log", "--quiet", "--compilation-cache", job["compiled"]]
+    command += ["--budget", str(job["budget"]), "--no-access-log", "--quiet", "--compilation-cache", job["compiled"]]
     command += [*([] if job.get("pages") is None else ["--pages", str(job["pages"])]), *shlex.split(args.flags)]
     with tempfile.TemporaryDirectory() as folder:
         log = Path(os.environ.get("JLLAMA_BENCH_LOGS", folder)) / "jllama-serve.log"

@@ -151,12 +151,14 @@ def repeated(traffic: Traffic, runs: int) -> list[Traffic]:
 
 def rehearsals(traffic: Traffic, slots: int, budget: int) -> list[list[Ask]]:
     """What an engine does before it is timed, so that everything is compiled: 1, 2, 4 … texts at once, whose prompts
-    are found in the cache from the second time on, then as many of the longest prompts as a turn may feed."""
-    body, new = random.Random(f"{SEED} rehearsal"), min(8, traffic.most)
+    are found in the cache from the second time on, then prompts of every size, and as many of the longest as a turn may
+    feed. Texts are long enough for a server's to run all at a time, though they reach it one after the other."""
+    body, new = random.Random(f"{SEED} rehearsal"), min(64, traffic.most)
 
     def ask(length: int) -> Ask:
         return Ask(0.0, [body.randrange(3, 64) for _ in range(length)], new)
 
     sizes, short = sorted({*(1 << i for i in range(slots.bit_length())), slots}), ask(24)
     long = min(slots, -(-budget // traffic.longest))
-    return [*([short] * n for n in sizes), [ask(traffic.prefix + traffic.longest) for _ in range(long)]]
+    halves = [[ask(traffic.longest >> i)] for i in range(traffic.longest.bit_length() - 1) if traffic.longest >> i > 32]
+    return [*([short] * n for n in sizes), *halves, [ask(traffic.prefix + traffic.longest) for _ in range(long)]]

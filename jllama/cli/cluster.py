@@ -23,7 +23,7 @@ _LONGER = 900  # jax waits for longer than we do: it would abort with the stack 
 # Flags that must be the same in all processes: they wait for one another for ever if their programs differ.
 _ALIKE = ("tp", "dp", "dtype", "quant", "backend", "max_seq_len", "slots", "pages", "memory", "no_warm_up", "samples")
 _ALIKE += ("max_new_tokens", "seed", "temperature", "top_k", "top_p", "min_p", "stop", "ignore_eos", "logit_bias")
-_ALIKE += ("repetition_penalty", "presence_penalty", "frequency_penalty", "regex", "stride", "windows")
+_ALIKE += ("repetition_penalty", "presence_penalty", "frequency_penalty", "regex", "stride", "windows", "budget")
 _PACKAGES = ("jllama", "jax", "jaxlib", "llguidance")
 
 

@@ -52,6 +52,9 @@ def parser() -> Parser:
     group.add_argument("--pages", type=int, metavar="N", help=help_pages)
     help_memory = "part of the device's free memory for the cache (default: 0.9)"
     group.add_argument("--memory", type=float, default=0.9, metavar="PART", help=help_memory)
+    help_budget = "tokens of prompts fed at a time beside texts that are drawn; fewer: shorter pauses in these, but "
+    help_budget += "slots fill more slowly (default: 512 on a CPU, else 4096)"
+    group.add_argument("--budget", type=int, metavar="N", help=help_budget)
     help_warm = "compile each program when a request first needs it, not before the server is ready"
     group.add_argument("--no-warm-up", action="store_true", help=help_warm)
     group = add_model_flags(parser)
@@ -74,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def check(args: argparse.Namespace) -> tuple[str, ...]:
     """Raise `InputError` for flags that cannot be meant, before anything is loaded. Returns the keys."""
-    for name, least in (("slots", 1), ("max_queue", 0)):
+    for name, least in (("slots", 1), ("max_queue", 0), ("budget", 1)):
         if (found := getattr(args, name)) is not None and found < least:
             raise InputError(f"--{name.replace('_', '-')}: expected at least {least}, found {found}")
     if not 0 <= args.port < 2**16:
@@ -166,14 +169,23 @@ def _run(args: argparse.Namespace, keys: tuple[str, ...], channel: "Channel | No
 
 def _engine(args: argparse.Namespace) -> "tuple[Opened, Engine]":
     from jllama.cli.runtime import open_model
+    from jllama.device import default_device
     from jllama.engine.engine import Engine
+    from jllama.engine.tuning import serving_budget
     from jllama.text.lm import default_slots
 
     opened = open_model(args, quiet=args.quiet)
     lm = opened.lm
     slots = default_slots() if args.slots is None else args.slots
+    budget = serving_budget(default_device()) if args.budget is None else args.budget
     engine = Engine(
-        lm.params, slots=slots, pages=args.pages, memory=args.memory, max_len=lm.max_len, backend=lm.backend
+        lm.params,
+        slots=slots,
+        pages=args.pages,
+        memory=args.memory,
+        max_len=lm.max_len,
+        budget=budget,
+        backend=lm.backend,
     )
     return opened, engine
 

@@ -20,7 +20,7 @@ from jllama.engine.request import Completion, Event, Handle, Request, SamplingSe
 from jllama.engine.scheduler import Piece, Scheduler
 from jllama.engine.scheduler import Sequence as Scheduled
 from jllama.engine.steps import KINDS
-from jllama.engine.tuning import Tuning, tuning_for
+from jllama.engine.tuning import BUDGET, Tuning, tuning_for
 from jllama.errors import InputError
 from jllama.kernels import PAGE, START_MULTIPLE, Choice
 from jllama.mesh.layout import DATA, axis_size
@@ -28,8 +28,6 @@ from jllama.mesh.place import adopted, placed
 from jllama.mesh.run import fetch
 from jllama.paged import pages_for
 from jllama.params import Params
-
-BUDGET = 512  # tokens of prompts a turn
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from jllama.device import Device
 from jllama.ways import LAUNCH_ROWS
 
+BUDGET = 512  # tokens of prompts a turn
+
 
 @dataclass(frozen=True)
 class Tuning:
@@ -34,6 +36,12 @@ _GPU = Tuning(piece=128, steps=(1, 4, 16), rows=(1, LAUNCH_ROWS, 64, 128), piece
 def tuning_for(device: Device) -> Tuning:
     """The sizes for a device."""
     return _CPU if device.platform == "cpu" else _GPU
+
+
+def serving_budget(device: Device) -> int:
+    """The tokens of prompts that a turn of a server feeds, by default. On a GPU, the engine's default takes in prompts
+    more slowly than many rows end, so that most slots stay empty while requests wait."""
+    return max(BUDGET, tuning_for(device).alone)
 
 
 def sizes(known: tuple[int, ...], most: int) -> list[int]:

@@ -7,6 +7,7 @@ import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from bench import client, record, serve
 from bench.peers import ours_traffic
 from bench.process import PeerFailed
 from bench.traffic import Ask
+from jllama.engine.tuning import serving_budget
 from jllama.errors import InputError
 
 SMALL = ["--requests", "5", "--slots", "2", "--prompt", "8", "--longest", "24", "--least", "3", "--most", "9"]
@@ -156,6 +158,12 @@ def test_what_http_costs(
     assert "HTTP costs nan %" in capsys.readouterr().out
 
 
+def test_the_server_has_its_own_budget() -> None:
+    """The engine alone and the rehearsals get it, too, without a device in this process."""
+    devices: Any = [SimpleNamespace(platform=platform) for platform in ("cpu", "gpu")]
+    assert {device.platform: serving_budget(device) for device in devices} == serve.BUDGET
+
+
 def test_jllama_serve_is_started_and_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake, said = tmp_path / "python", tmp_path / "said"
     ends = f"trap 'echo ended >> {said}; exit 0' TERM"
@@ -163,12 +171,12 @@ def test_jllama_serve_is_started_and_ended(tmp_path: Path, monkeypatch: pytest.M
     fake.chmod(0o755)
     monkeypatch.setattr("sys.executable", str(fake))
     args = serve.parser().parse_args(["--flags", "--tokenizer 'a b'"])
-    job = {"dtype": "bf16", "model": "folder", "batch": 3, "max_len": 99, "compiled": "cache", "pages": 7}
+    job = {"dtype": "bf16", "model": "folder", "batch": 3, "max_len": 99, "compiled": "cache", "pages": 7, "budget": 64}
     with serve.served(args, job) as url:
         assert url == "http://host:1"
     command, ended = said.read_text().splitlines()
     assert "serve --model folder" in command
-    assert "--slots 3 --max-seq-len 99" in command
+    assert "--slots 3 --max-seq-len 99 --budget 64" in command
     assert command.endswith("--pages 7 --tokenizer a b")
     assert ended == "ended"
     fake.write_text("#!/bin/sh\necho 'jllama serve: error: no model' >&2\nexit 2\n")

@@ -89,6 +89,7 @@ def test_a_second_signal_ends_at_once(process: Process) -> None:
     [
         (["--port", "70000"], "--port: expected 0 to 65535"),
         (["--slots", "0"], "--slots: expected at least 1"),
+        (["--budget", "0"], "--budget: expected at least 1"),
         (["--max-queue", "-1"], "--max-queue: expected at least 0"),
         (["--api-key", ""], "--api-key"),
         (["--api-key", "a b\n"], "--api-key"),
