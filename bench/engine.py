@@ -106,11 +106,11 @@ def measured(params: Any, slots: int, prompts: Prompts, args: argparse.Namespace
     from bench.trace import per
     from jllama import Engine
     from jllama.device import default_device
-    from jllama.engine.tuning import BUDGET, tuning_for
+    from jllama.engine.tuning import tuning_for
     from jllama.paged import pages_for
 
     tuning = dataclasses.replace(tuning_for(default_device()), rows=(slots,))  # one program, whatever number draws
-    budget = args.budget or BUDGET
+    budget = args.budget or tuning_for(default_device()).budget
     filling = turns_to_fill(slots, args.prompt_len, budget, tuning)
     _, waiting, alone = tuning.steps
     longest = args.prompt_len + max(args.new_tokens, waiting * filling + alone * (2 * args.turns + 4))

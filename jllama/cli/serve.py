@@ -169,22 +169,19 @@ def _run(args: argparse.Namespace, keys: tuple[str, ...], channel: "Channel | No
 
 def _engine(args: argparse.Namespace) -> "tuple[Opened, Engine]":
     from jllama.cli.runtime import open_model
-    from jllama.device import default_device
     from jllama.engine.engine import Engine
-    from jllama.engine.tuning import serving_budget
     from jllama.text.lm import default_slots
 
     opened = open_model(args, quiet=args.quiet)
     lm = opened.lm
     slots = default_slots() if args.slots is None else args.slots
-    budget = serving_budget(default_device()) if args.budget is None else args.budget
     engine = Engine(
         lm.params,
         slots=slots,
         pages=args.pages,
         memory=args.memory,
         max_len=lm.max_len,
-        budget=budget,
+        budget=args.budget,
         backend=lm.backend,
     )
     return opened, engine

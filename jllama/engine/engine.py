@@ -20,7 +20,7 @@ from jllama.engine.request import Completion, Event, Handle, Request, SamplingSe
 from jllama.engine.scheduler import Piece, Scheduler
 from jllama.engine.scheduler import Sequence as Scheduled
 from jllama.engine.steps import KINDS
-from jllama.engine.tuning import BUDGET, Tuning, tuning_for
+from jllama.engine.tuning import Tuning, tuning_for
 from jllama.errors import InputError
 from jllama.kernels import PAGE, START_MULTIPLE, Choice
 from jllama.mesh.layout import DATA, axis_size
@@ -56,9 +56,9 @@ class Engine:
 
     The cache has ``pages`` pages of 64 positions. By default it takes the part ``memory`` of the device's free memory
     (on a CPU, at most what all slots can use). A request has at most ``max_len`` tokens, prompt included (default: the
-    model's context). A turn feeds at most ``budget`` tokens of prompts, or ``tuning.alone`` if that is more and no row
-    draws that they would delay. ``tuning`` are the sizes of launches (default: those of the device). An engine must not
-    be used by two threads at a time."""
+    model's context). A turn feeds at most ``budget`` tokens of prompts (default: ``tuning.budget``). It feeds
+    ``tuning.alone`` if that is more and no row draws that they would delay. ``tuning`` are the sizes of launches
+    (default: those of the device). An engine must not be used by two threads at a time."""
 
     def __init__(
         self,
@@ -68,13 +68,14 @@ class Engine:
         pages: int | None = None,
         memory: float = 0.9,
         max_len: int | None = None,
-        budget: int = BUDGET,
+        budget: int | None = None,
         tuning: Tuning | None = None,
         backend: Backend = "auto",
     ) -> None:
         tuning = tuning_for(default_device()) if tuning is None else tuning
         if slots < 1:
             raise InputError(f"slots: expected at least 1, found {slots}")
+        budget = tuning.budget if budget is None else budget
         if budget < tuning.piece:
             raise InputError(f"budget: expected at least {tuning.piece} tokens, found {budget}")
         context = params.config.max_seq_len

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from jllama.device import Device
 from jllama.ways import LAUNCH_ROWS
 
-BUDGET = 512  # tokens of prompts a turn
-
 
 @dataclass(frozen=True)
 class Tuning:
@@ -19,6 +17,7 @@ class Tuning:
     steps: tuple[int, int, int]
     rows: tuple[int, ...]
     pieces: tuple[int, ...]  # of a launch; more are several launches
+    budget: int = 512  # tokens of prompts that a turn feeds by default, beside rows that draw
     alone: int = 0  # tokens of prompts that a turn may feed where no row draws that they would delay
 
 
@@ -29,19 +28,16 @@ _CPU = Tuning(piece=32, steps=(4, 4, 16), rows=(1, 4, 16, 64), pieces=(1, 4, 16,
 # 128 queries are one item of the attention kernel. Up to `LAUNCH_ROWS` are one persistent launch. Above, a step reads
 # all weights for any number of rows, and its products have tiles of 64 rows: padding costs little, and a compilation
 # of a large model 10 to 30 seconds. Padding of pieces costs as much as real ones, so these are powers of two.
-# From 2,048 rows on, products gain nothing by more (two launches of 16 pieces for one of 32).
-_GPU = Tuning(piece=128, steps=(1, 4, 16), rows=(1, LAUNCH_ROWS, 64, 128), pieces=(1, 2, 4, 8, 16), alone=4096)
+# From 2,048 rows on, products gain nothing by more (two launches of 16 pieces for one of 32). With a budget of 512, two
+# prompts of 256 tokens would join in a turn of four steps. Where some 100 rows draw, more texts end than that.
+_GPU = Tuning(
+    piece=128, steps=(1, 4, 16), rows=(1, LAUNCH_ROWS, 64, 128), pieces=(1, 2, 4, 8, 16), budget=4096, alone=4096
+)
 
 
 def tuning_for(device: Device) -> Tuning:
     """The sizes for a device."""
     return _CPU if device.platform == "cpu" else _GPU
-
-
-def serving_budget(device: Device) -> int:
-    """The tokens of prompts that a turn of a server feeds, by default. On a GPU, the engine's default takes in prompts
-    more slowly than many rows end, so that most slots stay empty while requests wait."""
-    return max(BUDGET, tuning_for(device).alone)
 
 
 def sizes(known: tuple[int, ...], most: int) -> list[int]:

@@ -16,7 +16,7 @@ from bench import client, record, serve
 from bench.peers import ours_traffic
 from bench.process import PeerFailed
 from bench.traffic import Ask
-from jllama.engine.tuning import serving_budget
+from jllama.engine.tuning import tuning_for
 from jllama.errors import InputError
 
 SMALL = ["--requests", "5", "--slots", "2", "--prompt", "8", "--longest", "24", "--least", "3", "--most", "9"]
@@ -161,7 +161,7 @@ def test_what_http_costs(
 def test_the_server_has_its_own_budget() -> None:
     """The engine alone and the rehearsals get it, too, without a device in this process."""
     devices: Any = [SimpleNamespace(platform=platform) for platform in ("cpu", "gpu")]
-    assert {device.platform: serving_budget(device) for device in devices} == serve.BUDGET
+    assert {device.platform: tuning_for(device).budget for device in devices} == serve.BUDGET
 
 
 def test_jllama_serve_is_started_and_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

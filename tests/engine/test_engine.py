@@ -13,11 +13,9 @@ from hypothesis import strategies as st
 from reference_engine import alone, assert_same, scores
 
 from jllama import Engine, Request, SamplingSettings
-from jllama.config import LlamaConfig
 from jllama.decode import generate
-from jllama.engine import device, steps
+from jllama.engine import steps
 from jllama.engine.request import Handle
-from jllama.engine.state import EngineState
 from jllama.engine.tuning import tuning_for
 from jllama.errors import InputError
 from jllama.sampling import make_sampling
@@ -380,28 +378,6 @@ def test_a_bad_prompt_among_others_is_named_and_nothing_stays() -> None:
 def test_an_engine_that_cannot_be_is_one_line(how: dict[str, float], message: str) -> None:
     with pytest.raises(InputError, match=message):
         Engine(tiny.model(), **how)
-
-
-def test_a_cache_is_smaller_where_free_memory_is_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    room, init_state = 11, device.init_state
-
-    def in_pieces(config: LlamaConfig, slots: int, pages: int, *rest: object, **how: object) -> EngineState:
-        if pages > room:
-            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 byte")
-        return init_state(config, slots, pages, *rest, **how)
-
-    monkeypatch.setattr(device, "init_state", in_pieces)
-    with pytest.raises(InputError, match=r"pages: expected a number .* in two pieces, found 12"):
-        Engine(tiny.model(), slots=2, pages=12)  # so many, or none
-    e = Engine(tiny.model(), slots=2, max_len=MAX_LEN)  # as many as fit: by default 2 slots get 8 pages
-    assert e.statistics.pages == 8
-    room = 7
-    e = Engine(tiny.model(), slots=2, max_len=MAX_LEN)
-    assert e.statistics.pages == 7
-    request = Request(tiny.prompt(9), 5, stop_ids=())
-    handle = e.submit(request)
-    drain(e)
-    assert_same(tiny.model(), request, handle.completion.ids, handle.completion.logprobs)
 
 
 def test_the_reference_notices_another_text() -> None:

@@ -19,10 +19,11 @@ def budget_on(monkeypatch: pytest.MonkeyPatch, *flags: str, platform: str) -> in
     found: list[dict[str, Any]] = []
     lm = SimpleNamespace(params=None, max_len=64, backend="auto")
     monkeypatch.setattr("jllama.cli.runtime.open_model", lambda args, **how: SimpleNamespace(lm=lm))
-    monkeypatch.setattr("jllama.device.default_device", lambda: SimpleNamespace(platform=platform))
+    device: Any = SimpleNamespace(platform=platform)
     monkeypatch.setattr(engine, "Engine", lambda params, **how: found.append(how))
     serve._engine(serve.parser().parse_args(["--slots", str(SLOTS), *flags]))
-    return found[0]["budget"]
+    given = found[0]["budget"]
+    return tuning.tuning_for(device).budget if given is None else given
 
 
 def test_the_budget_of_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
