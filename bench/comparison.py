@@ -188,7 +188,8 @@ class Comparison:
         self.settings.clock.check()
         say(f"  {entry.impl} {self.dtype}: opening")
         limit_s = self.settings.time_limit
-        # Where all make their weights themselves, the reference has left the device.
+        # The peer is alone on the device if peers run one by one and the reference's process has ended. `add_entries`
+        # ends it where every peer makes random weights of its own.
         entry.worker = Worker(entry.peer, entry.python, alone=self.drawn and self.order == "one-by-one")
         entry.worker.ask(
             "available", limit_s

@@ -169,9 +169,10 @@ def _log(peer: str) -> IO[bytes]:
 
 def _environment(alone: bool) -> dict[str, str]:
     quiet = {
-        # By default JAX reserves most of a device's memory when it starts. Several processes on one device would then
-        # leave nothing for each other. A process that has the device to itself should reserve it: then all of it is one
-        # piece. Otherwise drawing weights leaves many free pieces, none of which is large enough for a cache.
+        # By default JAX reserves most of a device's memory when it starts. Processes that share a device must not do
+        # so: the first would leave nothing to the others. A process that has the device to itself should. Without the
+        # reserve, JAX asks for memory bit by bit. What the random weights needed while they were made is free
+        # afterwards, but in small pieces, and a cache, which is two large arrays, finds no room.
         "XLA_PYTHON_CLIENT_PREALLOCATE": "true" if alone else "false",
         "XLA_PYTHON_CLIENT_MEM_FRACTION": ".95",
         "TF_CPP_MIN_LOG_LEVEL": "2",

@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from bench.load import FILE, Place, add_traffic_flags, check_numbers, prepare, rates_of, records_of, table, traffic_of
@@ -29,7 +30,6 @@ from jllama.errors import InputError, reported
 
 NAME = "bench"  # the served model's
 STREAM_RUNS = 3  # of the streams, which are short, and whose rates differ by little
-BUDGET = {"cpu": 512, "gpu": 4096}  # tokens of prompts a turn: the defaults of `jllama serve`
 
 
 def parser() -> argparse.ArgumentParser:
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     args.in_memory = False  # a server reads a checkpoint
     place = prepare(args)
     mixed, slots, _ = traffic_of(args, place.platform)
-    budget = args.budget or BUDGET["cpu" if place.platform == "cpu" else "gpu"]
+    budget = args.budget or default_budget(place.platform)
     job = place.job(mixed, slots, budget) | {"pages": args.pages}
     # As many streams as asked for, all of one length, so that all run from the first step to the last.
     even = dict(requests=min(args.streams, slots), longest=mixed.prompt, least=mixed.most)
@@ -100,6 +100,13 @@ def run(args: argparse.Namespace) -> None:
         rate = {r["impl"]: r["value"] or math.nan for r in records if r["case"] == "http-streams"}
         print(f"\nHTTP costs {100 * (1 - rate['serve'] / rate['engine']):.1f} % at {streams.requests} streams")
     print(f"\nrun {place.run.run}: {len(records)} records in {args.results}")
+
+
+def default_budget(platform: str) -> int:
+    """The tokens of prompts that a turn of `jllama serve` feeds by default. Asks for no device: the server has it."""
+    from jllama.engine.tuning import tuning_for
+
+    return tuning_for(SimpleNamespace(platform=platform)).budget
 
 
 def drive(args: argparse.Namespace, url: str, asks: Any) -> Any:

@@ -143,9 +143,10 @@ def blocks(
 
 
 def wants_limbs(x: jax.Array, layer: Layer, cache: Cache | None, params: Params, backend: str) -> bool:
-    """Whether the norm before a layer should also write its result as two int8 limbs. It should where a kernel then
-    multiplies the layer's wqkv with these limbs: in a decode step, with few rows and int8 weights. On a shard no kernel
-    writes limbs. x [B, T, dim] is what is normed."""
+    """Whether the norm of x [B, T, dim] before a layer should write its result twice: as floats, and as two int8 arrays
+    whose weighted sum is nearly the same (`SplitRows`, its limbs). Only a product of limbs with int8 weights stays in
+    integers. So it should if a kernel will compute wqkv's product that way: in a decode step of few rows, with int8
+    weights, not on a shard, where no kernel writes limbs."""
     stepped = cache is not None and x.shape[1] <= DECODE_QUERIES and params.axis is None
     backend = "auto" if backend == "pallas" else backend  # where the kernel is refused, the product itself says so
     return stepped and takes_limbs(x, layer.wqkv) and matmul.choose(backend, x, layer.wqkv).impl == "pallas"

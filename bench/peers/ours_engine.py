@@ -8,7 +8,7 @@ from bench.peers import Output, Peer, _engine
 from bench.peers.ours import PACKAGES, Ours, available
 from bench.workloads import SAMPLING, SEED
 
-BUDGET = 8192  # tokens of prompts a turn, as vLLM's server takes; the engine's default is for short waits
+BUDGET = 8192  # tokens of prompts a turn, as vLLM's server takes
 SPARE = 4  # one page for so many slots stays free for rows that grow
 
 

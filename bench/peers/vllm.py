@@ -18,12 +18,13 @@ ENVIRONMENT = {
     "VLLM_HOST_IP": "127.0.0.1",
     "VLLM_LOOPBACK_IP": "127.0.0.1",
     "GLOO_SOCKET_IFNAME": "lo",
+    "NCCL_SOCKET_IFNAME": "lo",
     "TRANSFORMERS_OFFLINE": "1",
-    # No multicast over NVLink: it needs rights that a container may lack. vLLM's own all-reduce does without.
+    # Several GPUs add up their parts without NVLink's multicast, which many containers may not set up. vLLM has a
+    # kernel of its own for that, in which each GPU reads the memory of the others.
     "NCCL_NVLS_ENABLE": "0",
     "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
     "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
-    "NCCL_SOCKET_IFNAME": "lo",
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # of the processes of several GPUs
 }
 MEMORY = 0.9  # of the device's

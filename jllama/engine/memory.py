@@ -33,8 +33,8 @@ def pages_in_memory(params: Params, memory: float) -> int:
 
 def page_count(params: Params, pages: int | None, memory: float, enough: int) -> int:
     """How many pages a cache gets: ``pages`` if they fit, by default what fits into this part of free memory. On a CPU
-    that is at most ``enough`` for all rows, because other programs need the memory, too. Pages that do not fit are
-    refused here: a GPU would run out of memory only in the first request."""
+    that is at most ``enough`` for all rows, because other programs need the memory, too. Pages that cannot fit are
+    refused before any is made, with the number that would fit."""
     if pages is None:
         fits = pages_in_memory(params, memory)
         return min(fits, enough) if default_device().platform == "cpu" else fits
@@ -56,7 +56,8 @@ def in_memory[T](make: Callable[[int], T], pages: int, *, fewer: bool) -> tuple[
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-        # Not inside the except block: there, the error keeps alive what was made.
+        # Try again only here, after the except block. Inside it, the error still holds the arrays of the failed
+        # attempt, and their memory would not be free yet.
         if not fewer or pages < 2:
             raise InputError(f"pages: expected a number that fits into free memory in two pieces, found {pages}")
         pages = int(pages * LESS)

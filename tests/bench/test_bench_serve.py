@@ -7,7 +7,6 @@ import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +15,6 @@ from bench import client, record, serve
 from bench.peers import ours_traffic
 from bench.process import PeerFailed
 from bench.traffic import Ask
-from jllama.engine.tuning import tuning_for
 from jllama.errors import InputError
 
 SMALL = ["--requests", "5", "--slots", "2", "--prompt", "8", "--longest", "24", "--least", "3", "--most", "9"]
@@ -160,8 +158,7 @@ def test_what_http_costs(
 
 def test_the_server_has_its_own_budget() -> None:
     """The engine alone and the rehearsals get it, too, without a device in this process."""
-    devices: Any = [SimpleNamespace(platform=platform) for platform in ("cpu", "gpu")]
-    assert {device.platform: tuning_for(device).budget for device in devices} == serve.BUDGET
+    assert {platform: serve.default_budget(platform) for platform in ("cpu", "gpu")} == {"cpu": 512, "gpu": 4096}
 
 
 def test_jllama_serve_is_started_and_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -174,8 +174,8 @@ class Products:
             weights = (weights.astype(jnp.float32) * broadcast_rows(scale, weights.shape)).astype(dtype)
         if widened is None:
             return weights
-        # Only the interpreter comes here. On a GPU, wgmma takes these weights from registers. The interpreter's wgmma
-        # reads shared memory, so they are put there.
+        # What follows runs only in Pallas's interpreter, on a CPU. On a GPU, the tensor cores' instruction (wgmma)
+        # reads these weights from registers. The interpreter's version reads only shared memory: write them there.
         part = self.tiles.consumer_out
         place = widened.at[self.block.me, pl.ds(i * part, part), pl.ds(0, self.group)]
         place[...] = weights
