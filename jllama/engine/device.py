@@ -93,14 +93,15 @@ class Device:
             extras = init_extras(self.params.config, self.slots * self.parts)
             self._state = on_devices(replace(self._state, extras=extras), self.mesh)
 
-    def launch(self, plans: Sequence[Plan], requests: Requests, matchers: Matchers) -> Launch:
-        """Launch the plans of all parts, without waiting for any result. ``matchers`` has an entry for each row with a
-        constraint."""
+    def launch(self, plans: Sequence[Plan], requests: Requests, matchers: Matchers) -> list[Launch]:
+        """Launch the plans of all parts, without waiting for any result. First tokens, which are there before the
+        decode steps, come in a launch of their own. ``matchers`` has an entry for each row with a constraint."""
         names = ("copies", "pieces", "joins", "rows", "ahead")
         copies, pieces, joins, rows, ahead = ([getattr(plan, name) for plan in plans] for name in names)
         for at in range(0, max(map(len, copies)), COPIES):
             self._copy([part[at : at + COPIES] for part in copies])
-        launched, fed = Launch(masked=any(plan.rows and not plan.steps for plan in plans)), []
+        masked, fed = any(plan.rows and not plan.steps for plan in plans), []
+        first, launched = Launch(masked=masked), Launch(masked=masked, ends=True)
         for size, part in cut(self._of_pieces, pieces) if any(pieces) else ():
             scored = [(i, p) for i, p in places(part, size) if p.sequence.limit == 0]
             logits, scores = self._feed(part, size, bool(scored))
@@ -112,22 +113,23 @@ class Device:
         for part, size, logits in fed:
             if firsts := [(i, p.sequence) for i, p in places(part, size) if p.ends]:
                 output = self._first(part, size, logits, self._kind(firsts, requests))
-                launched.drawn.append(Drawn(firsts, [output], decoded=False))
+                first.drawn.append(Drawn(firsts, [output], decoded=False))
         if any(rows):
             size = fitting(self._of_rows, rows)
             drawing = list(places(rows, size))
             kind = self._kind(drawing, requests)
             outputs = self._decode(rows, size, kind, [plan.steps for plan in plans])
-            if launched.masked:
+            if masked:
                 one_by_one = [plan.rows if not plan.steps else [] for plan in plans]
                 outputs.append(self._draw(one_by_one, size, kind, matchers))
             launched.drawn.append(Drawn(drawing, outputs))
         if any(ahead):
             self._look_ahead(ahead, fitting(self._of_rows, ahead))
+        both = [first, launched] if first.drawn else [launched]
         if jax.process_count() == 1:
-            for array in jax.tree.leaves(launched.arrays):
+            for array in jax.tree.leaves([one.arrays for one in both]):
                 array.copy_to_host_async()
-        return launched
+        return both
 
     def _kind(self, rows: Sequence[tuple[int, Scheduled]], requests: Requests) -> str:
         """The simplest kind of drawing that serves all these rows."""
@@ -170,7 +172,8 @@ class Device:
             jobs += [partial(self._first, nothing, size, logits, kind) for kind in kinds]
         for size in self._of_rows:
             for kind in kinds:
-                jobs.append(partial(self._decode, nothing, size, kind, [self.tuning.steps[0]] * self.parts))
+                counts = [[unit] * self.parts for unit in self._units(size)]
+                jobs += [partial(self._decode, nothing, size, kind, count) for count in counts]
                 jobs += [partial(self._draw, nothing, size, kind, {})] if constraints else []
             jobs += [partial(self._look_ahead, nothing, size)] if constraints else []
         return jobs
@@ -245,15 +248,20 @@ class Device:
                 where = slot, extra_settings(requests[s]), tokens, np.int32(s.prompt), np.int32(len(s.tokens))
                 self._state = self._run(program, steps.jit_join_extras, self._state, *where, mesh=self.mesh)
 
+    def _units(self, size: int) -> list[int]:
+        """The numbers of steps that programs of so many rows have."""
+        short, _, long = self.tuning.steps
+        return [short, long] if size <= self.tuning.whole else [short]
+
     def _decode(self, parts: list[list[Scheduled]], size: int, kind: str, counts: list[int]) -> list[StepOutput]:
-        """``counts[i]`` steps for the rows of part i. The program has the smallest number of steps that a turn may
-        have, and runs as often as needed. So one program for every kind and number of rows is enough."""
-        unit, outputs = self.tuning.steps[0], []
+        """``counts[i]`` steps for the rows of part i, by the longest program that can be run as often as needed."""
+        unit = max(unit for unit in self._units(size) if not any(count % unit for count in counts))
+        outputs, name = [], "decode" if unit == self.tuning.steps[0] else "decode_long"
         for done in range(0, max(counts), unit):
             rows = [part if count > done else [] for part, count in zip(parts, counts, strict=True)]
             where = self.params, self._state, self._slots_of(rows, size), self._table(rows, size)
             how = dict(steps=unit, kind=kind, **self._static)
-            found, ran = self._run(("decode", size, kind), steps.jit_decode, *where, **how)
+            found, ran = self._run((name, size, kind), steps.jit_decode, *where, **how)
             self._state, output = found
             outputs.append(output)
             self._record("decode", ran)

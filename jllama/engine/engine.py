@@ -3,7 +3,6 @@
 import time
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
 
 import jax
 import numpy as np
@@ -19,6 +18,7 @@ from jllama.engine.parts import Parts
 from jllama.engine.request import Completion, Event, Handle, Request, SamplingSettings, per_prompt
 from jllama.engine.scheduler import Piece, Scheduler
 from jllama.engine.scheduler import Sequence as Scheduled
+from jllama.engine.statistics import Statistics
 from jllama.engine.steps import KINDS
 from jllama.engine.tuning import Tuning, tuning_for
 from jllama.errors import InputError
@@ -28,27 +28,6 @@ from jllama.mesh.place import adopted, placed
 from jllama.mesh.run import fetch
 from jllama.paged import pages_for
 from jllama.params import Params
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """The state of an engine, and its counters since it was made."""
-
-    running: int
-    waiting: int
-    pages_used: int
-    pages: int
-    prompt_tokens: int  # of all prompts that were started
-    prefix_hits: int  # how many of them were found in the cache
-    new_tokens: int
-    decode_steps: int  # each is of all rows at once
-    preemptions: int
-    seconds: float  # spent in steps
-
-    @property
-    def tokens_per_s(self) -> float:
-        """New tokens a second."""
-        return self.new_tokens / self.seconds if self.seconds > 0 else 0.0
 
 
 class Engine:
@@ -99,7 +78,7 @@ class Engine:
         how = dict(piece=tuning.piece, pieces=pieces, alone=alone, **sizes)
         self._scheduler = Parts([Scheduler(pool, steps=tuning.steps, **how) for pool in pools])
         self._handles: dict[Scheduled, Handle] = {}
-        self._in_flight: Launch | None = None
+        self._unread: deque[Launch] = deque()  # of the turn that runs and of the one queued behind it
         self._paused = self._torn = self._nan = False
         self._new_tokens, self._decode_steps, self._seconds = 0, 0, 0.0
 
@@ -229,26 +208,20 @@ class Engine:
         self._paused = False
 
     def step(self) -> list[Event]:
-        """One turn: launch the next plan, then read the results of the one before."""
+        """Launch the next turn, so that one is queued behind the one that runs. Then wait for the next results: the
+        first tokens of a turn, or those of its decode steps."""
         begin = time.perf_counter()
         if self._torn or self._device.lost:
             self._restart()
         self._torn = True  # until the end: an error or interrupt before that loses the state on the device
-        before, self._in_flight = self._in_flight, None
         events: list[Event] = []
-        if before is not None and before.masked:  # the device runs ahead meanwhile: see `jllama.engine.masked`
-            with jax.profiler.TraceAnnotation("jllama.read"):
-                events, before = self._read(before), None
-        with jax.profiler.TraceAnnotation("jllama.plan"):
-            plans = [] if self._paused else self._scheduler.plan()
-        if any(plans):
-            handles = {s: self._handles[s] for plan in plans for s in {*plan.rows, *plan.joins}}
-            matchers = {s: h.progress.follow(s.tokens) for s, h in handles.items() if h.progress}
-            with jax.profiler.TraceAnnotation("jllama.launch"):
-                self._in_flight = self._device.launch(plans, {s: h.request for s, h in handles.items()}, matchers)
-        if before is not None:
-            with jax.profiler.TraceAnnotation("jllama.read"):
-                events = self._read(before)
+        while self._unread and self._unread[0].masked:  # the device runs ahead meanwhile: see `jllama.engine.masked`
+            events += self._read(self._unread.popleft())
+        before = len(self._unread)
+        if sum(launch.ends for launch in self._unread) < 2:
+            self._launch()
+        if before:
+            events += self._read(self._unread.popleft())
         self._torn = False
         self._seconds += time.perf_counter() - begin
         return events
@@ -317,8 +290,19 @@ class Engine:
             pass
         return [h.completion for h in handles]
 
+    def _launch(self) -> None:
+        """Plan a turn and launch it, if there is anything to do."""
+        with jax.profiler.TraceAnnotation("jllama.plan"):
+            plans = [] if self._paused else self._scheduler.plan()
+        if any(plans):
+            handles = {s: self._handles[s] for plan in plans for s in {*plan.rows, *plan.joins}}
+            matchers = {s: h.progress.follow(s.tokens) for s, h in handles.items() if h.progress}
+            with jax.profiler.TraceAnnotation("jllama.launch"):
+                self._unread += self._device.launch(plans, {s: h.request for s, h in handles.items()}, matchers)
+
     def _read(self, launch: Launch) -> list[Event]:
-        outputs, scores = fetch(launch.arrays, self.params.mesh)  # blocks
+        with jax.profiler.TraceAnnotation("jllama.read"):
+            outputs, scores = fetch(launch.arrays, self.params.mesh)  # blocks
         drawn, steps = tokens_of(launch, outputs)
         self._decode_steps += steps
         events = self._read_tokens(drawn)
@@ -394,6 +378,6 @@ class Engine:
     def _restart(self) -> None:
         """Start with an empty cache: running requests are computed again."""
         self._nan = False
-        self._in_flight = None
+        self._unread.clear()
         self._scheduler.restart()
         self._device.reset(extras=any(h.request.sampling.kind == "full" for h in self._handles.values()))

@@ -34,11 +34,12 @@ class Scored:
 
 @dataclass(frozen=True)
 class Launch:
-    """The results of a plan, which are there once it has run."""
+    """Results of a plan, which are there once it has run as far as that."""
 
     drawn: list[Drawn] = field(default_factory=list)
     scored: list[Scored] = field(default_factory=list)
     masked: bool = False  # whether the next masks depend on what is drawn
+    ends: bool = False  # whether these are the last results of the plan
 
     @property
     def arrays(self) -> tuple[list[list[StepOutput]], list[tuple[jax.Array, ...]]]:

@@ -44,6 +44,8 @@ class Parts:
         self._parts[0].check(sequence)
         sequence.order = order(self._arrivals, sequence.priority)
         self._arrivals += 1
+        for part in self._parts:
+            part.expect()
         bisect.insort(self._queue, sequence, key=lambda s: s.order)
 
     def plan(self) -> list[Plan]:

@@ -20,6 +20,7 @@ from jllama.errors import InputError
 
 RESERVE = 4  # one of this many rows needs a new page in the next turn: 16 steps a turn, 64 positions a page
 OVERTAKE = 64  # how many later requests overtake one whose priority is lower by 1
+EXPECT = 128  # decode steps after a request has come in which another is expected: about a second
 
 
 def order(arrivals: int, priority: int) -> int:
@@ -92,8 +93,9 @@ class Scheduler:
     """First come, first served, with priorities, on ``slots`` rows and a pool of pages.
 
     A turn feeds at most ``pieces`` pieces of ``piece`` tokens, or ``alone`` pieces where no row draws that they would
-    delay; then it decodes. ``steps`` are three numbers of decode steps a turn: where all rows have just joined; while
-    requests wait or prompts are being fed; otherwise."""
+    delay; then it decodes. ``steps`` are three numbers of decode steps a turn: where all rows have just joined, or
+    requests keep coming and slots are free, so that a new one does not wait; while requests wait or prompts are being
+    fed; otherwise."""
 
     def __init__(
         self,
@@ -113,6 +115,7 @@ class Scheduler:
         self.running: list[Sequence] = []  # in the same order
         self._slots = list(reversed(range(slots)))
         self._arrivals = self._turn = self._epoch = 0
+        self._since = EXPECT  # decode steps since a request came while others ran
         self.hits = self.prompt_tokens = self.preemptions = 0
 
     def add(self, sequence: Sequence) -> None:
@@ -120,7 +123,13 @@ class Scheduler:
         self.check(sequence)
         sequence.order = order(self._arrivals, sequence.priority)
         self._arrivals += 1
+        self.expect()
         self.enqueue(sequence)
+
+    def expect(self) -> None:
+        """A request has come. If it came while others ran, more are expected soon."""
+        if self.running:
+            self._since = 0
 
     def check(self, sequence: Sequence) -> None:
         """Raise `InputError` if a request could never run."""
@@ -151,9 +160,8 @@ class Scheduler:
         """The next turn; empty where there is nothing to do before more results are read."""
         self._turn += 1
         plan = Plan()
-        busy = bool(self.waiting) or any(not s.joined for s in self.running)
         one_by_one = self._one_by_one
-        steps = 1 if one_by_one else self.steps[1] if busy else self.steps[2]
+        steps = 1 if one_by_one else self._steps
         self._grow(steps)
         self._room = self.pieces if any(s.joined and s.left > 0 for s in self.running) else self.alone
         for sequence in self.running:
@@ -163,17 +171,27 @@ class Scheduler:
             self._draw_one(plan)
         else:
             self._draw_some(plan, steps)
-        for sequence in dict.fromkeys((*plan.firsts, *plan.rows)):
+        self._since += plan.steps
+        for sequence in (*plan.firsts, *plan.rows):
             sequence.unread += 1
         return plan
 
+    @property
+    def _steps(self) -> int:
+        """Decode steps of the next turn. While requests keep coming, turns are short: one that comes now waits for the
+        rest of the turn that runs and for the one that is queued behind it. Shorter turns help nobody where all slots
+        are taken, or where a prompt is being fed that takes several turns."""
+        feeding = any(not s.joined for s in self.running)
+        if self._since < EXPECT and not feeding and (self._slots or not self.waiting):
+            return self.steps[0]
+        return self.steps[1] if feeding or self.waiting else self.steps[2]
+
     def _draw_some(self, plan: Plan, steps: int) -> None:
-        """Decode steps for all rows that draw. Where all have just joined, only first tokens, so that they come out at
-        once."""
+        """Decode steps for all rows that draw; few where all have just joined, so that the first tokens of those whose
+        prompt was in the cache come out soon."""
         plan.rows = [s for s in self.running if s.joined and s.left > 0]
         if {*plan.rows} <= {*plan.joins}:
-            drawn, steps = {*plan.firsts}, self.steps[0]
-            plan.rows = [s for s in plan.rows if s not in drawn]
+            steps = min(steps, self.steps[0])
         plan.steps = steps if plan.rows else 0
         for sequence in plan.rows:
             new = min(steps, sequence.left)

@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jllama.engine.constraint import Constraint
-from jllama.engine.engine import Engine, Statistics
+from jllama.engine.engine import Engine
 from jllama.engine.request import Event, Handle, Request, SamplingSettings
+from jllama.engine.statistics import Statistics
 from jllama.errors import InputError
 
 Constraints = Callable[[str], Constraint]  # from the source of a constraint

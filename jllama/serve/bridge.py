@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 from jax.errors import JaxRuntimeError
 
-from jllama.engine.engine import Engine, Statistics
+from jllama.engine.engine import Engine
 from jllama.engine.request import Completion, Event, FinishReason, Handle, Request
 from jllama.engine.shared import Leader
+from jllama.engine.statistics import Statistics
 from jllama.errors import InputError
 
 

@@ -3,6 +3,7 @@
 import contextlib
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 
 import jax
 import pytest
@@ -52,6 +53,24 @@ def test_the_number_of_programs_is_bounded_and_warm_up_makes_them_all(capsys: py
         assert_same(tiny.model(), h.request, h.completion.ids, h.completion.logprobs)
     assert e.programs == programs
     assert [f._cache_size() for f in (steps.jit_decode, steps.jit_feed, steps.jit_score)] == compiled
+
+
+def test_a_long_turn_of_few_rows_is_one_program() -> None:
+    tuning = replace(_CPU, steps=(1, 2, 8), rows=(2, 4), whole=2)
+    e = Engine(tiny.model(), slots=4, pages=16, max_len=256, tuning=tuning)
+    e.warm_up(["greedy"], scores=False)
+    programs = set(e.programs)
+    assert {rows: {name for name, n, _ in programs if n == rows and "decode" in name} for rows in (2, 4)} == {
+        2: {"decode", "decode_long"},
+        4: {"decode"},
+    }
+    for rows in (1, 3):
+        for request in (asked := [Request(tiny.prompt(5, i), 12, stop_ids=()) for i in range(rows)]):
+            handle = e.submit(request)
+        while e.busy:
+            e.step()
+        assert_same(tiny.model(), asked[-1], handle.completion.ids, handle.completion.logprobs)
+    assert e.programs == programs
 
 
 @pytest.mark.parametrize(

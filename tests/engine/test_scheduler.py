@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jllama.engine.pages import Pages, root
-from jllama.engine.scheduler import OVERTAKE, Scheduler, Sequence
+from jllama.engine.scheduler import EXPECT, OVERTAKE, Scheduler, Sequence
 from jllama.errors import InputError
 
 
@@ -137,17 +137,29 @@ def test_a_request_admitted_beside_a_constrained_one_has_the_pages_of_the_turn_i
     assert_as_alone([free, bound, late])
 
 
-@pytest.mark.parametrize(("prompt", "steps"), [(3, 0), (1, 1), (4, 0), (5, 1), (6, 0)])
-def test_first_tokens_are_drawn_from_the_last_piece_or_else_after_one_step(prompt: int, steps: int) -> None:
+@pytest.mark.parametrize(("prompt", "firsts"), [(3, 1), (1, 0), (4, 1), (5, 0), (6, 1)])
+def test_first_tokens_are_drawn_from_the_last_piece_or_else_after_one_step(prompt: int, firsts: int) -> None:
     s = scheduler()
     s.add(first := Sequence(text(prompt), 20))
     plan = s.plan()
-    assert (plan.steps, first.drawn) == (steps, 1)
-    assert plan.firsts == ([] if steps else [first])  # no piece of 4 has only the last token
+    assert plan.firsts == [first] * firsts  # no piece of 4 has only the last token
+    assert (plan.steps, first.drawn) == (1, firsts + 1)
     assert s.plan().steps == 5
-    s.add(Sequence(text(3, seed=1), 20))
+    s.forget()
+    s.enqueue(Sequence(text(3, seed=1), 20))
     plans = [s.plan() for _ in range(2)]
     assert [(len(p.firsts), len(p.rows), p.steps) for p in plans] == [(1, 2, 2), (0, 2, 5)]
+
+
+def test_turns_are_short_while_requests_keep_coming_and_slots_are_free() -> None:
+    s = scheduler(slots=3, pages=400, max_len=400)
+    s.add(Sequence(text(3), 300))
+    s.add(Sequence(text(3, seed=1), 300))
+    assert [s.plan().steps for _ in range(3)] == [1, 5, 5]  # those that came before any ran tell nothing
+    s.add(Sequence(text(3, seed=2), 300))
+    assert [s.plan().steps for _ in range(EXPECT + 2)] == [1] * EXPECT + [5, 5]
+    s.add(Sequence(text(3, seed=3), 300))
+    assert [s.plan().steps for _ in range(2)] == [2, 2]  # it must wait for a slot in any case
 
 
 def test_more_is_fed_where_no_row_draws() -> None:
@@ -283,22 +295,21 @@ def test_prompts_are_fed_within_the_budget_while_rows_draw() -> None:
     for _ in range(3):
         device.turn()
     device.scheduler.add(long)
-    pieces, waited = [], 0
+    pieces, steps = [], []
     original = device.run
 
     def spied(plan):
         pieces.append(len(plan.pieces))
         if plan.pieces:
             assert first in plan.rows
-            assert plan.steps == 2  # short, so that the prompt need not wait
+            steps.append(plan.steps)
         return original(plan)
 
     device.run = spied
     while not long.joined:
         device.turn()
-        waited += 1
     assert max(pieces) == 3
-    assert waited == 9  # 99 tokens by 12
+    assert steps == [1] + [2] * 8  # 99 tokens by 12 a turn, and few steps, so that the prompt need not wait
     run(device)
     assert_as_alone([first, long])
 

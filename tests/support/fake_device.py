@@ -88,10 +88,7 @@ class FakeDevice:
                 token = next_token(self.read(s, position + 1))
                 tokens.append(token)
                 row[1:] = [position + 1, token, drawn + 1, token in s.stop_ids or drawn + 1 == s.limit]
-            first = next((tokens for of, tokens in out if of is s), None)
-            out += [] if first is not None else [(s, tokens)]
-            if first is not None:
-                first += tokens
+            out.append((s, tokens))
         for s in plan.ahead:
             row = self.rows[s.slot]
             assert row[0] is s
