@@ -174,7 +174,8 @@ def _environment(alone: bool) -> dict[str, str]:
         # reserve, JAX asks for memory bit by bit. What the random weights needed while they were made is free
         # afterwards, but in small pieces, and a cache, which is two large arrays, finds no room.
         "XLA_PYTHON_CLIENT_PREALLOCATE": "true" if alone else "false",
-        "XLA_PYTHON_CLIENT_MEM_FRACTION": ".95",
+        # The rest is for what JAX does not allocate from its reserve: kernels, graphs, NCCL's buffers.
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": ".9",
         "TF_CPP_MIN_LOG_LEVEL": "2",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",

@@ -55,13 +55,14 @@ class Tokens:
     logprobs: list[float] = field(default_factory=list)
     top: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)  # for each token: tokens, log-probabilities
 
-    def add(self, output: StepOutput, place: int) -> None:
-        """Add what some steps drew for the row at a place. A row that has ended draws nothing."""
-        came = output.tokens[:, place] != NO_TOKEN
-        self.ids += output.tokens[came, place].tolist()
-        self.logprobs += output.logprobs[came, place].tolist()
-        if output.top is not None:
-            self.top += zip(*(a[came, place] for a in output.top), strict=True)
+    def add(self, ids: list[int], logprobs: list[float], top: Sequence[np.ndarray]) -> None:
+        """Add what some steps drew for a row; ``top`` is [steps, likeliest], twice. A row that has ended draws
+        nothing."""
+        came = [i for i, token in enumerate(ids) if token != NO_TOKEN]
+        self.ids += [ids[i] for i in came]
+        self.logprobs += [logprobs[i] for i in came]
+        if top:
+            self.top += [(top[0][i], top[1][i]) for i in came]
 
 
 def tokens_of(launch: Launch, outputs: Sequence[Sequence[StepOutput]]) -> tuple[dict[Scheduled, Tokens], int]:
@@ -71,8 +72,13 @@ def tokens_of(launch: Launch, outputs: Sequence[Sequence[StepOutput]]) -> tuple[
     for group, parts in zip(launch.drawn, outputs, strict=True):
         output: Any = jax.tree.map(lambda *part: np.concatenate(part), *parts)
         steps += int((output.tokens != NO_TOKEN).any(axis=1).sum()) if group.decoded else 0
+        ids, logprobs = (
+            output.tokens.T.tolist(),
+            output.logprobs.T.tolist(),
+        )  # of every place; one by one it would be slow
         for place, sequence in group.rows:
-            found.setdefault(sequence, Tokens()).add(output, place)
+            top = () if output.top is None else [a[:, place] for a in output.top]
+            found.setdefault(sequence, Tokens()).add(ids[place], logprobs[place], top)
     return found, steps
 
 
