@@ -29,6 +29,7 @@ from bench.traffic import CAPACITY, Traffic, draw, rehearsals, repeated
 from jllama.errors import InputError, reported
 
 NAME = "bench"  # the served model's
+REHEARSED = 64  # new tokens of the texts before those that are timed: so many that all run at a time
 STREAM_RUNS = 3  # of the streams, which are short, and whose rates differ by little
 
 
@@ -80,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
     if args.url is None:  # first: what it compiles is there when the server starts
         keep(alone(args, place, job, streams))
     with served(args, job) if args.url is None else contextlib.nullcontext(args.url) as url:
-        for asks in rehearsals(mixed, slots, budget):
+        for asks in rehearsals(mixed, slots, budget, REHEARSED):
             drive(args, url, asks)
 
         def measure(traffic: Traffic, runs: int) -> float:

@@ -149,11 +149,12 @@ def repeated(traffic: Traffic, runs: int) -> list[Traffic]:
     return [replace(traffic, name=f"{traffic.name} {i}") for i in range(runs)]
 
 
-def rehearsals(traffic: Traffic, slots: int, budget: int) -> list[list[Ask]]:
+def rehearsals(traffic: Traffic, slots: int, budget: int, new_tokens: int = 8) -> list[list[Ask]]:
     """What an engine does before it is timed, so that everything is compiled: 1, 2, 4 … texts at once, whose prompts
     are found in the cache from the second time on, then prompts of every size, and as many of the longest as a turn may
-    feed. Texts are long enough for a server's to run all at a time, though they reach it one after the other."""
-    body, new = random.Random(f"{SEED} rehearsal"), min(64, traffic.most)
+    feed. Each text has ``new_tokens``, or the traffic's most if that is less. The default is enough where texts are
+    submitted together; where they come one after the other, the first must last until the last has come."""
+    body, new = random.Random(f"{SEED} rehearsal"), min(new_tokens, traffic.most)
 
     def ask(length: int) -> Ask:
         return Ask(0.0, [body.randrange(3, 64) for _ in range(length)], new)

@@ -78,15 +78,14 @@ def measure(
     """The perplexity of ``windows``, of which ``slots`` run at a time. ``progress`` is told how many more are
     finished."""
     from jllama.engine.engine import Engine
-    from jllama.engine.memory import pages_in_memory
     from jllama.engine.request import Request
     from jllama.paged import pages_for
 
     if not windows:
         raise InputError("text: expected at least one token, found none")
     longest, slots = 1 + max(len(window.ids) for window in windows), min(slots, len(windows))
-    pages = min(slots * pages_for(longest), pages_in_memory(params, 0.9))
-    engine = Engine(params, slots=slots, pages=pages, max_len=longest, backend=backend)
+    pages = slots * pages_for(longest)
+    engine = Engine(params, slots=slots, max_pages=pages, max_len=longest, backend=backend)
     requests = [Request([bos_id, *w.ids], score_from=1 + len(w.ids) - w.counted) for w in windows]
     handles = engine.submit_all(requests)
     for events in engine.follow(handles):

@@ -33,11 +33,12 @@ from jllama.params import Params
 class Engine:
     """Many requests on one model. At most ``slots`` of them draw tokens at a time.
 
-    The cache has ``pages`` pages of 64 positions. By default it takes the part ``memory`` of the device's free memory
-    (on a CPU, at most what all slots can use). A request has at most ``max_len`` tokens, prompt included (default: the
-    model's context). A turn feeds at most ``budget`` tokens of prompts (default: ``tuning.budget``). It feeds
-    ``tuning.alone`` if that is more and no row draws that they would delay. ``tuning`` are the sizes of launches
-    (default: those of the device). An engine must not be used by two threads at a time."""
+    The cache has ``pages`` pages of 64 positions. Without ``pages``, it takes the part ``memory`` of the device's free
+    memory (less where that is not in one piece), and at most ``max_pages`` (default: on a CPU what all slots can use,
+    else no limit). A request has at most ``max_len`` tokens, prompt included (default: the model's context). A turn
+    feeds at most ``budget`` tokens of prompts (default: ``tuning.budget``). It feeds ``tuning.alone`` if that is more
+    and no row draws that they would delay. ``tuning`` are the sizes of launches (default: those of the device). An
+    engine must not be used by two threads at a time."""
 
     def __init__(
         self,
@@ -46,6 +47,7 @@ class Engine:
         slots: int = 16,
         pages: int | None = None,
         memory: float = 0.9,
+        max_pages: int | None = None,
         max_len: int | None = None,
         budget: int | None = None,
         tuning: Tuning | None = None,
@@ -62,13 +64,11 @@ class Engine:
         if not 2 <= self.max_len <= context:
             raise InputError(f"max_len: expected 2 to {context} (the model's context), found {max_len}")
         width, params = pages_for(self.max_len), placed(params)
-        count = page_count(params, pages, memory, slots * width)
+        count = page_count(params, pages, memory, max_pages, slots * width)
         self.slots, self.backend = slots, backend
         parts = axis_size(params.mesh, DATA)
-        alone = max(budget, tuning.alone) // tuning.piece
-        count, slots, pieces, alone = (
-            -(-n // parts) for n in (count, slots, budget // tuning.piece, alone)
-        )  # of each part
+        of_all = count, slots, budget // tuning.piece, max(budget, tuning.alone) // tuning.piece
+        count, slots, pieces, alone = (-(-n // parts) for n in of_all)  # of each part
         sizes = dict(slots=slots, max_len=self.max_len)
         fewer = pages is None and jax.process_count() == 1  # several processes must have as many
         self._device = Device(

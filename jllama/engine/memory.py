@@ -31,13 +31,15 @@ def pages_in_memory(params: Params, memory: float) -> int:
     return (pages if mesh is None else least(pages)) * axis_size(mesh, DATA)
 
 
-def page_count(params: Params, pages: int | None, memory: float, enough: int) -> int:
-    """How many pages a cache gets: ``pages`` if they fit, by default what fits into this part of free memory. On a CPU
-    that is at most ``enough`` for all rows, because other programs need the memory, too. Pages that cannot fit are
-    refused before any is made, with the number that would fit."""
+def page_count(params: Params, pages: int | None, memory: float, most: int | None, enough: int) -> int:
+    """How many pages a cache gets: ``pages`` if they fit. By default it gets what fits into this part of free memory,
+    but at most ``most``. Where that is None, too, a CPU's cache gets at most ``enough`` for all rows, because other
+    programs need the memory. Pages that cannot fit are refused before any is made, with the number that would fit."""
     if pages is None:
+        if most is None and default_device().platform == "cpu":
+            most = enough
         fits = pages_in_memory(params, memory)
-        return min(fits, enough) if default_device().platform == "cpu" else fits
+        return fits if most is None else min(fits, most)
     if free_on(params.mesh) is not None and pages > (fits := pages_in_memory(params, 1.0)):
         raise InputError(f"pages: expected at most {fits} (what fits into the device's free memory), found {pages}")
     return pages

@@ -15,7 +15,6 @@ from jllama.config import Backend, Quant
 from jllama.decode import check_prompts
 from jllama.device import bandwidth, default_device
 from jllama.engine.engine import Engine
-from jllama.engine.memory import pages_in_memory
 from jllama.engine.request import Completion, Request, SamplingSettings
 from jllama.errors import InputError
 from jllama.formats import open_source
@@ -35,7 +34,6 @@ from jllama.text.tokenizer import Tokenizer, tokenizer_for
 SLOTS = {"cpu": 16}  # rows of an engine at a time, by platform
 SLOTS_ELSEWHERE = 64  # a GPU reads all weights for each step, so that 64 rows take little longer than one
 MIN_PAGES = 16  # smallest pool
-MEMORY = 0.9  # of the free memory, at most, is for the pages of an engine
 
 
 class Options(TypedDict, total=False):
@@ -310,8 +308,7 @@ class LM:
         engine, self._idle_engine = self._idle_engine, None
         if engine is None or not _serves(engine, self, slots, longest, pages):
             del engine  # its pages are free before the new ones are made
-            pages = min(pages, pages_in_memory(self.params, MEMORY))
-            engine = Engine(self.params, slots=slots, pages=pages, max_len=max(longest, 2), backend=self.backend)
+            engine = Engine(self.params, slots=slots, max_pages=pages, max_len=max(longest, 2), backend=self.backend)
         try:
             yield engine
         finally:

@@ -96,7 +96,19 @@ def test_what_a_server_does_wrong_is_one_line(endpoint: Endpoint) -> None:
 def test_a_server_under_traffic(
     in_process: None, endpoint: Endpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    argv = [*SMALL, "--most", "6", "--url", endpoint.url, "--results", str(tmp_path), "--rate", "200", "--streams", "2"]
+    argv = [
+        *SMALL,
+        "--most",
+        "12",
+        "--url",
+        endpoint.url,
+        "--results",
+        str(tmp_path),
+        "--rate",
+        "200",
+        "--streams",
+        "2",
+    ]
     argv += ["--impl-version", "0.26", "--arrivals", "3", "--also", f"sh -c 'echo {{url}} > {tmp_path}/also'"]
     serve.main(argv)
     assert (tmp_path / "also").read_text().strip() == endpoint.url
@@ -107,7 +119,8 @@ def test_a_server_under_traffic(
         assert found[f"{case}, first"]["p99"] > 0
     poisson, mixed = (found[case]["traffic"] for case in ("http-mixed-poisson", "http-mixed"))
     assert (poisson["rate"], poisson["requests"], mixed["requests"]) == (200, 3, 5)
-    assert {body["max_tokens"] for body in endpoint.bodies[-2:]} == {6}  # of the streams: all of one length
+    assert {body["max_tokens"] for body in endpoint.bodies[-2:]} == {12}  # of the streams: all of one length
+    assert endpoint.bodies[0]["max_tokens"] == 12  # of the rehearsals: as many as the traffic has at most, or 64
     assert "| http-mixed | at once | vLLM serve |" in capsys.readouterr().out
 
 

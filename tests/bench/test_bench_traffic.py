@@ -15,7 +15,7 @@ from tiny import CONFIG
 
 from bench import load, record, traffic
 from bench.peers import vllm, vllm_traffic
-from bench.traffic import Ask, Timeline, Traffic, draw, drive
+from bench.traffic import Ask, Timeline, Traffic, draw, drive, rehearsals
 from jllama.formats.checkpoint import save
 from jllama.params import init
 
@@ -48,6 +48,15 @@ def test_the_requests_are_those_of_the_issue() -> None:
     assert len({tuple(ask.prompt[:1001]) for ask in asks}) == 1
     assert len({tuple(ask.prompt[:1010]) for ask in asks}) == len(asks)
     assert asks[-1].at == pytest.approx(len(asks) / 2, rel=0.3)  # 16 texts are 2 prompts a second
+
+
+def test_rehearsals_meet_every_size() -> None:
+    found = rehearsals(MIXED, 48, 4096)
+    assert [len(asks) for asks in found[:7]] == [1, 2, 4, 8, 16, 32, 48]  # rows
+    assert [len(ask.prompt) for asks in found[7:-1] for ask in asks] == [1024, 512, 256, 128, 64]
+    assert [len(ask.prompt) for ask in found[-1]] == [1024] * 4  # as a turn may feed
+    assert {ask.new_tokens for asks in found for ask in asks} == {8}
+    assert {ask.new_tokens for asks in rehearsals(MIXED, 48, 4096, 64) for ask in asks} == {64}
 
 
 def test_statistics_of_a_timeline() -> None:
