@@ -9,8 +9,7 @@ import asyncio
 import queue
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, replace
 
 from jax.errors import JaxRuntimeError
 
@@ -47,9 +46,10 @@ def joined(parts: Iterable[Progress]) -> list[Progress]:
 
 
 def _one(parts: list[Progress]) -> Progress:
-    ids, logprobs, top = ([*chain.from_iterable(lists)] for lists in zip(*((p.ids, p.logprobs, p.top) for p in parts)))
-    last = parts[-1]
-    return Progress(last.row, ids, logprobs, top, last.finish, last.error, last.scored)
+    ids = [token for part in parts for token in part.ids]
+    logprobs = [logprob for part in parts for logprob in part.logprobs]
+    top = [likeliest for part in parts for likeliest in part.top]
+    return replace(parts[-1], ids=ids, logprobs=logprobs, top=top)
 
 
 class Group:
