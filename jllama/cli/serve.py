@@ -55,6 +55,9 @@ def parser() -> Parser:
     help_budget = "tokens of prompts fed at a time beside texts that are drawn; fewer: shorter pauses in these, but "
     help_budget += "slots fill more slowly (default: 512 on a CPU, else 4096)"
     group.add_argument("--budget", type=int, metavar="N", help=help_budget)
+    help_interval = "where many streams share the server, each sends new text at most this often, so that the event "
+    help_interval += "loop does not delay the engine; with few, and with 0, after each turn (default: 0.05)"
+    group.add_argument("--stream-interval", type=float, default=0.05, metavar="SECONDS", help=help_interval)
     help_warm = "compile each program when a request first needs it, not before the server is ready"
     group.add_argument("--no-warm-up", action="store_true", help=help_warm)
     group = add_model_flags(parser)
@@ -82,6 +85,8 @@ def check(args: argparse.Namespace) -> tuple[str, ...]:
             raise InputError(f"--{name.replace('_', '-')}: expected at least {least}, found {found}")
     if not 0 <= args.port < 2**16:
         raise InputError(f"--port: expected 0 to 65535, found {args.port}")
+    if not 0 <= args.stream_interval <= 10:
+        raise InputError(f"--stream-interval: expected 0 to 10 seconds, found {args.stream_interval:g}")
     keys = tuple(args.api_key or ([os.environ[KEY]] if KEY in os.environ else []))
     for key in keys:
         if not key.strip() or key != key.strip() or not key.isascii() or not key.isprintable():
@@ -151,6 +156,7 @@ def _run(args: argparse.Namespace, keys: tuple[str, ...], channel: "Channel | No
             origins=tuple(args.allow_origin),
             queue=args.max_queue,
             access_log=not args.no_access_log,
+            stream_interval=args.stream_interval,
         )
         slots = engine.slots
         if not args.quiet:

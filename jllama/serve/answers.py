@@ -1,5 +1,6 @@
 """Answers as JSON objects of OpenAI's API: whole ones, and the chunks of a stream."""
 
+import functools
 import json
 import secrets
 import time
@@ -27,7 +28,10 @@ def event(value: dict[str, Any]) -> bytes:
 
 def encode(value: Any) -> bytes:
     """Compact JSON."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    return _encoder.encode(value).encode()
+
+
+_encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 @dataclass(frozen=True)
@@ -48,9 +52,15 @@ class Answer:
         choices = [self.choice(i, row) for i, row in enumerate(rows)]
         return {**self._head(self.kind), "choices": choices, "usage": used}
 
-    def chunk(self, choices: list[dict[str, Any]], used: dict[str, int] | None, *, tells_usage: bool) -> dict[str, Any]:
-        """A chunk of a stream. If the last chunk reports usage, the chunks before have ``usage: null``."""
-        return {**self._head(self.chunk_kind), "choices": choices, **({"usage": used} if tells_usage else {})}
+    def chunk(self, choices: list[dict[str, Any]], used: dict[str, int] | None, *, tells_usage: bool) -> bytes:
+        """The event of a stream's chunk. If the last chunk reports usage, the chunks before have ``usage: null``."""
+        rest = {"choices": choices, "usage": used} if tells_usage else {"choices": choices}
+        return b"%b,%b\n\n" % (self._begin, encode(rest)[1:])
+
+    @functools.cached_property
+    def _begin(self) -> bytes:
+        """How every event of a stream begins, without the brace at its end."""
+        return b"data: " + encode(self._head(self.chunk_kind))[:-1]
 
     def choice(self, index: int, row: Whole) -> dict[str, Any]:
         """One text of a whole answer."""

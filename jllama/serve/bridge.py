@@ -1,14 +1,15 @@
 """The engine in a thread of its own, and how the event loop talks to it.
 
 Commands go in through a queue. The results of a step go out in one call to the event loop, whatever the number of rows.
-The event loop never waits for a device, and the engine never waits for a client.
+The event loop never waits for a device, and the engine never waits for a client. But both need the interpreter's lock,
+and to send an event costs the event loop ten times what a token does. So a `Group` gathers progress for a while.
 """
 
 import asyncio
 import queue
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from jax.errors import JaxRuntimeError
 
@@ -21,7 +22,7 @@ from jllama.errors import InputError
 
 @dataclass(frozen=True)
 class Progress:
-    """The results of a step for one row of a group."""
+    """The results of a step, or of several, for one row of a group."""
 
     row: int
     ids: list[int]
@@ -32,16 +33,79 @@ class Progress:
     scored: Completion | None = None  # of a row that is only scored, at its end
 
 
-class Group:
-    """The rows of one HTTP request. ``accepted`` says whether the engine took them; their progress then comes in
-    ``progress``."""
+FAILED = ("error", "dead_end")  # finish reasons of rows whose request gets an error
+LATE = 0.05  # seconds
 
-    def __init__(self, requests: Sequence[Request]) -> None:
+
+def joined(parts: Iterable[Progress]) -> list[Progress]:
+    """The same results with those of each row in one, in the order in which rows first come. A row that has failed has
+    a last one of its own, so that what was drawn before can be told first."""
+    rows: dict[tuple[int, bool], list[Progress]] = {}
+    for one in parts:
+        rows.setdefault((one.row, one.finish in FAILED), []).append(one)
+    return [some[0] if len(some) == 1 else _one(some) for some in rows.values()]
+
+
+def _one(parts: list[Progress]) -> Progress:
+    ids = [token for part in parts for token in part.ids]
+    logprobs = [logprob for part in parts for logprob in part.logprobs]
+    top = [likeliest for part in parts for likeliest in part.top]
+    return replace(parts[-1], ids=ids, logprobs=logprobs, top=top)
+
+
+class Group:
+    """The rows of one HTTP request. ``accepted`` says whether the engine took them; `take` then gives their progress.
+
+    A row's first and last progress can be taken at once. Between them, progress that comes within ``hold()`` seconds
+    after the last was released is held, and joined. It is released with the first progress after that time, so that
+    the event loop sends to many groups in one go, or `LATE` seconds after it, if a turn takes so long. The methods are
+    called in the event loop's thread."""
+
+    def __init__(self, requests: Sequence[Request], hold: Callable[[], float] = lambda: 0.0) -> None:
         self.requests = requests
         self.loop = asyncio.get_running_loop()
         self.accepted: asyncio.Future[None] = self.loop.create_future()
-        self.progress: asyncio.Queue[Progress] = asyncio.Queue()
         self.handles: list[Handle] = []  # of the engine's thread
+        self._hold, self._arrived, self._begun = hold, list[Progress](), set[int]()
+        self._due = 0.0  # until then, progress is held
+        self._waits = False  # whether `_late` will be called
+        self._taker: asyncio.Future[None] | None = None
+        self._released = False
+
+    def put(self, progress: Progress) -> None:
+        """Add the results of a step."""
+        self._arrived.append(progress)
+        now = self.loop.time()
+        if progress.finish is not None or progress.row not in self._begun or now >= self._due:
+            self._begun.add(progress.row)
+            self._due = now + self._hold()
+            self._release()
+        elif not self._waits:
+            self._wait()
+
+    async def take(self) -> list[Progress]:
+        """Wait for progress, and return all that there is: at most two results of each row."""
+        if not self._released:
+            self._taker = self.loop.create_future()
+            await self._taker
+        arrived, self._arrived, self._released = self._arrived, [], False
+        return joined(arrived)
+
+    def _wait(self) -> None:
+        self._waits = True
+        self.loop.call_at(self._due + LATE, self._late)
+
+    def _late(self) -> None:
+        self._waits = False
+        if self._arrived and self.loop.time() < self._due + LATE:  # others were released since
+            self._wait()
+        elif self._arrived:
+            self._release()
+
+    def _release(self) -> None:
+        self._released = True
+        if self._taker is not None and not self._taker.done():
+            self._taker.set_result(None)
 
 
 type Message = tuple[Group, Progress | InputError | None]
@@ -184,7 +248,7 @@ def _post(messages: list[Message]) -> None:
 def _deliver(messages: list[Message]) -> None:
     for group, what in messages:
         if isinstance(what, Progress):
-            group.progress.put_nowait(what)
+            group.put(what)
         elif group.accepted.done():  # its client has left, or the engine failed after it had accepted the group
             continue
         elif what is None:

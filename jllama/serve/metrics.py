@@ -1,10 +1,12 @@
 """Metrics for Prometheus. A metric has vLLM's name if it means the same, so that dashboards made for vLLM show it. The
 others begin with ``jllama:``."""
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from jllama.engine.statistics import Statistics
@@ -46,6 +48,26 @@ class EngineFigures(Collector):
             yield counter
 
 
+class TokenGaps(Collector):
+    """A histogram of the times between tokens, to which many equal ones can be added at a time."""
+
+    def __init__(self, model: str) -> None:
+        self._model, self._sum, self._counts = model, 0.0, [0] * (len(TOKEN_SECONDS) + 1)
+
+    def add(self, seconds: float, count: int) -> None:
+        """Count ``count`` tokens, each of which came ``seconds`` after the one before."""
+        self._counts[bisect_left(TOKEN_SECONDS, seconds)] += count
+        self._sum += seconds * count
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the histogram."""
+        text, ends = "Between two tokens of a row.", [*(str(float(end)) for end in TOKEN_SECONDS), "+Inf"]
+        family = HistogramMetricFamily("vllm:inter_token_latency_seconds", text, labels=LABELS)
+        buckets = [*zip(ends, accumulate(self._counts), strict=True)]
+        family.add_metric((self._model,), buckets, self._sum)
+        yield family
+
+
 class Metrics:
     """All metrics of a server."""
 
@@ -53,6 +75,8 @@ class Metrics:
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         registry.register(EngineFigures(model, statistics))
+        self._gaps = TokenGaps(model)
+        registry.register(self._gaps)
         self._model = model
 
         def counter(name: str, text: str, *labels: str) -> Counter:
@@ -66,7 +90,6 @@ class Metrics:
         self._success = counter("vllm:request_success", "Rows that have ended well.", "finished_reason")
         self._http = counter("jllama:http_requests", "HTTP requests by route and status.", "route", "status")
         self._ttft = histogram("vllm:time_to_first_token_seconds", "From a request to its first token.", SECONDS)
-        self._itl = histogram("vllm:inter_token_latency_seconds", "Between two tokens of a row.", TOKEN_SECONDS)
         self._e2e = histogram("vllm:e2e_request_latency_seconds", "From a request to its last token.", SECONDS)
         self._prompt = histogram("vllm:request_prompt_tokens", "Tokens of a request's prompts.", TOKENS)
         self._generated = histogram("vllm:request_generation_tokens", "Tokens drawn for a request.", TOKENS)
@@ -80,8 +103,7 @@ class Metrics:
         if running.first is not None:
             self._ttft.observe(running.first - running.began)
         for gap, count in running.gaps:
-            for _ in range(count):
-                self._itl.observe(gap)
+            self._gaps.add(gap, count)
         self._e2e.observe(seconds)
         self._prompt.observe(running.prompt_tokens)
         self._generated.observe(running.completion_tokens)

@@ -1,6 +1,7 @@
 """The application: its routes, and the admission and release of requests."""
 
 import asyncio
+import random
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -31,6 +32,8 @@ from jllama.serve.settings import Settings
 from jllama.serve.stream import EventStream, unless_gone
 
 WORKERS = 2  # threads that tokenise and render templates
+EVENTS = 2000  # a second: what all streams together may send before they hold new text for a while
+WHOLE_S = 1.0  # for which new tokens are held if nobody waits for them
 
 
 class Service:
@@ -66,7 +69,8 @@ class Service:
         facts |= {"user": asked.user, "stream": bool(asked.stream)}
         try:
             run = await self.work(build, asked, self.model, facts["tenant"])
-            running = exchange.running = Running(run, self.model, self.engine)
+            hold = self._hold if asked.stream or run.stop else lambda: WHOLE_S
+            running = exchange.running = Running(run, self.model, self.engine, hold)
             answer = kind(self.settings.names[0], self.model.names, run.logprobs)
             if asked.stream:
                 await unless_gone(request.receive, running.start(), GONE)
@@ -77,6 +81,12 @@ class Service:
         except BaseException:
             exchange.close()
             raise
+
+    def _hold(self) -> float:
+        """For how many seconds a stream holds new text after an event. They are random, so that a part of all streams
+        sends after each turn: while all send, the engine's thread would wait for the interpreter's lock."""
+        most = min(self.settings.stream_interval, self.engine.statistics.running / EVENTS)
+        return most * random.uniform(0.5, 1.0)
 
     async def _whole(self, running: Running, answer: Answer) -> bytes:
         await running.start()
@@ -90,7 +100,7 @@ async def stream(running: Running, answer: Answer, options: StreamOptions | None
 
     def event(choices: list[dict[str, Any]], *, tell: bool) -> bytes:
         used = answers.usage(running.prompt_tokens, running.completion_tokens) if tell else None
-        return answers.event(answer.chunk(choices, used, tells_usage=at_end or always))
+        return answer.chunk(choices, used, tells_usage=at_end or always)
 
     try:
         opened = [choice for row in range(running.run.rows) if (choice := answer.opening(row)) is not None]

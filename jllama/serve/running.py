@@ -1,12 +1,12 @@
 """One HTTP request's rows while they run: the engine's progress goes in, text that cannot change any more comes out."""
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
 from jllama.engine.request import Completion
 from jllama.errors import InputError
-from jllama.serve.bridge import EngineThread, Group, Progress
+from jllama.serve.bridge import EngineThread, Group, Progress, joined
 from jllama.serve.constraints import Tools
 from jllama.serve.errors import ApiError
 from jllama.serve.model import Model
@@ -53,9 +53,9 @@ class RowCalls:
 class Running:
     """Begins with `start`; `deltas` gives what comes; `close` frees the rows wherever they are."""
 
-    def __init__(self, run: Run, model: Model, engine: EngineThread) -> None:
+    def __init__(self, run: Run, model: Model, engine: EngineThread, hold: Callable[[], float] = lambda: 0.0) -> None:
         self.run, self.model, self._engine = run, model, engine
-        self.group = Group([*run.requests, *run.scores])
+        self.group = Group([*run.requests, *run.scores], hold)
         tokenizer = with_marks(model.tokenizer) if run.tools else model.tokenizer
         ahead = [len(text) for text in run.echoes for _ in range(run.n)] or [0] * len(run.requests)
         self._rows = [
@@ -102,25 +102,30 @@ class Running:
         if echoes := await self._echoes(early):
             yield echoes
         while len(self.finishes) < len(self._rows):
-            arrived = early or [await self.group.progress.get()]
-            while not self.group.progress.empty():
-                arrived.append(self.group.progress.get_nowait())
-            found = [delta for progress in arrived if (delta := self._take(progress)) is not None]
-            early = []
+            arrived, early, failed = joined(early) or await self.group.take(), [], None
+            found: list[Delta] = []
+            try:
+                for progress in arrived:
+                    if (delta := self._take(progress)) is not None:
+                        found.append(delta)
+            except ApiError as error:  # what was drawn before comes first
+                failed = error
             if found:
                 yield found
+            if failed is not None:
+                raise failed
 
     async def _echoes(self, early: list[Progress]) -> list[Delta]:
         """The texts of the prompts, for ``echo``. Progress of rows that draw is kept in ``early`` meanwhile."""
         scored: dict[int, Completion] = {}
         while len(scored) < len(self.run.scores):
-            progress = await self.group.progress.get()
-            if progress.error is not None:
-                raise ApiError(500, progress.error)
-            if progress.scored is not None:
-                scored[progress.row - len(self.run.requests)] = progress.scored
-            else:
-                early.append(progress)
+            for progress in await self.group.take():
+                if progress.error is not None:
+                    raise ApiError(500, progress.error)
+                if progress.scored is not None:
+                    scored[progress.row - len(self.run.requests)] = progress.scored
+                else:
+                    early.append(progress)
         if not self.run.echoes:
             return []
         found, finish = iter(scored[i] for i in range(len(scored))), None if self._rows else "length"

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import os
 import resource
 import signal
@@ -20,6 +21,7 @@ DIED = 70  # exit code if the engine's thread has ended with an error
 BACKLOG = 2048
 MAX_FILES = 1 << 16
 SEND_BUFFER = 128 << 10  # bytes that the system keeps for a client that does not read; its own default is megabytes
+SWITCH_S = 0.0005  # for which a thread that computes keeps the interpreter's lock from others; Python's own is 0.005
 KEEP_ALIVE = 75  # seconds; longer than proxies keep idle connections, usually 60
 HEADER_BYTES = 32 << 10
 
@@ -108,6 +110,7 @@ async def serve(service: Service, bound: socket.socket) -> int:
     _allow_files()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
+    prepare_interpreter()
     running = loop.create_task(server.serve([bound]))
     while not server.started and not running.done():
         await asyncio.sleep(0.01)
@@ -115,6 +118,17 @@ async def serve(service: Service, bound: socket.socket) -> int:
         say(f"ready at {url_of(bound)}")
     await running
     return code
+
+
+def prepare_interpreter() -> None:
+    """Settings of Python for a process in which an engine's thread and an event loop take turns.
+
+    The engine's thread needs the interpreter's lock for some milliseconds each time that the device has finished a
+    step. So the event loop must not keep it for long. Neither must the garbage collector: all that has been loaded and
+    compiled so far stays, and to look through it took 0.1 s at a time."""
+    sys.setswitchinterval(SWITCH_S)
+    gc.collect()
+    gc.freeze()
 
 
 def _allow_files() -> None:

@@ -31,6 +31,7 @@ class RowText:
         self._ahead = ahead  # characters of the answer before this text
         self._stream = TextStream(tokenizer, prompt, stop)
         self._logprobs = logprobs
+        self._plain = not stop and not logprobs  # so that no place between two tokens matters
         self._held: list[TokenLogprob] = []
         self._released = ahead  # characters
         self.tokens = 0  # received so far, stop tokens and those of a stop string included
@@ -43,7 +44,10 @@ class RowText:
     def push(
         self, ids: list[int], logprobs: list[float], top: list[dict[int, float]], *, last_is_stop: bool
     ) -> tuple[str, list[TokenLogprob]]:
-        """Add the ids of a step. Returns the text that can no longer change, and its tokens."""
+        """Add new ids. Returns the text that can no longer change, and its tokens."""
+        if self._plain:
+            self.tokens += len(ids)
+            return self._stream.push_all(ids[:-1] if last_is_stop else ids), []
         text = ""
         for i, token in enumerate(ids):
             self.tokens += 1

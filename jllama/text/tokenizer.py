@@ -174,6 +174,9 @@ def _check_size(tokenizer: Tokenizer, where: str, vocab_size: int | None) -> Tok
     return tokenizer
 
 
+INCOMPLETE = "\ufffd"  # what a decoder writes for a part of a character
+
+
 class TextStream:
     """Decodes ids that arrive one after another. Text that a later id may still change is held back: the bytes of an
     incomplete character, and the beginning of a stop string."""
@@ -199,6 +202,16 @@ class TextStream:
             out += self._release(self._settled())
         return out
 
+    def push_all(self, ids: list[int]) -> str:
+        """As `push`, and cheaper for several ids: they are decoded together, unless the last one ends within a
+        character. A stop string may be found after later ids than the one that completes it."""
+        if len(ids) > 1:
+            self._ids += ids
+            if not (text := self._tail()).endswith(INCOMPLETE):
+                return self._release(self._settle(text))
+            del self._ids[-len(ids) :]
+        return self.push(ids)
+
     def finish(self) -> str:
         """Return the text that was held back."""
         if self.stopped:
@@ -218,8 +231,10 @@ class TextStream:
 
     def _settled(self) -> str:
         text = self._tail()
-        if text.endswith("\ufffd"):  # an incomplete character
-            return ""
+        return "" if text.endswith(INCOMPLETE) else self._settle(text)
+
+    def _settle(self, text: str) -> str:
+        """Take all ids for settled; ``text`` is the new part of theirs."""
         self._context_start, self._settled_end = self._settled_end, len(self._ids)
         return text
 

@@ -39,7 +39,7 @@ def serve(engine: Engine, *groups: int) -> tuple[list[list[Progress]], EngineThr
         await group.accepted
         found: list[Progress] = []
         while sum(progress.finish is not None for progress in found) < rows:
-            found.append(await asyncio.wait_for(group.progress.get(), 60))
+            found += await asyncio.wait_for(group.take(), 60)
         return found
 
     async def all_of_them() -> list[list[Progress]]:
@@ -100,7 +100,7 @@ def test_weights_that_give_nan_end_their_requests_not_the_thread(alone: list[int
         group, found = Group([REQUEST]), []
         thread.submit(group)
         while not found or found[-1].finish is None:
-            found.append(await asyncio.wait_for(group.progress.get(), 60))
+            found += await asyncio.wait_for(group.take(), 60)
         return found
 
     (broken,) = asyncio.run(ask())
@@ -147,7 +147,7 @@ def test_an_error_that_nobody_can_be_blamed_for_ends_the_server(hook: list[type]
     async def ask() -> Progress:
         group = Group([REQUEST])
         thread.submit(group)
-        return await asyncio.wait_for(group.progress.get(), 60)
+        return (await asyncio.wait_for(group.take(), 60))[-1]
 
     assert asyncio.run(ask()).finish == "error"
     assert died.wait(30)

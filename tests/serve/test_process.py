@@ -91,6 +91,7 @@ def test_a_second_signal_ends_at_once(process: Process) -> None:
         (["--slots", "0"], "--slots: expected at least 1"),
         (["--budget", "0"], "--budget: expected at least 1"),
         (["--max-queue", "-1"], "--max-queue: expected at least 0"),
+        (["--stream-interval", "nan"], "--stream-interval: expected 0 to 10 seconds, found nan"),
         (["--api-key", ""], "--api-key"),
         (["--api-key", "a b\n"], "--api-key"),
         (["--allow-origin", "example.com"], "--allow-origin"),
