@@ -101,7 +101,7 @@ def made(args: argparse.Namespace, lm: LM) -> Engine:
     sizes = tuple(n for n in (1, 8, 64, 128) if n < streams)
     tuning = Tuning(128, (1, min(4, args.steps), args.steps), (*sizes, streams), (1, 2, 4, 8, 16), 4096, 4096)
     pages = streams * (longest // 64 + 2)
-    engine = Engine(lm.params, slots=streams, pages=pages, max_len=longest + 64, tuning=tuning)
+    engine = Engine(lm.params, slots=streams, pages=pages, max_len=longest, tuning=tuning)
     Clock(engine, new=args.new, step_s=args.step_ms / 1e3, piece_s=args.piece_ms / 1e3, host_s=args.host_ms / 1e3)
     return engine
 
