@@ -82,3 +82,10 @@ def test_the_count_follows_calls_and_counts_equal_operations_once() -> None:
 
     found = Program(jax.jit(program).lower(jnp.ones((2, 2)), jnp.ones((2, 2))).compiler_ir("stablehlo")).count()
     assert found == {"stablehlo.sine": 2, "stablehlo.sort": 1, "stablehlo.add": 2}
+
+
+def test_a_program_is_the_same_whatever_was_lowered_before() -> None:
+    """Its text is what JAX's cache of compiled programs is asked for."""
+    first = decode(1, "7b", "none", 64).as_text()
+    decode(1, "7b", "int8", 64)
+    assert decode(1, "7b", "none", 64).as_text() == first
