@@ -29,7 +29,7 @@ def arrivals(traffic: dict[str, Any]) -> str:
 
 
 def mixed(records: Sequence[Record]) -> str:
-    """One row per traffic and implementation, of the run that held most implementations, the newest of several."""
+    """One row per traffic and implementation: see `_shown`."""
     rates = [r for r in records if r["suite"] == "traffic" and r["metric"] == "tokens_per_s" and r["value"] is not None]
     rows = []
     for group in sorted(grouped(rates, TRAFFIC), key=lambda g: [str(g[0][k]) for k in TRAFFIC]):
@@ -42,6 +42,10 @@ def mixed(records: Sequence[Record]) -> str:
 
 
 def _shown(group: Group) -> Group:
-    """Measured twice in a run, the second figure counts."""
+    """The run that held most implementations, the newest of several. Beside it, what was measured later without the
+    others. Measured twice in a run, the second figure counts."""
     runs = [list({r["impl"]: r for r in run}.values()) for run in grouped(group, ("run",))]
-    return max(runs, key=lambda run: (len(run), run[0]["when"]))
+    together = max(runs, key=lambda run: (len(run), run[0]["when"]))
+    when = {r["impl"]: r["when"] for r in together}
+    newest = {r["impl"]: r for r in sorted(group, key=lambda r: r["when"])}
+    return [*together, *(r for impl, r in newest.items() if r["when"] > when.get(impl, ""))]

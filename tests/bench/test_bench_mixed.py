@@ -28,14 +28,16 @@ def test_the_table_of_mixed_traffic() -> None:
         *under_traffic("r1", "engine", "mixed", 9000.0),
         *under_traffic("r2", "engine", "mixed", 9500.0),
         *under_traffic("r2", "vllm", "mixed", 8000.0),
-        *under_traffic("r3", "engine", "mixed", 9900.0),  # newer, but alone
+        *under_traffic("r3", "engine", "mixed", 9900.0),  # newer, but alone: beside the others, not in their place
         *under_traffic("r2", "engine", "mixed-poisson", 7000.0, load=21.04),
         a_record(suite="traffic", impl="vllm", case="shared", value=None, why="not installed", traffic={"rate": None}),
         a_record(),
     ]
     start = "| NVIDIA H200 | 7b | bf16 |"
     times = "10.0 / 50.0 | 20.0 / 25.0 |  | 2026-01-02 `aaaa111` |"
+    later = times.replace("01-02", "01-03")
     assert TABLES["traffic"](records).splitlines()[2:] == [
+        f"{start} mixed | at once | 1000 | 256 | **jllama, engine** | 9,900 | {later}",
         f"{start} mixed | at once | 1000 | 256 | **jllama, engine** | 9,500 | {times}",
         f"{start} mixed | at once | 1000 | 256 | vLLM | 8,000 | {times}",
         f"{start} mixed-poisson | 21.0 | 1000 | 256 | **jllama, engine** | 7,000 | {times}",
