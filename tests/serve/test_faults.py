@@ -157,7 +157,10 @@ def test_the_end_of_the_engine_is_the_end_of_the_process(
     with bind("127.0.0.1", 0) as bound:
 
         def ask() -> None:
-            with httpx2.stream("POST", f"{url_of(bound)}{COMPLETIONS}", json=LONG | {"stream": True}) as answer:
+            with (
+                httpx2.Client(transport=httpx2.HTTPTransport(retries=5)) as client,  # the server may not listen yet
+                client.stream("POST", f"{url_of(bound)}{COMPLETIONS}", json=LONG | {"stream": True}) as answer,
+            ):
                 answers.extend(line for line in answer.iter_lines() if line)
 
         async def serve(*args: Any) -> int:
