@@ -111,7 +111,7 @@ def measured(params: Any, slots: int, prompts: Prompts, args: argparse.Namespace
 
     tuning = dataclasses.replace(tuning_for(default_device()), rows=(slots,))  # one program, whatever number draws
     budget = args.budget or tuning_for(default_device()).budget
-    filling = turns_to_fill(slots, args.prompt_len, budget, tuning)
+    filling = steps_to_fill(slots, args.prompt_len, budget, tuning)
     _, waiting, alone = tuning.steps
     longest = args.prompt_len + max(args.new_tokens, waiting * filling + alone * (2 * args.turns + 4))
     longest = max(longest, *(length + 1 for _, length in args.prefill), 0)
@@ -137,10 +137,12 @@ def measured(params: Any, slots: int, prompts: Prompts, args: argparse.Namespace
     return [*made, *prefills(engine, args.prefill, prompts(1)[0], args.runs, args.backend)]
 
 
-def turns_to_fill(slots: int, prompt_len: int, budget: int, tuning: "Tuning") -> int:
-    """After how many turns all slots draw."""
+def steps_to_fill(slots: int, prompt_len: int, budget: int, tuning: "Tuning") -> int:
+    """After how many steps of the engine all slots draw. A turn in which prompts end has two results, and each is read
+    by a step: first tokens, then those of its decode steps."""
     pieces, first = slots * -(-prompt_len // tuning.piece), max(budget, tuning.alone) // tuning.piece
-    return 1 - (-max(0, pieces - first) // (budget // tuning.piece)) + 2
+    turns = 1 - (-max(0, pieces - first) // (budget // tuning.piece))
+    return 2 * turns + 1
 
 
 def complete(engine: "Engine", prompts: Sequence[Sequence[int]], new_tokens: int) -> float:

@@ -55,8 +55,11 @@ def parser() -> Parser:
     help_budget = "tokens of prompts fed at a time beside texts that are drawn; fewer: shorter pauses in these, but "
     help_budget += "slots fill more slowly (default: 512 on a CPU, else 4096)"
     group.add_argument("--budget", type=int, metavar="N", help=help_budget)
-    help_interval = "where many streams share the server, each sends new text at most this often, so that the event "
-    help_interval += "loop does not delay the engine; with few, and with 0, after each turn (default: 0.05)"
+    help_interval = "where many streams share the server, each holds new text for half to all of this time after it "
+    help_interval += (
+        "has sent some, so that the event loop does not delay the engine; with few streams for less; 0: each "
+    )
+    help_interval += "sends after every turn (default: 0.05)"
     group.add_argument("--stream-interval", type=float, default=0.05, metavar="SECONDS", help=help_interval)
     help_warm = "compile each program when a request first needs it, not before the server is ready"
     group.add_argument("--no-warm-up", action="store_true", help=help_warm)

@@ -57,6 +57,8 @@ class Engine:
         if slots < 1:
             raise InputError(f"slots: expected at least 1, found {slots}")
         budget = tuning.budget if budget is None else budget
+        if max_pages is not None and max_pages < 1:
+            raise InputError(f"max_pages: expected at least 1, found {max_pages}")
         if budget < tuning.piece:
             raise InputError(f"budget: expected at least {tuning.piece} tokens, found {budget}")
         context = params.config.max_seq_len
@@ -65,7 +67,7 @@ class Engine:
             raise InputError(f"max_len: expected 2 to {context} (the model's context), found {max_len}")
         width, params = pages_for(self.max_len), placed(params)
         count = page_count(params, pages, memory, max_pages, slots * width)
-        self.slots, self.backend = slots, backend
+        self.slots, self.max_pages, self.backend = slots, max_pages, backend
         parts = axis_size(params.mesh, DATA)
         of_all = count, slots, budget // tuning.piece, max(budget, tuning.alone) // tuning.piece
         count, slots, pieces, alone = (-(-n // parts) for n in of_all)  # of each part
@@ -79,6 +81,7 @@ class Engine:
         self._scheduler = Parts([Scheduler(pool, steps=tuning.steps, **how) for pool in pools])
         self._handles: dict[Scheduled, Handle] = {}
         self._unread: deque[Launch] = deque()  # of the turn that runs and of the one queued behind it
+        self._came: list[Event] = []  # read, and not yet returned by a step
         self._paused = self._torn = self._nan = False
         self._new_tokens, self._decode_steps, self._seconds = 0, 0, 0.0
 
@@ -214,16 +217,16 @@ class Engine:
         if self._torn or self._device.lost:
             self._restart()
         self._torn = True  # until the end: an error or interrupt before that loses the state on the device
-        events: list[Event] = []
         while self._unread and self._unread[0].masked:  # the device runs ahead meanwhile: see `jllama.engine.masked`
-            events += self._read(self._unread.popleft())
+            self._came += self._read(self._unread.popleft())
         before = len(self._unread)
         if sum(launch.ends for launch in self._unread) < 2:
             self._launch()
         if before:
-            events += self._read(self._unread.popleft())
+            self._came += self._read(self._unread.popleft())
         self._torn = False
         self._seconds += time.perf_counter() - begin
+        events, self._came = self._came, []
         return events
 
     def events(self) -> Iterator[Event]:
@@ -335,10 +338,10 @@ class Engine:
             completion.ids += new.ids
             completion.logprobs += new.logprobs
             self._new_tokens += len(new.ids)
-            if asked:
-                pairs = ([a[:asked].tolist() for a in pair] for pair in new.top)
-                completion.top_logprobs += [dict(zip(*pair, strict=True)) for pair in pairs]
-            events.append(Event(handle, new.ids, new.logprobs, s.finish))  # pyright: ignore[reportArgumentType]
+            pairs = ([a[:asked].tolist() for a in pair] for pair in new.top) if asked else ()
+            top = [dict(zip(*pair, strict=True)) for pair in pairs]
+            completion.top_logprobs += top
+            events.append(Event(handle, new.ids, new.logprobs, s.finish, top))  # pyright: ignore[reportArgumentType]
         return events
 
     def _read_scores(self, piece: Piece, logprobs: np.ndarray, best: np.ndarray, values: np.ndarray) -> None:

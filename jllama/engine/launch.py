@@ -72,10 +72,8 @@ def tokens_of(launch: Launch, outputs: Sequence[Sequence[StepOutput]]) -> tuple[
     for group, parts in zip(launch.drawn, outputs, strict=True):
         output: Any = jax.tree.map(lambda *part: np.concatenate(part), *parts)
         steps += int((output.tokens != NO_TOKEN).any(axis=1).sum()) if group.decoded else 0
-        ids, logprobs = (
-            output.tokens.T.tolist(),
-            output.logprobs.T.tolist(),
-        )  # of every place; one by one it would be slow
+        # Of all places at once: one by one it would be slow.
+        ids, logprobs = output.tokens.T.tolist(), output.logprobs.T.tolist()
         for place, sequence in group.rows:
             top = () if output.top is None else [a[:, place] for a in output.top]
             found.setdefault(sequence, Tokens()).add(ids[place], logprobs[place], top)

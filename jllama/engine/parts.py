@@ -44,8 +44,9 @@ class Parts:
         self._parts[0].check(sequence)
         sequence.order = order(self._arrivals, sequence.priority)
         self._arrivals += 1
+        more = self.running > 0
         for part in self._parts:
-            part.expect()
+            part.expect(more=more)
         bisect.insort(self._queue, sequence, key=lambda s: s.order)
 
     def plan(self) -> list[Plan]:

@@ -149,6 +149,7 @@ class Event:
     ids: list[int]
     logprobs: list[float]
     finish_reason: FinishReason | None
+    top: list[dict[int, float]] = field(default_factory=list)  # of each id, the likeliest tokens, where asked for
 
 
 def per_prompt(sampling: SamplingSettings | Sequence[SamplingSettings] | None, count: int, n: int) -> list[Any]:

@@ -94,8 +94,8 @@ class Scheduler:
 
     A turn feeds at most ``pieces`` pieces of ``piece`` tokens, or ``alone`` pieces where no row draws that they would
     delay; then it decodes. ``steps`` are three numbers of decode steps a turn: where all rows have just joined, or
-    requests keep coming and slots are free, so that a new one does not wait; while requests wait or prompts are being
-    fed; otherwise."""
+    requests keep coming and none waits for a slot, so that a new one starts soon; while requests wait or prompts are
+    being fed; otherwise."""
 
     def __init__(
         self,
@@ -123,13 +123,12 @@ class Scheduler:
         self.check(sequence)
         sequence.order = order(self._arrivals, sequence.priority)
         self._arrivals += 1
-        self.expect()
+        self.expect(more=bool(self.running))
         self.enqueue(sequence)
 
-    def expect(self) -> None:
-        """A request has come. If it came while others ran, more are expected soon."""
-        if self.running:
-            self._since = 0
+    def expect(self, *, more: bool) -> None:
+        """A request has come. With ``more``, others ran then, so that more are expected soon."""
+        self._since = 0 if more else EXPECT
 
     def check(self, sequence: Sequence) -> None:
         """Raise `InputError` if a request could never run."""
@@ -166,7 +165,7 @@ class Scheduler:
         self._room = self.pieces if any(s.joined and s.left > 0 for s in self.running) else self.alone
         for sequence in self.running:
             self._feed(sequence, plan)
-        self._admit(plan)
+        self._admit(plan, steps)
         if one_by_one or self._one_by_one:  # a row may have joined, or may have been preempted
             self._draw_one(plan)
         else:
@@ -179,8 +178,8 @@ class Scheduler:
     @property
     def _steps(self) -> int:
         """Decode steps of the next turn. While requests keep coming, turns are short: one that comes now waits for the
-        rest of the turn that runs and for the one that is queued behind it. Shorter turns help nobody where all slots
-        are taken, or where a prompt is being fed that takes several turns."""
+        rest of the turn that runs and for the one that is queued behind it. Shorter turns help nobody where requests
+        wait for a slot, or where a prompt is being fed that takes several turns."""
         feeding = any(not s.joined for s in self.running)
         if self._since < EXPECT and not feeding and (self._slots or not self.waiting):
             return self.steps[0]
@@ -290,7 +289,7 @@ class Scheduler:
                     break
                 self._preempt(self.running[-1])
 
-    def _admit(self, plan: Plan) -> None:
+    def _admit(self, plan: Plan, steps: int) -> None:
         while self.waiting and self._slots and len(plan.pieces) < self._room:
             sequence = self.waiting[0]
             if sequence.unread:  # preempted, and its last tokens have not been read yet
@@ -304,8 +303,9 @@ class Scheduler:
                 return
             self.pages.use(prefix.pages)
             sequence.drawn = len(sequence.tokens) - sequence.prompt
-            # In the turn in which it joins, it may draw a first token and then take the steps of a busy turn.
-            ahead = len(sequence.tokens) - 1 + min(1 + max(self.steps[:2]), sequence.left)
+            # In the turn in which it joins, it may draw a first token and then take the steps of this turn, or those of
+            # a later one that still feeds it.
+            ahead = len(sequence.tokens) - 1 + min(1 + max(steps, *self.steps[:2]), sequence.left)
             missing = self.pages.needed(ahead) - len(prefix.pages)
             # Leave room for the pages that running rows will soon need. Otherwise the next turns would preempt.
             if missing + -(-len(self.running) // RESERVE) > self.pages.free:

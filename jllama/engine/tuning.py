@@ -13,14 +13,13 @@ class Tuning:
 
     piece: int  # tokens of a piece of a prompt
     # Decode steps a turn: where all rows have just joined or requests keep coming, so that first tokens come soon;
-    # while requests wait; while none do. A compiled program has the first number of steps, which divides the others. Up
-    # to ``whole`` rows, there is also one of the last number.
+    # while requests wait; while none do. A compiled program has the first number of steps, which divides the others.
     steps: tuple[int, int, int]
     rows: tuple[int, ...]
     pieces: tuple[int, ...]  # of a launch; more are several launches
     budget: int = 512  # tokens of prompts that a turn feeds by default, beside rows that draw
     alone: int = 0  # tokens of prompts that a turn may feed where no row draws that they would delay
-    whole: int = 0
+    whole: int = 0  # up to so many rows, a long turn is one program
 
 
 # A row or piece that is padding costs almost as much as a real one, and a compilation some seconds: powers of four.

@@ -2,7 +2,7 @@
 
 Commands go in through a queue. The results of a step go out in one call to the event loop, whatever the number of rows.
 The event loop never waits for a device, and the engine never waits for a client. But both need the interpreter's lock,
-and to send an event costs the event loop ten times what a token does. So a `Group` gathers progress for a while.
+and to send an event costs the event loop much more than a token in it does. So a `Group` gathers progress for a while.
 """
 
 import asyncio
@@ -220,10 +220,9 @@ class EngineThread:
             return None
         if event.finish_reason is not None:
             del self._rows[event.handle]
-        (group, row), completion = found, event.handle.completion
-        top = completion.top_logprobs[-len(event.ids) :] if event.ids else []
-        scored = completion if event.handle.request.score_from is not None else None
-        return group, Progress(row, event.ids, event.logprobs, top, event.finish_reason, event.handle.error, scored)
+        (group, row), handle = found, event.handle
+        scored = handle.completion if handle.request.score_from is not None else None
+        return group, Progress(row, event.ids, event.logprobs, event.top, event.finish_reason, handle.error, scored)
 
     def _fail(self, group: Group) -> None:
         why = "the engine has died; the server ends"

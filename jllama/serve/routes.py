@@ -32,7 +32,7 @@ from jllama.serve.settings import Settings
 from jllama.serve.stream import EventStream, unless_gone
 
 WORKERS = 2  # threads that tokenise and render templates
-EVENTS = 2000  # a second: what all streams together may send before they hold new text for a while
+EVENTS = 2000  # a second; more than so many from all streams together, and each holds new text for a while
 WHOLE_S = 1.0  # for which new tokens are held if nobody waits for them
 
 

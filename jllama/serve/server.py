@@ -127,6 +127,11 @@ def prepare_interpreter() -> None:
     step. So the event loop must not keep it for long. Neither must the garbage collector: all that has been loaded and
     compiled so far stays, and to look through it took 0.1 s at a time."""
     sys.setswitchinterval(SWITCH_S)
+    keep_loaded()
+
+
+def keep_loaded() -> None:
+    """Take everything that is in memory now from the garbage collector's sight."""
     gc.collect()
     gc.freeze()
 

@@ -16,4 +16,4 @@ class Settings:
     bodies_bytes: int = 256 << 20  # of all requests that are read or answered at a time
     body_seconds: float = 30.0  # limit for receiving a request's body
     access_log: bool = True
-    stream_interval: float = 0.05  # seconds between a stream's events, at most, where many streams share the server
+    stream_interval: float = 0.05  # seconds that a stream holds new text after an event, at most

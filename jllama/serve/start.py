@@ -13,7 +13,7 @@ from jllama.engine.steps import KINDS
 from jllama.serve.bridge import EngineThread
 from jllama.serve.model import Model
 from jllama.serve.routes import Service
-from jllama.serve.server import serve
+from jllama.serve.server import keep_loaded, serve
 from jllama.serve.settings import Settings
 from jllama.text.lm import LM
 
@@ -45,6 +45,7 @@ def follow(lm: LM, engine: Engine, hear: Callable[[], bytes]) -> None:
     """Run the model in a process that is not the first, until process 0 ends."""
     for number in (signal.SIGINT, signal.SIGTERM):  # process 0 decides when: it lets running requests finish
         signal.signal(number, signal.SIG_IGN)
+    keep_loaded()  # a long collection in one process stops the devices of all
     shared.follow(engine, hear, Model.of(lm, engine.max_len).grammars.of)
 
 

@@ -321,9 +321,11 @@ def default_slots() -> int:
 
 
 def _serves(engine: Engine, lm: LM, slots: int, longest: int, pages: int) -> bool:
-    """Whether an engine can be reused for these requests of a model."""
+    """Whether an engine can be reused for these requests of a model. It has asked for as many pages as they want. It
+    may have got fewer, but enough for the longest of them."""
     same = engine.params is lm.params and engine.backend == lm.backend and engine.slots == slots
-    return same and engine.max_len >= longest and engine.statistics.pages >= pages
+    enough = (engine.max_pages or 0) >= pages and engine.statistics.pages >= pages_for(longest)
+    return same and engine.max_len >= longest and enough
 
 
 def chunk_of(params: Params) -> int:

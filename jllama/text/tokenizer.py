@@ -203,7 +203,7 @@ class TextStream:
         return out
 
     def push_all(self, ids: list[int]) -> str:
-        """As `push`, and cheaper for several ids: they are decoded together, unless the last one ends within a
+        """Like `push`, but cheaper for several ids: they are decoded together, unless the last one ends within a
         character. A stop string may be found after later ids than the one that completes it."""
         if len(ids) > 1:
             self._ids += ids

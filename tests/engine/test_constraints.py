@@ -59,6 +59,24 @@ def check(handles: list[Handle]) -> None:
         assert grammar is None or grammar.holds(h.completion.ids)
 
 
+def test_what_a_step_has_read_before_it_fails_comes_with_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    e, came = engine(), []
+    handle = e.submit(Request(tiny.prompt(20), 9, stop_ids=(), constraint=GRAMMARS[1]))
+    while not (e._unread and e._unread[0].masked and e._unread[0].drawn):  # the next step reads before it plans
+        came += e.step()
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(e._scheduler, "plan", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            e.step()
+    came += e.events()
+    assert [token for event in came for token in event.ids] == handle.completion.ids
+    check([handle])
+
+
 def test_texts_are_those_of_requests_alone_whatever_the_neighbours_arrivals_and_preemptions() -> None:
     e, rng, queue, handles = engine(pages=3), random.Random(4), requests(24, seed=3), []
     while queue or e.busy:

@@ -61,6 +61,8 @@ def test_texts_and_windows_take_a_smaller_cache(pieces: Room) -> None:
     lm = LM(tiny.model(), jllama.load_tokenizer(jllama.DEMO / "tokenizer.model"), 256)
     with lm._engine([9], None) as engine:
         assert engine.statistics.pages == 10  # of 16
+    with lm._engine([9], None) as again:
+        assert again is engine
     windows = cut(tiny.prompt(60), 21)
     pieces(3)
     whole = measure(tiny.model(), windows, tiny.CONFIG.bos_id)

@@ -145,8 +145,8 @@ def test_first_tokens_are_drawn_from_the_last_piece_or_else_after_one_step(promp
     assert plan.firsts == [first] * firsts  # no piece of 4 has only the last token
     assert (plan.steps, first.drawn) == (1, firsts + 1)
     assert s.plan().steps == 5
-    s.forget()
-    s.enqueue(Sequence(text(3, seed=1), 20))
+    s.add(Sequence(text(3, seed=1), 20))
+    s._since = EXPECT  # as if it had come long after the first one
     plans = [s.plan() for _ in range(2)]
     assert [(len(p.firsts), len(p.rows), p.steps) for p in plans] == [(1, 2, 2), (0, 2, 5)]
 
@@ -160,6 +160,10 @@ def test_turns_are_short_while_requests_keep_coming_and_slots_are_free() -> None
     assert [s.plan().steps for _ in range(EXPECT + 2)] == [1] * EXPECT + [5, 5]
     s.add(Sequence(text(3, seed=3), 300))
     assert [s.plan().steps for _ in range(2)] == [2, 2]  # it must wait for a slot in any case
+    for sequence in (*s.running, *s.waiting):
+        s.finish(sequence, "abort")
+    s.add(Sequence(text(3, seed=4), 300))
+    assert [s.plan().steps for _ in range(2)] == [1, 5]  # alone, whatever came before
 
 
 def test_more_is_fed_where_no_row_draws() -> None:
