@@ -16,15 +16,16 @@ from typing import Any
 
 import numpy as np
 
-from bench.traffic import Ask, Timeline, Traffic, draw
+from bench.peers.ours_traffic import Server
+from bench.traffic import Ask, Traffic, draw, drive
 from jllama.decode import NO_TOKEN, StepOutput
 from jllama.engine.engine import Engine
-from jllama.engine.request import Request, SamplingSettings
 from jllama.engine.tuning import Tuning
 from jllama.errors import reported
 from jllama.kernels import Choice, Recorded
 from jllama.text.lm import LM
 
+TEMPERATURE = 1.0
 RAN = Recorded((("decode_step", Choice("fake", "a clock")),))
 
 
@@ -114,22 +115,17 @@ def asks_of(args: argparse.Namespace, lm: LM, name: str) -> list[Ask]:
 
 def alone(engine: Engine, asks: list[Ask]) -> dict[str, Any]:
     """The texts from an engine that this thread steps."""
-    timeline, cpu = Timeline(asks), time.thread_time()
-    sampling = SamplingSettings(temperature=1.0)
-    handles = [engine.submit(Request(ask.prompt, ask.new_tokens, sampling, stop_ids=())) for ask in asks]
-    number = {handle: i for i, handle in enumerate(handles)}
-    while engine.busy:
-        for event in engine.step():
-            timeline.add(number[event.handle], len(event.ids))
+    cpu = time.thread_time()
+    timeline = drive(Server(engine, TEMPERATURE), asks)
     return timeline.summary() | {"engine_cpu": time.thread_time() - cpu}
 
 
-def client(url: str, asks: list[Ask]) -> dict[str, Any]:
+def asked(url: str, asks: list[Ask]) -> dict[str, Any]:
     """The texts over HTTP: called in another process."""
-    from bench.client import drive
+    from bench import client
 
     cpu = time.process_time()
-    timeline = drive(url, "demo", asks, 1.0)
+    timeline = client.drive(url, "demo", asks, TEMPERATURE)
     events = sum(map(len, timeline.came))
     return timeline.summary() | {"client_cpu": time.process_time() - cpu, "events": events}
 
@@ -157,9 +153,9 @@ async def over_http(args: argparse.Namespace, lm: LM, engine: Engine, pool: Proc
     assert ident is not None
     clock = time.pthread_getcpuclockid(ident)
     url = url_of(bound)
-    await loop.run_in_executor(pool, client, url, asks_of(args, lm, "warm")[:1])
+    await loop.run_in_executor(pool, asked, url, asks_of(args, lm, "warm")[:1])
     cpu, engine_cpu = time.thread_time(), time.clock_gettime(clock)
-    found = await loop.run_in_executor(pool, client, url, asks_of(args, lm, "http"))
+    found = await loop.run_in_executor(pool, asked, url, asks_of(args, lm, "http"))
     found |= {"loop_cpu": time.thread_time() - cpu, "engine_cpu": time.clock_gettime(clock) - engine_cpu}
     server.should_exit = True
     await serving

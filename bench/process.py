@@ -170,9 +170,10 @@ def _log(peer: str) -> IO[bytes]:
 def _environment(alone: bool) -> dict[str, str]:
     quiet = {
         # By default JAX reserves most of a device's memory when it starts. Processes that share a device must not do
-        # so: the first would leave nothing to the others. A process that has the device to itself should. Without the
-        # reserve, JAX asks for memory bit by bit. What the random weights needed while they were made is free
-        # afterwards, but in small pieces, and a cache, which is two large arrays, finds no room.
+        # so: the first would leave nothing to the others. A process that has the device to itself should. Without this
+        # reserve, JAX takes memory from the device in pieces, whenever an array needs some. Making random weights needs
+        # many arrays for a moment. Their memory is free afterwards, but in small pieces, and the cache needs two large
+        # ones.
         "XLA_PYTHON_CLIENT_PREALLOCATE": "true" if alone else "false",
         # The rest is for what JAX does not allocate from its reserve: kernels, graphs, NCCL's buffers.
         "XLA_PYTHON_CLIENT_MEM_FRACTION": ".9",

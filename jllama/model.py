@@ -143,10 +143,13 @@ def blocks(
 
 
 def wants_limbs(x: jax.Array, layer: Layer, cache: Cache | None, params: Params, backend: str) -> bool:
-    """Whether the norm of x [B, T, dim] before a layer should write its result twice: as floats, and as two int8 arrays
-    whose weighted sum is nearly the same (`SplitRows`, its limbs). Only a product of limbs with int8 weights stays in
-    integers. So it should if a kernel will compute wqkv's product that way: in a decode step of few rows, with int8
-    weights, not on a shard, where no kernel writes limbs."""
+    """Whether the norm before a layer should give its result in a second form, too: as limbs.
+
+    The limbs of an array of floats are two int8 arrays with scales, whose weighted sum is nearly that array (see
+    `SplitRows`). Tensor cores can multiply them with int8 weights without converting the weights to floats. One kernel
+    does so for the product with wqkv. True is returned where it will run: in a decode step of few rows, with int8
+    weights, on one device (the norm of a model that is divided over devices writes no limbs). x is what is normed
+    [B, T, dim]."""
     stepped = cache is not None and x.shape[1] <= DECODE_QUERIES and params.axis is None
     backend = "auto" if backend == "pallas" else backend  # where the kernel is refused, the product itself says so
     return stepped and takes_limbs(x, layer.wqkv) and matmul.choose(backend, x, layer.wqkv).impl == "pallas"

@@ -56,10 +56,8 @@ def parser() -> Parser:
     help_budget += "slots fill more slowly (default: 512 on a CPU, else 4096)"
     group.add_argument("--budget", type=int, metavar="N", help=help_budget)
     help_interval = "where many streams share the server, each holds new text for half to all of this time after it "
-    help_interval += (
-        "has sent some, so that the event loop does not delay the engine; with few streams for less; 0: each "
-    )
-    help_interval += "sends after every turn (default: 0.05)"
+    help_interval += "has sent some, so that the event loop does not delay the engine; with few streams, for less; 0: "
+    help_interval += "each sends after every turn (default: 0.05)"
     group.add_argument("--stream-interval", type=float, default=0.05, metavar="SECONDS", help=help_interval)
     help_warm = "compile each program when a request first needs it, not before the server is ready"
     group.add_argument("--no-warm-up", action="store_true", help=help_warm)

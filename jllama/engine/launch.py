@@ -55,14 +55,16 @@ class Tokens:
     logprobs: list[float] = field(default_factory=list)
     top: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)  # for each token: tokens, log-probabilities
 
-    def add(self, ids: list[int], logprobs: list[float], top: Sequence[np.ndarray]) -> None:
-        """Add what some steps drew for a row; ``top`` is [steps, likeliest], twice. A row that has ended draws
-        nothing."""
+    def add(self, ids: list[int], logprobs: list[float], top: tuple[np.ndarray, np.ndarray] | None) -> None:
+        """Add what some decode steps drew for one row: a token of each step, and its log-probability. In a step after
+        the row's end, the token is `NO_TOKEN`, and nothing is added. ``top`` has the ids of each step's likeliest
+        tokens [steps, tokens], and their log-probabilities [steps, tokens]."""
         came = [i for i, token in enumerate(ids) if token != NO_TOKEN]
         self.ids += [ids[i] for i in came]
         self.logprobs += [logprobs[i] for i in came]
-        if top:
-            self.top += [(top[0][i], top[1][i]) for i in came]
+        if top is not None:
+            tokens, values = top
+            self.top += [(tokens[i], values[i]) for i in came]
 
 
 def tokens_of(launch: Launch, outputs: Sequence[Sequence[StepOutput]]) -> tuple[dict[Scheduled, Tokens], int]:
@@ -75,7 +77,7 @@ def tokens_of(launch: Launch, outputs: Sequence[Sequence[StepOutput]]) -> tuple[
         # Of all places at once: one by one it would be slow.
         ids, logprobs = output.tokens.T.tolist(), output.logprobs.T.tolist()
         for place, sequence in group.rows:
-            top = () if output.top is None else [a[:, place] for a in output.top]
+            top = None if output.top is None else (output.top[0][:, place], output.top[1][:, place])
             found.setdefault(sequence, Tokens()).add(ids[place], logprobs[place], top)
     return found, steps
 

@@ -23,7 +23,11 @@ def usage(prompt: int, completion: int) -> dict[str, int]:
 
 def event(value: dict[str, Any]) -> bytes:
     """An object as one server-sent event."""
-    return b"data: " + encode(value) + b"\n\n"
+    return _framed(encode(value))
+
+
+def _framed(value: bytes) -> bytes:
+    return b"data: %b\n\n" % value
 
 
 def encode(value: Any) -> bytes:
@@ -53,14 +57,16 @@ class Answer:
         return {**self._head(self.kind), "choices": choices, "usage": used}
 
     def chunk(self, choices: list[dict[str, Any]], used: dict[str, int] | None, *, tells_usage: bool) -> bytes:
-        """The event of a stream's chunk. If the last chunk reports usage, the chunks before have ``usage: null``."""
+        """One chunk of a streamed answer, as the bytes of a server-sent event. With ``tells_usage``, it has a field
+        ``usage``. OpenAI's API gives the counts in the last chunk, and null in those before it."""
         rest = {"choices": choices, "usage": used} if tells_usage else {"choices": choices}
-        return b"%b,%b\n\n" % (self._begin, encode(rest)[1:])
+        return _framed(b"%b,%b" % (self._chunk_head, encode(rest)[1:]))  # two objects become one: {head, rest}
 
     @functools.cached_property
-    def _begin(self) -> bytes:
-        """How every event of a stream begins, without the brace at its end."""
-        return b"data: " + encode(self._head(self.chunk_kind))[:-1]
+    def _chunk_head(self) -> bytes:
+        """The fields that all chunks of this answer share, as JSON without its closing brace. It is encoded once,
+        because a server sends thousands of chunks a second."""
+        return encode(self._head(self.chunk_kind))[:-1]
 
     def choice(self, index: int, row: Whole) -> dict[str, Any]:
         """One text of a whole answer."""

@@ -83,8 +83,11 @@ class Service:
             raise
 
     def _hold(self) -> float:
-        """For how many seconds a stream holds new text after an event. They are random, so that a part of all streams
-        sends after each turn: while all send, the engine's thread would wait for the interpreter's lock."""
+        """How many seconds a stream keeps new text back after it has sent an event.
+
+        The more texts are drawn, the longer, so that all streams together send at most some `EVENTS` a second. A random
+        part of that time spreads the streams over the engine's turns. If all of them sent after the same turn, the
+        event loop would keep Python's interpreter lock for long, and the engine's thread would wait for it."""
         most = min(self.settings.stream_interval, self.engine.statistics.running / EVENTS)
         return most * random.uniform(0.5, 1.0)
 

@@ -31,7 +31,7 @@ class RowText:
         self._ahead = ahead  # characters of the answer before this text
         self._stream = TextStream(tokenizer, prompt, stop)
         self._logprobs = logprobs
-        self._plain = not stop and not logprobs  # so that no place between two tokens matters
+        self._plain = not stop and not logprobs  # then it does not matter which token a character came with
         self._held: list[TokenLogprob] = []
         self._released = ahead  # characters
         self.tokens = 0  # received so far, stop tokens and those of a stop string included
@@ -47,7 +47,7 @@ class RowText:
         """Add new ids. Returns the text that can no longer change, and its tokens."""
         if self._plain:
             self.tokens += len(ids)
-            return self._stream.push_all(ids[:-1] if last_is_stop else ids), []
+            return self._stream.push(ids[:-1] if last_is_stop else ids), []
         text = ""
         for i, token in enumerate(ids):
             self.tokens += 1

@@ -194,6 +194,11 @@ class TextStream:
 
     def push(self, ids: list[int]) -> str:
         """Add ids, and return the text that can no longer change. After a stop string (`stopped`), it is empty."""
+        if len(ids) > 1 and not self._stop:  # decoding them together is cheaper than one by one
+            self._ids += ids
+            if not (text := self._tail()).endswith(INCOMPLETE):
+                return self._release(self._settle(text))
+            del self._ids[-len(ids) :]  # the last one ends within a character, but those before it can be released
         out = ""
         for token in ids:
             if self.stopped:
@@ -201,16 +206,6 @@ class TextStream:
             self._ids.append(token)
             out += self._release(self._settled())
         return out
-
-    def push_all(self, ids: list[int]) -> str:
-        """Like `push`, but cheaper for several ids: they are decoded together, unless the last one ends within a
-        character. A stop string may be found after later ids than the one that completes it."""
-        if len(ids) > 1:
-            self._ids += ids
-            if not (text := self._tail()).endswith(INCOMPLETE):
-                return self._release(self._settle(text))
-            del self._ids[-len(ids) :]
-        return self.push(ids)
 
     def finish(self) -> str:
         """Return the text that was held back."""

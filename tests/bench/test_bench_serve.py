@@ -96,19 +96,8 @@ def test_what_a_server_does_wrong_is_one_line(endpoint: Endpoint) -> None:
 def test_a_server_under_traffic(
     in_process: None, endpoint: Endpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    argv = [
-        *SMALL,
-        "--most",
-        "12",
-        "--url",
-        endpoint.url,
-        "--results",
-        str(tmp_path),
-        "--rate",
-        "200",
-        "--streams",
-        "2",
-    ]
+    argv = [*SMALL, "--most", "12", "--url", endpoint.url, "--results", str(tmp_path)]
+    argv += ["--rate", "200", "--streams", "2"]
     argv += ["--impl-version", "0.26", "--arrivals", "3", "--also", f"sh -c 'echo {{url}} > {tmp_path}/also'"]
     serve.main(argv)
     assert (tmp_path / "also").read_text().strip() == endpoint.url
